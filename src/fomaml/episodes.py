@@ -1,0 +1,128 @@
+"""N-way K-shot task batches, each a pure function of (seed, index)."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fomaml.data.source import ClassSource
+from fomaml.errors import InputError, positive
+from fomaml.tasks import Examples, Task, one
+
+
+def generator(seed: int, index: int) -> np.random.Generator:
+    """Random numbers that depend on (seed, index) alone: counter-based Philox (Salmon et al. 2011)."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**128:
+        raise InputError(f"seed must be a whole number from 0 to 2**128 - 1, got {seed!r}")
+    return np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, index]))
+
+
+class Episodes:
+    """An endless, indexable sequence of N-way K-shot classification tasks (Vinyals et al. 2016).
+
+    `episodes[i]` is one `Task`; `episodes.batch(i, n)` is the tasks i … i + n - 1 stacked. Both are
+    pure functions of the seed and the index: no state, the same bits in every process. Classes of a
+    task are drawn without replacement and numbered 0 … ways - 1 in random order; support and query
+    never share an example.
+
+    Shapes of one task: support inputs (ways · shots, ...), query inputs (ways · query_shots, ...),
+    targets int64. Examples are ordered by class. Tensors live where the source's inputs do.
+
+    Raises:
+        InputError: fewer classes than ways, or a class with fewer than shots + query_shots
+            examples (the message names it), or a number that is not positive.
+    """
+
+    def __init__(self, source: ClassSource, *, ways: int, shots: int, query_shots: int, seed: int = 0):
+        self.source = source
+        self.ways = positive("ways", ways, integer=True)
+        self.shots = positive("shots", shots, integer=True)
+        self.query_shots = positive("query_shots", query_shots, integer=True)
+        self.seed = seed
+        if len(source) < ways:
+            raise InputError(f"{ways} ways need {ways} classes, but there are {len(source)}")
+        drawn = shots + query_shots
+        smallest = int(source.counts.argmin())
+        if source.counts[smallest] < drawn:
+            raise InputError(
+                f"class {source.names[smallest]!r} has {int(source.counts[smallest])} examples, but "
+                f"{shots} shots + {query_shots} query examples per class need {drawn}"
+            )
+
+    def __getitem__(self, index: int) -> Task:
+        return one(self.batch(index, 1), 0)
+
+    def batch(self, start: int, tasks: int) -> Task:
+        """Tasks start … start + tasks - 1, with a leading axis (tasks, ...)."""
+        drawn = self.shots + self.query_shots
+        randoms = np.empty((tasks, len(self.source) + 2 * self.ways * drawn))
+        for row in range(tasks):
+            randoms[row] = generator(self.seed, start + row).random(randoms.shape[1])
+        for_classes, for_examples, for_order = np.split(
+            randoms, [len(self.source), len(self.source) + self.ways * drawn], axis=1
+        )
+        classes = for_classes.argsort(axis=1)[:, : self.ways]  # (tasks, ways)
+        rows = _distinct(
+            self.source.counts.numpy()[classes],
+            for_examples.reshape(tasks, self.ways, drawn),
+            for_order.reshape(tasks, self.ways, drawn),
+        )  # (tasks, ways, drawn)
+        rows = torch.from_numpy(rows + self.source.offsets.numpy()[classes][..., None])
+        targets = torch.arange(self.ways).view(1, -1, 1).expand(rows.shape)
+        split = [self.shots, self.query_shots]
+        return Task(*map(self._examples, rows.split(split, dim=2), targets.split(split, dim=2)))
+
+    def _examples(self, rows: Tensor, targets: Tensor) -> Examples:
+        inputs = self.source.take(rows.flatten(1))
+        return Examples(inputs, targets.flatten(1).contiguous().to(inputs.device))
+
+
+def _distinct(counts: np.ndarray, randoms: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """Distinct random integers below `counts` (…), as many as the last axis of `randoms`, in random order.
+
+    Floyd's algorithm (Bentley and Floyd 1987) gives a uniform subset; `order` shuffles it.
+    """
+    drawn = randoms.shape[-1]
+    chosen = np.full(randoms.shape, -1, dtype=np.int64)
+    for position in range(drawn):
+        last = counts - drawn + position
+        candidate = (randoms[..., position] * (last + 1)).astype(np.int64)
+        taken = (chosen[..., :position] == candidate[..., None]).any(axis=-1)
+        chosen[..., position] = np.where(taken, last, candidate)
+    return np.take_along_axis(chosen, order.argsort(axis=-1), axis=-1)
+
+
+class RegressionEpisodes:
+    """An endless, indexable sequence of regression tasks drawn from a family of functions.
+
+    family: has `draw(generator)`, which returns one function from (n,) to (n,) numpy arrays, and
+        `inputs`, the interval they are drawn from; `fomaml.data.synthetic.Sinusoids` is one.
+    Shapes of one task: inputs and targets (shots, 1) and (query_shots, 1), in torch's default dtype.
+    """
+
+    def __init__(self, family, *, shots: int, query_shots: int, seed: int = 0, device=None):
+        self.family = family
+        self.shots = positive("shots", shots, integer=True)
+        self.query_shots = positive("query_shots", query_shots, integer=True)
+        self.seed = seed
+        self.device = device
+
+    def __getitem__(self, index: int) -> Task:
+        return one(self.batch(index, 1), 0)
+
+    def batch(self, start: int, tasks: int) -> Task:
+        """Tasks start … start + tasks - 1, with a leading axis (tasks, ...)."""
+        drawn = self.shots + self.query_shots
+        inputs, targets = np.empty((tasks, drawn, 1)), np.empty((tasks, drawn, 1))
+        for row in range(tasks):
+            random = generator(self.seed, start + row)
+            function = self.family.draw(random)
+            inputs[row, :, 0] = random.uniform(*self.family.inputs, drawn)
+            targets[row, :, 0] = function(inputs[row, :, 0])
+        dtype = torch.get_default_dtype()
+        inputs, targets = (
+            torch.from_numpy(a).to(self.device, dtype).split([self.shots, self.query_shots], dim=1)
+            for a in (inputs, targets)
+        )
+        return Task(*map(Examples, inputs, targets))

@@ -1,0 +1,17 @@
+"""The error a user can mend: one line that says what was given, what was expected, and the cure."""
+
+
+class InputError(ValueError):
+    """Bad input: an option, a data file, a module or a run directory. The message is one line.
+
+    The library raises it; the command line prints the same text and exits with status 2.
+    """
+
+
+def positive(name: str, value, integer: bool = False):
+    """Return `value` if it is a positive (whole) number, else raise `InputError` naming it."""
+    kinds = (int,) if integer else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < float("inf"):
+        wanted = "a whole number of 1 or more" if integer else "a positive finite number"
+        raise InputError(f"{name} must be {wanted}, got {value!r}")
+    return value

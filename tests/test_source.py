@@ -1,0 +1,212 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import TensorDataset
+from torchvision import transforms
+from torchvision.datasets import FakeData
+
+from fomaml.data.source import ClassSource, pixels
+from fomaml.errors import InputError
+
+TO_MODEL = transforms.Compose([transforms.ToTensor(), lambda x: transforms.Normalize(
+    [0.5] * len(x), [0.5] * len(x))(x)])  # fmt: skip
+
+
+class Named(list):
+    """A dataset with the `classes` attribute that torchvision's have."""
+
+    classes = ("ant", "bee", "cat")
+
+
+def rows(targets, names=None, decode=None):
+    """A source whose inputs are the row numbers in the order given: (examples, 1) int64."""
+    return ClassSource(torch.arange(len(targets)).view(-1, 1), torch.tensor(targets), names, decode)
+
+
+def test_sorts_by_class_and_keeps_the_order_within():
+    source = rows([7, -1, 7, 3, -1, 7])
+    assert source.names == ["-1", "3", "7"]
+    assert len(source) == 3
+    assert source.counts.tolist() == [2, 1, 3]
+    assert source.offsets.tolist() == [0, 2, 3]
+    assert source.inputs.flatten().tolist() == [1, 4, 3, 0, 2, 5]
+    assert source.labels().tolist() == [0, 0, 1, 2, 2, 2]
+
+
+def test_take_keeps_the_shape_of_the_indices_and_decodes():
+    source = rows([1, 0, 1, 0], decode=lambda drawn: drawn * 10 + torch.arange(2))  # (n, 1) → (n, 2)
+    taken = source.take(torch.tensor([[0, 1, 2], [3, 0, 0]]))
+    assert taken.shape == (2, 3, 2)
+    assert taken[..., 0].tolist() == [[10, 30, 0], [20, 10, 10]]
+    assert (taken[..., 1] - taken[..., 0]).unique().tolist() == [1]
+    assert rows([0, 1]).take(torch.tensor(1)).tolist() == [1]
+
+
+def test_take_returns_a_copy():
+    source = rows([0, 1])
+    source.take(torch.tensor([0, 1])).zero_()
+    assert source.inputs.flatten().tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_pixels_equal_torchvisions_to_tensor_and_normalize(dtype):
+    images = torch.arange(256, dtype=torch.uint8).view(4, 1, 8, 8)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        decoded = pixels()(images)
+        other = pixels(0.1307, 0.3081)(images)
+    finally:
+        torch.set_default_dtype(default)
+    expected = torch.stack([TO_MODEL(Image.fromarray(image[0].numpy())) for image in images])
+    assert decoded.dtype == other.dtype == dtype
+    torch.testing.assert_close(decoded, expected.to(dtype), atol=1e-6, rtol=0)
+    other_expected = transforms.Normalize((0.1307,), (0.3081,))((expected + 1) / 2)
+    torch.testing.assert_close(other, other_expected.to(dtype), atol=1e-6, rtol=0)
+    assert images.flatten().tolist() == list(range(256))
+
+
+def test_from_dataset_reads_torchvision_images():
+    data = FakeData(size=24, image_size=(3, 5, 7), num_classes=3)
+    source = ClassSource.from_dataset(data, decode=pixels())
+    items = sorted(((label, i) for i, (_, label) in enumerate(data)))
+    assert source.inputs.dtype == torch.uint8
+    assert source.inputs.shape == (24, 3, 5, 7)
+    assert source.labels().tolist() == [label for label, _ in items]
+    assert source.names == ["0", "1", "2"]
+    expected = torch.stack([TO_MODEL(data[i][0]) for _, i in items])
+    torch.testing.assert_close(source.take(torch.arange(24)), expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("mode", "channels"), [("1", 1), ("L", 1), ("LA", 2), ("RGB", 3), ("RGBA", 4)])
+def test_from_dataset_reads_every_mode_of_pil_as_torchvision_does(mode, channels):
+    random = np.random.default_rng(0)
+    colours = [Image.fromarray(random.integers(0, 256, (6, 4, 3), dtype=np.uint8)) for _ in range(2)]
+    images = [colour.convert(mode) for colour in colours]
+    source = ClassSource.from_dataset([(image, k) for k, image in enumerate(images)], pixels())
+    assert source.inputs.dtype == torch.uint8
+    assert source.inputs.shape == (2, channels, 6, 4)
+    assert source.inputs.float().std() > 30  # black and white are 0 and 255, not 0 and 1
+    expected = torch.stack([TO_MODEL(image) for image in images])
+    torch.testing.assert_close(source.take(torch.arange(2)), expected, atol=1e-6, rtol=0)
+
+
+def test_from_dataset_reads_tensors_arrays_numbers_and_labels_of_every_kind():
+    inputs = torch.randn(5, 3)
+    source = ClassSource.from_dataset(TensorDataset(inputs, torch.tensor([2, 0, 2, 1, 0])))
+    assert torch.equal(source.inputs, inputs[[1, 4, 3, 0, 2]])
+    mixed = [(0.5, np.int64(4)), (1.5, torch.tensor([3])), (2.5, 4.0), (3.5, True)]
+    source = ClassSource.from_dataset(mixed)
+    assert source.names == ["1", "3", "4"]
+    assert source.inputs.tolist() == [3.5, 1.5, 0.5, 2.5]
+    arrays = [(np.full((2, 2), 9, np.uint8), 0), [np.full((2, 2), 8, np.uint8), 1]]
+    source = ClassSource.from_dataset(arrays)
+    assert source.inputs.dtype == torch.uint8
+    assert source.inputs[:, 0, 0].tolist() == [9, 8]
+
+
+def test_from_dataset_takes_the_names_from_the_dataset():
+    assert ClassSource.from_dataset(Named([(1.0, 2), (2.0, 0)])).names == ["ant", "cat"]
+    assert ClassSource.from_dataset(Named([(1.0, 2), (2.0, 3)])).names == ["2", "3"]
+    assert ClassSource.from_dataset(Named([(1.0, -1), (2.0, 0)])).names == ["-1", "0"]
+
+
+def test_select_by_name_and_number_in_the_order_given():
+    source = rows([0, 1, 2, 0, 1, 2], ["a", "b", "c"], decode=lambda x: x + 100)
+    chosen = source.select(["c", 0])
+    assert chosen.names == ["c", "a"]
+    assert chosen.inputs.flatten().tolist() == [2, 5, 0, 3]
+    assert chosen.counts.tolist() == [2, 2]
+    assert chosen.take(torch.tensor([0])).item() == 102
+    assert source.select(c for c in "b").inputs.flatten().tolist() == [1, 4]
+
+
+def test_joined_appends_transformed_classes():
+    source = rows([0, 1, 1], ["7", "9"], decode=lambda x: x * 2)
+    joined = source.joined([("plus", lambda x: x + 10), ("minus", lambda x: x - 10)])
+    assert joined.names == ["7", "9", "7 plus", "9 plus", "7 minus", "9 minus"]
+    assert joined.counts.tolist() == [1, 2, 1, 2, 1, 2]
+    assert joined.inputs.flatten().tolist() == [0, 1, 2, 10, 11, 12, -10, -9, -8]
+    assert joined.take(torch.tensor([3])).item() == 20
+    assert source.joined([]).names == ["7", "9"]
+
+
+def test_rotated_turns_whole_classes_counter_clockwise():
+    images = torch.tensor([[[[1, 2], [3, 4]]], [[[5, 6], [7, 8]]]], dtype=torch.uint8)
+    turned = ClassSource(images, torch.tensor([1, 0]), ["p", "q"]).rotated()
+    names = ["p", "q", "p rot90", "q rot90", "p rot180", "q rot180", "p rot270", "q rot270"]
+    assert turned.names == names
+    assert turned.inputs.dtype == torch.uint8
+    by_name = dict(zip(names, turned.inputs.flatten(1).tolist()))
+    assert by_name["q"] == [1, 2, 3, 4]
+    assert by_name["q rot90"] == [2, 4, 1, 3]
+    assert by_name["q rot180"] == [4, 3, 2, 1]
+    assert by_name["q rot270"] == [3, 1, 4, 2]
+    assert by_name["p rot180"] == [8, 7, 6, 5]
+
+
+def test_to_moves_the_inputs_and_nothing_else():
+    source = rows([0, 1, 1], ["a", "b"], decode=len)
+    moved = source.to("meta")
+    assert moved.inputs.device.type == "meta"
+    assert moved.counts.tolist() == [1, 2]
+    assert (moved.names, moved.decode) == (["a", "b"], len)
+    assert source.inputs.device.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("inputs", "targets", "names", "message"),
+    [
+        (torch.zeros(2, 1), torch.zeros(2), None,
+         "targets must be a vector of integer labels, got torch.float32 of shape (2,)"),
+        (torch.zeros(2, 1), torch.zeros(2, 1, dtype=torch.int64), None,
+         "targets must be a vector of integer labels, got torch.int64 of shape (2, 1)"),
+        (torch.zeros(3, 1), torch.tensor([0, 1]), None, "3 inputs but 2 targets"),
+        (torch.zeros(0, 1), torch.tensor([], dtype=torch.int64), None,
+         "a class source needs at least one example, got none"),
+        (torch.zeros(2, 1), torch.tensor([0, 5]), ["a"], "1 class names for 2 classes"),
+    ],
+)  # fmt: skip
+def test_errors_of_a_source(inputs, targets, names, message):
+    with pytest.raises(InputError) as error:
+        ClassSource(inputs, targets, names)
+    assert str(error.value) == message
+
+
+GOOD = (torch.zeros(2), 0)
+NOT_AN_INTEGER = [2.5, "3", None, float("nan"), float("inf"), [1], torch.tensor([0, 1])]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        ([], "the dataset is empty"),
+        ([GOOD, 7], "item 1 of the dataset is not an (input, label) pair: 7"),
+        ([(1, 2, 3)], "item 0 of the dataset is not an (input, label) pair: (1, 2, 3)"),
+        ([GOOD, (torch.zeros(3), 0)], "item 1 of the dataset has shape (3,), the first has (2,): "
+         "resize them to one shape first"),
+        *(([GOOD, GOOD, (torch.zeros(2), label)],
+           f"item 2 of the dataset has the label {label!r}, not an integer")
+          for label in NOT_AN_INTEGER),
+    ],
+)  # fmt: skip
+def test_errors_of_from_dataset(dataset, message):
+    with pytest.raises(InputError) as error:
+        ClassSource.from_dataset(dataset)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        (["a", "z"], "no class 'z' here; there are: a, b"),
+        ([2], "no class number 2 here; there are 2"),
+        ([-1], "no class number -1 here; there are 2"),
+        ([], "no classes selected; there are: a, b"),
+    ],
+)
+def test_errors_of_select(classes, message):
+    with pytest.raises(InputError) as error:
+        rows([0, 1], ["a", "b"]).select(classes)
+    assert str(error.value) == message
