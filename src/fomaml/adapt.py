@@ -1,0 +1,192 @@
+"""The inner loop: from the meta-parameters θ to the adapted parameters φ of one task.
+
+Everything here works on mappings from parameter names to tensors, elementwise, so the same code
+adapts one task or, with one more leading axis on every tensor, a stack of tasks.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from fomaml.errors import InputError, positive
+
+Parameters = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class SGD:
+    """Inner gradient descent with the semantics of `torch.optim.SGD`, its state fresh for each task."""
+
+    momentum: float = 0.0
+    nesterov: bool = False
+    weight_decay: float = 0.0
+    second_order = True
+
+    def __post_init__(self):
+        if self.nesterov and not self.momentum:
+            raise InputError("nesterov needs a momentum above 0, got 0")
+
+    def direction(self, gradient: Tensor, parameter: Tensor, state: dict, step: int) -> Tensor:
+        if self.weight_decay:
+            gradient = gradient + self.weight_decay * parameter
+        if not self.momentum:
+            return gradient
+        velocity = gradient if step == 0 else self.momentum * state["velocity"] + gradient
+        state["velocity"] = velocity
+        return gradient + self.momentum * velocity if self.nesterov else velocity
+
+
+@dataclass(frozen=True)
+class Adam:
+    """Inner Adam with the semantics of `torch.optim.Adam`, or of `AdamW` with `decoupled=True`.
+
+    State fresh for each task; first order only: its division by the root of the squared gradient has
+    no useful derivative. Reptile's Omniglot setting is `betas=(0, 0.999)` (Nichol et al. 2018).
+    """
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    decoupled: bool = False
+    second_order = False
+
+    def direction(self, gradient: Tensor, parameter: Tensor, state: dict, step: int) -> Tensor:
+        if self.weight_decay and not self.decoupled:
+            gradient = gradient + self.weight_decay * parameter
+        first, second = self.betas
+        mean = state.get("mean", 0.0) * first + (1 - first) * gradient
+        square = state.get("square", 0.0) * second + (1 - second) * gradient.square()
+        state["mean"], state["square"] = mean, square
+        root = (square / (1 - second ** (step + 1))).sqrt() + self.eps
+        direction = mean / (1 - first ** (step + 1)) / root
+        if self.weight_decay and self.decoupled:
+            direction = direction + self.weight_decay * parameter
+        return direction
+
+
+@dataclass(frozen=True)
+class Sign:
+    """Steps along the sign of the gradient (Sign-MAML, Fan et al. 2021, eq. 5); first order only."""
+
+    second_order = False
+
+    def direction(self, gradient: Tensor, parameter: Tensor, state: dict, step: int) -> Tensor:
+        return gradient.sign()
+
+
+def inner_loop(
+    losses: Callable[[dict[str, Tensor], bool, int], Tensor],
+    start: Parameters,
+    rates: Callable[[int], Mapping[str, float | Tensor]],
+    *,
+    optimizer: SGD | Adam | Sign = SGD(),
+    first_order: bool = True,
+) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    """Adapt without end: yields (φₖ₊₁, losses at φₖ) for k = 0, 1, … (Finn et al. 2017, algorithm 1, line 6).
+
+    losses: (φ, constant, step) → the support loss, () for one task or (tasks,) for a stack. With
+        `constant` nothing but φ is to be differentiated.
+    start: φ₀, differentiable functions of θ.
+    rates: step → the step size α of each adapted parameter, a number or a tensor that broadcasts.
+    first_order: hold the inner gradient constant. The *point* is detached, not the gradient, so no
+        inner graph outlives its step: φ depends on θ through φₖ₊₁ = φₖ - α g alone.
+    """
+    if not first_order and not optimizer.second_order:
+        raise InputError(
+            f"the inner optimiser {type(optimizer).__name__} is first order only; "
+            "use SGD inside, or first_order=True"
+        )
+    current = dict(start)
+    state: dict[str, dict] = {name: {} for name in current}
+    step = 0
+    while True:
+        with torch.enable_grad():
+            point = current
+            if first_order:
+                point = {n: p.detach().requires_grad_() for n, p in current.items()}
+            loss = losses(point, first_order, step)
+            gradients = torch.autograd.grad(
+                loss.sum(), list(point.values()), create_graph=not first_order, allow_unused=True
+            )
+        alpha = rates(step)
+        following = {}
+        for (name, parameter), gradient in zip(current.items(), gradients):
+            if gradient is None:  # the loss does not depend on it
+                following[name] = parameter
+                continue
+            with torch.no_grad() if first_order else torch.enable_grad():
+                direction = optimizer.direction(gradient, point[name], state[name], step)
+            following[name] = parameter - alpha[name] * direction
+        current = following
+        yield current, loss.detach()
+        step += 1
+
+
+class FastModel(nn.Module):
+    """A module's fast weights, for hand-written inner loops with any module and any loss.
+
+        fast = FastModel(model)
+        for _ in range(5):
+            fast.step(loss_fn(fast(x_support), y_support), lr=0.1)
+        loss_fn(fast(x_query), y_query).backward()  # the meta-gradient, in model.parameters()
+
+    The model itself never changes: its parameters receive gradients, its buffers are copied. With
+    `first_order=False` the steps are differentiated through (MAML).
+    """
+
+    def __init__(self, model: nn.Module, first_order: bool = True):
+        super().__init__()
+        self._model = (model,)  # in a tuple: not a submodule, so that parameters() stays empty
+        self.first_order = first_order
+        self.weights = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self._buffers_copy = {n: b.clone() for n, b in model.named_buffers()}
+
+    def forward(self, *args, **kwargs):
+        """The model's forward with the fast weights in place of its own."""
+        return functional_call(self._model[0], (self.weights, self._buffers_copy), args, kwargs)
+
+    def step(self, loss: Tensor, lr: float | Mapping[str, float | Tensor]) -> None:
+        """One step of gradient descent on `loss`, a scalar computed with this object.
+
+        lr: one step size, or one by parameter name; parameters that are not named stay as they are.
+        """
+        rates = lr if isinstance(lr, Mapping) else dict.fromkeys(self.weights, lr)
+        unknown = sorted(set(rates) - set(self.weights))
+        if unknown:
+            raise InputError(f"no parameter {unknown[0]!r} to adapt; there are: {', '.join(self.weights)}")
+        gradients = torch.autograd.grad(
+            loss,
+            [self.weights[name] for name in rates],
+            create_graph=not self.first_order,
+            allow_unused=True,
+        )
+        for (name, rate), gradient in zip(rates.items(), gradients):
+            if gradient is not None:
+                self.weights[name] = self.weights[name] - rate * gradient
+
+    def module(self) -> nn.Module:
+        """An ordinary, independent copy of the model with the fast weights, to save or serve."""
+        copied = copy.deepcopy(self._model[0])
+        return load(copied, self.weights)
+
+
+def load(module: nn.Module, parameters: Parameters) -> nn.Module:
+    """Copy named values into a module's own parameters, in place; returns the module."""
+    own = dict(module.named_parameters())
+    with torch.no_grad():
+        for name, value in parameters.items():
+            own[name].copy_(value)
+    return module
+
+
+def check_rates(rates: Mapping[str, float | Tensor]) -> None:
+    """Raise `InputError` for a step size that is not positive; learned ones may take any value."""
+    for name, rate in rates.items():
+        if not isinstance(rate, Tensor):
+            positive(f"inner_lr of {name}", rate)
