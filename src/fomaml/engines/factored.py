@@ -1,0 +1,226 @@
+"""All tasks at once without ever building their weights: first order and plain SGD inside only.
+
+The change of a Linear weight in the inner loop is a sum of outer products, ΔW = -α Σₖ δₖᵀ aₖ, with a
+the inputs and δ the output gradients of earlier steps. So this engine keeps (a, δ) and computes
+W′x = Wx + ΔW x from them: every large matmul uses the *shared* W for all tasks at once, and
+autograd's gradient of W is one matmul over all tasks' queries. Where a layer's inputs do not depend
+on any parameter (the first layer's), they are the same at every step: then Wx is computed once, and
+the outer products of all steps collapse into one.
+
+Exact in exact arithmetic. When the factors of a layer would cost more than the dense change, the
+change is kept dense.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
+
+from fomaml.adapt import SGD
+from fomaml.algorithms import MetaLearner, Problem, minibatch
+from fomaml.engines.common import chunk_size
+from fomaml.errors import InputError
+from fomaml.objectives import QueryLoss
+from fomaml.tasks import Task, chunks
+
+
+def problems(learner: MetaLearner, tasks: Task, tasks_at_once: int | None = None) -> Iterator[Problem]:
+    reason = refusal(learner)
+    if reason:
+        raise InputError(f"the factored engine does not take this learner: {reason}")
+    for chunk in chunks(tasks, chunk_size(tasks, tasks_at_once)):
+        yield FactoredProblem(learner, chunk)
+
+
+def refusal(learner: MetaLearner) -> str | None:
+    """Why this engine cannot take the learner, or None."""
+    if not learner.first_order:
+        return "it is first order only; use engine='batched' or 'loop'"
+    if learner.optimizer != SGD():
+        return "it needs plain SGD inside; use engine='batched' or 'loop'"
+    if not isinstance(learner.objective, QueryLoss):
+        return f"it needs the query loss as objective, not {type(learner.objective).__name__}"
+    if learner.inner_batch_size is not None:
+        return "it needs the whole support set at each step, not inner_batch_size"
+    if not linear_weights(learner):
+        return "no adapted nn.Linear weight in the model"
+    return None
+
+
+def linear_weights(learner: MetaLearner) -> list[str]:
+    """The names of the adapted weights that only `nn.Linear` modules own."""
+    owners: dict[int, set[type]] = {}
+    for module in learner.model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), set()).add(type(module))
+    own = dict(learner.model.named_parameters())
+    return [n for n in learner.adapted if own[n].dim() == 2 and owners[id(own[n])] == {nn.Linear}]
+
+
+class _State(NamedTuple):
+    """φ of a stack of tasks. dense: the other parameters, (tasks, ...). changes: per Linear weight,
+    ("factors", a, d) with (tasks, rows, in) and (tasks, rows, out), or ("dense", ΔW) with (tasks, out, in)."""
+
+    dense: dict[str, Tensor]
+    changes: dict[str, tuple[Tensor, ...]]
+
+
+class _Linears(TorchFunctionMode):
+    """Within it, `F.linear` on a known weight adds the change of that weight; what went in and out is recorded."""
+
+    def __init__(self, names: Mapping[int, str], changes, kept):
+        super().__init__()
+        self.names, self.changes, self.kept = names, changes, kept
+        self.calls: list[str] = []
+        self.inputs: list[Tensor] = []
+        self.shared: list[Tensor] = []
+        self.products: dict[int, Tensor] = {}
+        self.outputs: list[Tensor] = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is not F.linear:
+            return function(*args, **kwargs)
+        inputs, weight, bias = _linear_arguments(*args, **kwargs)
+        name = self.names.get(id(weight))
+        if name is None:
+            return function(*args, **kwargs)
+        call = len(self.calls)
+        shared, product = self.kept.get(call, (None, None))
+        if shared is None:
+            shared = F.linear(inputs, weight)
+        output = shared
+        change = self.changes.get(name, ())
+        if len(change) == 1:
+            output = output + F.linear(inputs, change[0])
+        elif change:
+            a, d = change
+            if product is None:
+                product = inputs @ a.mT
+            self.products[call] = product
+            output = output + product @ d
+        if bias is not None:
+            output = output + bias
+        self.calls.append(name)
+        self.inputs.append(inputs)
+        self.shared.append(shared)
+        self.outputs.append(output)
+        return output
+
+
+def _linear_arguments(input, weight, bias=None):
+    return input, weight, bias
+
+
+class FactoredProblem(Problem):
+    """A stack of tasks whose Linear weights are never built."""
+
+    def __init__(self, learner: MetaLearner, tasks: Task):
+        super().__init__(learner, tasks, stacked=True)
+        own = dict(learner.model.named_parameters())
+        self.weights = {name: own[name] for name in linear_weights(learner)}
+        self.names = {id(weight): name for name, weight in self.weights.items()}
+        self.start = _State({n: p for n, p in self.start.items() if n not in self.weights}, {})
+
+    def path(self, first_order: bool | None = None) -> Iterator[tuple[_State, Tensor]]:
+        """(φₖ₊₁, support losses at φₖ) for k = 0, 1, …, without end."""
+        dense, changes = self.start
+        support = minibatch(self.task.support, None, 0, True)
+        rates = self.learner.rates(0)
+        kept: dict[int, tuple] = {}
+        before = _random_state(support.inputs)
+        while True:
+            with torch.enable_grad():
+                point = {n: p.detach().requires_grad_() for n, p in dense.items()}
+                fixed = {n: p.detach() for n, p in self.fixed.items()}
+                losses, _, record = self._forward(point, changes, fixed, support, kept)
+                calls, inputs, shared, products, outputs = record
+                gradients = torch.autograd.grad(losses.sum(), [*point.values(), *outputs], allow_unused=True)
+            dense = {
+                name: p if g is None else p - rates[name] * g
+                for (name, p), g in zip(dense.items(), gradients)
+            }
+            if not changes:
+                same = _random_state(support.inputs) == before
+                constant = {
+                    i
+                    for i, a in enumerate(inputs)
+                    if same and not a.requires_grad and calls.count(calls[i]) == 1
+                }
+            changes = dict(changes)
+            for call, (name, a, delta) in enumerate(zip(calls, inputs, gradients[len(point) :])):
+                if delta is None:
+                    continue
+                a, d = a.detach().flatten(1, -2), delta.flatten(1, -2) * -rates[name]
+                changes[name] = _add(changes.get(name, ()), a, d, call in constant)
+            with torch.no_grad():
+                kept = {
+                    i: (
+                        shared[i].detach().requires_grad_(),
+                        _product(products, inputs, i, changes[calls[i]]),
+                    )
+                    for i in constant
+                    if calls[i] in changes
+                }
+            yield _State(dense, changes), losses.detach()
+
+    def query(self, adapted: _State, inductive: bool = False) -> tuple[Tensor, Tensor]:
+        if inductive:
+            raise InputError("the factored engine evaluates with the statistics of the query set only")
+        losses, outputs, _ = self._forward(adapted.dense, adapted.changes, self.fixed, self.task.query, {})
+        return losses, outputs
+
+    def _forward(self, dense, changes, fixed, examples, kept):
+        model, criterion = self.learner.model, self.learner.criterion
+        calls: list[str] = []
+
+        def one_task(dense, changes, buffers, examples, kept):
+            inputs, targets = examples
+            parameters = {**fixed, **self.weights, **dense}
+            with _Linears(self.names, changes, kept) as linears:
+                outputs = functional_call(model, (parameters, buffers), (inputs,))
+            calls[:] = linears.calls
+            record = linears.inputs, linears.shared, linears.products, linears.outputs
+            return criterion(outputs, targets), outputs, record
+
+        losses, outputs, record = torch.func.vmap(one_task, randomness="different")(
+            dense, changes, self.buffers, examples, kept
+        )
+        return losses, outputs, (calls, *record)
+
+
+def _product(products, inputs, call, change):
+    """a aᵀ of a layer whose inputs are the same at every step, and so are its factors' a."""
+    if len(change) == 1:
+        return None
+    return products[call].detach() if call in products else inputs[call].detach() @ change[0].mT
+
+
+def _add(change: tuple, a: Tensor, d: Tensor, constant: bool) -> tuple[Tensor, ...]:
+    """Add dᵀa to a change; dense from when the factors would cost more than the weight."""
+    if len(change) == 2:
+        rows = change[0].shape[1]
+        if constant:
+            return change[0], change[1] + d
+        if (rows + a.shape[1]) * (a.shape[2] + d.shape[2]) <= a.shape[2] * d.shape[2]:
+            return torch.cat([change[0], a], 1), torch.cat([change[1], d], 1)
+        return (torch.baddbmm(change[1].mT @ change[0], d.mT, a),)
+    if len(change) == 1:
+        return (torch.baddbmm(change[0], d.mT, a),)
+    if constant or a.shape[1] * (a.shape[2] + d.shape[2]) <= a.shape[2] * d.shape[2]:
+        return a, d
+    return (d.mT @ a,)
+
+
+def _random_state(like: Tensor) -> bytes:
+    """The state of the random generators, to notice a forward pass that draws random numbers."""
+    state = torch.get_rng_state().numpy().tobytes()
+    if like.device.type == "cuda":
+        state += torch.cuda.get_rng_state(like.device).numpy().tobytes()
+    return state
