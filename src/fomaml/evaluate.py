@@ -1,0 +1,158 @@
+"""Adaptation to unseen tasks: the curve over inner steps, its 95 % intervals, and baselines on the same tasks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fomaml.algorithms import FOMAML, MetaLearner
+from fomaml.data.source import ClassSource
+from fomaml.engines import curve
+from fomaml.errors import positive
+from fomaml.tasks import Task
+from fomaml.train import check_width, scores
+
+
+class Estimate(NamedTuple):
+    """A mean over tasks and the half-width of its 95 % interval (normal, 1.96 standard errors)."""
+
+    mean: float
+    interval: float
+
+
+def estimate(values: Tensor) -> Estimate:
+    """The mean of (tasks,) independent values with its interval; one value has an interval of nan."""
+    values = values.double()
+    error = values.std(correction=1).item() if len(values) > 1 else math.nan
+    return Estimate(values.mean().item(), 1.96 * error / math.sqrt(len(values)))
+
+
+def evaluate(
+    learner: MetaLearner,
+    episodes,
+    *,
+    tasks: int = 1000,
+    at_steps: Sequence[int] = (0, 1, 5, 10, 20),
+    inductive: bool = False,
+    tasks_at_once: int = 100,
+    engine: str = "auto",
+) -> dict[int, Tensor]:
+    """Adapt to the first `tasks` episodes; per number of inner steps the (tasks,) float64 scores.
+
+    A score is the accuracy in [0, 1], or the loss where targets are floating. `estimate` sums one up.
+    inductive: `BatchNorm` takes its statistics from the support set, so that query examples do not
+    inform each other; otherwise from the query set as a whole (transductive).
+
+    Raises:
+        InputError: a model whose output is narrower than the number of ways.
+    """
+    check_width(learner, episodes)
+    at_steps = sorted(at_steps)
+    parts: dict[int, list[Tensor]] = {steps: [] for steps in at_steps}
+    for batch in _batches(episodes, tasks, tasks_at_once):
+        found = curve(learner, batch, at_steps, inductive=inductive, engine=engine)
+        for steps, (losses, outputs) in zip(at_steps, found):
+            parts[steps].append(scores(outputs, batch.query.targets, losses).double().cpu())
+    return {steps: torch.cat(part) for steps, part in parts.items()}
+
+
+def nearest_centroid(episodes, *, tasks: int = 1000, tasks_at_once: int = 100) -> Tensor:
+    """(tasks,) accuracies of the class whose mean support input is nearest, in Euclidean distance."""
+    found = []
+    for batch in _batches(episodes, tasks, tasks_at_once):
+        support, query = batch.support.inputs.flatten(2), batch.query.inputs.flatten(2)
+        members = F.one_hot(batch.support.targets).to(support.dtype)  # (tasks, examples, ways)
+        centroids = members.mT @ support / members.sum(1).unsqueeze(-1)
+        nearest = torch.cdist(query, centroids).argmin(-1)
+        found.append((nearest == batch.query.targets).double().mean(1).cpu())
+    return torch.cat(found)
+
+
+class Tuned(NamedTuple):
+    """A baseline's (tasks,) scores, and the inner step size and count chosen on training classes."""
+
+    scores: Tensor
+    inner_lr: float
+    steps: int
+
+
+def fine_tune(
+    model: nn.Module | Callable[[int], nn.Module],
+    tuning_episodes,
+    episodes,
+    *,
+    tasks: int = 1000,
+    tuning_tasks: int = 100,
+    inner_lrs: Sequence[float] = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2),
+    at_steps: Sequence[int] = (5, 10, 20, 50, 100),
+) -> Tuned:
+    """Train a model on each support set by gradient descent; step size and count tuned on other episodes.
+
+    model: the start for every task, or a function from a number to a fresh random start: then every
+        hundred tasks get a start of their own.
+    """
+    fixed = isinstance(model, nn.Module)
+
+    def run(episodes, tasks, inner_lr, at_steps):
+        parts = []
+        for number in range(math.ceil(tasks / 100)):
+            start = model if fixed else model(number)
+            learner = FOMAML(start, inner_lr, max(at_steps))
+            part = _Slice(episodes, 100 * number)
+            parts.append(evaluate(learner, part, tasks=min(100, tasks - 100 * number), at_steps=at_steps))
+        return {steps: torch.cat([part[steps] for part in parts]) for steps in at_steps}
+
+    best = max(
+        (found.mean().item(), -steps, inner_lr)
+        for inner_lr in inner_lrs
+        for steps, found in run(tuning_episodes, tuning_tasks, inner_lr, at_steps).items()
+    )
+    inner_lr, steps = best[2], -best[1]
+    return Tuned(run(episodes, tasks, inner_lr, [steps])[steps], inner_lr, steps)
+
+
+def pretrain(
+    model: nn.Module,
+    source: ClassSource,
+    *,
+    iterations: int = 1000,
+    batch_size: int = 128,
+    lr: float = 1e-3,
+    seed: int = 0,
+) -> nn.Module:
+    """Train `model`, in place, as an ordinary classifier of all the classes of `source` (Adam, cross-entropy)."""
+    positive("iterations", iterations, integer=True)
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
+    random = torch.Generator().manual_seed(seed)
+    labels = source.labels()
+    for _ in range(iterations):
+        rows = torch.randint(len(labels), (batch_size,), generator=random)
+        inputs = source.take(rows)
+        optimizer.zero_grad()
+        F.cross_entropy(model(inputs), labels[rows].to(inputs.device)).backward()
+        optimizer.step()
+    return model
+
+
+def _batches(episodes, tasks: int, tasks_at_once: int) -> Iterator[Task]:
+    positive("tasks", tasks, integer=True)
+    for start in range(0, tasks, tasks_at_once):
+        yield episodes.batch(start, min(tasks_at_once, tasks - start))
+
+
+class _Slice:
+    """Episodes from `start` on."""
+
+    def __init__(self, episodes, start: int):
+        self.episodes, self.start, self.ways = episodes, start, episodes.ways
+
+    def __getitem__(self, index: int) -> Task:
+        return self.episodes[self.start + index]
+
+    def batch(self, start: int, tasks: int) -> Task:
+        return self.episodes.batch(self.start + start, tasks)

@@ -1,0 +1,165 @@
+"""The outer loop as a generator: it yields what happened, and the caller prints, saves and stops."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fomaml.algorithms import FOMAML, MetaLearner
+from fomaml.data.source import ClassSource
+from fomaml.engines import curve, meta_gradient
+from fomaml.episodes import Episodes
+from fomaml.errors import InputError, positive
+from fomaml.tasks import Task
+
+
+class Record(NamedTuple):
+    """One outer step. iteration: from 1. meta_loss: (), the mean query loss at φ_K, on its device.
+
+    before, after: () mean query accuracy at θ and at φ_K (classification) or the mean query loss
+    (regression), both before this outer step moves θ; None unless asked for by `measure_every`.
+    """
+
+    iteration: int
+    meta_loss: Tensor
+    before: Tensor | None
+    after: Tensor | None
+
+
+def train(
+    learner: MetaLearner,
+    episodes,
+    optimizer: torch.optim.Optimizer,
+    *,
+    iterations: int,
+    meta_batch_size: int,
+    start: int = 0,
+    schedule: Callable[[int], float] | None = None,
+    measure_every: int = 1,
+    engine: str = "auto",
+    tasks_at_once: int | None = None,
+) -> Iterator[Record]:
+    """Meta-train `learner` in place on episodes start · meta_batch_size … (Finn et al. 2017, algorithm 1).
+
+    Iteration i uses the episodes i · meta_batch_size and following, so a run continues exactly from
+    `start`, the learner's parameters and the optimiser's state.
+
+    episodes: has `batch(start, tasks) -> Task`, see episodes.py.
+    optimizer: over the learner's parameters; its step sizes at this call are the meta_lr.
+    schedule: iteration (from 0) → factor of the meta_lr.
+    measure_every: on every so-many-th iteration, and the last, the record has `before` and `after`.
+
+    Raises:
+        InputError: counts that are not positive, outputs narrower than the number of ways, or a
+            meta-loss that is no longer finite.
+    """
+    positive("iterations", iterations, integer=True)
+    positive("meta_batch_size", meta_batch_size, integer=True)
+    check_width(learner, episodes)
+    meta_lrs = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
+    for iteration in range(start, iterations):
+        tasks = episodes.batch(iteration * meta_batch_size, meta_batch_size)
+        measured = (iteration + 1) % measure_every == 0 or iteration + 1 == iterations
+        before = score_before(learner, tasks) if measured else None
+        result = meta_gradient(learner, tasks, engine=engine, tasks_at_once=tasks_at_once)
+        for group, meta_lr in zip(optimizer.param_groups, meta_lrs):
+            group["lr"] = meta_lr * (1.0 if schedule is None else schedule(iteration))
+        result.apply_to(learner)
+        optimizer.step()
+        optimizer.zero_grad()
+        meta_loss = result.query_losses.mean()
+        after = None
+        if measured:
+            after = scores(result.query_outputs, tasks.query.targets, result.query_losses).mean()
+            if not math.isfinite(meta_loss.item()):
+                raise InputError(
+                    f"the meta-loss is {meta_loss.item()} at iteration {iteration + 1}: "
+                    "try a smaller inner_lr or meta_lr"
+                )
+        yield Record(iteration + 1, meta_loss, before, after)
+
+
+def cosine(iterations: int) -> Callable[[int], float]:
+    """A schedule from 1 to 0 along half a cosine (Loshchilov & Hutter 2017, eq. 5, one period)."""
+    return lambda iteration: 0.5 * (1 + math.cos(math.pi * iteration / iterations))
+
+
+def scores(outputs: Tensor, targets: Tensor, losses: Tensor) -> Tensor:
+    """(tasks,) per-task accuracy in [0, 1] if the targets are labels, else the losses as they are."""
+    if targets.is_floating_point():
+        return losses
+    return (outputs.argmax(-1) == targets).double().flatten(1).mean(1)
+
+
+@torch.no_grad()
+def score_before(learner: MetaLearner, tasks: Task) -> Tensor:
+    """The mean score of the meta-model itself on the query sets, before any adaptation."""
+    [(losses, outputs)] = curve(learner, tasks, [0])
+    return scores(outputs, tasks.query.targets, losses).mean()
+
+
+def check_width(learner: MetaLearner, episodes) -> None:
+    """Raise `InputError` where the model's output is narrower than the number of ways."""
+    ways = getattr(episodes, "ways", None)
+    if ways is None:
+        return
+    inputs = episodes[0].query.inputs
+    with torch.no_grad():
+        outputs = learner.adapt(episodes[0].support, steps=0)(inputs)
+    if outputs.dim() < 2 or outputs.shape[-1] < ways:
+        raise InputError(
+            f"the model's outputs have shape {tuple(outputs.shape)}, too narrow for {ways} ways: "
+            f"its last layer needs at least {ways} outputs"
+        )
+
+
+def fomaml_train(
+    model: torch.nn.Module,
+    train_dataset,
+    num_iterations: int,
+    num_inner_updates: int,
+    inner_lr: float,
+    meta_lr: float,
+    *,
+    ways: int = 5,
+    shots: int = 5,
+    query_shots: int = 15,
+    meta_batch_size: int = 16,
+    seed: int = 0,
+    report: Callable[[str], None] = print,
+) -> list[float]:
+    """Meta-train `model` in place by FOMAML on tasks drawn from an ordinary labelled dataset.
+
+    train_dataset: any map-style dataset of (input, integer label), or a `ClassSource`. It is read
+        once into memory, on the model's device. Each task takes `ways` of its classes under a random
+        relabelling, `shots` support and `query_shots` query examples of each.
+    num_inner_updates, inner_lr: the inner SGD. meta_lr: the step size of the outer SGD.
+    report: receives one line with the meta-loss every 10 iterations.
+
+    Returns the meta-loss of every iteration. Source: Finn et al. 2017, section 5.2.
+
+    Raises:
+        InputError: numbers that are not positive, fewer classes than ways, classes with too few
+            examples, or a model whose output is narrower than `ways`.
+    """
+    positive("num_iterations", num_iterations, integer=True)
+    positive("meta_lr", meta_lr)
+    learner = FOMAML(model, inner_lr, positive("num_inner_updates", num_inner_updates, integer=True))
+    source = train_dataset
+    if not isinstance(source, ClassSource):
+        source = ClassSource.from_dataset(train_dataset)
+    device = next(model.parameters()).device
+    episodes = Episodes(source.to(device), ways=ways, shots=shots, query_shots=query_shots, seed=seed)
+    optimizer = torch.optim.SGD(model.parameters(), lr=meta_lr)
+    losses = []
+    for record in train(
+        learner, episodes, optimizer, iterations=num_iterations, meta_batch_size=meta_batch_size
+    ):
+        losses.append(record.meta_loss.item())
+        if record.iteration % 10 == 0:
+            report(f"iteration {record.iteration}: meta-loss {losses[-1]:.4f}")
+    return losses
