@@ -1,0 +1,24 @@
+# `make train` runs the main job, `make test` the tests; both set up .venv first.
+.PHONY: train test lint clean
+
+PYTHON ?= python3
+SETUP = .venv/.installed
+
+$(SETUP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "fomaml needs Python 3.10 or newer")'
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $(SETUP)
+
+train: $(SETUP)
+	.venv/bin/python runs/mnist.py
+
+test: $(SETUP)
+	.venv/bin/python -m pytest
+
+lint: $(SETUP)
+	.venv/bin/python -m pip install --quiet 'ruff>=0.9'
+	.venv/bin/ruff check . && .venv/bin/ruff format --check .
+
+clean:
+	rm -rf .venv out

@@ -1,0 +1,134 @@
+"""The command line: `fomaml train | evaluate`. It prints; everything else returns or raises."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fomaml.config import EvaluateConfig, TrainConfig, check_steps, resolve
+from fomaml.errors import InputError, positive
+from fomaml.report import duration
+
+Command = (
+    Annotated[TrainConfig, tyro.conf.subcommand("train")]
+    | Annotated[EvaluateConfig, tyro.conf.subcommand("evaluate")]
+)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one command; exits with status 2 and one line on standard error where the input is bad."""
+    command = tyro.cli(
+        Command, prog="fomaml", description="First-order MAML and its relatives.", args=arguments
+    )
+    try:
+        {TrainConfig: _train, EvaluateConfig: _evaluate}[type(command)](command)
+    except InputError as error:
+        print(f"fomaml: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("fomaml: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _train(config: TrainConfig) -> None:
+    config = resolve(config)
+    from fomaml.run import describe, train_run
+
+    out = config.out or default_out(config)
+    with watching(config, sys.stdout) as watch:
+        result = train_run(config, out, say=watch.say, watch=watch)
+    print("\n" + describe(result) + f"\nrun directory: {out}")
+
+
+def _evaluate(config: EvaluateConfig) -> None:
+    if config.tasks is not None:
+        positive("tasks", config.tasks, integer=True)
+    if config.steps is not None:
+        check_steps(config.steps)
+    from fomaml.evaluate import evaluate
+    from fomaml.run import describe, load_run, open_data, summary
+
+    run, learner = load_run(
+        config.run,
+        data_root=config.data_root,
+        device=config.device,
+        test_tasks=config.tasks,
+        test_steps=config.steps,
+    )
+    data = open_data(run, test_seed=config.seed)
+    found = evaluate(
+        learner,
+        data.test,
+        tasks=run.test_tasks,
+        at_steps=run.test_steps,
+        inductive=config.inductive,
+    )
+    result = summary(run, learner, data, found, inductive=config.inductive)
+    print(
+        json.dumps(result, indent=2) if config.json else describe(result),
+        end="\n" if config.json else "",
+    )
+
+
+def default_out(config: TrainConfig) -> Path:
+    """A new folder under out/, named by what the run is and when it began."""
+    kind = "-".join(filter(None, [config.source, config.question, f"{config.shots}shot", config.algorithm]))
+    return Path("out") / f"{kind}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+@contextlib.contextmanager
+def watching(config: TrainConfig, stream) -> Iterator[Watch]:
+    """Shows a run's progress: a live bar on a terminal, a plain line at every tenth elsewhere."""
+    console = Console(file=stream)
+    if not console.is_terminal:
+        yield Watch(config, lambda line: print(line, file=stream, flush=True))
+        return
+    columns = (
+        TextColumn("meta-training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[figures]}"),
+        TimeRemainingColumn(compact=True),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("train", total=config.iterations, figures="")
+        yield Watch(config, bar.console.print, bar, task)
+
+
+class Watch:
+    """Receives the measured records of a run; `say` prints a line."""
+
+    def __init__(self, config: TrainConfig, say, bar=None, task=None):
+        self.config, self.say, self.bar, self.task = config, say, bar, task
+        self.printed = 0
+
+    def __call__(self, record, seconds: float) -> None:
+        figures = self.figures(record, seconds)
+        if self.bar is not None:
+            self.bar.update(self.task, completed=record.iteration, figures=figures)
+            return
+        tenth = 10 * record.iteration // self.config.iterations
+        if tenth > self.printed:
+            self.printed = tenth
+            left = seconds * (self.config.iterations / record.iteration - 1)
+            self.say(
+                f"iteration {record.iteration}/{self.config.iterations}  {figures}  {duration(left)} left"
+            )
+
+    def figures(self, record, seconds: float) -> str:
+        before, after = record.before.item(), record.after.item()
+        if self.config.source == "sinusoid":
+            moved = f"query error {before:.2f} → {after:.2f}"
+        else:
+            moved = f"query accuracy {100 * before:.0f} → {100 * after:.0f} %"
+        speed = record.iteration * self.config.meta_batch_size / seconds
+        return f"meta-loss {record.meta_loss.item():.3f}  {moved}  {speed:.0f} tasks/s"

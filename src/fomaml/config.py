@@ -1,0 +1,194 @@
+"""The settings of a run. Plain dataclasses; the library itself takes keyword arguments and knows nothing of these."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from fomaml.errors import InputError, positive
+
+SOURCES = ("mnist", "sinusoid")
+QUESTIONS = ("new-labels", "new-digits")
+ALGORITHMS = ("fomaml", "maml", "reptile")
+MODELS = ("mlp", "conv4", "conv4-strided")
+AUGMENTATIONS = ("none", "rotations")
+SCHEDULES = ("constant", "cosine")
+
+# What an option that is not given takes, by source and question, then by number of shots (the
+# nearest below counts). How the MNIST ones were found: docs/LOG.md.
+RECIPES: dict[tuple[str, str], dict[int, dict]] = {
+    ("mnist", "new-labels"): {
+        1: {"inner_lr": 0.05, "inner_steps": 5, "iterations": 1000},
+        5: {"inner_lr": 0.05, "inner_steps": 5, "iterations": 1000},
+    },
+    ("mnist", "new-digits"): {
+        1: {"inner_lr": 0.02, "inner_steps": 5, "iterations": 400, "augment": "rotations"},
+        5: {"inner_lr": 0.02, "inner_steps": 5, "iterations": 400, "augment": "rotations"},
+    },
+    ("sinusoid", ""): {
+        1: {"inner_lr": 0.01, "inner_steps": 1, "iterations": 15000, "meta_batch_size": 25},
+    },
+}
+COMMON = {"meta_lr": 1e-3, "meta_batch_size": 16, "augment": "none", "schedule": "cosine"}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Meta-train on a source and write a run directory.
+
+    Options left out take the source's recipe; the run directory's config.json records every value.
+
+    Example: fomaml train mnist --question new-labels --shots 1 --out out/digits
+    """
+
+    source: tyro.conf.Positional[str]
+    """Where tasks come from: mnist or sinusoid."""
+    out: Path | None = None
+    """The run directory to write; by default a new one under out/."""
+    algorithm: str = "fomaml"
+    """fomaml, maml or reptile."""
+    question: str | None = None
+    """For mnist: new-labels (all ten digits, labels shuffled in each task; the default) or new-digits (meta-train on
+    0-4, meta-test on 5-9)."""
+    model: str | None = None
+    """mlp (784-256-10 on images, 1-40-40-1 on sinusoids; the default), conv4 or conv4-strided."""
+    data_root: Path | None = None
+    """A folder that holds MNIST/raw/*-ubyte; by default torchvision's download, or MNIST-5k without a network."""
+    ways: int = 5
+    """N, the classes of a task."""
+    shots: int | None = None
+    """K, the support examples per class (1 by default), or per sinusoid (10)."""
+    query_shots: int | None = None
+    """The query examples per class (15 by default), or per sinusoid (10)."""
+    inner_lr: float | None = None
+    """α, the step size of the inner loop."""
+    inner_steps: int | None = None
+    """The number of inner steps in training."""
+    meta_lr: float | None = None
+    """The step size of Adam in the outer loop (of SGD for reptile)."""
+    meta_batch_size: int | None = None
+    """The tasks of one outer step."""
+    iterations: int | None = None
+    """The number of outer steps."""
+    schedule: str | None = None
+    """The meta_lr over the iterations: constant or cosine."""
+    augment: str | None = None
+    """Further training classes made of the given ones: none or rotations."""
+    test_tasks: int = 1000
+    """The number of unseen tasks to evaluate on."""
+    test_steps: tuple[int, ...] = (0, 1, 5, 10, 20)
+    """The numbers of inner steps to evaluate after; the last one is the headline figure."""
+    baselines: bool = True
+    """Evaluate baselines on the same tasks."""
+    engine: str = "auto"
+    """How a meta-batch is computed: auto, loop, batched or factored."""
+    seed: int = 0
+    """The seed of weights and tasks."""
+    device: str = "cpu"
+    """cpu, cuda, cuda:N or mps."""
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Evaluate a run directory on unseen tasks.
+
+    Example: fomaml evaluate out/digits --tasks 2000 --json
+    """
+
+    run: tyro.conf.Positional[Path]
+    """The run directory."""
+    tasks: int | None = None
+    """The number of tasks; by default as many as the run used."""
+    steps: tuple[int, ...] | None = None
+    """The numbers of inner steps, the last one for the headline figure; by default those of the run."""
+    seed: int | None = None
+    """The seed of the tasks; by default the run's, and so the same tasks."""
+    data_root: Path | None = None
+    """A folder that holds MNIST/raw/*-ubyte; by default the run's."""
+    inductive: bool = False
+    """Take batch-norm statistics from the support set, so that query examples do not inform each other."""
+    device: str | None = None
+    """cpu, cuda, cuda:N or mps; by default the run's."""
+    json: Annotated[bool, tyro.conf.arg(name="json")] = False
+    """Print one JSON object instead of a table."""
+
+
+def resolve(config: TrainConfig) -> TrainConfig:
+    """Fill in what was left out, and check every value that can be checked without data.
+
+    Raises:
+        InputError: an unknown name (the message lists the known ones) or a number that is not positive.
+    """
+    known("source", config.source, SOURCES)
+    known("algorithm", config.algorithm, ALGORITHMS)
+    sinusoid = config.source == "sinusoid"
+    question = "" if sinusoid else config.question or "new-labels"
+    if sinusoid and config.question:
+        raise InputError(f"the source sinusoid has no question, got {config.question!r}")
+    if not sinusoid:
+        known("question", question, QUESTIONS)
+    shots = (10 if sinusoid else 1) if config.shots is None else config.shots
+    positive("shots", shots, integer=True)
+    recipes = RECIPES[config.source, question]
+    recipe = recipes[max(k for k in recipes if k <= shots)]
+    defaults = {**COMMON, **recipe, "model": "mlp", "query_shots": 10 if sinusoid else 15}
+    if config.algorithm == "reptile":
+        defaults["meta_lr"] = 1.0
+    given = {k: v for k, v in vars(config).items() if v is not None}
+    config = TrainConfig(**{**defaults, **given, "question": question, "shots": shots})
+    known("model", config.model, MODELS)
+    known("augment", config.augment, AUGMENTATIONS)
+    known("schedule", config.schedule, SCHEDULES)
+    if sinusoid and config.model != "mlp":
+        raise InputError(f"the source sinusoid goes with the model mlp, got {config.model!r}")
+    for name in (
+        "ways",
+        "query_shots",
+        "inner_steps",
+        "meta_batch_size",
+        "iterations",
+        "test_tasks",
+    ):
+        positive(name, getattr(config, name), integer=True)
+    for name in ("inner_lr", "meta_lr"):
+        positive(name, getattr(config, name))
+    check_steps(config.test_steps)
+    return config
+
+
+def check_steps(steps: tuple[int, ...]) -> None:
+    """Raise `InputError` unless these are ascending whole numbers of 0 or more."""
+    if not steps or min(steps) < 0 or list(steps) != sorted(set(steps)):
+        raise InputError(f"test steps must be ascending whole numbers of 0 or more, got {list(steps)}")
+
+
+def known(what: str, name: str, names: tuple[str, ...]) -> None:
+    """Raise `InputError` unless `name` is one of `names`."""
+    if name not in names:
+        raise InputError(f"unknown {what} {name!r}; there are: {', '.join(names)}")
+
+
+def to_json(config: TrainConfig) -> str:
+    """The config as an indented JSON object."""
+    return json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n"
+
+
+def from_json(text: str, origin: str) -> TrainConfig:
+    """Read `to_json` back.
+
+    Raises:
+        InputError: not the JSON of a run's config; `origin` says where it was read.
+    """
+    try:
+        values = json.loads(text)
+        for name in ("out", "data_root"):
+            values[name] = values[name] and Path(values[name])
+        values["test_steps"] = tuple(values["test_steps"])
+        return TrainConfig(**values)
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{origin} is not the config of a run ({error})") from None

@@ -1,0 +1,73 @@
+"""Results as a table of text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+
+def figure(row: dict, metric: str) -> str:
+    """A mean and its interval, "85.3 ± 0.6" in per cent for an accuracy, else as a plain number."""
+    if metric == "accuracy":
+        return f"{100 * row['mean']:.1f} ± {100 * row['interval']:.1f}"
+    return f"{row['mean']:.3f} ± {row['interval']:.3f}"
+
+
+def table(columns: Sequence[tuple[str, dict]]) -> str:
+    """One column per result, one row per method and number of inner steps; columns of one metric.
+
+    columns: (heading, result) pairs; a result has `metric`, `rows` and `differences`, see run.py.
+    """
+    metric = columns[0][1]["metric"]
+    labels: list[str] = []
+    for _, result in columns:
+        labels += [row["label"] for row in result["rows"] if row["label"] not in labels]
+    unit = "accuracy in %, " if metric == "accuracy" else "mean squared error, "
+    lines = [[unit + "± 95 % interval", *(heading for heading, _ in columns)]]
+    for label in labels:
+        lines.append([label, *(_cell(result, label, metric) for _, result in columns)])
+    return _align(lines)
+
+
+def _cell(result: dict, label: str, metric: str) -> str:
+    for row in result["rows"]:
+        if row["label"] == label:
+            return figure(row, metric)
+    return ""
+
+
+def _align(lines: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    text = [
+        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:]))])
+        for line in lines
+    ]
+    return "\n".join([text[0], "─" * len(text[0]), *text[1:]])
+
+
+def verdict(result: dict) -> str:
+    """One line: whether the learner beats every baseline by more than the interval of the paired difference."""
+    metric, rows = result["metric"], result["differences"]
+    if not rows:
+        return ""
+    sign = 1 if metric == "accuracy" else -1
+    hardest = min(rows, key=lambda row: sign * row["mean"])
+    gain = {"mean": sign * hardest["mean"], "interval": hardest["interval"]}
+    how = "by" if metric == "accuracy" else "by a lower error of"
+    points = " points" if metric == "accuracy" else ""
+    text = f"{figure(gain, metric)}{points}, on the same tasks"
+    name, steps = result["name"], result["steps"]
+    if gain["mean"] > gain["interval"]:
+        return f"{name} after {steps} steps beats every baseline; the best, {hardest['to']}, {how} {text}"
+    outcome = "is not told apart from" if gain["mean"] > -gain["interval"] else "LOSES to"
+    return f"{name} after {steps} steps {outcome} the baseline {hardest['to']}: {text}"
+
+
+def duration(seconds: float) -> str:
+    """12 s, 3 min 5 s, 2 h 10 min."""
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

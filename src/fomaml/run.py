@@ -1,0 +1,298 @@
+"""One run: from its settings to a run directory, and back from a run directory to a learner.
+
+A run directory holds config.json, metrics.jsonl, weights.safetensors, result.json and result.txt.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fomaml import algorithms
+from fomaml.algorithms import MetaLearner
+from fomaml.checkpoint import load_weights, save_weights, write_text
+from fomaml.config import TrainConfig, from_json, to_json
+from fomaml.data.mnist import load_mnist
+from fomaml.data.source import ClassSource
+from fomaml.data.synthetic import Sinusoids
+from fomaml.engines.choose import choose
+from fomaml.episodes import Episodes, RegressionEpisodes
+from fomaml.errors import InputError
+from fomaml.evaluate import estimate, evaluate, fine_tune, nearest_centroid, pretrain
+from fomaml.models import MLP, BatchNorm, Conv4, Conv4Strided
+from fomaml.report import table, verdict
+from fomaml.train import Record, check_width, cosine, train
+
+PRESETS = {"fomaml": algorithms.FOMAML, "maml": algorithms.MAML, "reptile": algorithms.Reptile}
+NAMES = {"fomaml": "FOMAML", "maml": "MAML", "reptile": "Reptile"}
+DIGITS = [str(digit) for digit in range(10)]
+
+
+class Data(NamedTuple):
+    """The episodes of a run: to train on, to tune baselines on (training classes too), and unseen ones."""
+
+    train: Episodes | RegressionEpisodes
+    tuning: Episodes | RegressionEpisodes
+    test: Episodes | RegressionEpisodes
+    classes: ClassSource | None
+    name: str
+    origin: str
+
+
+def open_data(config: TrainConfig, test_seed: int | None = None) -> Data:
+    """Load the source and draw its episodes, on the run's device; training and test seeds never meet."""
+    device = check_device(config.device)
+    seeds = [
+        3 * config.seed,
+        3 * config.seed + 1,
+        3 * (config.seed if test_seed is None else test_seed) + 2,
+    ]
+    if config.source == "sinusoid":
+        counts = {"shots": config.shots, "query_shots": config.query_shots, "device": device}
+        episodes = [RegressionEpisodes(Sinusoids(), seed=seed, **counts) for seed in seeds]
+        return Data(*episodes, None, "sinusoids", "y = A sin(x - p), A in [0.1, 5], p in [0, π]")
+    mnist = load_mnist(config.data_root)
+    train_source, test_source = mnist.train, mnist.test
+    if config.question == "new-digits":
+        train_source, test_source = train_source.select(DIGITS[:5]), test_source.select(DIGITS[5:])
+    train_source, test_source = train_source.to(device), test_source.to(device)
+    many = train_source.rotated() if config.augment == "rotations" else train_source
+    counts = {"ways": config.ways, "shots": config.shots, "query_shots": config.query_shots}
+    episodes = [
+        Episodes(source, seed=seed, **counts)
+        for source, seed in zip((many, train_source, test_source), seeds)
+    ]
+    return Data(*episodes, train_source, mnist.name, mnist.origin)
+
+
+def build_model(config: TrainConfig, seed: int | None = None) -> nn.Module:
+    """The run's network with random weights that depend on the seed alone, on the run's device."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed if seed is None else seed)
+        if config.source == "sinusoid":
+            model = MLP(1, 40, 40, 1)
+        elif config.model == "mlp":
+            model = MLP(784, 256, 10)
+        else:
+            model = (Conv4 if config.model == "conv4" else Conv4Strided)(10)
+    return model.to(check_device(config.device))
+
+
+def build_learner(config: TrainConfig, model: nn.Module) -> MetaLearner:
+    """The run's algorithm around a model."""
+    criterion = F.mse_loss if config.source == "sinusoid" else F.cross_entropy
+    return PRESETS[config.algorithm](model, config.inner_lr, config.inner_steps, criterion)
+
+
+def train_run(
+    config: TrainConfig,
+    out: Path,
+    *,
+    say: Callable[[str], None] = print,
+    watch: Callable[[Record, float], None] = lambda record, seconds: None,
+    test_tasks: bool = True,
+) -> dict:
+    """Train, evaluate and write the run directory `out`; returns the result, as in result.json.
+
+    config: resolved. say: receives a line on the data and the engine. watch: receives each measured
+    record and the seconds since the start.
+
+    Raises:
+        InputError: bad data, device or settings, before anything is written; `out` holds a run.
+    """
+    data = open_data(config)
+    learner = build_learner(config, build_model(config))
+    check_width(learner, data.test)
+    engine, why = (
+        choose(learner, data.train.batch(0, 1)) if config.engine == "auto" else (config.engine, "as asked")
+    )
+    claim(out)
+    write_text(out / "config.json", to_json(config))
+    say(f"{data.name}: {data.origin}")
+    say(f"engine: {engine} ({why})")
+    schedule = cosine(config.iterations) if config.schedule == "cosine" else None
+    reptile = config.algorithm == "reptile"
+    optimizer = (torch.optim.SGD if reptile else torch.optim.Adam)(learner.parameters(), lr=config.meta_lr)
+    began = time.perf_counter()
+    with open(out / "metrics.jsonl", "w", encoding="utf-8") as metrics:
+        for record in train(
+            learner,
+            data.train,
+            optimizer,
+            iterations=config.iterations,
+            meta_batch_size=config.meta_batch_size,
+            schedule=schedule,
+            measure_every=max(1, config.iterations // 100),
+            engine=engine,
+        ):
+            if record.after is not None:
+                seconds = time.perf_counter() - began
+                numbers = [x.item() for x in (record.meta_loss, record.before, record.after)]
+                line = dict(zip(("meta_loss", "before", "after"), numbers))
+                metrics.write(json.dumps({"iteration": record.iteration, **line, "seconds": seconds}) + "\n")
+                metrics.flush()
+                watch(record, seconds)
+    seconds = time.perf_counter() - began
+    save_weights(out / "weights.safetensors", learner.model)
+    result = judge(config, learner, data, say) | {"training_seconds": round(seconds, 1)}
+    write_text(out / "result.json", json.dumps(result, indent=2) + "\n")
+    write_text(out / "result.txt", describe(result))
+    return result
+
+
+def judge(config: TrainConfig, learner: MetaLearner, data: Data, say=lambda line: None) -> dict:
+    """Evaluate a trained learner, and the baselines, on the same unseen tasks."""
+    say(f"evaluating on {config.test_tasks} unseen tasks")
+    tasks = config.test_tasks
+    name = NAMES[config.algorithm]
+    found = evaluate(learner, data.test, tasks=tasks, at_steps=config.test_steps)
+    rows = [_row(f"{name}, {_steps(steps)}", found[steps], steps=steps) for steps in found]
+    headline = found[config.test_steps[-1]]
+    differences = []
+    for label, scores, facts in baselines(config, data, say) if config.baselines else ():
+        rows.append(_row(label, scores, **facts))
+        paired = estimate(headline - scores)
+        differences.append({"to": label, "mean": paired.mean, "interval": paired.interval})
+    return summary(config, learner, data, found, rows, differences)
+
+
+def summary(config, learner, data, found, rows=None, differences=(), inductive=False) -> dict:
+    """The result as JSON-able facts: the headline figure, the protocol, the rows and the paired differences."""
+    steps = max(found)
+    name = NAMES[config.algorithm]
+    headline = estimate(found[steps])
+    metric = "loss" if config.source == "sinusoid" else "accuracy"
+    protocol = {
+        "data": data.name,
+        "question": config.question or config.source,
+        "ways": None if config.source == "sinusoid" else config.ways,
+        "shots": config.shots,
+        "query_shots": config.query_shots,
+        "inner_steps": steps,
+        "batch_statistics": "inductive" if inductive or not _has_batch_norm(learner) else "transductive",
+    }
+    if rows is None:
+        rows = [_row(f"{name}, {_steps(k)}", scores, steps=k) for k, scores in found.items()]
+    return {
+        metric: headline.mean,
+        "interval": headline.interval,
+        "tasks": len(found[steps]),
+        "protocol": protocol,
+        "name": name,
+        "steps": steps,
+        "metric": metric,
+        "rows": rows,
+        "differences": list(differences),
+    }
+
+
+def baselines(config: TrainConfig, data: Data, say):
+    """(label, scores, facts) of each baseline on the test tasks, step size and count tuned on training classes."""
+    if config.source == "sinusoid":
+        return
+    counts = {"tasks": config.test_tasks}
+    say("baseline: the same network from a random start")
+    tuned = fine_tune(lambda n: build_model(config, 1000 + n), data.tuning, data.test, **counts)
+    yield "random start, trained on the support set", tuned.scores, _facts(tuned)
+    say("baseline: the same network pretrained as a classifier")
+    model = pretrain(build_model(config), data.classes, seed=config.seed)
+    _zero_head(model)
+    tuned = fine_tune(model, data.tuning, data.test, **counts)
+    yield "pretrained classifier, fine-tuned", tuned.scores, _facts(tuned)
+    yield "nearest centroid of the pixels", nearest_centroid(data.test, **counts), {}
+
+
+def claim(out: Path) -> None:
+    """Make the run directory.
+
+    Raises:
+        InputError: it holds a run already, or cannot be made.
+    """
+    if (out / "config.json").exists():
+        raise InputError(f"{out} already holds a run; give another --out, or delete it")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the run directory {out}: {error.strerror}") from None
+
+
+def load_run(run: Path, **changes) -> tuple[TrainConfig, MetaLearner]:
+    """The settings, with changes, and the trained learner of a run directory.
+
+    Raises:
+        InputError: the directory holds no finished run, or a damaged one.
+    """
+    path = run / "config.json"
+    try:
+        config = from_json(path.read_text(encoding="utf-8"), str(path))
+    except OSError:
+        raise InputError(f"{run} holds no run (no config.json)") from None
+    config = TrainConfig(**{**vars(config), **{k: v for k, v in changes.items() if v is not None}})
+    model = load_weights(run / "weights.safetensors", build_model(config))
+    return config, build_learner(config, model)
+
+
+def describe(result: dict) -> str:
+    """The result as text: what was measured, the table, the verdict."""
+    protocol = result["protocol"]
+    ways = f"{protocol['ways']}-way " if protocol["ways"] else ""
+    heading = f"{ways}{protocol['shots']}-shot"
+    lines = [
+        f"{protocol['data']}, {protocol['question']}, {heading}, {result['tasks']} unseen tasks, "
+        f"{protocol['batch_statistics']}",
+        "",
+        table([(heading, result)]),
+        "",
+        verdict(result),
+    ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def check_device(name: str) -> torch.device:
+    """The device of this name.
+
+    Raises:
+        InputError: no such device, or not on this machine.
+    """
+    try:
+        device = torch.device(name)
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise InputError(f"the device {name!r} is not there: no CUDA device on this machine")
+        torch.empty(0, device=device)
+    except InputError:
+        raise
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise InputError(f"the device {name!r} is not there; try cpu, cuda or mps") from None
+    return device
+
+
+def _row(label: str, scores, **facts) -> dict:
+    found = estimate(scores)
+    return {"label": label, "mean": found.mean, "interval": found.interval, **facts}
+
+
+def _facts(tuned) -> dict:
+    return {"inner_lr": tuned.inner_lr, "steps": tuned.steps}
+
+
+def _steps(steps: int) -> str:
+    return {0: "before adaptation", 1: "after 1 step"}.get(steps, f"after {steps} steps")
+
+
+def _has_batch_norm(learner: MetaLearner) -> bool:
+    kinds = (BatchNorm, nn.modules.batchnorm._BatchNorm)
+    return any(isinstance(module, kinds) for module in learner.model.modules())
+
+
+def _zero_head(model: nn.Module) -> None:
+    """Set the last Linear layer to zero: a classifier's own head means nothing under new labels."""
+    head = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
