@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fomaml.errors import InputError, positive
+from fomaml.errors import InputError
 
 Parameters = Mapping[str, Tensor]
 
@@ -97,11 +97,6 @@ def inner_loop(
     first_order: hold the inner gradient constant. The *point* is detached, not the gradient, so no
         inner graph outlives its step: φ depends on θ through φₖ₊₁ = φₖ - α g alone.
     """
-    if not first_order and not optimizer.second_order:
-        raise InputError(
-            f"the inner optimiser {type(optimizer).__name__} is first order only; "
-            "use SGD inside, or first_order=True"
-        )
     current = dict(start)
     state: dict[str, dict] = {name: {} for name in current}
     step = 0
@@ -177,16 +172,19 @@ class FastModel(nn.Module):
 
 
 def load(module: nn.Module, parameters: Parameters) -> nn.Module:
-    """Copy named values into a module's own parameters, in place; returns the module."""
-    own = dict(module.named_parameters())
-    with torch.no_grad():
-        for name, value in parameters.items():
-            own[name].copy_(value)
+    """Copy named values into a module's own parameters, in place; returns the module.
+
+    A value of another shape, a head of another number of ways, takes the parameter's place.
+    """
+    for name, value in parameters.items():
+        own = module.get_parameter(name)
+        if own.shape == value.shape:
+            with torch.no_grad():
+                own.copy_(value)
+            continue
+        owner, _, last = name.rpartition(".")
+        owner = module.get_submodule(owner)
+        setattr(owner, last, nn.Parameter(value.detach().clone(), own.requires_grad))
+        if isinstance(owner, nn.Linear):
+            owner.out_features, owner.in_features = owner.weight.shape
     return module
-
-
-def check_rates(rates: Mapping[str, float | Tensor]) -> None:
-    """Raise `InputError` for a step size that is not positive; learned ones may take any value."""
-    for name, rate in rates.items():
-        if not isinstance(rate, Tensor):
-            positive(f"inner_lr of {name}", rate)

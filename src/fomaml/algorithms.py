@@ -8,7 +8,7 @@ the published combinations.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from itertools import islice
 
@@ -17,10 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fomaml.adapt import SGD, inner_loop, load
+from fomaml import rates
+from fomaml.adapt import SGD, Sign, inner_loop, load
 from fomaml.errors import InputError, positive
-from fomaml.models import statistics_from
-from fomaml.objectives import Displacement, Outcome, QueryLoss
+from fomaml.heads import PrototypeHead, ZeroContext, ZeroHead
+from fomaml.models import BatchNorm, native_batch_norms, normalising
+from fomaml.objectives import Displacement, Implicit, MultiStepLoss, Outcome, QueryLoss
 from fomaml.tasks import Examples, Task, count, one
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
@@ -38,12 +40,20 @@ class MetaLearner(nn.Module):
         criterion: (outputs, targets) → the mean loss, a scalar tensor.
         adapted: globs over parameter names, one or several; the parameters that adapt. All others
             are used as they are, and are meta-learned all the same.
-        first_order: hold the inner gradients constant (Finn et al. 2017, section 5.2).
+        frozen: globs; parameters that neither adapt nor are meta-learned.
+        first_order: hold the inner gradients constant (Finn et al. 2017, section 5.2), always or never,
+            or as a function of the outer iteration.
+        learn_rates: None, "elementwise" (Meta-SGD) or "per-step" (one rate per tensor and inner step):
+            inner_lr is then where the step sizes start, and they are meta-learned.
         optimizer: the inner optimiser, `SGD`, `Adam` or `Sign`, its state fresh for each task.
         objective: what a task contributes to the meta-loss, see objectives.py.
+        start: where adaptation starts, if not at θ, see heads.py.
         inner_batch_size: take each inner step on a mini-batch of the support set: step k uses the
             examples i with i ≡ k modulo the number of mini-batches. Episodes order their examples by
             class, so a mini-batch is as balanced as it can be. None: the whole support set.
+
+    Attributes:
+        iteration: the outer iteration, from 0, which `train` sets; schedules read it.
 
     Raises:
         InputError: step sizes or counts that are not positive, or globs that match nothing.
@@ -56,10 +66,13 @@ class MetaLearner(nn.Module):
         inner_lr: float | Mapping[str, float],
         inner_steps: int,
         criterion: Criterion = F.cross_entropy,
-        adapted: str | list[str] | tuple[str, ...] = "*",
-        first_order: bool = True,
+        adapted: str | Sequence[str] = "*",
+        frozen: str | Sequence[str] = (),
+        first_order: bool | Callable[[int], bool] = True,
+        learn_rates: str | None = None,
         optimizer=SGD(),  # noqa: B008 - frozen
         objective: Callable[[Problem], Outcome] = QueryLoss(),  # noqa: B008 - frozen
+        start: Callable[[dict[str, Tensor], Problem], dict[str, Tensor]] | None = None,
         inner_batch_size: int | None = None,
     ):
         super().__init__()
@@ -69,111 +82,206 @@ class MetaLearner(nn.Module):
         self.first_order = first_order
         self.optimizer = optimizer
         self.objective = objective
+        self.start = start
         if inner_batch_size is not None:
             positive("inner_batch_size", inner_batch_size, integer=True)
         self.inner_batch_size = inner_batch_size
-        names = [n for n, p in model.named_parameters() if p.requires_grad]
-        self.adapted = select(names, adapted)
-        self.inner_lr = inner_lr
-        self.step_sizes = step_sizes(self.adapted, inner_lr)
-
-    def rates(self, step: int) -> Mapping[str, float | Tensor]:
-        """The step size of each adapted parameter at inner step `step`, from 0."""
-        return self.step_sizes
+        self.iteration = 0
+        own = dict(model.named_parameters())
+        trainable = [name for name, parameter in own.items() if parameter.requires_grad]
+        excluded = select(trainable, frozen)
+        self.meta_learned = [name for name in trainable if name not in excluded]
+        self.adapted = [name for name in select(trainable, adapted) if name not in excluded]
+        sizes = rates.by_name(self.adapted, inner_lr)
+        if learn_rates is None:
+            self.inner_lr = rates.ConstantRates(sizes)
+        elif learn_rates in ("elementwise", "per-step"):
+            elementwise = learn_rates == "elementwise"
+            self.inner_lr = rates.LearnedRates(
+                {name: own[name] for name in self.adapted},
+                sizes,
+                elementwise=elementwise,
+                steps=None if elementwise else inner_steps,
+            )
+        else:
+            raise InputError(f"unknown learn_rates {learn_rates!r}; there are: None, elementwise, per-step")
+        if first_order is not True and not optimizer.second_order:
+            raise InputError(
+                f"the inner optimiser {type(optimizer).__name__} is first order only; "
+                "use SGD inside, or first_order=True"
+            )
 
     def meta_parameters(self) -> dict[str, nn.Parameter]:
-        """What the outer loop learns, by name: the model's parameters that require gradients."""
-        return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        """What the outer loop learns: the model's parameters by name, and learned rates as "inner_lr.NAME"."""
+        own = dict(self.model.named_parameters())
+        learned = {f"inner_lr.{name}": rate for name, rate in self.inner_lr.learned().items()}
+        return {name: own[name] for name in self.meta_learned} | learned
 
     def forward(self, tasks: Task) -> Tensor:
         """The meta-loss of a batch of tasks, a scalar to call `backward()` on, one task after the other.
 
-        tasks: tensors of shape (tasks, examples, ...). `fomaml.engines.meta_gradient` computes the
-        same gradient with less memory and, mostly, faster.
+        tasks: tensors of shape (tasks, examples, ...). `fomaml.meta_gradient` computes the same gradient
+        with less memory and, mostly, faster.
         """
         n = count(tasks)
         return sum(self.objective(Problem(self, one(tasks, i))).scalar for i in range(n)) / n
 
-    def adapt(self, support: Examples, steps: int | None = None) -> nn.Module:
+    def adapt(self, support: Examples, steps: int | None = None, inductive: bool = False) -> nn.Module:
         """Adapt to one task; returns an ordinary, independent module in the model's own mode.
 
         support: inputs (examples, ...) and targets (examples, ...). steps: by default `inner_steps`;
-        0 returns a copy of the meta-model.
+        0 returns a copy of the starting point. inductive: freeze every `BatchNorm` of the returned
+        module at the statistics of the support set, so that it can serve single examples; always so
+        for those with the policies "support".
         """
         steps = self.inner_steps if steps is None else steps
-        problem = Problem(self, Task(support, support))
+        problem = Problem(self, Task(support, support), evaluating=True)
         adapted = problem.start
         for adapted, _ in islice(problem.path(first_order=True), steps):
             pass
-        return load(copy.deepcopy(self.model), adapted)
+        module = load(copy.deepcopy(self.model), adapted)
+        if inductive or self.uses_support_statistics():
+            with torch.no_grad(), normalising(record=[]) as seen:
+                module(support.inputs)
+            for layer, _, mean, variance in seen:
+                layer.freeze(mean, variance)
+        return module
+
+    def uses_support_statistics(self) -> bool:
+        """Whether a `BatchNorm` of the model has the policy "support"."""
+        return any(m.statistics == "support" for m in self.model.modules() if isinstance(m, BatchNorm))
+
+    @torch.no_grad()
+    def update_statistics(self, tasks: Task, momentum: float = 0.1) -> None:
+        """Move the running statistics of "running" and "per-step" `BatchNorm` layers towards those of the
+        batches that the first of `tasks` meets on its way from θ to φ_K; the outer loop calls it once a step.
+        """
+        layers = [m for m in self.model.modules() if isinstance(m, BatchNorm)]
+        if not any(layer.statistics in ("running", "per-step") for layer in layers):
+            return
+        problem = Problem(self, one(tasks, 0))
+        with normalising(record=[]) as seen:
+            adapted = problem.start
+            for adapted, _ in islice(problem.path(first_order=True), self.inner_steps):
+                pass
+            problem.query(adapted)
+        for layer, step, mean, variance in seen:
+            layer.update(step, mean, variance, momentum)
 
 
 class Problem:
     """The inner problem of one task, or, `stacked`, of a stack of tasks with a leading axis on everything.
 
     start: φ₀ by name, differentiable functions of the meta-parameters; (tasks, ...) each if stacked.
-    steps, first_order: the learner's.
+    steps, first_order, iteration: the learner's. ways: the classes of the task, where a start needs them.
+    evaluating: use running statistics where the batch norms have them.
     """
 
-    def __init__(self, learner: MetaLearner, task: Task, stacked: bool = False):
+    def __init__(self, learner: MetaLearner, task: Task, stacked: bool = False, evaluating: bool = False):
         self.learner = learner
         self.task = task
         self.stacked = stacked
+        self.evaluating = evaluating
         self.steps = learner.inner_steps
-        self.first_order = learner.first_order
+        self.iteration = learner.iteration
+        choice = learner.first_order
+        self.first_order = choice(learner.iteration) if callable(choice) else choice
         own = dict(learner.model.named_parameters())
+        self.buffers = {name: buffer.clone() for name, buffer in learner.model.named_buffers()}
+        self.meta = dict(own)
         self.start = {name: own.pop(name) for name in learner.adapted}
         self.fixed = own
-        self.buffers = {name: buffer.clone() for name, buffer in learner.model.named_buffers()}
         if stacked:
             tasks = task.support.targets.shape[0]
             self.start = {n: p.expand(tasks, *p.shape) for n, p in self.start.items()}
             self.buffers = {n: b.expand(tasks, *b.shape).clone() for n, b in self.buffers.items()}
+        if learner.start is not None:
+            self.start = learner.start(self.start, self)
+
+    @property
+    def ways(self) -> int:
+        return int(self.task.support.targets.max()) + 1
 
     def path(self, first_order: bool | None = None) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
         """(φₖ₊₁, support losses at φₖ) for k = 0, 1, …, without end."""
         return inner_loop(
             self.support_losses,
             self.start,
-            self.learner.rates,
+            self.learner.inner_lr,
             optimizer=self.learner.optimizer,
             first_order=self.first_order if first_order is None else first_order,
         )
 
-    def support_losses(self, adapted: Mapping[str, Tensor], constant: bool, step: int) -> Tensor:
-        """The losses of inner step `step` at φ: () or (tasks,)."""
+    def support_losses(
+        self, adapted: Mapping[str, Tensor], constant: bool, step: int, proximal: bool = True
+    ) -> Tensor:
+        """The losses of inner step `step` at φ: () or (tasks,). constant: differentiate by φ alone.
+
+        proximal: with the term λ/2 ‖φ - θ‖² where the objective has a strength λ.
+        """
         examples = minibatch(self.task.support, self.learner.inner_batch_size, step, self.stacked)
         fixed = {n: p.detach() for n, p in self.fixed.items()} if constant else self.fixed
-        return self._losses(adapted, fixed, examples)[0]
+        losses = self._losses(adapted, fixed, examples, step=step)[0]
+        strength = getattr(self.learner.objective, "strength", 0.0)
+        if strength and proximal:
+            lead = int(self.stacked)
+            for name, value in adapted.items():
+                far = (value - self.start[name].detach()).square()
+                losses = losses + strength / 2 * (far.flatten(lead).sum(-1) if far.dim() > lead else far)
+        return losses
 
-    def query(self, adapted: Mapping[str, Tensor], inductive: bool = False) -> tuple[Tensor, Tensor]:
+    def query(
+        self, adapted: Mapping[str, Tensor], inductive: bool = False, step: int | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Losses () or (tasks,) and outputs on the query set at φ.
 
-        inductive: take the statistics of `BatchNorm` from the support set, so that query examples do
-        not inform each other.
+        inductive: take the batch statistics of `BatchNorm` from the support set, so that query examples
+        do not inform each other. step: the number of steps that led to φ, by default K.
         """
-        support = self.task.support.inputs if inductive else None
-        return self._losses(adapted, self.fixed, self.task.query, support)
+        support = self._support_for(inductive)
+        step = self.steps if step is None else step
+        return self._losses(adapted, self.fixed, self.task.query, support, step)
 
-    def _losses(self, adapted, fixed, examples, support=None) -> tuple[Tensor, Tensor]:
-        model, criterion = self.learner.model, self.learner.criterion
+    def _support_for(self, inductive: bool) -> Tensor | None:
+        if not (inductive or self.learner.uses_support_statistics()):
+            return None
+        native = native_batch_norms(self.learner.model)
+        if native and self.learner.model.get_submodule(native[0]).training:
+            raise InputError(
+                f"the layer {native[0]!r} takes its statistics from the whole batch; for an inductive "
+                "evaluation convert it first: fomaml.convert_batch_norm(model)"
+            )
+        return self.task.support.inputs
 
+    def support_features(self, module: str) -> Tensor:
+        """What goes into a module, by name, for the support examples at θ: (..., examples, features)."""
+        model, caught = self.learner.model, []
+
+        def one_task(buffers, inputs):
+            functional_call(model, (self.meta, buffers), (inputs,))
+            return caught.pop()
+
+        with model.get_submodule(module).register_forward_pre_hook(lambda _, args: caught.append(args[0])):
+            run = torch.func.vmap(one_task, randomness="different") if self.stacked else one_task
+            return run(self.buffers, self.task.support.inputs)
+
+    def _losses(self, adapted, fixed, examples, support=None, step=0) -> tuple[Tensor, Tensor]:
         def one_task(adapted, buffers, examples, support):
-            inputs, targets = examples
-            state = ({**fixed, **adapted}, buffers)
-            if support is None:
-                outputs = functional_call(model, state, (inputs,))
-            else:
-                with statistics_from(len(support)):
-                    outputs = functional_call(model, state, (torch.cat([support, inputs]),))
-                outputs = outputs[len(support) :]
-            return criterion(outputs, targets), outputs
+            outputs = self._outputs({**fixed, **adapted}, buffers, examples.inputs, support, step)
+            return self.learner.criterion(outputs, examples.targets), outputs
 
         arguments = (dict(adapted), self.buffers, examples, support)
         if not self.stacked:
             return one_task(*arguments)
         axes = (0, 0, 0, None if support is None else 0)
         return torch.func.vmap(one_task, axes, randomness="different")(*arguments)
+
+    def _outputs(self, parameters, buffers, inputs, support, step) -> Tensor:
+        """The model's outputs for the inputs of one task, batch norms told what they need to know."""
+        first = None if support is None else len(support)
+        joined = inputs if support is None else torch.cat([support, inputs])
+        with normalising(first=first, step=step, running=self.evaluating or None):
+            return functional_call(self.learner.model, (parameters, buffers), (joined,))[first:]
 
 
 def minibatch(examples: Examples, size: int | None, step: int, stacked: bool) -> Examples:
@@ -187,11 +295,11 @@ def minibatch(examples: Examples, size: int | None, step: int, stacked: bool) ->
     return Examples(*(tensor[rows] for tensor in examples))
 
 
-def select(names: list[str], globs: str | list[str] | tuple[str, ...]) -> list[str]:
+def select(names: list[str], globs: str | Sequence[str]) -> list[str]:
     """The names that match one of the globs, in their order.
 
     Raises:
-        InputError: a glob that matches none of the names, or no names at all.
+        InputError: a glob that matches none of the names.
     """
     globs = [globs] if isinstance(globs, str) else list(globs)
     for glob in globs:
@@ -202,61 +310,131 @@ def select(names: list[str], globs: str | list[str] | tuple[str, ...]) -> list[s
     return [name for name in names if any(fnmatchcase(name, glob) for glob in globs)]
 
 
-def step_sizes(names: list[str], inner_lr: float | Mapping[str, float]) -> dict[str, float]:
-    """One positive step size per name, out of one number or of numbers by glob."""
-    if not isinstance(inner_lr, Mapping):
-        return dict.fromkeys(names, positive("inner_lr", inner_lr))
-    rates = {}
-    for name in names:
-        matches = [rate for glob, rate in inner_lr.items() if fnmatchcase(name, glob)]
-        if not matches:
-            raise InputError(f"inner_lr names no step size for {name!r}; add '*' for all others")
-        rates[name] = positive(f"inner_lr of {name}", matches[0])
-    return rates
-
-
 def FOMAML(
-    model: nn.Module,
-    inner_lr: float,
-    inner_steps: int,
-    criterion: Criterion = F.cross_entropy,
-    **choices,
+    model: nn.Module, inner_lr, inner_steps: int, criterion: Criterion = F.cross_entropy, **choices
 ) -> MetaLearner:
     """First-order MAML: the query gradient at φ_K, second derivatives dropped (Finn et al. 2017, section 5.2)."""
     return MetaLearner(model, inner_lr=inner_lr, inner_steps=inner_steps, criterion=criterion, **choices)
 
 
-def MAML(
-    model: nn.Module,
-    inner_lr: float,
-    inner_steps: int,
-    criterion: Criterion = F.cross_entropy,
-    **choices,
-) -> MetaLearner:
+def MAML(model, inner_lr, inner_steps: int, criterion: Criterion = F.cross_entropy, **choices) -> MetaLearner:
     """Second-order MAML: differentiates through the inner steps (Finn et al. 2017, algorithm 1)."""
-    return MetaLearner(
-        model,
-        inner_lr=inner_lr,
-        inner_steps=inner_steps,
-        criterion=criterion,
-        first_order=False,
-        **choices,
-    )
+    return FOMAML(model, inner_lr, inner_steps, criterion, **{"first_order": False, **choices})
 
 
 def Reptile(
-    model: nn.Module,
-    inner_lr: float,
+    model, inner_lr, inner_steps: int, criterion: Criterion = F.cross_entropy, **choices
+) -> MetaLearner:
+    """Reptile: the meta-gradient is θ - φ_K; an outer SGD's step size is then the paper's ε (Nichol et al.
+    2018, algorithm 2). Its Omniglot setting: `optimizer=Adam(betas=(0, 0.999)), inner_batch_size=10`.
+    """
+    return FOMAML(model, inner_lr, inner_steps, criterion, objective=Displacement(), **choices)
+
+
+def ANIL(
+    model, inner_lr, inner_steps: int, criterion: Criterion = F.cross_entropy, *, head="head*", **choices
+) -> MetaLearner:
+    """Almost no inner loop: only the head, a glob over parameter names, adapts (Raghu et al. 2020, section 4).
+
+    First order unless `first_order=False`, which is the paper's.
+    """
+    return FOMAML(model, inner_lr, inner_steps, criterion, adapted=head, **choices)
+
+
+def BOIL(
+    model, inner_lr, inner_steps: int, criterion: Criterion = F.cross_entropy, *, head="head*", **choices
+) -> MetaLearner:
+    """Body only in the inner loop: all but the head, a glob over parameter names, adapt (Oh et al. 2021, eq. 2)."""
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    outside = select(names, head)
+    body = [name for name in names if name not in outside]
+    return FOMAML(model, inner_lr, inner_steps, criterion, adapted=body, **choices)
+
+
+def MetaSGD(
+    model, inner_lr, inner_steps: int = 1, criterion: Criterion = F.cross_entropy, **choices
+) -> MetaLearner:
+    """Meta-SGD: a step size per parameter element, meta-learned along with θ (Li et al. 2017, algorithm 1).
+
+    Second order as in the paper unless `first_order=True`.
+    """
+    return MAML(model, inner_lr, inner_steps, criterion, learn_rates="elementwise", **choices)
+
+
+def MAMLPlusPlus(
+    model,
+    inner_lr,
     inner_steps: int,
     criterion: Criterion = F.cross_entropy,
+    *,
+    multi_step_iterations: int,
+    first_order_iterations: int = 0,
     **choices,
 ) -> MetaLearner:
-    """Reptile: the meta-gradient is θ - φ_K; meta_lr is then the paper's ε (Nichol et al. 2018, algorithm 2)."""
-    return MetaLearner(
-        model,
-        inner_lr=inner_lr,
-        inner_steps=inner_steps,
-        criterion=criterion,
-        objective=Displacement(),
+    """MAML++: learned per-layer per-step rates, multi-step loss annealed over `multi_step_iterations`, first
+    order during the first `first_order_iterations` (Antoniou et al. 2019, section 4).
+
+    Its other parts are choices outside the learner: `BatchNorm(statistics="per-step", steps=inner_steps)`
+    in the model, and `schedule=cosine(iterations)` in `train`. `first_order=True` keeps first order for good.
+    """
+    choices = {
+        "learn_rates": "per-step",
+        "objective": MultiStepLoss(multi_step_iterations),
+        "first_order": lambda iteration: iteration < first_order_iterations,
         **choices,
-    )
+    }
+    return FOMAML(model, inner_lr, inner_steps, criterion, **choices)
+
+
+def iMAML(
+    model,
+    inner_lr,
+    inner_steps: int,
+    criterion: Criterion = F.cross_entropy,
+    *,
+    strength: float = 2.0,
+    cg_steps: int = 5,
+    **choices,
+) -> MetaLearner:
+    """Implicit MAML: proximal inner problem of strength λ, implicit gradient (Rajeswaran et al. 2019, algorithm 1)."""
+    return FOMAML(model, inner_lr, inner_steps, criterion, objective=Implicit(strength, cg_steps), **choices)
+
+
+def CAVIA(
+    model,
+    inner_lr,
+    inner_steps: int,
+    criterion: Criterion = F.cross_entropy,
+    *,
+    context="*context*",
+    **choices,
+) -> MetaLearner:
+    """First-order CAVIA: only the context parameters, a glob, adapt, from zero in every task (Zintgraf et al.
+    2019, algorithm 1); all others are meta-learned. `models.WithContext` adds context to a model's inputs.
+    """
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    start = ZeroContext(tuple(select(names, context)))
+    return FOMAML(model, inner_lr, inner_steps, criterion, adapted=context, start=start, **choices)
+
+
+def SignMAML(
+    model, inner_lr, inner_steps: int, criterion: Criterion = F.cross_entropy, **choices
+) -> MetaLearner:
+    """Sign-MAML: inner steps along the sign of the gradient, first order by nature (Fan et al. 2021, eq. 5)."""
+    return FOMAML(model, inner_lr, inner_steps, criterion, optimizer=Sign(), **choices)
+
+
+def ZeroHeadMAML(
+    model, inner_lr, inner_steps: int, criterion: Criterion = F.cross_entropy, *, head="head", **choices
+) -> MetaLearner:
+    """FOMAML from a head of zeros in every task, for any number of ways; `head` names an `nn.Linear` module."""
+    return FOMAML(model, inner_lr, inner_steps, criterion, start=ZeroHead(head), **choices)
+
+
+def ProtoMAML(
+    model, inner_lr, inner_steps: int, criterion: Criterion = F.cross_entropy, *, head="head", **choices
+) -> MetaLearner:
+    """fo-Proto-MAML: FOMAML from a head made of the class prototypes of the support set, for any number of ways
+    (Triantafillou et al. 2020, section 3.2); `head` names an `nn.Linear` module.
+    """
+    return FOMAML(model, inner_lr, inner_steps, criterion, start=PrototypeHead(head), **choices)

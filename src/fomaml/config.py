@@ -66,7 +66,7 @@ class TrainConfig:
     query_shots: int | None = None
     """The query examples per class (15 by default), or per sinusoid (10)."""
     inner_lr: float | None = None
-    """α, the step size of the inner loop."""
+    """The step size alpha of the inner loop."""
     inner_steps: int | None = None
     """The number of inner steps in training."""
     meta_lr: float | None = None

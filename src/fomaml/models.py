@@ -3,62 +3,127 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fomaml.errors import InputError
 
-# How many examples, from the first on, BatchNorm takes its statistics from; None means all.
-_statistics_from: ContextVar[int | None] = ContextVar("statistics_from", default=None)
+STATISTICS = ("batch", "support", "running", "frozen", "per-step")
+
+
+class _Norm(NamedTuple):
+    """What the layers are told from outside: see `normalising`."""
+
+    first: int | None = None
+    step: int = -1
+    running: bool | None = None
+    record: list | None = None
+
+
+_norm: ContextVar[_Norm] = ContextVar("norm", default=_Norm())  # noqa: B039 - a tuple
 
 
 @contextmanager
-def statistics_from(examples: int | None):
-    """Within this block every `BatchNorm` takes its batch statistics from the first `examples` only.
+def normalising(**told) -> Iterator[list | None]:
+    """Within this block every `BatchNorm` is told:
 
-    A forward pass over support and query examples joined, with the number of support examples here,
-    is the inductive evaluation: query examples do not inform each other.
+    first: take batch statistics from the first so many examples only. A forward pass over support and
+        query examples joined, with the number of support examples here, is the inductive evaluation:
+        query examples do not inform each other.
+    step: the inner step, 0 … K, for per-step statistics; the last one where it is not told.
+    running: whether the policies "running" and "per-step" use their running statistics; by default
+        they do in `eval()` mode.
+    record: a list that receives (layer, step, mean, variance) of every batch seen; the block's value.
     """
-    token = _statistics_from.set(examples)
+    token = _norm.set(_norm.get()._replace(**told))
     try:
-        yield
+        yield _norm.get().record
     finally:
-        _statistics_from.reset(token)
+        _norm.reset(token)
 
 
 class BatchNorm(nn.Module):
-    """Batch normalisation by the statistics of the batch at hand, always (Ioffe & Szegedy 2015, eq. 1-4).
+    """Batch normalisation (Ioffe & Szegedy 2015) that says by name where its statistics come from.
 
-    Written from `torch.var_mean`, so it is exact under vmap in first and second order, which
-    `nn.BatchNorm2d` is not, and it has no running statistics that adaptation could change.
+    Written from `torch.var_mean`. No forward pass changes its buffers, in any mode; the outer loop
+    alone does, by `MetaLearner.update_statistics`.
 
-    Shapes: (examples, channels, ...) in and out, any floating dtype. `scale=False` leaves out γ, as
-    the original MAML code does.
+    statistics:
+        "batch": of the batch at hand, always (the original MAML code; transductive on a query set);
+        "support": of the support set, for the query examples too (inductive);
+        "running": of the batch while training, running ones in `eval()` mode and at evaluation;
+        "per-step": the same with a set of its own per inner step (Antoniou et al. 2019, section 4.4);
+        "frozen": the running ones it was made with, always.
+    steps: for "per-step", the number K of inner steps; there are K + 1 sets, one for φ_K.
+    scale: False leaves out γ, as the original MAML code does.
+
+    Shapes: (examples, channels, ...) in and out, any floating dtype; buffers `mean` and `variance`
+    (sets, channels), where there are any.
+
+    Raises:
+        InputError: an unknown policy, or "per-step" without steps.
     """
 
-    def __init__(self, channels: int, eps: float = 1e-5, scale: bool = True):
+    def __init__(
+        self,
+        channels: int,
+        eps: float = 1e-5,
+        scale: bool = True,
+        statistics: str = "batch",
+        steps: int | None = None,
+    ):
         super().__init__()
+        if statistics not in STATISTICS:
+            raise InputError(f"unknown statistics {statistics!r}; there are: {', '.join(STATISTICS)}")
+        if statistics == "per-step" and steps is None:
+            raise InputError("per-step statistics need steps, the number of inner steps")
         self.eps = eps
+        self.statistics = statistics
         self.weight = nn.Parameter(torch.ones(channels)) if scale else None
         self.bias = nn.Parameter(torch.zeros(channels))
+        if statistics in ("running", "per-step", "frozen"):
+            sets = steps + 1 if statistics == "per-step" else 1
+            self.register_buffer("mean", torch.zeros(sets, channels))
+            self.register_buffer("variance", torch.ones(sets, channels))
 
     def forward(self, inputs: Tensor) -> Tensor:
-        axes = [0, *range(2, inputs.dim())]
-        first = _statistics_from.get()
-        sample = inputs if first is None else inputs[:first]
-        variance, mean = torch.var_mean(sample, axes, correction=0, keepdim=True)
-        shape = mean.shape
+        told = _norm.get()
+        running = not self.training if told.running is None else told.running
+        shape = (1, -1, *[1] * (inputs.dim() - 2))
+        if self.statistics == "frozen" or (running and self.statistics in ("running", "per-step")):
+            step = min(told.step, len(self.mean) - 1)
+            mean, variance = self.mean[step].view(shape), self.variance[step].view(shape)
+        else:
+            sample = inputs if told.first is None else inputs[: told.first]
+            axes = [0, *range(2, inputs.dim())]
+            variance, mean = torch.var_mean(sample, axes, correction=0, keepdim=True)
+            if told.record is not None:
+                told.record.append((self, told.step, mean.flatten(), variance.flatten()))
         scale = torch.rsqrt(variance + self.eps)
         if self.weight is not None:
             scale = scale * self.weight.view(shape)
         return torch.addcmul(self.bias.view(shape) - mean * scale, inputs, scale)
 
+    def freeze(self, mean: Tensor, variance: Tensor) -> None:
+        """Take these (channels,) statistics for good: the policy becomes "frozen"."""
+        self.statistics = "frozen"
+        self.register_buffer("mean", mean[None].clone())
+        self.register_buffer("variance", variance[None].clone())
+
+    def update(self, step: int, mean: Tensor, variance: Tensor, momentum: float) -> None:
+        """Move the running statistics of inner step `step` towards these (channels,) ones."""
+        if self.statistics in ("running", "per-step"):
+            step = min(step, len(self.mean) - 1)
+            self.mean[step].lerp_(mean, momentum)
+            self.variance[step].lerp_(variance, momentum)
+
     def extra_repr(self) -> str:
-        return f"{len(self.bias)}, eps={self.eps}, scale={self.weight is not None}"
+        return f"{len(self.bias)}, eps={self.eps}, scale={self.weight is not None}, statistics={self.statistics!r}"
 
 
 class MLP(nn.Sequential):
@@ -99,7 +164,7 @@ class Conv4(nn.Module):
         super().__init__()
         in_channels, height, width = image
         if min(height, width) < 16:
-            raise InputError(f"Conv4 halves its images four times: {height}×{width} is less than 16×16")
+            raise InputError(f"Conv4 halves its images four times: {height}x{width} is less than 16x16")
         widths = [in_channels] + [channels] * 4
         self.body = nn.Sequential(*(_Conv(i, o, 1, scale) for i, o in itertools.pairwise(widths)))
         self.head = nn.Linear(channels * (height // 16) * (width // 16), outputs)
@@ -124,19 +189,42 @@ class Conv4Strided(nn.Module):
         return self.head(self.body(inputs).mean((2, 3)))
 
 
-def convert_batch_norm(model: nn.Module) -> nn.Module:
-    """Replace, in place, every `nn.BatchNorm1d/2d/3d` by this module's `BatchNorm`, weights kept.
+class WithContext(nn.Module):
+    """A model that also sees context parameters, joined to its inputs (CAVIA, Zintgraf et al. 2019, section 3.2).
 
-    Returns the model (or the replacement, when the model itself is a batch norm). Running statistics
-    are dropped: the replacement normalises by the batch at hand.
+    Inputs (examples, features); `model` receives (examples, features + size).
+    """
+
+    def __init__(self, model: nn.Module, size: int):
+        super().__init__()
+        self.model = model
+        self.context = nn.Parameter(torch.zeros(size))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.model(torch.cat([inputs, self.context.expand(len(inputs), -1)], dim=1))
+
+
+def native_batch_norms(model: nn.Module) -> list[str]:
+    """The names of the model's `nn.BatchNorm1d/2d/3d` layers."""
+    return [n for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+
+def convert_batch_norm(model: nn.Module, statistics: str = "batch", steps: int | None = None) -> nn.Module:
+    """Replace, in place, every `nn.BatchNorm1d/2d/3d` by this module's `BatchNorm`, weights and running
+    statistics kept where the policy has any; see `BatchNorm` for statistics and steps.
+
+    Returns the model (or the replacement, when the model itself is a batch norm).
     """
     if isinstance(model, nn.modules.batchnorm._BatchNorm):
-        new = BatchNorm(model.num_features, model.eps, scale=model.affine)
+        new = BatchNorm(model.num_features, model.eps, model.affine, statistics, steps)
         if model.affine:
             new.weight, new.bias = model.weight, model.bias
         else:
             new.bias.requires_grad_(False)
+        if hasattr(new, "mean") and model.track_running_stats:
+            new.mean = model.running_mean.expand(new.mean.shape).clone()
+            new.variance = model.running_var.expand(new.mean.shape).clone()
         return new.train(model.training)
     for name, child in model.named_children():
-        setattr(model, name, convert_batch_norm(child))
+        setattr(model, name, convert_batch_norm(child, statistics, steps))
     return model

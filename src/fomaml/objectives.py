@@ -1,7 +1,7 @@
 """What a task contributes to the meta-loss: one scalar whose gradient by θ is the meta-gradient.
 
 An objective is a callable of a `Problem` (algorithms.py), which is one task or a stack of tasks. It
-returns an `Outcome`; the engines sum, differentiate and average.
+returns an `Outcome`; the engines differentiate and average.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from fomaml.errors import positive
 
 
 class Outcome(NamedTuple):
@@ -47,6 +49,101 @@ class Displacement:
         with torch.no_grad():
             losses, outputs = problem.query(constant)
         return Outcome(scalar, losses, outputs, support_losses)
+
+
+@dataclass(frozen=True)
+class MultiStepLoss:
+    """Σₖ wₖ L(φₖ; query), k = 1 … K, annealed to the last step (Antoniou et al. 2019, section 4.1).
+
+    The weights start at 1/K each; over `iterations` outer steps all but the last fall to 0.03/K and the
+    last takes what they give up, so that they always sum to 1. Keeps K query graphs in memory at once.
+    """
+
+    iterations: int
+
+    def __post_init__(self):
+        positive("iterations of the multi-step loss", self.iterations, integer=True)
+
+    def weights(self, steps: int, iteration: int) -> list[float]:
+        """The weights of steps 1 … K at an outer iteration, from 0."""
+        early = max((1 - iteration / self.iterations) / steps, 0.03 / steps)
+        return [early] * (steps - 1) + [1 - (steps - 1) * early]
+
+    def __call__(self, problem) -> Outcome:
+        weights = self.weights(problem.steps, problem.iteration)
+        scalar, support_losses = 0.0, []
+        for weight, (adapted, loss) in zip(weights, problem.path()):
+            support_losses.append(loss)
+            losses, outputs = problem.query(adapted, step=len(support_losses))
+            scalar = scalar + weight * losses.sum()
+        return Outcome(scalar, losses.detach(), outputs.detach(), torch.stack(support_losses))
+
+
+@dataclass(frozen=True)
+class Implicit:
+    """The implicit gradient (I + H/λ)⁻¹ ∇L(φ_K; query), H the Hessian of the support loss at φ_K.
+
+    iMAML by conjugate gradients (Rajeswaran et al. 2019, eq. 6, algorithm 2). The inner problem has the term
+    λ/2 ‖φ - θ‖²; the answer is exact only as far as the inner loop has reached its minimum. All
+    meta-learned parameters must adapt. One Hessian-vector product a conjugate gradient step, no inner graph.
+    """
+
+    strength: float
+    cg_steps: int = 5
+
+    def __post_init__(self):
+        positive("the proximal strength λ", self.strength)
+        positive("cg_steps", self.cg_steps, integer=True)
+
+    def __call__(self, problem) -> Outcome:
+        adapted, support_losses = run(problem)
+        point = {name: value.detach().requires_grad_() for name, value in adapted.items()}
+        values = list(point.values())
+        losses, outputs = problem.query(point)
+        right = torch.autograd.grad(losses.sum(), values, allow_unused=True, materialize_grads=True)
+        support = problem.support_losses(point, True, problem.steps, proximal=False).sum()
+        slope = torch.autograd.grad(
+            support, values, create_graph=True, allow_unused=True, materialize_grads=True
+        )
+
+        def product(vector):
+            curved = torch.autograd.grad(
+                slope, values, vector, retain_graph=True, allow_unused=True, materialize_grads=True
+            )
+            return [v + c / self.strength for v, c in zip(vector, curved)]
+
+        solved = conjugate_gradients(product, right, self.cg_steps, lead=int(problem.stacked))
+        scalar = sum((value * problem.start[name]).sum() for name, value in zip(point, solved))
+        return Outcome(scalar, losses.detach(), outputs.detach(), support_losses)
+
+
+def conjugate_gradients(product, right, steps: int, lead: int) -> list[Tensor]:
+    """Solve A x = right after `steps` steps from zero, for lists of tensors; one system per task if `lead` is 1.
+
+    product: x → A x, A symmetric positive definite.
+    """
+
+    def dot(a, b):
+        return sum((x * y).flatten(lead).sum(-1) if x.dim() > lead else x * y for x, y in zip(a, b))
+
+    def along(scale, a):
+        return [scale.view(scale.shape + (1,) * (x.dim() - lead)) * x for x in a]
+
+    solution = [torch.zeros_like(r) for r in right]
+    residual = direction = list(right)
+    square = dot(residual, residual)
+    for _ in range(steps):
+        image = product(direction)
+        curvature = dot(direction, image)
+        # a system that is solved already has a zero direction: leave it as it is
+        size = torch.where(curvature > 0, square / curvature.where(curvature > 0, 1.0), 0.0)
+        solution = [x + d for x, d in zip(solution, along(size, direction))]
+        residual = [r - d for r, d in zip(residual, along(size, image))]
+        following = dot(residual, residual)
+        ratio = torch.where(square > 0, following / square.where(square > 0, 1.0), 0.0)
+        direction = [r + d for r, d in zip(residual, along(ratio, direction))]
+        square = following
+    return solution
 
 
 def run(problem) -> tuple[dict[str, Tensor], Tensor]:

@@ -140,7 +140,7 @@ def train_run(
                 metrics.flush()
                 watch(record, seconds)
     seconds = time.perf_counter() - began
-    save_weights(out / "weights.safetensors", learner.model)
+    save_weights(out / "weights.safetensors", learner)
     result = judge(config, learner, data, say) | {"training_seconds": round(seconds, 1)}
     write_text(out / "result.json", json.dumps(result, indent=2) + "\n")
     write_text(out / "result.txt", describe(result))
@@ -235,8 +235,8 @@ def load_run(run: Path, **changes) -> tuple[TrainConfig, MetaLearner]:
     except OSError:
         raise InputError(f"{run} holds no run (no config.json)") from None
     config = TrainConfig(**{**vars(config), **{k: v for k, v in changes.items() if v is not None}})
-    model = load_weights(run / "weights.safetensors", build_model(config))
-    return config, build_learner(config, model)
+    learner = build_learner(config, build_model(config))
+    return config, load_weights(run / "weights.safetensors", learner)
 
 
 def describe(result: dict) -> str:

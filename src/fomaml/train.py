@@ -62,6 +62,7 @@ def train(
     check_width(learner, episodes)
     meta_lrs = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
     for iteration in range(start, iterations):
+        learner.iteration = iteration
         tasks = episodes.batch(iteration * meta_batch_size, meta_batch_size)
         measured = (iteration + 1) % measure_every == 0 or iteration + 1 == iterations
         before = score_before(learner, tasks) if measured else None
@@ -71,6 +72,7 @@ def train(
         result.apply_to(learner)
         optimizer.step()
         optimizer.zero_grad()
+        learner.update_statistics(tasks)
         meta_loss = result.query_losses.mean()
         after = None
         if measured:

@@ -13,6 +13,8 @@ from fomaml.engines.common import chunk_size
 from fomaml.tasks import Task, chunks
 
 
-def problems(learner: MetaLearner, tasks: Task, tasks_at_once: int | None = None) -> Iterator[Problem]:
+def problems(
+    learner: MetaLearner, tasks: Task, tasks_at_once: int | None = None, evaluating: bool = False
+) -> Iterator[Problem]:
     for chunk in chunks(tasks, chunk_size(tasks, tasks_at_once)):
-        yield Problem(learner, chunk, stacked=True)
+        yield Problem(learner, chunk, stacked=True, evaluating=evaluating)

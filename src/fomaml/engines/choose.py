@@ -41,9 +41,7 @@ def curve(
     tasks_at_once: int | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
     """Query losses (tasks,) and outputs (tasks, examples, ...) after each of `at_steps` inner steps, ascending."""
-    if inductive and engine == "auto":
-        engine = "loop" if _is_convolutional(learner.model) else "batched"
-    _, problems = _engine(learner, tasks, engine, tasks_at_once)
+    _, problems = _engine(learner, tasks, engine, tasks_at_once, evaluating=True)
     return curves(problems, at_steps, inductive)
 
 
@@ -72,14 +70,14 @@ def choose(learner: MetaLearner, tasks: Task) -> tuple[str, str]:
     )
 
 
-def _engine(learner, tasks, engine, tasks_at_once):
+def _engine(learner, tasks, engine, tasks_at_once, evaluating=False):
     if engine == "auto":
         engine, _ = choose(learner, tasks)
     if engine not in ENGINES:
         raise InputError(f"unknown engine {engine!r}; there are: auto, {', '.join(ENGINES)}")
     if tasks_at_once is not None:
         positive("tasks_at_once", tasks_at_once, integer=True)
-    return engine, ENGINES[engine](learner, tasks, tasks_at_once)
+    return engine, ENGINES[engine](learner, tasks, tasks_at_once, evaluating)
 
 
 def _is_convolutional(model: nn.Module) -> bool:

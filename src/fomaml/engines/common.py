@@ -42,7 +42,8 @@ def accumulate(learner: MetaLearner, problems: Iterable[Problem], tasks: int, en
         gradients = torch.autograd.grad(outcome.scalar, list(parameters.values()), allow_unused=True)
         for i, gradient in enumerate(gradients):
             if gradient is not None:
-                totals[i] = gradient if totals[i] is None else totals[i].add_(gradient)
+                # not in place: autograd may hand two parameters the same tensor
+                totals[i] = gradient if totals[i] is None else totals[i] + gradient
         lead = problem.stacked
         query_losses.append(outcome.query_losses if lead else outcome.query_losses[None])
         support_losses.append(outcome.support_losses.T if lead else outcome.support_losses[None])
@@ -68,8 +69,11 @@ def curves(
             for adapted, _ in islice(path, steps - done):
                 pass
             done = steps
+            buffers = problem.buffers  # a look at the query set must not change later steps
+            problem.buffers = {name: buffer.clone() for name, buffer in buffers.items()}
             with torch.no_grad():
                 losses, outputs = problem.query(adapted, inductive)
+            problem.buffers = buffers
             part.append((losses, outputs) if problem.stacked else (losses[None], outputs[None]))
     return [tuple(map(torch.cat, zip(*part))) for part in parts]
 

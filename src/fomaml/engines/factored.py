@@ -13,34 +13,36 @@ change is kept dense.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from fomaml.adapt import SGD
-from fomaml.algorithms import MetaLearner, Problem, minibatch
+from fomaml.algorithms import MetaLearner, Problem
 from fomaml.engines.common import chunk_size
 from fomaml.errors import InputError
 from fomaml.objectives import QueryLoss
 from fomaml.tasks import Task, chunks
 
 
-def problems(learner: MetaLearner, tasks: Task, tasks_at_once: int | None = None) -> Iterator[Problem]:
+def problems(
+    learner: MetaLearner, tasks: Task, tasks_at_once: int | None = None, evaluating: bool = False
+) -> Iterator[Problem]:
     reason = refusal(learner)
     if reason:
         raise InputError(f"the factored engine does not take this learner: {reason}")
     for chunk in chunks(tasks, chunk_size(tasks, tasks_at_once)):
-        yield FactoredProblem(learner, chunk)
+        yield FactoredProblem(learner, chunk, evaluating)
 
 
 def refusal(learner: MetaLearner) -> str | None:
     """Why this engine cannot take the learner, or None."""
-    if not learner.first_order:
+    if learner.first_order is not True:
         return "it is first order only; use engine='batched' or 'loop'"
     if learner.optimizer != SGD():
         return "it needs plain SGD inside; use engine='batched' or 'loop'"
@@ -48,6 +50,10 @@ def refusal(learner: MetaLearner) -> str | None:
         return f"it needs the query loss as objective, not {type(learner.objective).__name__}"
     if learner.inner_batch_size is not None:
         return "it needs the whole support set at each step, not inner_batch_size"
+    if learner.start is not None:
+        return f"it starts at the meta-parameters, not at a {type(learner.start).__name__}"
+    if learner.inner_lr.learned():
+        return "it needs constant step sizes, not learned ones"
     if not linear_weights(learner):
         return "no adapted nn.Linear weight in the model"
     return None
@@ -121,8 +127,8 @@ def _linear_arguments(input, weight, bias=None):
 class FactoredProblem(Problem):
     """A stack of tasks whose Linear weights are never built."""
 
-    def __init__(self, learner: MetaLearner, tasks: Task):
-        super().__init__(learner, tasks, stacked=True)
+    def __init__(self, learner: MetaLearner, tasks: Task, evaluating: bool = False):
+        super().__init__(learner, tasks, stacked=True, evaluating=evaluating)
         own = dict(learner.model.named_parameters())
         self.weights = {name: own[name] for name in linear_weights(learner)}
         self.names = {id(weight): name for name, weight in self.weights.items()}
@@ -131,15 +137,15 @@ class FactoredProblem(Problem):
     def path(self, first_order: bool | None = None) -> Iterator[tuple[_State, Tensor]]:
         """(φₖ₊₁, support losses at φₖ) for k = 0, 1, …, without end."""
         dense, changes = self.start
-        support = minibatch(self.task.support, None, 0, True)
-        rates = self.learner.rates(0)
+        support = self.task.support
+        rates = self.learner.inner_lr(0)
         kept: dict[int, tuple] = {}
         before = _random_state(support.inputs)
-        while True:
+        for step in itertools.count():
             with torch.enable_grad():
                 point = {n: p.detach().requires_grad_() for n, p in dense.items()}
                 fixed = {n: p.detach() for n, p in self.fixed.items()}
-                losses, _, record = self._forward(point, changes, fixed, support, kept)
+                losses, _, record = self._forward(point, changes, fixed, support, kept, step)
                 calls, inputs, shared, products, outputs = record
                 gradients = torch.autograd.grad(losses.sum(), [*point.values(), *outputs], allow_unused=True)
             dense = {
@@ -170,27 +176,30 @@ class FactoredProblem(Problem):
                 }
             yield _State(dense, changes), losses.detach()
 
-    def query(self, adapted: _State, inductive: bool = False) -> tuple[Tensor, Tensor]:
-        if inductive:
-            raise InputError("the factored engine evaluates with the statistics of the query set only")
-        losses, outputs, _ = self._forward(adapted.dense, adapted.changes, self.fixed, self.task.query, {})
+    def query(
+        self, adapted: _State, inductive: bool = False, step: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        step = self.steps if step is None else step
+        support = self._support_for(inductive)
+        losses, outputs, _ = self._forward(
+            adapted.dense, adapted.changes, self.fixed, self.task.query, {}, step, support
+        )
         return losses, outputs
 
-    def _forward(self, dense, changes, fixed, examples, kept):
-        model, criterion = self.learner.model, self.learner.criterion
+    def _forward(self, dense, changes, fixed, examples, kept, step, support=None):
         calls: list[str] = []
 
-        def one_task(dense, changes, buffers, examples, kept):
-            inputs, targets = examples
+        def one_task(dense, changes, buffers, examples, kept, support):
             parameters = {**fixed, **self.weights, **dense}
             with _Linears(self.names, changes, kept) as linears:
-                outputs = functional_call(model, (parameters, buffers), (inputs,))
+                outputs = self._outputs(parameters, buffers, examples.inputs, support, step)
             calls[:] = linears.calls
             record = linears.inputs, linears.shared, linears.products, linears.outputs
-            return criterion(outputs, targets), outputs, record
+            return self.learner.criterion(outputs, examples.targets), outputs, record
 
-        losses, outputs, record = torch.func.vmap(one_task, randomness="different")(
-            dense, changes, self.buffers, examples, kept
+        axes = (0, 0, 0, 0, 0, None if support is None else 0)
+        losses, outputs, record = torch.func.vmap(one_task, axes, randomness="different")(
+            dense, changes, self.buffers, examples, kept, support
         )
         return losses, outputs, (calls, *record)
 

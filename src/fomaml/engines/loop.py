@@ -8,6 +8,8 @@ from fomaml.algorithms import MetaLearner, Problem
 from fomaml.tasks import Task, count, one
 
 
-def problems(learner: MetaLearner, tasks: Task, tasks_at_once: int | None = None) -> Iterator[Problem]:
+def problems(
+    learner: MetaLearner, tasks: Task, tasks_at_once: int | None = None, evaluating: bool = False
+) -> Iterator[Problem]:
     for index in range(count(tasks)):
-        yield Problem(learner, one(tasks, index))
+        yield Problem(learner, one(tasks, index), evaluating=evaluating)
