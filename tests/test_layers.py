@@ -15,13 +15,15 @@ ORDER = [
         "data",
         "episodes",
         "models",
+        "rates",
         "adapt",
+        "heads",
         "objectives",
         "algorithms",
         "engines",
         "train",
     ),
-    *("evaluate", "checkpoint", "report", "config", "run", "cli", "__init__"),
+    *("evaluate", "checkpoint", "report", "config", "run", "compare", "cli", "__init__"),
 ]
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
 

@@ -1,3 +1,4 @@
+import itertools
 import numpy as np
 import pytest
 import torch
@@ -6,6 +7,7 @@ from torch.utils.data import TensorDataset
 from torchvision import transforms
 from torchvision.datasets import FakeData
 
+from fomaml.data.augment import rotated, warped
 from fomaml.data.source import ClassSource, pixels
 from fomaml.errors import InputError
 
@@ -134,7 +136,7 @@ def test_joined_appends_transformed_classes():
 
 def test_rotated_turns_whole_classes_counter_clockwise():
     images = torch.tensor([[[[1, 2], [3, 4]]], [[[5, 6], [7, 8]]]], dtype=torch.uint8)
-    turned = ClassSource(images, torch.tensor([1, 0]), ["p", "q"]).rotated()
+    turned = rotated(ClassSource(images, torch.tensor([1, 0]), ["p", "q"]))
     names = ["p", "q", "p rot90", "q rot90", "p rot180", "q rot180", "p rot270", "q rot270"]
     assert turned.names == names
     assert turned.inputs.dtype == torch.uint8
@@ -144,6 +146,25 @@ def test_rotated_turns_whole_classes_counter_clockwise():
     assert by_name["q rot180"] == [4, 3, 2, 1]
     assert by_name["q rot270"] == [3, 1, 4, 2]
     assert by_name["p rot180"] == [8, 7, 6, 5]
+
+
+def test_warped_fills_up_with_pseudo_characters_of_one_warp_each():
+    stroke = torch.zeros(1, 28, 28, dtype=torch.uint8)
+    stroke[:, 4:24, 12:16] = 255
+    source = ClassSource(stroke.expand(6, 1, 28, 28), torch.tensor([0, 0, 0, 1, 1, 1]), ["p", "q"])
+    many = warped(source, 12, examples=5)
+    assert len(many) == 12
+    assert many.names[:8] == rotated(source).names
+    assert many.counts.tolist() == [3] * 8 + [5] * 4
+    classes = many.inputs.split(many.counts.tolist())[8:]
+    for images in classes:  # equal drawings stay equal: the warp is the class's, not the example's
+        assert images.dtype == torch.uint8
+        assert torch.equal(images, images[:1].expand_as(images))
+        assert images.float().mean() > 1
+    for one, other in itertools.combinations(classes, 2):
+        assert not torch.equal(one, other)
+    assert torch.equal(many.inputs, warped(source, 12, examples=5).inputs)
+    assert not torch.equal(many.inputs, warped(source, 12, examples=5, seed=1).inputs)
 
 
 def test_to_moves_the_inputs_and_nothing_else():

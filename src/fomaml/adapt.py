@@ -7,6 +7,7 @@ adapts one task or, with one more leading axis on every tensor, a stack of tasks
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -99,8 +100,8 @@ def inner_loop(
     """
     current = dict(start)
     state: dict[str, dict] = {name: {} for name in current}
-    step = 0
-    while True:
+    taken = dict.fromkeys(current, 0)
+    for step in itertools.count():
         with torch.enable_grad():
             point = current
             if first_order:
@@ -116,11 +117,11 @@ def inner_loop(
                 following[name] = parameter
                 continue
             with torch.no_grad() if first_order else torch.enable_grad():
-                direction = optimizer.direction(gradient, point[name], state[name], step)
+                direction = optimizer.direction(gradient, point[name], state[name], taken[name])
+            taken[name] += 1
             following[name] = parameter - alpha[name] * direction
         current = following
         yield current, loss.detach()
-        step += 1
 
 
 class FastModel(nn.Module):

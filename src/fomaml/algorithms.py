@@ -186,7 +186,8 @@ class Problem:
         self.iteration = learner.iteration
         choice = learner.first_order
         self.first_order = choice(learner.iteration) if callable(choice) else choice
-        own = dict(learner.model.named_parameters())
+        learned = set(learner.meta_learned)
+        own = {n: p if n in learned else p.detach() for n, p in learner.model.named_parameters()}
         self.buffers = {name: buffer.clone() for name, buffer in learner.model.named_buffers()}
         self.meta = dict(own)
         self.start = {name: own.pop(name) for name in learner.adapted}
@@ -278,10 +279,15 @@ class Problem:
 
     def _outputs(self, parameters, buffers, inputs, support, step) -> Tensor:
         """The model's outputs for the inputs of one task, batch norms told what they need to know."""
-        first = None if support is None else len(support)
-        joined = inputs if support is None else torch.cat([support, inputs])
-        with normalising(first=first, step=step, running=self.evaluating or None):
-            return functional_call(self.learner.model, (parameters, buffers), (joined,))[first:]
+
+        def run(inputs, first=None):
+            with normalising(first=first, step=step, running=self.evaluating or None):
+                return functional_call(self.learner.model, (parameters, buffers), (inputs,))
+
+        if support is None:
+            return run(inputs)
+        first = len(support)
+        return run(torch.cat([support, inputs]), first)[first:]
 
 
 def minibatch(examples: Examples, size: int | None, step: int, stacked: bool) -> Examples:

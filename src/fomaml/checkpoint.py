@@ -93,6 +93,9 @@ def load_state(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer) 
             _, index, key = name.split("/")
             state.setdefault(int(index), {})[key] = tensor
     try:
+        for group, saved in zip(optimizer.param_groups, facts["groups"]):
+            if missing := group.keys() - saved.keys() - {"initial_lr"}:
+                raise ValueError(f"it holds no {sorted(missing)[0]!r} of {type(optimizer).__name__}")
         module.load_state_dict(own)
         optimizer.load_state_dict({"state": state, "param_groups": facts["groups"]})
         return facts["iteration"]

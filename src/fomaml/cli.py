@@ -1,4 +1,4 @@
-"""The command line: `fomaml train | evaluate`. It prints; everything else returns or raises."""
+"""The command line: `fomaml train | evaluate | compare`. It prints; everything else returns or raises."""
 
 from __future__ import annotations
 
@@ -14,13 +14,23 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fomaml.config import EvaluateConfig, TrainConfig, check_steps, resolve
+from fomaml.config import (
+    STATISTICS,
+    CompareConfig,
+    EvaluateConfig,
+    TrainConfig,
+    check_steps,
+    expand,
+    known,
+    resolve,
+)
 from fomaml.errors import InputError, positive
 from fomaml.report import duration
 
 Command = (
     Annotated[TrainConfig, tyro.conf.subcommand("train")]
     | Annotated[EvaluateConfig, tyro.conf.subcommand("evaluate")]
+    | Annotated[CompareConfig, tyro.conf.subcommand("compare")]
 )
 
 
@@ -30,7 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
         Command, prog="fomaml", description="First-order MAML and its relatives.", args=arguments
     )
     try:
-        {TrainConfig: _train, EvaluateConfig: _evaluate}[type(command)](command)
+        {TrainConfig: _train, EvaluateConfig: _evaluate, CompareConfig: _compare}[type(command)](command)
     except InputError as error:
         print(f"fomaml: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -54,8 +64,8 @@ def _evaluate(config: EvaluateConfig) -> None:
         positive("tasks", config.tasks, integer=True)
     if config.steps is not None:
         check_steps(config.steps)
-    from fomaml.evaluate import evaluate
-    from fomaml.run import describe, load_run, open_data, summary
+    known("statistics", config.statistics, STATISTICS)
+    from fomaml.run import describe, evaluate_run, load_run
 
     run, learner = load_run(
         config.run,
@@ -64,24 +74,23 @@ def _evaluate(config: EvaluateConfig) -> None:
         test_tasks=config.tasks,
         test_steps=config.steps,
     )
-    data = open_data(run, test_seed=config.seed)
-    found = evaluate(
-        learner,
-        data.test,
-        tasks=run.test_tasks,
-        at_steps=run.test_steps,
-        inductive=config.inductive,
-    )
-    result = summary(run, learner, data, found, inductive=config.inductive)
-    print(
-        json.dumps(result, indent=2) if config.json else describe(result),
-        end="\n" if config.json else "",
-    )
+    result = evaluate_run(run, learner, config.statistics, config.seed)
+    print(json.dumps(result, indent=2) if config.json else describe(result).rstrip())
 
 
-def default_out(config: TrainConfig) -> Path:
+def _compare(config: CompareConfig) -> None:
+    first = expand(config)[0]
+    from fomaml.compare import compare, describe
+
+    out = config.out or default_out(first, "compare")
+    result = compare(config, out, say=lambda line: print(line, flush=True))
+    print("\n" + describe(result) + f"\nsaved in {out}")
+
+
+def default_out(config: TrainConfig, what: str | None = None) -> Path:
     """A new folder under out/, named by what the run is and when it began."""
-    kind = "-".join(filter(None, [config.source, config.question, f"{config.shots}shot", config.algorithm]))
+    parts = [config.source, config.question, f"{config.shots}shot", what or config.algorithm]
+    kind = "-".join(filter(None, parts))
     return Path("out") / f"{kind}-{datetime.now():%Y%m%d-%H%M%S}"
 
 

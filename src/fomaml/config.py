@@ -14,27 +14,46 @@ from fomaml.errors import InputError, positive
 
 SOURCES = ("mnist", "sinusoid")
 QUESTIONS = ("new-labels", "new-digits")
-ALGORITHMS = ("fomaml", "maml", "reptile")
+ALGORITHMS = (
+    *("fomaml", "maml", "reptile", "anil", "boil", "meta-sgd", "maml++", "imaml", "cavia", "sign-maml"),
+    *("zero-head", "proto-maml"),
+)
+CLASSIFIERS = ("zero-head", "proto-maml")  # their heads are made of classes
 MODELS = ("mlp", "conv4", "conv4-strided")
-AUGMENTATIONS = ("none", "rotations")
+AUGMENTATIONS = ("none", "rotations", "warps")
 SCHEDULES = ("constant", "cosine")
+ENGINES = ("auto", "loop", "batched", "factored")
+STATISTICS = ("own", "inductive", "both")
 
 # What an option that is not given takes, by source and question, then by number of shots (the
 # nearest below counts). How the MNIST ones were found: docs/LOG.md.
 RECIPES: dict[tuple[str, str], dict[int, dict]] = {
     ("mnist", "new-labels"): {
-        1: {"inner_lr": 0.05, "inner_steps": 5, "iterations": 1000},
-        5: {"inner_lr": 0.05, "inner_steps": 5, "iterations": 1000},
+        1: {"inner_lr": 0.05, "inner_steps": 5, "meta_lr": 5e-3, "iterations": 1000},
+        5: {"inner_lr": 0.05, "inner_steps": 5, "meta_lr": 5e-3, "iterations": 800},
     },
     ("mnist", "new-digits"): {
-        1: {"inner_lr": 0.02, "inner_steps": 5, "iterations": 400, "augment": "rotations"},
-        5: {"inner_lr": 0.02, "inner_steps": 5, "iterations": 400, "augment": "rotations"},
+        1: {
+            "inner_lr": 0.05,
+            "inner_steps": 5,
+            "meta_batch_size": 32,
+            "iterations": 500,
+            "schedule": "constant",
+            "augment": "rotations",
+        },
+        5: {"inner_lr": 0.02, "inner_steps": 10, "iterations": 400, "augment": "warps"},
     },
     ("sinusoid", ""): {
         1: {"inner_lr": 0.01, "inner_steps": 1, "iterations": 15000, "meta_batch_size": 25},
     },
 }
 COMMON = {"meta_lr": 1e-3, "meta_batch_size": 16, "augment": "none", "schedule": "cosine"}
+
+# What an algorithm takes instead, by kind of task; `choices` are further arguments of its preset.
+ALGORITHM_RECIPES: dict[tuple[str, str], dict] = {
+    ("regression", "reptile"): {"meta_lr": 1.0, "inner_lr": 0.02, "inner_steps": 32},
+    ("classification", "reptile"): {"meta_lr": 1.0},
+}
 
 
 @dataclass(frozen=True)
@@ -51,7 +70,7 @@ class TrainConfig:
     out: Path | None = None
     """The run directory to write; by default a new one under out/."""
     algorithm: str = "fomaml"
-    """fomaml, maml or reptile."""
+    """fomaml, maml, reptile, anil, boil, meta-sgd, maml++, imaml, cavia, sign-maml, zero-head or proto-maml."""
     question: str | None = None
     """For mnist: new-labels (all ten digits, labels shuffled in each task; the default) or new-digits (meta-train on
     0-4, meta-test on 5-9)."""
@@ -64,7 +83,7 @@ class TrainConfig:
     shots: int | None = None
     """K, the support examples per class (1 by default), or per sinusoid (10)."""
     query_shots: int | None = None
-    """The query examples per class (15 by default), or per sinusoid (10)."""
+    """The query examples per class, or per sinusoid (10)."""
     inner_lr: float | None = None
     """The step size alpha of the inner loop."""
     inner_steps: int | None = None
@@ -78,7 +97,7 @@ class TrainConfig:
     schedule: str | None = None
     """The meta_lr over the iterations: constant or cosine."""
     augment: str | None = None
-    """Further training classes made of the given ones: none or rotations."""
+    """Further training classes made of the given ones: none, rotations or warps (600 pseudo-characters)."""
     test_tasks: int = 1000
     """The number of unseen tasks to evaluate on."""
     test_steps: tuple[int, ...] = (0, 1, 5, 10, 20)
@@ -91,6 +110,32 @@ class TrainConfig:
     """The seed of weights and tasks."""
     device: str = "cpu"
     """cpu, cuda, cuda:N or mps."""
+    choices: Annotated[dict[str, float] | None, tyro.conf.Suppress] = None
+    """Further arguments of the algorithm; by default its recipe's."""
+
+
+@dataclass(frozen=True)
+class CompareConfig(TrainConfig):
+    """Train several algorithms with the same budget, and judge them on the same unseen tasks.
+
+    The budget is in outer iterations (by default the source's) or in seconds of training each; all see the
+    same tasks from the same start. Writes one table, and a run directory for each algorithm.
+
+    Example: fomaml compare sinusoid --algorithms fomaml maml reptile anil --seconds 60
+    """
+
+    out: Path | None = None
+    """The folder to write; by default a new one under out/."""
+    algorithm: Annotated[str, tyro.conf.Suppress] = "fomaml"
+    baselines: Annotated[bool, tyro.conf.Suppress] = False
+    algorithms: tuple[str, ...] = ("fomaml", "maml", "reptile", "anil")
+    """The algorithms, as in train; fomaml, to which the others are compared, is always among them."""
+    seconds: float | None = None
+    """The seconds of training of each algorithm, instead of --iterations."""
+    test_tasks: Annotated[int, tyro.conf.arg(name="tasks")] = 1000
+    """The number of unseen tasks to evaluate on."""
+    cosine_every: int | None = None
+    """The iterations of FOMAML between two comparisons of its meta-gradient with MAML's; by default a tenth of all."""
 
 
 @dataclass(frozen=True)
@@ -110,8 +155,10 @@ class EvaluateConfig:
     """The seed of the tasks; by default the run's, and so the same tasks."""
     data_root: Path | None = None
     """A folder that holds MNIST/raw/*-ubyte; by default the run's."""
-    inductive: bool = False
-    """Take batch-norm statistics from the support set, so that query examples do not inform each other."""
+    statistics: str = "own"
+    """Where batch norm takes its statistics from: own (as the model was trained), inductive (the support set, so
+    that query examples do not inform each other), or both, with a warning where the two differ by more than the
+    interval."""
     device: str | None = None
     """cpu, cuda, cuda:N or mps; by default the run's."""
     json: Annotated[bool, tyro.conf.arg(name="json")] = False
@@ -136,16 +183,21 @@ def resolve(config: TrainConfig) -> TrainConfig:
     positive("shots", shots, integer=True)
     recipes = RECIPES[config.source, question]
     recipe = recipes[max(k for k in recipes if k <= shots)]
-    defaults = {**COMMON, **recipe, "model": "mlp", "query_shots": 10 if sinusoid else 15}
-    if config.algorithm == "reptile":
-        defaults["meta_lr"] = 1.0
+    defaults = {**COMMON, **recipe, "model": "mlp", "query_shots": 10}
+    kind = "regression" if sinusoid else "classification"
+    defaults |= ALGORITHM_RECIPES.get((kind, config.algorithm), {})
     given = {k: v for k, v in vars(config).items() if v is not None}
     config = TrainConfig(**{**defaults, **given, "question": question, "shots": shots})
     known("model", config.model, MODELS)
     known("augment", config.augment, AUGMENTATIONS)
     known("schedule", config.schedule, SCHEDULES)
+    known("engine", config.engine, ENGINES)
     if sinusoid and config.model != "mlp":
         raise InputError(f"the source sinusoid goes with the model mlp, got {config.model!r}")
+    if sinusoid and config.algorithm in CLASSIFIERS:
+        raise InputError(f"the algorithm {config.algorithm} needs classes: the source sinusoid has none")
+    if config.algorithm == "cavia" and config.model != "mlp":
+        raise InputError(f"the algorithm cavia goes with the model mlp, got {config.model!r}")
     for name in (
         "ways",
         "query_shots",
@@ -159,6 +211,25 @@ def resolve(config: TrainConfig) -> TrainConfig:
         positive(name, getattr(config, name))
     check_steps(config.test_steps)
     return config
+
+
+def expand(config: CompareConfig) -> list[TrainConfig]:
+    """The resolved settings of each algorithm of a comparison, FOMAML's first.
+
+    Raises:
+        InputError: as `resolve`, or a budget that is not positive or given twice.
+    """
+    if config.seconds is not None:
+        positive("seconds", config.seconds)
+        if config.iterations is not None:
+            raise InputError(
+                f"the budget is --iterations {config.iterations} or --seconds {config.seconds:g}, not both"
+            )
+    if config.cosine_every is not None:
+        positive("cosine_every", config.cosine_every, integer=True)
+    shared = {field.name: getattr(config, field.name) for field in dataclasses.fields(TrainConfig)}
+    names = dict.fromkeys(("fomaml", *config.algorithms))  # each once
+    return [resolve(TrainConfig(**{**shared, "algorithm": name})) for name in names]
 
 
 def check_steps(steps: tuple[int, ...]) -> None:

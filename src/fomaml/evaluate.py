@@ -52,7 +52,7 @@ def evaluate(
         InputError: a model whose output is narrower than the number of ways.
     """
     check_width(learner, episodes)
-    at_steps = sorted(at_steps)
+    at_steps = sorted(set(at_steps))
     parts: dict[int, list[Tensor]] = {steps: [] for steps in at_steps}
     for batch in _batches(episodes, tasks, tasks_at_once):
         found = curve(learner, batch, at_steps, inductive=inductive, engine=engine)

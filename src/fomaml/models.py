@@ -215,16 +215,26 @@ def convert_batch_norm(model: nn.Module, statistics: str = "batch", steps: int |
 
     Returns the model (or the replacement, when the model itself is a batch norm).
     """
+    return _convert(model, statistics, steps, {})
+
+
+def _convert(model: nn.Module, statistics: str, steps: int | None, done: dict[int, nn.Module]) -> nn.Module:
+    if id(model) in done:
+        return done[id(model)]
+    done[id(model)] = new = model
     if isinstance(model, nn.modules.batchnorm._BatchNorm):
-        new = BatchNorm(model.num_features, model.eps, model.affine, statistics, steps)
+        done[id(model)] = new = BatchNorm(model.num_features, model.eps, model.affine, statistics, steps)
+        if model.running_mean is not None:
+            new.to(model.running_mean)
         if model.affine:
             new.weight, new.bias = model.weight, model.bias
         else:
             new.bias.requires_grad_(False)
-        if hasattr(new, "mean") and model.track_running_stats:
+        if hasattr(new, "mean") and model.running_mean is not None:
             new.mean = model.running_mean.expand(new.mean.shape).clone()
             new.variance = model.running_var.expand(new.mean.shape).clone()
         return new.train(model.training)
-    for name, child in model.named_children():
-        setattr(model, name, convert_batch_norm(child, statistics, steps))
-    return model
+    for name, child in list(model._modules.items()):
+        if child is not None:
+            setattr(model, name, _convert(child, statistics, steps, done))
+    return new

@@ -26,7 +26,7 @@ def table(columns: Sequence[tuple[str, dict]]) -> str:
     lines = [[unit + "± 95 % interval", *(heading for heading, _ in columns)]]
     for label in labels:
         lines.append([label, *(_cell(result, label, metric) for _, result in columns)])
-    return _align(lines)
+    return align(lines)
 
 
 def _cell(result: dict, label: str, metric: str) -> str:
@@ -36,7 +36,8 @@ def _cell(result: dict, label: str, metric: str) -> str:
     return ""
 
 
-def _align(lines: list[list[str]]) -> str:
+def align(lines: list[list[str]]) -> str:
+    """Cells as text in columns, the first line the heading."""
     widths = [max(map(len, column)) for column in zip(*lines)]
     text = [
         "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:]))])

@@ -5,6 +5,7 @@ A run directory holds config.json, metrics.jsonl, weights.safetensors, result.js
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from collections.abc import Callable
@@ -13,26 +14,52 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from fomaml import algorithms
 from fomaml.algorithms import MetaLearner
 from fomaml.checkpoint import load_weights, save_weights, write_text
 from fomaml.config import TrainConfig, from_json, to_json
-from fomaml.data.mnist import load_mnist
+from fomaml.data.augment import rotated, warped
+from fomaml.data.mnist import MNIST, load_mnist
 from fomaml.data.source import ClassSource
 from fomaml.data.synthetic import Sinusoids
-from fomaml.engines.choose import choose
+from fomaml.engines import choose
 from fomaml.episodes import Episodes, RegressionEpisodes
 from fomaml.errors import InputError
 from fomaml.evaluate import estimate, evaluate, fine_tune, nearest_centroid, pretrain
-from fomaml.models import MLP, BatchNorm, Conv4, Conv4Strided
+from fomaml.models import MLP, BatchNorm, Conv4, Conv4Strided, WithContext
 from fomaml.report import table, verdict
 from fomaml.train import Record, check_width, cosine, train
 
-PRESETS = {"fomaml": algorithms.FOMAML, "maml": algorithms.MAML, "reptile": algorithms.Reptile}
-NAMES = {"fomaml": "FOMAML", "maml": "MAML", "reptile": "Reptile"}
+PRESETS = {
+    "fomaml": algorithms.FOMAML,
+    "maml": algorithms.MAML,
+    "reptile": algorithms.Reptile,
+    "anil": algorithms.ANIL,
+    "boil": algorithms.BOIL,
+    "meta-sgd": algorithms.MetaSGD,
+    "maml++": algorithms.MAMLPlusPlus,
+    "imaml": algorithms.iMAML,
+    "cavia": algorithms.CAVIA,
+    "sign-maml": algorithms.SignMAML,
+    "zero-head": algorithms.ZeroHeadMAML,
+    "proto-maml": algorithms.ProtoMAML,
+}
+NAMES = {name: preset.__name__ for name, preset in PRESETS.items()} | {
+    "meta-sgd": "Meta-SGD",
+    "maml++": "MAML++",
+    "sign-maml": "Sign-MAML",
+    "zero-head": "zero-head MAML",
+    "proto-maml": "Proto-MAML",
+}
+HEADS = {"anil": "{}.*", "boil": "{}.*", "zero-head": "{}", "proto-maml": "{}"}  # globs, or the module
 DIGITS = [str(digit) for digit in range(10)]
+
+
+@functools.lru_cache(maxsize=1)
+def _mnist(root: Path | None, allow_download: bool) -> MNIST:
+    return load_mnist(root, allow_download)
 
 
 class Data(NamedTuple):
@@ -46,7 +73,7 @@ class Data(NamedTuple):
     origin: str
 
 
-def open_data(config: TrainConfig, test_seed: int | None = None) -> Data:
+def open_data(config: TrainConfig, test_seed: int | None = None, allow_download: bool = True) -> Data:
     """Load the source and draw its episodes, on the run's device; training and test seeds never meet."""
     device = check_device(config.device)
     seeds = [
@@ -58,18 +85,23 @@ def open_data(config: TrainConfig, test_seed: int | None = None) -> Data:
         counts = {"shots": config.shots, "query_shots": config.query_shots, "device": device}
         episodes = [RegressionEpisodes(Sinusoids(), seed=seed, **counts) for seed in seeds]
         return Data(*episodes, None, "sinusoids", "y = A sin(x - p), A in [0.1, 5], p in [0, π]")
-    mnist = load_mnist(config.data_root)
+    mnist = _mnist(config.data_root, allow_download)
     train_source, test_source = mnist.train, mnist.test
     if config.question == "new-digits":
         train_source, test_source = train_source.select(DIGITS[:5]), test_source.select(DIGITS[5:])
     train_source, test_source = train_source.to(device), test_source.to(device)
-    many = train_source.rotated() if config.augment == "rotations" else train_source
+    augment = {
+        "none": lambda source: source,
+        "rotations": rotated,
+        "warps": lambda source: warped(source, 600),
+    }
+    many = augment[config.augment](train_source)
     counts = {"ways": config.ways, "shots": config.shots, "query_shots": config.query_shots}
     episodes = [
         Episodes(source, seed=seed, **counts)
         for source, seed in zip((many, train_source, test_source), seeds)
     ]
-    return Data(*episodes, train_source, mnist.name, mnist.origin)
+    return Data(*episodes, many, mnist.name, mnist.origin)
 
 
 def build_model(config: TrainConfig, seed: int | None = None) -> nn.Module:
@@ -77,18 +109,31 @@ def build_model(config: TrainConfig, seed: int | None = None) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed if seed is None else seed)
         if config.source == "sinusoid":
-            model = MLP(1, 40, 40, 1)
+            model = _mlp(config, 5, 1, 40, 40, 1)
         elif config.model == "mlp":
-            model = MLP(784, 256, 10)
+            model = _mlp(config, 100, 784, 256, 10)
         else:
             model = (Conv4 if config.model == "conv4" else Conv4Strided)(10)
+    if config.source != "sinusoid":
+        zero_head(model)
     return model.to(check_device(config.device))
 
 
 def build_learner(config: TrainConfig, model: nn.Module) -> MetaLearner:
     """The run's algorithm around a model."""
     criterion = F.mse_loss if config.source == "sinusoid" else F.cross_entropy
-    return PRESETS[config.algorithm](model, config.inner_lr, config.inner_steps, criterion)
+    choices = dict(config.choices or {})
+    if config.algorithm in HEADS:
+        choices["head"] = HEADS[config.algorithm].format(head_name(model))
+    if config.algorithm == "maml++":
+        choices["multi_step_iterations"] = max(1, config.iterations // 10)
+    return PRESETS[config.algorithm](model, config.inner_lr, config.inner_steps, criterion, **choices)
+
+
+def build_optimizer(config: TrainConfig, learner: MetaLearner) -> torch.optim.Optimizer:
+    """The run's outer optimiser: Adam, and for Reptile SGD, whose step size is then the paper's ε."""
+    kind = torch.optim.SGD if config.algorithm == "reptile" else torch.optim.Adam
+    return kind(learner.parameters(), lr=config.meta_lr)
 
 
 def train_run(
@@ -118,8 +163,7 @@ def train_run(
     say(f"{data.name}: {data.origin}")
     say(f"engine: {engine} ({why})")
     schedule = cosine(config.iterations) if config.schedule == "cosine" else None
-    reptile = config.algorithm == "reptile"
-    optimizer = (torch.optim.SGD if reptile else torch.optim.Adam)(learner.parameters(), lr=config.meta_lr)
+    optimizer = build_optimizer(config, learner)
     began = time.perf_counter()
     with open(out / "metrics.jsonl", "w", encoding="utf-8") as metrics:
         for record in train(
@@ -176,7 +220,7 @@ def summary(config, learner, data, found, rows=None, differences=(), inductive=F
         "shots": config.shots,
         "query_shots": config.query_shots,
         "inner_steps": steps,
-        "batch_statistics": "inductive" if inductive or not _has_batch_norm(learner) else "transductive",
+        "batch_statistics": "transductive" if _is_transductive(learner) and not inductive else "inductive",
     }
     if rows is None:
         rows = [_row(f"{name}, {_steps(k)}", scores, steps=k) for k, scores in found.items()]
@@ -201,9 +245,16 @@ def baselines(config: TrainConfig, data: Data, say):
     say("baseline: the same network from a random start")
     tuned = fine_tune(lambda n: build_model(config, 1000 + n), data.tuning, data.test, **counts)
     yield "random start, trained on the support set", tuned.scores, _facts(tuned)
-    say("baseline: the same network pretrained as a classifier")
-    model = pretrain(build_model(config), data.classes, seed=config.seed)
-    _zero_head(model)
+    say(f"baseline: the same network pretrained as a classifier of the {len(data.classes)} training classes")
+    model = build_model(config)
+    owner, _, last = head_name(model).rpartition(".")
+    head = model.get_submodule(owner).get_submodule(last)
+    wide = nn.Linear(head.in_features, len(data.classes)).to(head.weight.device)
+    setattr(model.get_submodule(owner), last, wide)
+    pretrain(model, data.classes, seed=config.seed)
+    setattr(
+        model.get_submodule(owner), last, head
+    )  # zeros still: a classifier's own means nothing under new labels
     tuned = fine_tune(model, data.tuning, data.test, **counts)
     yield "pretrained classifier, fine-tuned", tuned.scores, _facts(tuned)
     yield "nearest centroid of the pixels", nearest_centroid(data.test, **counts), {}
@@ -239,6 +290,36 @@ def load_run(run: Path, **changes) -> tuple[TrainConfig, MetaLearner]:
     return config, load_weights(run / "weights.safetensors", learner)
 
 
+def evaluate_run(
+    config: TrainConfig, learner: MetaLearner, statistics: str = "own", seed: int | None = None
+) -> dict:
+    """Evaluate a loaded run on unseen tasks; statistics as in `EvaluateConfig`.
+
+    With "both" the result is that of the model's own statistics, the other one stands under "inductive", and
+    "warning" says so where the paired difference is larger than its interval.
+    """
+    data = open_data(config, test_seed=seed)
+
+    def run(inductive: bool) -> dict[int, Tensor]:
+        return evaluate(
+            learner, data.test, tasks=config.test_tasks, at_steps=config.test_steps, inductive=inductive
+        )
+
+    found = run(statistics == "inductive")
+    result = summary(config, learner, data, found, inductive=statistics == "inductive")
+    if statistics == "both":
+        other = run(True)
+        paired = estimate(found[result["steps"]] - other[result["steps"]])
+        result["inductive"] = summary(config, learner, data, other, inductive=True)
+        result["difference"] = paired._asdict()
+        if abs(paired.mean) > paired.interval:
+            result["warning"] = (
+                "query examples inform each other: with statistics of the support set alone the accuracy is "
+                f"{100 * paired.mean:.1f} ± {100 * paired.interval:.1f} points lower"
+            )
+    return result
+
+
 def describe(result: dict) -> str:
     """The result as text: what was measured, the table, the verdict."""
     protocol = result["protocol"]
@@ -249,9 +330,13 @@ def describe(result: dict) -> str:
         f"{protocol['batch_statistics']}",
         "",
         table([(heading, result)]),
-        "",
-        verdict(result),
     ]
+    if result["differences"]:
+        lines += ["", verdict(result)]
+    if "inductive" in result:
+        lines += ["", describe(result["inductive"])]
+    if "warning" in result:
+        lines.append(f"warning: {result['warning']}")
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -286,13 +371,34 @@ def _steps(steps: int) -> str:
     return {0: "before adaptation", 1: "after 1 step"}.get(steps, f"after {steps} steps")
 
 
-def _has_batch_norm(learner: MetaLearner) -> bool:
-    kinds = (BatchNorm, nn.modules.batchnorm._BatchNorm)
-    return any(isinstance(module, kinds) for module in learner.model.modules())
+def _is_transductive(learner: MetaLearner) -> bool:
+    """Whether a layer normalises the query set by statistics of its own, so that its examples inform each other."""
+
+    def mixes(layer: nn.Module) -> bool:
+        if isinstance(layer, BatchNorm):
+            return layer.statistics == "batch"
+        native = isinstance(layer, nn.modules.batchnorm._BatchNorm)
+        return native and (layer.training or not layer.track_running_stats)
+
+    return any(map(mixes, learner.model.modules()))
 
 
-def _zero_head(model: nn.Module) -> None:
-    """Set the last Linear layer to zero: a classifier's own head means nothing under new labels."""
-    head = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
+def zero_head(model: nn.Module) -> None:
+    """Set the last Linear layer to zero. Labels are shuffled anew in each task, so no label is to be preferred
+    before adaptation.
+    """
+    head = model.get_submodule(head_name(model))
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
+
+
+def head_name(model: nn.Module) -> str:
+    """The name of the model's last `nn.Linear`."""
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
+
+
+def _mlp(config: TrainConfig, context: int, *sizes: int) -> nn.Module:
+    """An MLP; for CAVIA with context parameters joined to its inputs (Zintgraf et al. 2019, section 4)."""
+    if config.algorithm != "cavia":
+        return MLP(*sizes)
+    return nn.Sequential(nn.Flatten(), WithContext(MLP(sizes[0] + context, *sizes[1:]), context))

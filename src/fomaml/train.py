@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fomaml.algorithms import FOMAML, MetaLearner
 from fomaml.data.source import ClassSource
-from fomaml.engines import curve, meta_gradient
+from fomaml.engines import check_outputs, curve, meta_gradient
 from fomaml.episodes import Episodes
 from fomaml.errors import InputError, positive
 from fomaml.tasks import Task
@@ -59,16 +59,17 @@ def train(
     """
     positive("iterations", iterations, integer=True)
     positive("meta_batch_size", meta_batch_size, integer=True)
+    positive("measure_every", measure_every, integer=True)
     check_width(learner, episodes)
-    meta_lrs = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
     for iteration in range(start, iterations):
         learner.iteration = iteration
         tasks = episodes.batch(iteration * meta_batch_size, meta_batch_size)
         measured = (iteration + 1) % measure_every == 0 or iteration + 1 == iterations
         before = score_before(learner, tasks) if measured else None
         result = meta_gradient(learner, tasks, engine=engine, tasks_at_once=tasks_at_once)
-        for group, meta_lr in zip(optimizer.param_groups, meta_lrs):
-            group["lr"] = meta_lr * (1.0 if schedule is None else schedule(iteration))
+        for group in optimizer.param_groups if schedule is not None else ():
+            # "initial_lr" as torch's schedulers keep it: saved with the optimiser, so a run resumes with it
+            group["lr"] = group.setdefault("initial_lr", group["lr"]) * schedule(iteration)
         result.apply_to(learner)
         optimizer.step()
         optimizer.zero_grad()
@@ -106,17 +107,7 @@ def score_before(learner: MetaLearner, tasks: Task) -> Tensor:
 
 def check_width(learner: MetaLearner, episodes) -> None:
     """Raise `InputError` where the model's output is narrower than the number of ways."""
-    ways = getattr(episodes, "ways", None)
-    if ways is None:
-        return
-    inputs = episodes[0].query.inputs
-    with torch.no_grad():
-        outputs = learner.adapt(episodes[0].support, steps=0)(inputs)
-    if outputs.dim() < 2 or outputs.shape[-1] < ways:
-        raise InputError(
-            f"the model's outputs have shape {tuple(outputs.shape)}, too narrow for {ways} ways: "
-            f"its last layer needs at least {ways} outputs"
-        )
+    check_outputs(learner, episodes.batch(0, 1), getattr(episodes, "ways", None))
 
 
 def fomaml_train(

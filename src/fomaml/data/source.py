@@ -134,12 +134,6 @@ class ClassSource:
             torch.cat(inputs), torch.cat(labels), [n for part in names for n in part], self.decode
         )
 
-    def rotated(self) -> ClassSource:
-        """Four times the classes: whole classes turned by 0, 90, 180 and 270 degrees (Santoro et al. 2016)."""
-        return self.joined(
-            [(f"rot{90 * k}", lambda images, k=k: torch.rot90(images, k, dims=(-2, -1))) for k in (1, 2, 3)]
-        )
-
     def to(self, device) -> ClassSource:
         """The same classes with their inputs on `device`."""
         return ClassSource(self.inputs.to(device), self.labels(), self.names, self.decode)

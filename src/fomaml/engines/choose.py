@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
 from fomaml.algorithms import MetaLearner
 from fomaml.engines import batched, factored, loop
 from fomaml.engines.common import MetaGradient, accumulate, curves
 from fomaml.errors import InputError, positive
-from fomaml.tasks import Task, count
+from fomaml.tasks import Task, count, one
 
 ENGINES = {"loop": loop.problems, "batched": batched.problems, "factored": factored.problems}
 
@@ -28,7 +30,11 @@ def meta_gradient(
             the number of classes.
     """
     name, problems = _engine(learner, tasks, engine, tasks_at_once)
-    return accumulate(learner, problems, count(tasks), name)
+    try:
+        return accumulate(learner, problems, count(tasks), name)
+    except (IndexError, RuntimeError):
+        check_outputs(learner, tasks)  # the likeliest reason, told in words
+        raise
 
 
 def curve(
@@ -43,6 +49,25 @@ def curve(
     """Query losses (tasks,) and outputs (tasks, examples, ...) after each of `at_steps` inner steps, ascending."""
     _, problems = _engine(learner, tasks, engine, tasks_at_once, evaluating=True)
     return curves(problems, at_steps, inductive)
+
+
+def check_outputs(learner: MetaLearner, tasks: Task, ways: int | None = None) -> None:
+    """Raise `InputError` where the model's output is narrower than the number of ways.
+
+    ways: by default the largest label of the tasks and one; with floating targets nothing is checked.
+    """
+    targets = tasks.query.targets
+    if targets.is_floating_point():
+        return
+    ways = int(targets.max()) + 1 if ways is None else ways
+    task = one(tasks, 0)
+    with torch.no_grad():
+        outputs = learner.adapt(task.support, steps=0)(task.query.inputs)
+    if outputs.dim() < 2 or outputs.shape[-1] < ways:
+        raise InputError(
+            f"the model's outputs have shape {tuple(outputs.shape)}, too narrow for {ways} ways: "
+            f"its last layer needs at least {ways} outputs"
+        )
 
 
 def choose(learner: MetaLearner, tasks: Task) -> tuple[str, str]:
@@ -62,7 +87,7 @@ def choose(learner: MetaLearner, tasks: Task) -> tuple[str, str]:
         linear = [own[n] for n in factored.linear_weights(learner)]
         shots = tasks.support.targets.shape[1]
         wide = sum(w.numel() for w in linear if min(w.shape) > 2 * shots or w.shape[1] > 8 * shots)
-        if 2 * wide > sum(own[n].numel() for n in learner.adapted):
+        if 2 * wide > sum(own[n].numel() for n in learner.adapted) and _factors(learner, tasks):
             return "factored", f"linear layers much wider than the {shots} support examples"
     return (
         "batched",
@@ -78,6 +103,16 @@ def _engine(learner, tasks, engine, tasks_at_once, evaluating=False):
     if tasks_at_once is not None:
         positive("tasks_at_once", tasks_at_once, integer=True)
     return engine, ENGINES[engine](learner, tasks, tasks_at_once, evaluating)
+
+
+def _factors(learner: MetaLearner, tasks: Task) -> bool:
+    """Whether the model uses its Linear weights in linear layers only; found out once per learner."""
+    if learner not in _known:
+        _known[learner] = factored.other_use(learner, tasks) is None
+    return _known[learner]
+
+
+_known: WeakKeyDictionary[MetaLearner, bool] = WeakKeyDictionary()
 
 
 def _is_convolutional(model: nn.Module) -> bool:

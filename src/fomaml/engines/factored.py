@@ -59,6 +59,17 @@ def refusal(learner: MetaLearner) -> str | None:
     return None
 
 
+def other_use(learner: MetaLearner, tasks: Task) -> str | None:
+    """Why a forward pass of one task cannot be factored, or None; it is tried."""
+    problem = FactoredProblem(learner, next(chunks(tasks, 1)))
+    try:
+        with torch.no_grad():
+            problem.query(problem.start)
+    except InputError as error:
+        return str(error)
+    return None
+
+
 def linear_weights(learner: MetaLearner) -> list[str]:
     """The names of the adapted weights that only `nn.Linear` modules own."""
     owners: dict[int, set[type]] = {}
@@ -92,11 +103,11 @@ class _Linears(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if function is not F.linear:
-            return function(*args, **kwargs)
+            return self._other(function(*args, **kwargs), function, [*args, *kwargs.values()])
         inputs, weight, bias = _linear_arguments(*args, **kwargs)
         name = self.names.get(id(weight))
         if name is None:
-            return function(*args, **kwargs)
+            return self._other(function(*args, **kwargs), function, [inputs, bias])
         call = len(self.calls)
         shared, product = self.kept.get(call, (None, None))
         if shared is None:
@@ -118,6 +129,18 @@ class _Linears(TorchFunctionMode):
         self.shared.append(shared)
         self.outputs.append(output)
         return output
+
+    def _other(self, result, function, arguments):
+        """The result of another function, unless it computes with a known weight: its change would be missed."""
+        if isinstance(result, Tensor):
+            flat = [a for part in arguments for a in (part if isinstance(part, (list, tuple)) else [part])]
+            used = [self.names[id(a)] for a in flat if id(a) in self.names]
+            if used:
+                raise InputError(
+                    f"the factored engine does not take this model: {used[0]!r} is used outside of a linear layer "
+                    f"({getattr(function, '__name__', function)}); use engine='batched' or 'loop'"
+                )
+        return result
 
 
 def _linear_arguments(input, weight, bias=None):
@@ -141,6 +164,7 @@ class FactoredProblem(Problem):
         rates = self.learner.inner_lr(0)
         kept: dict[int, tuple] = {}
         before = _random_state(support.inputs)
+        buffers = {name: buffer.clone() for name, buffer in self.buffers.items()}
         for step in itertools.count():
             with torch.enable_grad():
                 point = {n: p.detach().requires_grad_() for n, p in dense.items()}
@@ -153,7 +177,9 @@ class FactoredProblem(Problem):
                 for (name, p), g in zip(dense.items(), gradients)
             }
             if not changes:
-                same = _random_state(support.inputs) == before
+                same = _random_state(support.inputs) == before and all(
+                    torch.equal(buffer, buffers[name]) for name, buffer in self.buffers.items()
+                )
                 constant = {
                     i
                     for i, a in enumerate(inputs)
@@ -163,7 +189,7 @@ class FactoredProblem(Problem):
             for call, (name, a, delta) in enumerate(zip(calls, inputs, gradients[len(point) :])):
                 if delta is None:
                     continue
-                a, d = a.detach().flatten(1, -2), delta.flatten(1, -2) * -rates[name]
+                a, d = _rows(a.detach()), _rows(delta) * -rates[name]
                 changes[name] = _add(changes.get(name, ()), a, d, call in constant)
             with torch.no_grad():
                 kept = {
@@ -208,7 +234,15 @@ def _product(products, inputs, call, change):
     """a aᵀ of a layer whose inputs are the same at every step, and so are its factors' a."""
     if len(change) == 1:
         return None
-    return products[call].detach() if call in products else inputs[call].detach() @ change[0].mT
+    if call in products:
+        return products[call].detach()
+    a = inputs[call].detach()  # (tasks, ..., in)
+    return (_rows(a) @ change[0].mT).view(*a.shape[:-1], -1)
+
+
+def _rows(values: Tensor) -> Tensor:
+    """(tasks, ..., width) → (tasks, rows, width), also where a task has a single vector."""
+    return values.reshape(len(values), -1, values.shape[-1])
 
 
 def _add(change: tuple, a: Tensor, d: Tensor, constant: bool) -> tuple[Tensor, ...]:

@@ -1,0 +1,702 @@
+"""Does a module of one's own go with this library? Tries it; says in plain words what would go wrong, and the cure."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import inspect
+import operator
+import sys
+import textwrap
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+
+from fomaml.algorithms import FOMAML
+from fomaml.engines import ENGINES, meta_gradient
+from fomaml.engines.choose import choose
+from fomaml.errors import InputError, positive
+from fomaml.models import BatchNorm
+from fomaml.tasks import Examples, Task, one
+
+TASKS, DIRECTIONS, EPS = 2, 3, 1e-6
+# Largest relative error of a gradient that counts as rounding; a float64 module may compute parts in float32.
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-2}
+LOOP = "engine='loop'"
+STALE = "read parameters in forward, as self.weight, not from a list or cache; keep no state on self"
+MATH = "with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH): around it, or first order"
+CUDNN = "with torch.backends.cudnn.flags(enabled=False): around it, or first order"
+# part of torch's message → (the reason in plain words, the cure)
+REASONS = {
+    "data-dependent": ("its forward branches on the values of a tensor", f"{LOOP}, or torch.where"),
+    ".item()": ("its forward takes a number out of a tensor", f"{LOOP}, or keep it a tensor"),
+    "scaled_dot_product": ("the fused attention kernel has no double backward", MATH),
+    "rnn_backward": ("the fused recurrent kernel has no double backward", CUDNN),
+    "Batching rule not": ("vmap has no rule for one of its layers, such as nn.LSTM", LOOP),
+    "setup_context": ("vmap does not take its autograd.Function", f"{LOOP}, or write setup_context"),
+    "inplace arithmetic": (
+        "it writes in place into a tensor that all tasks share",
+        f"{LOOP}, or torch.stack",
+    ),
+}
+
+
+class Finding(NamedTuple):
+    """level: "ok", "note", "wrong" (it would be silent) or "refused" (an error says so). cure: may be empty."""
+
+    level: str
+    what: str
+    cure: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `check` found about its subject; exit_status is 1 if something would be silently wrong, else 0."""
+
+    subject: str
+    findings: list[Finding]
+
+    @property
+    def exit_status(self) -> int:
+        return int(any(finding.level == "wrong" for finding in self.findings))
+
+    def text(self) -> str:
+        """A heading, a marked line per finding with the cure beneath it, the conclusion."""
+        lines = [self.subject, ""]
+        for level, what, cure in self.findings:
+            lines += _wrap(what, f"{'WRONG' if level == 'wrong' else level:9}")
+            lines += _wrap(cure, f"{'':9}→ ") if cure else []
+        wrong, refused, notes = (
+            [f.level for f in self.findings].count(x) for x in ("wrong", "refused", "note")
+        )
+        if wrong:
+            return "\n".join(
+                [*lines, "", f"{_plural(wrong, 'thing')} would be silently wrong: see WRONG above."]
+            )
+        return "\n".join(
+            [*lines, "", f"Nothing would be silently wrong ({_plural(notes, 'note')}, {refused} refused)."]
+        )
+
+
+class _Trial(NamedTuple):
+    """A module that is only ever copied, tasks for it, and how to learn them."""
+
+    model: nn.Module
+    tasks: Task
+    criterion: Callable[[Tensor, Tensor], Tensor]
+    inner_lr: float
+    inner_steps: int
+    seed: int
+    random: bool = False
+
+    def copy(self) -> nn.Module:
+        return copy.deepcopy(self.model)
+
+    def outputs(self, model: nn.Module, inputs: Tensor | None = None, seed: int = 0) -> Tensor:
+        torch.manual_seed(self.seed + seed)
+        return model(self.tasks.support.inputs[0] if inputs is None else inputs)
+
+    def learner(self, first_order: bool = True):
+        choices = {"criterion": self.criterion, "first_order": first_order}
+        return FOMAML(self.copy(), self.inner_lr, self.inner_steps, **choices)
+
+    def gradient(self, engine: str, first_order: bool) -> tuple[dict[str, Tensor], list[str]]:
+        """The meta-gradient, and the names of what computing it changed in the meta-model."""
+        learner = self.learner(first_order)
+        before = _values(learner.model.state_dict().items())
+        torch.manual_seed(self.seed)
+        gradients = meta_gradient(learner, self.tasks, engine=engine).gradients
+        return gradients, [n for n, t in learner.model.state_dict().items() if _differ(t, before[n])]
+
+
+def check(
+    model: nn.Module,
+    shape: Sequence[int],
+    *,
+    vocabulary: int | None = None,
+    ways: int = 5,
+    shots: int = 2,
+    query_shots: int = 3,
+    inner_steps: int = 3,
+    inner_lr: float = 0.01,
+    seed: int = 0,
+    name: str | None = None,
+) -> Report:
+    """Try a module, in the mode it is in, on two random tasks. It is copied, never changed.
+
+    FOMAML's gradient is compared with a plain loop in float64, dropout off; second order with central
+    differences of that loop's query loss in random directions, by their median, as a direction may cross
+    a kink of a ReLU or of a max-pool.
+
+    shape: of one input. Inputs are normal random numbers (examples, *shape) of the module's dtype or,
+        with a vocabulary, int64 below it. Outputs that are not (examples, at least 2) make it a regression.
+    name: of the module, for the heading.
+
+    Raises:
+        InputError: numbers that are not positive, or a module that does not run on this shape.
+    """
+    counts = {"ways": ways, "shots": shots, "query_shots": query_shots, "inner_steps": inner_steps}
+    for what, number in [*counts.items(), *(("a size of the input", size) for size in shape)]:
+        positive(what, number, integer=True)
+    mode = "train" if model.training else "eval"
+    heading = f"{name or type(model).__name__} in {mode} mode, inputs {tuple(shape)}, {ways}-way {shots}-shot"
+    heading += f", {_plural(inner_steps, 'inner step')} of {positive('inner_lr', inner_lr):g}"
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(seed)
+        stale = [name for name, tensor in _plain_tensors(model) if tensor.grad_fn is not None]
+        if stale:  # such a module cannot even be copied
+            what = (
+                f"computed from parameters before forward, so adapted ones do not reach it: {_names(stale)}"
+            )
+            return Report(heading, [Finding("wrong", what, "compute it in forward")])
+        inputs = [_inputs(model, (TASKS, ways * n, *shape), vocabulary) for n in (shots, query_shots)]
+        outputs = _first_outputs(model, inputs[0][0])
+        tasks, criterion = _targets(inputs, outputs, ways)
+        trial = _Trial(_without_dropout(model), tasks, criterion, inner_lr, inner_steps, seed)
+        trial = trial._replace(random=_is_random(trial))
+        return Report(heading, list(_findings(model, trial, outputs, ways)))
+
+
+def _findings(model: nn.Module, trial: _Trial, outputs: Tensor, ways: int) -> Iterator[Finding]:
+    yield from _parameters(model)
+    yield _width(outputs, ways)
+    if not outputs.isfinite().all():
+        yield Finding("wrong", "the outputs are not finite; nothing else was tried", "look at the forward")
+    elif not outputs.requires_grad:
+        yield Finding(
+            "wrong", "no gradient reaches any parameter", "no torch.no_grad or .detach() in forward"
+        )
+    else:
+        yield from _layer_kinds(model)
+        yield from _state(trial)
+        yield from _randomness(model, trial)
+        yield from _mixing(trial)
+        exact, note = _widened(trial)
+        yield from note
+        gradients, reached = _reference(exact)
+        yield from _unreached(exact, reached)
+        yield from _engines(model, trial, exact, gradients)
+
+
+# --- what needs no gradient -------------------------------------------------------------------------
+
+
+def _parameters(model: nn.Module) -> Iterator[Finding]:
+    own = dict(model.named_parameters())
+    yield Finding(
+        "ok", f"{sum(p.numel() for p in own.values()):,} parameters in {_plural(len(own), 'tensor')}"
+    )
+    frozen = [name for name, parameter in own.items() if not parameter.requires_grad]
+    if frozen:
+        what = f"frozen, neither adapted nor meta-learned: {_names(frozen)}"
+        yield Finding("note", what, "requires_grad_(True), if they should learn")
+    groups: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
+    for names in groups.values():
+        if len(names) > 1:
+            yield Finding("note", f"tied, adapted and meta-learned as one tensor: {_names(names)}")
+
+
+def _width(outputs: Tensor, ways: int) -> Finding:
+    if _is_regression(outputs):
+        what = f"outputs of shape {tuple(outputs.shape[1:])} per example: tried as a regression"
+        return Finding("note", what + ", with the mean squared error")
+    width = outputs.shape[1]
+    if width < ways:
+        cure = f"a last layer of at least {ways} outputs, or {width} ways, as tried here"
+        return Finding("refused", f"{width} outputs are too few for {ways} ways", cure)
+    return Finding("ok", f"{width} outputs for {ways} ways")
+
+
+def _layer_kinds(model: nn.Module) -> Iterator[Finding]:
+    norms = _layers(model, _NormBase)
+    leaking = [n for n, m in norms if m.running_mean is not None and m.training]
+    if leaking:
+        yield Finding(
+            "wrong",
+            f"running statistics that meta-training never updates: {_names(leaking)}. In train mode they use the "
+            "batch's, so query examples inform each other; in eval mode, statistics that were never learned",
+            "fomaml.convert_batch_norm(model, statistics=...) with 'batch', 'support', 'running', 'per-step' or "
+            "'frozen'; then learner.adapt(support, inductive=True) serves single examples",
+        )
+    frozen = [n for n, m in norms if m.running_mean is not None and not m.training]
+    if frozen:
+        yield Finding("note", f"in eval mode, running statistics are used as they are: {_names(frozen)}")
+    batch = [n for n, m in norms if m.running_mean is None and isinstance(m, _BatchNorm)]
+    batch += [n for n, m in _layers(model, BatchNorm) if m.statistics == "batch"]
+    if batch:
+        what = f"statistics of the batch, so query examples inform each other: {_names(batch)}"
+        cure = "fomaml.convert_batch_norm(model, 'support') or learner.adapt(support, inductive=True), if unwanted"
+        yield Finding("note", what, cure)
+    recurrent = [n for n, _ in _layers(model, nn.RNNBase)]
+    if recurrent:
+        yield Finding("note", f"on CUDA, cuDNN has no double backward for {_names(recurrent)}", CUDNN)
+
+
+def _state(trial: _Trial) -> Iterator[Finding]:
+    """What one forward pass leaves behind."""
+    model = trial.copy()
+    own, buffers = _values(model.named_parameters()), _values(model.named_buffers())
+    versions = {name: parameter._version for name, parameter in model.named_parameters()}
+    first = trial.outputs(model)
+    changed = [n for n, p in model.named_parameters() if p._version != versions[n] or _differ(p, own[n])]
+    if changed:
+        what = f"forward changes parameters in place, and so the meta-model in every task: {_names(changed)}"
+        yield Finding("wrong", what, "compute a new tensor in forward, and use that")
+    norms = [n for n, m in model.named_modules() if isinstance(m, _NormBase)]
+    moved = [
+        n for n, b in model.named_buffers() if n.rpartition(".")[0] not in norms and _differ(b, buffers[n])
+    ]
+    if moved:
+        what = f"buffers that forward changes: {_names(moved)}. Each task starts from the meta-model's, which stay"
+        yield Finding("note", what, "move them between the outer steps, if they should learn")
+    if _differ(first, trial.outputs(lambda inputs: functional_call(model, (own, buffers), (inputs,)))):
+        what = "forward keeps state on self that is no buffer: one task leaks into the next"
+        yield Finding("wrong", what, "register_buffer for what changes; no counters or caches on self")
+
+
+def _randomness(model: nn.Module, trial: _Trial) -> Iterator[Finding]:
+    if trial.random:
+        yield Finding("note", "forward draws random numbers of its own: only the loop can be compared")
+    elif _is_random(trial._replace(model=model)):
+        names = _names([n for n, m in _layers(model, nn.Module) if _drops(m)])
+        what = f"dropout is active: {names}. Each task and inner step draws its own mask, in evaluation too; "
+        yield Finding(
+            "note", what + "gradients are compared without", "model.eval() before evaluate and adapt"
+        )
+
+
+def _mixing(trial: _Trial) -> Iterator[Finding]:
+    if trial.random or _layers(trial.model, (BatchNorm, _BatchNorm)):
+        return
+    inputs = trial.tasks.support.inputs[0]
+    half = len(inputs) // 2  # the last half: what a recurrent layer gives depends on what came before
+    if _differ(trial.outputs(trial.copy())[half:], trial.outputs(trial.copy(), inputs[half:]), 1e-3):
+        what = "an example's outputs depend on the other examples, and there is no batch norm"
+        yield Finding("note", what, "batch_first=True, if a layer takes the examples for time steps")
+
+
+# --- what gradients tell ----------------------------------------------------------------------------
+
+
+def _reference(trial: _Trial) -> tuple[dict[str, Tensor], set[str]]:
+    """FOMAML's gradient the plainest way, copy, descend, differentiate, and the names that any gradient reached.
+
+    No torch.func, nothing of this library.
+    """
+    torch.manual_seed(trial.seed)
+    totals, reached = {name: torch.zeros_like(p) for name, p in _learned(trial.model).items()}, set()
+    for task in (one(trial.tasks, index) for index in range(TASKS)):
+        model = _descend(trial, trial.copy(), task.support, reached)
+        for name, gradient in _gradients(trial, model, task.query, reached).items():
+            totals[name] += gradient / TASKS
+    return totals, reached
+
+
+def _descend(trial: _Trial, model: nn.Module, support: Examples, reached: set[str]) -> nn.Module:
+    for _ in range(trial.inner_steps):
+        gradients = _gradients(trial, model, support, reached)
+        with torch.no_grad():
+            for name, parameter in _learned(model).items():
+                parameter -= trial.inner_lr * gradients[name]
+    return model
+
+
+def _gradients(trial: _Trial, model: nn.Module, examples: Examples, reached: set[str]) -> dict[str, Tensor]:
+    own = _learned(model)
+    loss = trial.criterion(model(examples.inputs), examples.targets)
+    found = dict(zip(own, torch.autograd.grad(loss, list(own.values()), allow_unused=True)))
+    reached |= {name for name, gradient in found.items() if gradient is not None and gradient.any()}
+    return {name: torch.zeros_like(own[name]) if g is None else g for name, g in found.items()}
+
+
+def _unreached(trial: _Trial, reached: set[str]) -> Iterator[Finding]:
+    model = trial.copy()
+    outputs = trial.outputs(model)
+    bypassed, cached, unused = [], [], []
+    for name, own in _learned(trial.model).items():
+        if name not in reached:
+            same = any(t.shape == own.shape and not _differ(t, own) for _, t in _plain_tensors(model))
+            moved = _differ(trial.outputs(_with(trial.copy(), name, own + torch.randn_like(own))), outputs)
+            (bypassed if moved else cached if same else unused).append(name)
+    if bypassed:
+        cure = (
+            "no .data, .detach(), rounding or torch.no_grad on the way; or requires_grad_(False), if meant so"
+        )
+        yield Finding("wrong", f"used, but no gradient reaches, so never learned: {_names(bypassed)}", cure)
+    if cached:
+        what = f"never read, but the module holds a copy, which never learns: {_names(cached)}"
+        yield Finding("wrong", what, "read the parameter itself in forward, as self.weight")
+    if unused:
+        yield Finding(
+            "note", f"unused, no output depends on: {_names(unused)}", "delete them, or freeze them"
+        )
+    own = {id(parameter) for parameter in model.parameters()}
+    strange = [f"{tuple(leaf.shape)}" for leaf in _leaves(outputs) if id(leaf) not in own]
+    if strange:
+        what = f"learnable tensors that are no parameters, so never learned, of shape {_names(strange)}"
+        yield Finding("wrong", what, "nn.Parameter; nn.ModuleList or nn.ParameterList in place of a list")
+
+
+def _unread(trial: _Trial) -> list[str]:
+    """The parameters that forward reads elsewhere than from its modules, where adapted ones cannot be put."""
+    unread = []
+    for name, own in _learned(trial.model).items():
+        value = own.detach() + torch.randn_like(own)
+        torch.manual_seed(trial.seed)
+        put = functional_call(trial.copy(), {name: value}, (trial.tasks.support.inputs[0],))
+        if _differ(trial.outputs(_with(trial.copy(), name, value)), put):
+            unread.append(name)
+    return unread
+
+
+def _engines(
+    model: nn.Module, trial: _Trial, exact: _Trial, expected: dict[str, Tensor]
+) -> Iterator[Finding]:
+    """Each engine in both orders, and which of them `engine="auto"` takes."""
+    dtype = _dtype(exact)
+
+    def first(gradients: dict[str, Tensor]) -> tuple[str, str]:
+        error = _error(gradients, expected)
+        if error <= TOLERANCE.get(dtype, 0.1):
+            size = f"to {error:.0e}" if error else "bit for bit"
+            return "ok", f"equals the plain reference {size} in {str(dtype)[6:]}"
+        unread = _names(_unread(exact))
+        why = f"; forward does not read its current {unread}" if unread else ""
+        return "wrong", f"differs from the plain reference by {error:.1g}{why}"
+
+    levels = {}
+    for first_order, judge in ((True, first), (False, _second_order(exact, expected))):
+        cure = STALE
+        for engine in ENGINES if first_order else ("loop", "batched"):
+            finding = _engine(model, trial, exact, engine, first_order, judge)
+            levels[engine, first_order] = finding.level
+            yield finding._replace(cure=cure) if finding.level == "wrong" else finding
+            cure = LOOP if engine == "loop" and finding.level != "wrong" else cure
+    name, why = choose(trial.learner(), trial.tasks)
+    level = levels[name, True]
+    if level in ("ok", "note"):
+        yield Finding("ok", f"engine='auto' takes {name!r}: {why}")
+    elif name != "loop":
+        yield Finding(level, f"engine='auto' takes {name!r}, see above", LOOP)
+
+
+def _engine(model: nn.Module, trial: _Trial, exact: _Trial, engine: str, first_order: bool, judge) -> Finding:
+    """Run it in the module's own dtype, with dropout and without; judge the gradient in the wider one."""
+    what, when = f"{'first' if first_order else 'second'} order, {engine}", ""
+    try:
+        trial._replace(model=model, inner_steps=1).gradient(engine, first_order)
+        if any(map(_drops, model.modules())):
+            when = " with dropout off"
+            trial._replace(inner_steps=1).gradient(engine, first_order)
+        gradients, moved = exact.gradient(engine, first_order)
+    except Exception as error:
+        plain = short(error), "" if isinstance(error, InputError) or engine == "loop" else LOOP
+        text, cure = next((known for part, known in REASONS.items() if part in str(error)), plain)
+        return Finding("refused", f"{what}{when}: {text}", cure)
+    if moved:
+        return Finding("wrong", f"{what}: changes the meta-model's {_names(moved)} while a task adapts")
+    if exact.random and engine != "loop":
+        return Finding("note", f"{what}: runs, not compared (random)")
+    level, text = judge(gradients)
+    return Finding(level, f"{what}: {text}")
+
+
+def _second_order(trial: _Trial, first_order: dict[str, Tensor]):
+    """The judge of second-order gradients by central differences, or one that says why these would mean nothing."""
+    if _dtype(trial) != torch.float64:
+        return lambda gradients: ("note", "runs, not compared (finite differences need float64)")
+    directions = []
+    for _ in range(DIRECTIONS):
+        random = {name: torch.randn_like(p) for name, p in _learned(trial.model).items()}
+        norm = sum(r.square().sum() for r in random.values()).sqrt()
+        directions.append({name: r / norm for name, r in random.items()})
+    still = trial._replace(inner_steps=0)
+    plain, along = _slopes(still, directions), _along(_reference(still)[0], directions)
+    if _apart(plain, along) > 1e-3 * _apart(plain):
+        why = "autograd's gradient is not the slope of the loss: something detached, rounded or in float32"
+        return lambda gradients: ("note", f"runs, not compared ({why})")
+    slopes = _slopes(trial, directions)
+    # what second order adds to first order is the measure: it may be small beside the gradient
+    scale = max(_apart(slopes, _along(first_order, directions)), 1e-3 * _apart(slopes))
+
+    def judge(gradients: dict[str, Tensor]) -> tuple[str, str]:
+        error = _apart(slopes, _along(gradients, directions)) / scale
+        if error <= 0.01:
+            return "ok", f"equals finite differences to {error:.0e} (median of {DIRECTIONS} directions)"
+        return "wrong", f"what it adds to first order is off by {error:.1g} from finite differences"
+
+    return judge
+
+
+def _slopes(trial: _Trial, directions: list[dict[str, Tensor]]) -> list[float]:
+    """Central differences of the query loss after the inner steps, the mean over the tasks."""
+
+    def loss(direction, step):
+        start = trial.copy()
+        with torch.no_grad():
+            for name, parameter in _learned(start).items():
+                parameter.add_(direction[name], alpha=step)
+        torch.manual_seed(trial.seed)
+        total = 0.0
+        for task in (one(trial.tasks, index) for index in range(TASKS)):
+            model = _descend(trial, copy.deepcopy(start), task.support, set())
+            total += trial.criterion(model(task.query.inputs), task.query.targets).item() / TASKS
+        return total
+
+    return [(loss(d, EPS) - loss(d, -EPS)) / (2 * EPS) for d in directions]
+
+
+def _along(gradients: Mapping[str, Tensor], directions: list[dict[str, Tensor]]) -> list[float]:
+    return [sum((gradients[n] * d).sum().item() for n, d in direction.items()) for direction in directions]
+
+
+def _apart(these: list[float], those: list[float] | None = None) -> float:
+    return median(abs(a - b) for a, b in zip(these, those or [0.0] * len(these)))
+
+
+def _error(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
+    """The largest difference relative to the largest entry of its tensor, or to 1e-4 of the largest of all: a
+    bias before a batch norm has a gradient of rounding errors alone."""
+    sizes = {name: tensor.abs().max().item() for name, tensor in expected.items()}
+    floor = 1e-4 * max(sizes.values()) or 1.0
+    return max((found[n] - t).abs().max().item() / max(sizes[n], floor) for n, t in expected.items())
+
+
+def _leaves(outputs: Tensor) -> list[Tensor]:
+    """The tensors that a backward pass would give a gradient to."""
+    todo, seen, leaves = [outputs.grad_fn], set(), []
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            leaves += [node.variable] if hasattr(node, "variable") else []
+            todo += [following for following, _ in node.next_functions]
+    return leaves
+
+
+# --- the trial --------------------------------------------------------------------------------------
+
+
+def _inputs(model: nn.Module, shape: tuple[int, ...], vocabulary: int | None) -> Tensor:
+    parameters = list(model.parameters())
+    if any(isinstance(p, nn.parameter.UninitializedParameter) for p in parameters):
+        raise InputError("the module has lazy parameters without a shape; run it once on a batch before")
+    floating = [p for p in parameters if p.is_floating_point() and p.requires_grad]
+    if not floating:
+        raise InputError("the module has no parameter that requires gradients: there is nothing to learn")
+    if vocabulary is None:
+        return torch.randn(shape).to(floating[0])
+    return torch.randint(positive("vocabulary", vocabulary, integer=True), shape).to(floating[0].device)
+
+
+def _first_outputs(model: nn.Module, inputs: Tensor) -> Tensor:
+    """The outputs of the module as it is; InputError unless it runs and returns one tensor, a row per example."""
+    given = f"{str(inputs.dtype)[6:]} inputs {tuple(inputs.shape)}"
+    try:
+        outputs = copy.deepcopy(model)(inputs)
+    except Exception as error:
+        raise InputError(f"the module does not run on {given}: {short(error)}") from None
+    if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
+        kind = f"{outputs.dtype} tensor" if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise InputError(f"the module must return one floating tensor, not a {kind}")
+    if outputs.shape[:1] != inputs.shape[:1]:
+        raise InputError(f"{given} gave outputs {tuple(outputs.shape)}; expected {len(inputs)} rows")
+    return outputs
+
+
+def _targets(inputs: list[Tensor], outputs: Tensor, ways: int):
+    """Tasks of these inputs and their criterion, by the kind of the outputs."""
+    if _is_regression(outputs):
+        targets = [torch.randn(*i.shape[:2], *outputs.shape[1:]).to(outputs) for i in inputs]
+        return Task(*map(Examples, inputs, targets)), F.mse_loss
+    width = min(ways, outputs.shape[1])
+    targets = [(torch.arange(i.shape[1], device=i.device) % width).expand(i.shape[:2]) for i in inputs]
+    return Task(*map(Examples, inputs, targets)), F.cross_entropy
+
+
+def _is_regression(outputs: Tensor) -> bool:
+    return outputs.dim() != 2 or outputs.shape[1] < 2
+
+
+def _widened(trial: _Trial) -> tuple[_Trial, list[Finding]]:
+    """The trial in float64, or as it is and a note where the module does not take that."""
+    try:
+        exact = trial._replace(model=trial.copy().double(), tasks=trial.tasks.to(dtype=torch.float64))
+        dtype = exact.outputs(exact.copy()).dtype
+        if dtype != torch.float64:
+            raise TypeError(f"its outputs stay {dtype}")
+        return exact, []
+    except Exception as error:
+        what = (
+            f"does not run in float64, so compared in {str(_dtype(trial))[6:]}, more loosely: {short(error)}"
+        )
+        return trial, [Finding("note", what)]
+
+
+def _dtype(trial: _Trial) -> torch.dtype:
+    return next(iter(_learned(trial.model).values())).dtype
+
+
+def _is_random(trial: _Trial) -> bool:
+    return _differ(trial.outputs(trial.copy()), trial.outputs(trial.copy(), seed=1))
+
+
+def _drops(module: nn.Module) -> bool:
+    """Whether a layer draws a dropout mask; recurrent and attention layers hold the rate themselves."""
+    rate = getattr(module, _rate(module), 0.0)
+    return module.training and isinstance(rate, float) and rate > 0
+
+
+def _rate(module: nn.Module) -> str:
+    return "p" if isinstance(module, nn.modules.dropout._DropoutNd) else "dropout"
+
+
+def _without_dropout(model: nn.Module) -> nn.Module:
+    """A copy with all rates at 0; not in eval mode, which changes other things too."""
+    model = copy.deepcopy(model)
+    for module in filter(_drops, model.modules()):
+        setattr(module, _rate(module), 0.0)
+    return model
+
+
+def _with(model: nn.Module, name: str, value: Tensor) -> nn.Module:
+    with torch.no_grad():
+        model.get_parameter(name).copy_(value)
+    return model
+
+
+def _layers(model: nn.Module, kind) -> list[tuple[str, nn.Module]]:
+    """(type and name, module) of the layers of a kind."""
+    return [(f"{type(m).__name__} {n}".strip(), m) for n, m in model.named_modules() if isinstance(m, kind)]
+
+
+def _learned(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _values(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in named}
+
+
+def _plain_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that modules hold, themselves or in a list, neither as parameters nor as buffers."""
+    for prefix, module in model.named_modules():
+        for name, value in vars(module).items():
+            for held in value if isinstance(value, (list, tuple)) else [value]:
+                if isinstance(held, Tensor) and not isinstance(held, nn.Parameter):
+                    yield f"{prefix}.{name}".lstrip("."), held
+
+
+def _differ(a: Tensor, b: Tensor, tolerance: float = 1e-6) -> bool:
+    return a.shape != b.shape or not torch.allclose(
+        a, b.to(a), rtol=tolerance, atol=tolerance, equal_nan=True
+    )
+
+
+# --- words ------------------------------------------------------------------------------------------
+
+
+def short(error: BaseException) -> str:
+    """An exception in one line: its kind, and the first sentence of its message."""
+    lines = str(error).strip().splitlines() or ["no message"]
+    text = textwrap.shorten(lines[0].split(". ")[0], 160, placeholder=" ...")
+    return text if isinstance(error, InputError) else f"{type(error).__name__}: {text}"
+
+
+def _plural(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _names(names: list[str]) -> str:
+    shown = ", ".join(names[:4])
+    return shown if len(names) <= 4 else f"{shown} and {len(names) - 4} more"
+
+
+def _wrap(text: str, lead: str) -> list[str]:
+    indent = " " * len(lead)
+    return textwrap.wrap(text, 110, initial_indent=lead, subsequent_indent=indent, break_on_hyphens=False)
+
+
+# --- a module by name -------------------------------------------------------------------------------
+
+
+def load_module(name: str) -> nn.Module:
+    """Build the module that `package.module:factory`, `file.py:factory`, or either without a factory, names.
+
+    The factory is a class, a function or a module. Without one it is the only `nn.Module` subclass that
+    needs no arguments, or else the only function that needs none, or module. The current directory and
+    that of the file are importable.
+
+    Raises:
+        InputError: no such thing, or it raises an error.
+    """
+    source, _, attribute = name.partition(":")
+    namespace = _import(source)
+    try:
+        factory = operator.attrgetter(attribute or _only(namespace, source))(namespace)
+    except AttributeError:
+        there = [n for n in vars(namespace) if not n.startswith("_")]
+        raise InputError(f"{source} has no {attribute!r}; there are: {_names(there) or 'none'}") from None
+    try:
+        module = factory if isinstance(factory, nn.Module) else factory()
+    except (Exception, SystemExit) as error:
+        raise InputError(f"{name} could not be built: {short(error)}") from None
+    if not isinstance(module, nn.Module):
+        raise InputError(f"{name} must give an nn.Module, not a {type(module).__name__}")
+    return module
+
+
+def _import(source: str):
+    path = Path(source)
+    is_file = path.suffix == ".py"
+    if is_file and not path.is_file():
+        raise InputError(f"there is no file {source}")
+    folders = [str(Path.cwd()), *([str(path.resolve().parent)] if is_file else [])]
+    sys.path[:0] = [folder for folder in folders if folder not in sys.path]
+    try:
+        if not is_file:
+            return importlib.import_module(source)
+        spec = importlib.util.spec_from_file_location(f"_checked_{path.stem}", path)
+        namespace = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(namespace)
+        return namespace
+    except (Exception, SystemExit) as error:
+        raise InputError(f"{source} could not be imported: {short(error)}") from None
+
+
+def _only(namespace, source: str) -> str:
+    """The name of the one thing in a file that gives a module without arguments."""
+    classes, factories = [], []
+    for name, value in vars(namespace).items():
+        own = getattr(value, "__module__", None) == namespace.__name__ and not name.startswith("_")
+        if isinstance(value, nn.Module):
+            factories.append(name)
+        elif own and inspect.isclass(value) and issubclass(value, nn.Module) and _needs_nothing(value):
+            classes.append(name)
+        elif own and inspect.isfunction(value) and name != "main" and _needs_nothing(value):
+            factories.append(name)
+    for names in (classes, factories):
+        if len(names) == 1:
+            return names[0]
+    there = (
+        f"there are {', '.join(classes + factories)}" if classes + factories else "none needs no arguments"
+    )
+    raise InputError(f"which module of {source}? Say {source}:NAME with a class or factory; {there}")
+
+
+def _needs_nothing(function) -> bool:
+    optional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    parameters = inspect.signature(function).parameters.values()
+    return all(p.default is not p.empty or p.kind in optional for p in parameters)

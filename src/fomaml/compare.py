@@ -1,0 +1,365 @@
+"""Several algorithms with the same budget on the same tasks: one table, and what first order leaves out.
+
+Each algorithm is trained in a fresh process of its own, so that the peak memory is that of its training.
+A comparison's folder holds compare.json, compare.txt and a run directory per algorithm.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import multiprocessing
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fomaml.algorithms import FOMAML, MAML, MetaLearner
+from fomaml.checkpoint import save_weights, write_text
+from fomaml.config import CompareConfig, TrainConfig, expand, to_json
+from fomaml.engines import choose, meta_gradient
+from fomaml.errors import InputError
+from fomaml.evaluate import estimate, evaluate
+from fomaml.objectives import Implicit
+from fomaml.report import align, figure
+from fomaml.run import NAMES, Data, build_learner, build_model, build_optimizer, claim, open_data
+from fomaml.tasks import Task, one
+from fomaml.train import check_width, cosine, train
+
+
+def compare(config: CompareConfig, out: Path, *, say: Callable[[str], None] = print) -> dict:
+    """Train and evaluate each algorithm, write the folder `out`; returns the result, as in compare.json.
+
+    say: receives a line as each algorithm begins and ends. An algorithm that fails, say because its loss
+    is no longer finite, has a row that says why.
+
+    Raises:
+        InputError: bad settings, data or device, or `out` holds something, before anything is written.
+    """
+    configs = expand(config)
+    data = open_data(configs[0])
+    if out.is_dir() and any(out.iterdir()):
+        raise InputError(f"{out} already holds results; give another --out, or delete it")
+    out.mkdir(parents=True, exist_ok=True)
+    say(f"{data.name}: {data.origin}")
+    found = {}
+    for number, own in enumerate(configs, 1):
+        name = own.algorithm
+        say(f"{NAMES[name]} ({number}/{len(configs)}): training in a process of its own")
+        found[name] = isolated(run_one, own, out / name, config.seconds, config.cosine_every)
+        row = found[name]
+        say(f"  {row['failed']}" if "failed" in row else f"  {row['iterations']} iterations, {_pace(row)}")
+    cosines = found["fomaml"].pop("cosines", [])
+    result = {
+        "budget": {"seconds": config.seconds} if config.seconds else {"iterations": configs[0].iterations},
+        "protocol": _protocol(configs[0], data),
+        "metric": "loss" if config.source == "sinusoid" else "accuracy",
+        "tasks": config.test_tasks,
+        "steps": config.test_steps[-1],
+        "rows": _rows(found),
+        "cosines": cosines,
+        "seed": config.seed,
+        "device": config.device,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+    write_text(out / "compare.json", json.dumps(result, indent=2) + "\n")
+    write_text(out / "compare.txt", describe(result))
+    return result
+
+
+def run_one(
+    config: TrainConfig, out: Path, seconds: float | None, cosine_every: int | None, threads: int
+) -> dict:
+    """Train one algorithm for its iterations or `seconds`, evaluate it and write the run directory `out`.
+
+    Returns its costs and `scores`: per number of inner steps the list of scores by task. Data, the first
+    use of everything, the cosines and the evaluation are outside the measured time.
+
+    Raises:
+        InputError: the loss is no longer finite.
+    """
+    torch.set_num_threads(threads)
+    data = open_data(config, allow_download=False)  # what the parent found
+    model = build_model(config)
+    learner = build_learner(config, model)
+    check_width(learner, data.train)
+    first = data.train.batch(0, 1)
+    gradients, products = gradient_evaluations(learner, one(first, 0))
+    engine = choose(learner, first)[0] if config.engine == "auto" else config.engine
+    meta_gradient(learner, first, engine=engine)
+    probe = None
+    if config.algorithm == "fomaml":
+        probe = data.tuning.batch(0, config.meta_batch_size)
+        every = cosine_every or max(1, config.iterations // 10)
+    cosines = []
+
+    def look(iteration: int) -> None:
+        cosines.append({"iteration": iteration, "cosine": first_order_cosine(config, model, probe)})
+
+    if probe is not None:
+        look(0)
+    spent, iteration = 0.0, 0
+    pace = cosine(seconds or config.iterations)
+    steps = train(
+        learner,
+        data.train,
+        build_optimizer(config, learner),
+        iterations=2**62 if seconds else config.iterations,
+        meta_batch_size=config.meta_batch_size,
+        schedule=(lambda done: pace(spent if seconds else done)) if config.schedule == "cosine" else None,
+        measure_every=2**62,
+        engine=engine,
+    )
+    memory = Memory(next(model.parameters()).device)
+    while not seconds or spent < seconds:
+        began = time.perf_counter()
+        record = next(steps, None)
+        if record is None:
+            break
+        loss = record.meta_loss.item()  # waits for the device
+        spent += time.perf_counter() - began
+        iteration = record.iteration
+        if not math.isfinite(loss):
+            raise InputError(f"the meta-loss is {loss} at iteration {iteration}")
+        if probe is not None and iteration % every == 0:
+            look(iteration)
+    peak = memory.peak()
+    if probe is not None and iteration % every:
+        look(iteration)
+    found = evaluate(learner, data.test, tasks=config.test_tasks, at_steps=config.test_steps, engine=engine)
+    claim(out)
+    write_text(out / "config.json", to_json(dataclasses.replace(config, out=out, iterations=iteration)))
+    save_weights(out / "weights.safetensors", learner)
+    tasks = iteration * config.meta_batch_size
+    return {
+        "iterations": iteration,
+        "seconds": spent,
+        "tasks_per_second": tasks / spent,
+        "engine": engine,
+        "peak_memory_mb": peak,
+        "memory": memory.kind,
+        "gradients_per_task": gradients,
+        "hessian_products_per_task": products,
+        "gradient_evaluations": tasks * gradients,
+        "hessian_products": tasks * products,
+        "settings": {name: getattr(config, name) for name in SETTINGS},
+        "cosines": cosines,
+        "scores": {steps: scores.tolist() for steps, scores in found.items()},
+    }
+
+
+SETTINGS = ("inner_lr", "inner_steps", "meta_lr", "meta_batch_size", "schedule", "choices")
+
+
+def gradient_evaluations(learner: MetaLearner, task: Task) -> tuple[int, int]:
+    """What one task costs in an outer step: gradients of the model's loss, and Hessian-vector products.
+
+    The gradients are counted, as forward passes to be differentiated. Differentiating through an inner
+    step takes one product (Finn et al. 2017, section 5.2), a conjugate gradient step of iMAML one too.
+    """
+    count = 0
+
+    def forward(*_):
+        nonlocal count
+        count += torch.is_grad_enabled()
+
+    one_task = task.map(lambda tensor: tensor[None])
+    with learner.model.register_forward_pre_hook(forward):
+        meta_gradient(learner, one_task, engine="loop")
+    if isinstance(learner.objective, Implicit):
+        return count, learner.objective.cg_steps
+    choice = learner.first_order
+    first_order = choice(learner.iteration) if callable(choice) else choice
+    return count, 0 if first_order else learner.inner_steps
+
+
+def first_order_cosine(config: TrainConfig, model: nn.Module, tasks: Task) -> float:
+    """The cosine between FOMAML's and MAML's meta-gradient of `model` on a batch of tasks."""
+    like = dataclasses.replace(config, algorithm="fomaml")
+    criterion = build_learner(like, model).criterion
+    first, second = (
+        torch.cat([g.flatten().double() for g in meta_gradient(learner, tasks).gradients.values()])
+        for learner in (
+            preset(model, config.inner_lr, config.inner_steps, criterion) for preset in (FOMAML, MAML)
+        )
+    )
+    return (first @ second / (first.norm() * second.norm())).item()
+
+
+class Memory:
+    """The peak memory from its making on, in MB of 10⁶ bytes; None where the system does not tell.
+
+    kind: on CUDA the most that tensors held, the model's own included; elsewhere how much the peak
+    resident memory of the process grew.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.kind = "tensors on the device" if device.type == "cuda" else "growth of the process"
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            return
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # the peak falls to what is held now
+        self.before = high_water()
+
+    def peak(self) -> float | None:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 1e6
+        after = high_water()
+        return None if after is None else (after - self.before) / 1e6
+
+
+def high_water() -> int | None:
+    """The peak resident memory of this process in bytes."""
+    try:  # Linux's ru_maxrss starts at that of the parent process, VmHWM does not
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        pass
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+
+
+def isolated(function: Callable[..., dict], *arguments) -> dict:
+    """The result of a module's function in a fresh process, or {"failed": why}."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(
+        target=_answer, args=(sender, function, arguments, torch.get_num_threads()), daemon=True
+    )
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError:
+        process.join()
+        return {"failed": f"its process ended with status {process.exitcode}"}
+    finally:
+        receiver.close()
+        process.terminate()
+        process.join()
+
+
+def _answer(sender, function, arguments, threads: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
+    try:
+        answer = function(*arguments, threads=threads)
+    except (InputError, RuntimeError, MemoryError) as error:
+        answer = {"failed": " ".join(f"{error or type(error).__name__}".split())}
+    sender.send(answer)
+
+
+def _rows(found: dict[str, dict]) -> list[dict]:
+    """A row per algorithm: its scores summed up, the difference to FOMAML on the same tasks, its costs."""
+    reference = found["fomaml"].get("scores")
+    rows = []
+    for algorithm, facts in found.items():
+        row = {"algorithm": algorithm, "name": NAMES[algorithm]}
+        if "failed" not in facts:
+            scores = {steps: torch.tensor(s, dtype=torch.float64) for steps, s in facts["scores"].items()}
+            last = max(scores)
+            row |= _summed(scores[last])
+            if reference and algorithm != "fomaml":
+                row["difference"] = _summed(scores[last] - torch.tensor(reference[last], dtype=torch.float64))
+            row["curve"] = {str(steps): _summed(s) for steps, s in scores.items()}
+        row |= {name: value for name, value in facts.items() if name not in ("scores", "cosines")}
+        rows.append(row)
+    return rows
+
+
+def _summed(scores: torch.Tensor) -> dict:
+    """A mean and its interval; None where an error is no longer finite."""
+    if not scores.isfinite().all():
+        return {"mean": None, "interval": None}
+    found = estimate(scores)
+    return {"mean": found.mean, "interval": found.interval}
+
+
+def _cell(found: dict | None, metric: str, signed: bool = False) -> str:
+    if found is None:
+        return ""
+    if found["mean"] is None or abs(found["mean"]) > 1000:
+        return "diverges"
+    return ("+" if signed and found["mean"] > 0 else "") + figure(found, metric)
+
+
+def _protocol(config: TrainConfig, data: Data) -> dict:
+    return {
+        "data": data.name,
+        "question": config.question or config.source,
+        "ways": None if config.source == "sinusoid" else config.ways,
+        "shots": config.shots,
+        "query_shots": config.query_shots,
+        "model": config.model,
+    }
+
+
+def describe(result: dict) -> str:
+    """The result as text: what was measured, the tables, the cosines."""
+    protocol, metric = result["protocol"], result["metric"]
+    ways = f"{protocol['ways']}-way " if protocol["ways"] else ""
+    budget, threads = result["budget"], result["threads"]
+    each = f"{budget['seconds']:g} s" if "seconds" in budget else f"{budget['iterations']} iterations"
+    what = "accuracy in %" if metric == "accuracy" else "mean squared error"
+    heading = ["", f"after {result['steps']} steps", "to FOMAML", "iterations", "seconds", "tasks/s"]
+    lines = [[*heading, "peak MB", "gradients/task"]]
+    good = [row for row in result["rows"] if "failed" not in row]
+    for row in good:
+        peak, products = row["peak_memory_mb"], row["hessian_products_per_task"]
+        lines.append(
+            [
+                row["name"],
+                _cell(row, metric),
+                _cell(row.get("difference"), metric, signed=True),
+                str(row["iterations"]),
+                f"{row['seconds']:.0f}",
+                f"{row['tasks_per_second']:.0f}",
+                "?" if peak is None else f"{peak:.0f}",
+                f"{row['gradients_per_task']}" + (f" + {products} Hv" if products else ""),
+            ]
+        )
+    text = [
+        f"{protocol['data']}, {protocol['question']}, {ways}{protocol['shots']}-shot, {protocol['model']}: "
+        f"{each} of training each on {result['device']}"
+        + (f", {threads} thread{'s' * (threads > 1)}" if result["device"] == "cpu" else ""),
+        f"{what} on the same {result['tasks']} unseen tasks, ± 95 % interval over tasks; one training run "
+        f"each (seed {result['seed']})",
+        "",
+    ]
+    if good:
+        curves = [[f"{what} by inner steps", *good[0]["curve"]]]
+        curves += [[row["name"], *(_cell(e, metric) for e in row["curve"].values())] for row in good]
+        text += [
+            align(lines),
+            "",
+            f"To FOMAML: the paired difference. Peak MB: {good[0]['memory']} during training. Gradients/task: of an "
+            "outer step;",
+            "Hv: Hessian-vector products.",
+            "",
+            align(curves),
+        ]
+    text += [f"{row['name']} FAILED: {row['failed']}" for row in result["rows"] if "failed" in row]
+    if result["cosines"]:
+        pairs = [[str(c["iteration"]), f"{c['cosine']:.4f}"] for c in result["cosines"]]
+        text += [
+            "",
+            "What does first order leave out? The cosine of FOMAML's and MAML's meta-gradient on "
+            "the same tasks,",
+            "along FOMAML's training",
+            align([["iteration", "cosine"], *pairs]),
+        ]
+    return "\n".join(text) + "\n"
+
+
+def _pace(row: dict) -> str:
+    return f"{row['seconds']:.1f} s, {row['tasks_per_second']:.0f} tasks/s"

@@ -1,0 +1,58 @@
+"""Further training classes made of the ones there are: whole classes turned, or warped into pseudo-characters."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fomaml.data.source import ClassSource
+
+
+def rotated(source: ClassSource) -> ClassSource:
+    """Four times the classes: each turned as a whole by 0, 90, 180 and 270 degrees (Santoro et al. 2016)."""
+    turns = [(f"rot{90 * k}", lambda images, k=k: torch.rot90(images, k, dims=(-2, -1))) for k in (1, 2, 3)]
+    return source.joined(turns)
+
+
+def warped(source: ClassSource, classes: int, *, examples: int = 200, seed: int = 0) -> ClassSource:
+    """The rotated classes, filled up to `classes` with pseudo-characters.
+
+    A pseudo-character is one class under a warp of its own, the same for all its examples: a random
+    rotation, reflection, shear and stretch, and a smooth random displacement of the pixels. So a few
+    classes give as many different ones as meta-training asks for.
+
+    source: images (examples, channels, height, width) uint8. examples: the images of a pseudo-character,
+    drawn from its class. Depends on the seed alone.
+    """
+    random = torch.Generator().manual_seed(seed)
+    base = rotated(source)
+    parts = [(base.inputs, base.labels(), base.names)]
+    for number in range(len(base), classes):
+        origin = int(torch.randint(len(source), (), generator=random))
+        rows = torch.randint(int(source.counts[origin]), (examples,), generator=random)
+        images = source.inputs[(rows + source.offsets[origin]).to(source.inputs.device)]
+        warp = _warp(images.shape[-2:], random).to(images.device)
+        moved = F.grid_sample(images.float(), warp.expand(examples, -1, -1, -1), align_corners=False)
+        label = torch.full((examples,), number)
+        parts.append((moved.round().to(images.dtype), label, [f"{source.names[origin]} warp{number}"]))
+    inputs, labels, names = zip(*parts)
+    return ClassSource(torch.cat(inputs), torch.cat(labels), [n for own in names for n in own], source.decode)
+
+
+def _warp(size: torch.Size, random: torch.Generator) -> Tensor:
+    """A sampling grid (1, height, width, 2) in [-1, 1]: an affine map after a smooth displacement."""
+
+    def uniform(bound: float) -> float:
+        return (2 * torch.rand((), generator=random).item() - 1) * bound
+
+    angle, flip = uniform(math.pi), 1 if uniform(1) > 0 else -1
+    turn = torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+    stretch = torch.tensor([[math.exp(uniform(0.2)), uniform(0.4)], [uniform(0.4), math.exp(uniform(0.2))]])
+    linear = turn @ stretch @ torch.diag(torch.tensor([float(flip), 1.0]))
+    displacement = 0.3 * torch.randn(1, 2, 4, 4, generator=random)
+    displacement = F.interpolate(displacement, size=size, mode="bicubic", align_corners=True)
+    grid = F.affine_grid(torch.eye(2, 3)[None], [1, 1, *size], align_corners=False)
+    return (grid + displacement.permute(0, 2, 3, 1)) @ linear.T

@@ -1,0 +1,199 @@
+"""The command line on a small MNIST of its own: what it writes, what it prints, and one line for every mistake."""
+
+import json
+import struct
+
+import pytest
+import torch
+
+from fomaml.cli import main
+from fomaml.run import load_run
+
+QUICK = ["--iterations", "4", "--test-tasks", "20", "--meta-batch-size", "2", "--query-shots", "3"]
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """A folder in torchvision's layout: 30 training and 30 test images a digit, each digit a bright patch of its own."""
+    root = tmp_path_factory.mktemp("digits")
+    raw = root / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    random = torch.Generator().manual_seed(0)
+    for part in ("train", "t10k"):
+        labels = torch.arange(10).repeat(30).to(torch.uint8)
+        images = torch.randint(0, 100, (300, 28, 28), generator=random, dtype=torch.uint8)
+        for row, label in enumerate(labels.tolist()):
+            images[row, 2 * label : 2 * label + 8, 4:24] = 255
+        header = struct.pack(">4BIII", 0, 0, 8, 3, 300, 28, 28)
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(header + images.numpy().tobytes())
+        header = struct.pack(">4BI", 0, 0, 8, 1, 300)
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(header + labels.numpy().tobytes())
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(digits, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "run"
+    main(["train", "mnist", "--data-root", str(digits), "--out", str(out), *QUICK, "--no-baselines"])
+    return out
+
+
+def refused(capsys, arguments):
+    """The one line that a command says on standard error, with exit status 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("fomaml: error: ") and error.count("\n") == 1 and "Traceback" not in error
+    return error.removeprefix("fomaml: error: ").rstrip("\n")
+
+
+def test_a_run_directory_holds_all_of_it(run):
+    assert sorted(path.name for path in run.iterdir()) == [
+        "config.json",
+        "metrics.jsonl",
+        "result.json",
+        "result.txt",
+        "weights.safetensors",
+    ]
+    config = json.loads((run / "config.json").read_text())
+    assert config["inner_lr"] > 0 and config["iterations"] == 4
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in metrics] == [1, 2, 3, 4]
+    result = json.loads((run / "result.json").read_text())
+    assert result["tasks"] == 20 and result["protocol"]["data"] == "MNIST"
+    assert [row["steps"] for row in result["rows"]] == [0, 1, 5, 10, 20]
+    assert "after 20 steps" in (run / "result.txt").read_text()
+
+
+def test_evaluate_repeats_the_result_of_the_run(run, capsys):
+    result = json.loads((run / "result.json").read_text())
+    capsys.readouterr()
+    main(["evaluate", str(run), "--json"])
+    again = json.loads(capsys.readouterr().out)
+    for key in ("accuracy", "interval", "protocol", "tasks", "rows"):
+        assert again[key] == result[key]
+    main(["evaluate", str(run), "--json", "--seed", "9", "--tasks", "7", "--steps", "3"])
+    other = json.loads(capsys.readouterr().out)
+    assert other["tasks"] == 7 and [row["steps"] for row in other["rows"]] == [3]
+    main(["evaluate", str(run)])
+    assert "20 unseen tasks" in capsys.readouterr().out
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_does_not(run, digits, tmp_path):
+    base = ["train", "mnist", "--data-root", str(digits), *QUICK, "--no-baselines", "--out"]
+    main([*base, str(tmp_path / "same")])
+    main([*base, str(tmp_path / "other"), "--seed", "1"])
+    own, same, other = (
+        torch.cat([p.flatten() for p in load_run(path)[1].parameters()])
+        for path in (run, tmp_path / "same", tmp_path / "other")
+    )
+    assert torch.equal(own, same)
+    assert not torch.equal(own, other)
+
+
+def test_baselines_stand_on_the_same_tasks(digits, tmp_path, capsys):
+    main(["train", "mnist", "--data-root", str(digits), "--out", str(tmp_path / "r"), *QUICK, "--shots", "5"])
+    result = json.loads((tmp_path / "r" / "result.json").read_text())
+    labels = [row["label"] for row in result["rows"][5:]]
+    assert [row["to"] for row in result["differences"]] == labels and len(labels) == 3
+    headline = result["rows"][4]["mean"]
+    for row, difference in zip(result["rows"][5:], result["differences"]):
+        assert difference["mean"] == pytest.approx(headline - row["mean"])
+    assert labels[2] == "nearest centroid of the pixels" and result["rows"][-1]["mean"] > 0.9
+    printed = capsys.readouterr().out
+    assert "iteration 4/4" in printed and "tasks/s" in printed and "run directory" in printed
+
+
+def test_both_statistics_are_reported_side_by_side(digits, tmp_path, capsys):
+    out = tmp_path / "r"
+    base = ["--data-root", str(digits), "--out", str(out), *QUICK, "--no-baselines", "--model", "conv4-strided"]
+    main(["train", "mnist", *base])
+    capsys.readouterr()
+    main(["evaluate", str(out), "--statistics", "both", "--json"])
+    result = json.loads(capsys.readouterr().out)
+    assert result["protocol"]["batch_statistics"] == "transductive"
+    assert result["inductive"]["protocol"]["batch_statistics"] == "inductive"
+    gap = result["accuracy"] - result["inductive"]["accuracy"]
+    assert result["difference"]["mean"] == pytest.approx(gap)
+    assert ("warning" in result) == (abs(gap) > result["difference"]["interval"])
+
+
+def test_sinusoid_lowers_the_error(tmp_path, capsys):
+    main(["train", "sinusoid", "--iterations", "300", "--test-tasks", "50", "--out", str(tmp_path / "r")])
+    result = json.loads((tmp_path / "r" / "result.json").read_text())
+    errors = {row["steps"]: row["mean"] for row in result["rows"]}
+    assert errors[10] < 0.8 * errors[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nosuch"], "unknown source 'nosuch'; there are: mnist, sinusoid"),
+        (["mnist", "--algorithm", "x"], "unknown algorithm 'x'; there are: fomaml, maml, "),
+        (["mnist", "--question", "x"], "unknown question 'x'; there are: new-labels, new-digits"),
+        (["mnist", "--model", "x"], "unknown model 'x'; there are: mlp, conv4, conv4-strided"),
+        (["mnist", "--engine", "x"], "unknown engine 'x'; there are: auto, loop, batched, factored"),
+        (["mnist", "--ways", "11"], "11 ways need 11 classes, but there are 10"),
+        (["mnist", "--ways", "6", "--question", "new-digits"], "6 ways need 6 classes, but there are 5"),
+        (["mnist", "--shots", "28"], "class '0' has 30 examples, but 28 shots + 3 query examples per class need 31"),
+        (["mnist", "--inner-lr", "-1"], "inner_lr must be a positive finite number, got -1.0"),
+        (["mnist", "--meta-lr", "nan"], "meta_lr must be a positive finite number, got nan"),
+        (["mnist", "--inner-steps", "0"], "inner_steps must be a whole number of 1 or more, got 0"),
+        (["mnist", "--iterations", "0"], "iterations must be a whole number of 1 or more, got 0"),
+        (["mnist", "--test-steps", "5", "1"], "test steps must be ascending whole numbers of 0 or more, got [5, 1]"),
+        (["mnist", "--device", "nosuch"], "the device 'nosuch' is not there; try cpu, cuda or mps"),
+    ],
+)
+def test_one_line_for_every_mistake_and_nothing_half_written(arguments, message, digits, tmp_path, capsys):
+    out = tmp_path / "out"
+    quick = [] if "--iterations" in arguments else QUICK
+    said = refused(
+        capsys, ["train", arguments[0], *quick, *arguments[1:], "--data-root", digits, "--out", out]
+    )
+    assert said.startswith(message)
+    assert not out.exists()
+
+
+def test_a_missing_cuda_device_is_one_line(digits, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    out = tmp_path / "out"
+    said = refused(capsys, ["train", "mnist", "--data-root", digits, "--out", out, "--device", "cuda"])
+    assert said == "the device 'cuda' is not there: no CUDA device on this machine"
+    assert not out.exists()
+
+
+def test_a_damaged_data_file_is_one_line(digits, tmp_path, capsys):
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for path in (digits / "MNIST" / "raw").iterdir():
+        raw.joinpath(path.name).write_bytes(path.read_bytes()[:1000])
+    said = refused(capsys, ["train", "mnist", "--data-root", tmp_path, "--out", tmp_path / "out"])
+    assert "train-images-idx3-ubyte" in said and "1000 bytes" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_directory_that_holds_a_run_is_left_alone(run, digits, capsys):
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    said = refused(capsys, ["train", "mnist", "--data-root", digits, "--out", run, *QUICK])
+    assert said == f"{run} already holds a run; give another --out, or delete it"
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+
+
+def test_evaluate_refuses_what_is_no_run(run, tmp_path, capsys):
+    assert refused(capsys, ["evaluate", tmp_path]) == f"{tmp_path} holds no run (no config.json)"
+    (tmp_path / "config.json").write_text((run / "config.json").read_text())
+    assert "was the run finished?" in refused(capsys, ["evaluate", tmp_path])
+    (tmp_path / "weights.safetensors").write_bytes((run / "weights.safetensors").read_bytes()[:500])
+    assert "weights.safetensors is damaged" in refused(capsys, ["evaluate", tmp_path])
+    (tmp_path / "config.json").write_text("{")
+    assert "is not the config of a run" in refused(capsys, ["evaluate", tmp_path])
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "compare", "check"])
+def test_help_shows_an_example(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    assert f"Example: fomaml {command}" in " ".join(capsys.readouterr().out.split())

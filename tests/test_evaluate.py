@@ -1,0 +1,177 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import reference
+from fomaml.algorithms import FOMAML
+from fomaml.data.source import ClassSource
+from fomaml.data.synthetic import Sinusoids
+from fomaml.episodes import Episodes, RegressionEpisodes
+from fomaml.errors import InputError
+from fomaml.evaluate import estimate, evaluate, fine_tune, nearest_centroid, pretrain
+from fomaml.models import MLP, Conv4
+from fomaml.tasks import count, one
+from test_train import clusters, episodes, learner
+
+# --- estimates ------------------------------------------------------------------------------------
+
+
+def test_estimate_by_hand():
+    found = estimate(torch.tensor([0.2, 0.4, 0.9]))
+    deviation = math.sqrt((0.3**2 + 0.1**2 + 0.4**2) / 2)  # about the mean 0.5, of a sample
+    assert found.mean == pytest.approx(0.5)
+    assert found.interval == pytest.approx(1.96 * deviation / math.sqrt(3))
+    assert estimate(torch.ones(7)) == (1.0, 0.0)
+
+
+def test_estimate_of_one_value_has_no_interval():
+    found = estimate(torch.tensor([0.25]))
+    assert found.mean == 0.25 and math.isnan(found.interval)
+
+
+def test_intervals_cover_the_truth_95_times_in_100():
+    random = torch.Generator().manual_seed(0)
+    drawn = torch.rand(2000, 50, generator=random).double()
+    covered = 0
+    for values in drawn:
+        mean, interval = estimate(values)
+        covered += abs(mean - 0.5) <= interval
+    assert 0.93 < covered / 2000 < 0.965  # 0.945 expected at 50 values, ± 4 standard errors
+
+
+# --- evaluate -------------------------------------------------------------------------------------
+
+
+def by_hand(meta, tasks, steps):
+    """Accuracy of each task after plain gradient descent."""
+    found = []
+    for i in range(count(tasks)):
+        task = one(tasks, i)
+        rates = dict.fromkeys(reference.learned(meta.model), 0.1)
+        adapted, _ = reference.adapt(meta.model, task.support, F.cross_entropy, rates, steps)
+        right = adapted(task.query.inputs).argmax(-1) == task.query.targets
+        found.append(right.double().mean())
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("engine", ["auto", "loop", "batched", "factored"])
+@pytest.mark.parametrize("tasks_at_once", [3, 100])
+def test_evaluate_equals_manual_adaptation(engine, tasks_at_once):
+    meta = learner()
+    before = {name: tensor.clone() for name, tensor in meta.model.state_dict().items()}
+    found = evaluate(
+        meta, episodes(), tasks=7, at_steps=(4, 0, 1), tasks_at_once=tasks_at_once, engine=engine
+    )
+    assert list(found) == [0, 1, 4]
+    for steps, scores in found.items():
+        assert scores.shape == (7,) and scores.dtype == torch.float64
+        assert torch.equal(scores, by_hand(meta, episodes().batch(0, 7), steps))
+    assert len({tuple(scores.tolist()) for scores in found.values()}) == 3
+    for name, tensor in meta.model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_evaluate_takes_each_number_of_steps_once():
+    found = evaluate(learner(), episodes(), tasks=5, at_steps=(1, 1))
+    assert found[1].shape == (5,)
+
+
+def test_evaluate_of_regression_gives_losses():
+    torch.manual_seed(0)
+    meta = FOMAML(MLP(1, 8, 1), 0.01, 1, F.mse_loss)
+    found = evaluate(meta, RegressionEpisodes(Sinusoids(), shots=5, query_shots=6), tasks=4, at_steps=(0,))
+    tasks = RegressionEpisodes(Sinusoids(), shots=5, query_shots=6).batch(0, 4)
+    with torch.no_grad():
+        outputs = meta.model(tasks.query.inputs.flatten(0, 1)).view(4, 6, 1)
+    expected = (outputs - tasks.query.targets).square().mean((1, 2)).double()
+    torch.testing.assert_close(found[0], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("engine", ["loop", "batched", "factored"])
+def test_inductive_and_transductive_are_told_apart(engine):
+    torch.manual_seed(0)
+    images, labels = torch.randn(48, 1, 16, 16), torch.arange(4).repeat_interleave(12)
+    images = images + labels.view(-1, 1, 1, 1) / 2
+    tasks = Episodes(ClassSource(images, labels), ways=3, shots=2, query_shots=6)
+    meta = FOMAML(Conv4(3, channels=4, image=(1, 16, 16)), 0.2, 1)
+    options = {"tasks": 10, "at_steps": (3,), "engine": engine}
+    inductive = evaluate(meta, tasks, inductive=True, **options)[3]
+    transductive = evaluate(meta, tasks, **options)[3]
+    assert not torch.equal(inductive, transductive)
+    apart = []
+    for i in range(10):  # every query example on its own
+        task = one(tasks.batch(0, 10), i)
+        served = meta.adapt(task.support, steps=3, inductive=True)
+        with torch.no_grad():
+            outputs = torch.cat([served(example[None]) for example in task.query.inputs])
+        apart.append((outputs.argmax(-1) == task.query.targets).double().mean())
+    assert (torch.stack(apart) - inductive).abs().max() < 0.06  # a tie may fall either way
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"tasks": 0}, "tasks must be a whole number"), ({"engine": "fast"}, "unknown engine 'fast'")],
+)
+def test_errors_of_evaluate(options, message):
+    with pytest.raises(InputError, match=message):
+        evaluate(learner(), episodes(), **({"tasks": 2} | options))
+
+
+# --- baselines ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tasks_at_once", [2, 100])
+def test_nearest_centroid_equals_the_slow_loop(tasks_at_once):
+    inputs, labels = clusters()
+    noisy = Episodes(
+        ClassSource(inputs + 2 * torch.randn(inputs.shape), labels), ways=4, shots=3, query_shots=5
+    )
+    expected = []
+    for i in range(9):
+        (xs, ys), (xq, yq) = noisy[i]
+        right = 0
+        for x, y in zip(xq, yq):
+            distances = [(x - xs[ys == way].mean(0)).square().sum().item() for way in range(4)]
+            right += distances.index(min(distances)) == y.item()
+        expected.append(right / 20)
+    found = nearest_centroid(noisy, tasks=9, tasks_at_once=tasks_at_once)
+    assert found.tolist() == expected
+    assert 0.3 < found.mean() < 0.99
+
+
+@pytest.mark.parametrize("fixed", [True, False])
+def test_fine_tune_picks_the_better_step_size_and_count(fixed):
+    numbers = []
+
+    def start(number=0):
+        numbers.append(number)
+        torch.manual_seed(number)
+        return nn.Linear(6, 3)
+
+    model = start() if fixed else start
+    tuned = fine_tune(
+        model, episodes(seed=1), episodes(seed=2), tasks=120, tuning_tasks=20,
+        inner_lrs=(1e-6, 0.1), at_steps=(1, 30),
+    )  # fmt: skip
+    assert (tuned.inner_lr, tuned.steps) == (0.1, 30)
+    assert tuned.scores.shape == (120,)
+    assert tuned.scores.mean() > 0.9
+    if fixed:
+        expected = evaluate(FOMAML(model, 0.1, 30), episodes(seed=2), tasks=120, at_steps=(30,))[30]
+        assert torch.equal(tuned.scores, expected)
+    else:
+        assert set(numbers) == {0, 1}  # a start of its own for every hundred tasks
+
+
+def test_pretrain_makes_a_classifier_of_all_classes_and_repeats_itself():
+    source, found = ClassSource(*clusters()), []
+    for _ in range(2):
+        torch.manual_seed(3)
+        model = pretrain(MLP(6, 32, 8), source, iterations=150, batch_size=32, lr=1e-2)
+        found.append(model)
+    inputs, labels = clusters()
+    assert (found[0](inputs).argmax(-1) == labels).double().mean() > 0.95
+    assert all(torch.equal(a, b) for a, b in zip(*(m.state_dict().values() for m in found)))

@@ -1,0 +1,229 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fomaml.algorithms import FOMAML
+from fomaml.engines import curve
+from fomaml.errors import InputError
+from fomaml.models import (
+    MLP,
+    STATISTICS,
+    BatchNorm,
+    Conv4,
+    Conv4Strided,
+    convert_batch_norm,
+    native_batch_norms,
+    normalising,
+)
+from test_engines import draw
+
+
+def parameters(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+# --- the papers' networks -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "outputs", "number"),
+    [
+        (MLP(784, 256, 10), (1, 28, 28), 10, 203_530),  # 784·256 + 256 + 256·10 + 10
+        (MLP(1, 40, 40, 1), (1,), 1, 1_761),
+        (Conv4(5), (1, 28, 28), 5, 112_261),  # 640 + 3·36 928 + 4·128 + 64·5 + 5
+        (Conv4(5, scale=False), (1, 28, 28), 5, 112_005),
+        (Conv4(5, channels=32, image=(3, 84, 84)), (3, 84, 84), 5, 32_901),
+        (Conv4(3, channels=2, image=(2, 16, 40)), (2, 16, 40), 3, 38 + 3 * 38 + 4 * 4 + 4 * 3 + 3),
+        (Conv4Strided(20), (1, 28, 28), 20, 640 + 3 * 36_928 + 4 * 128 + 64 * 20 + 20),
+        (Conv4Strided(5, channels=8, in_channels=3, scale=False), (3, 30, 17), 5, 224 + 3 * 584 + 4 * 8 + 45),
+    ],
+)
+def test_shapes_and_numbers_of_parameters(model, shape, outputs, number):
+    assert model(torch.randn(2, *shape)).shape == (2, outputs)
+    assert parameters(model) == number
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [(Conv4(5), 64), (Conv4(5, channels=32, image=(3, 84, 84)), 800), (Conv4Strided(5), 64)],
+)
+def test_the_width_of_the_head(model, expected):
+    assert model.head.in_features == expected
+
+
+def test_conv4_is_the_obvious_stack():
+    model = Conv4(5, channels=3, image=(1, 20, 20)).double()
+    inputs = hidden = torch.randn(6, 1, 20, 20, dtype=torch.float64)
+    for conv, norm, *_ in model.body:
+        hidden = F.conv2d(hidden, conv.weight, conv.bias, padding=1)
+        hidden = F.batch_norm(hidden, None, None, norm.weight, norm.bias, training=True)
+        hidden = F.max_pool2d(F.relu(hidden), 2)
+    expected = F.linear(hidden.flatten(1), model.head.weight, model.head.bias)
+    torch.testing.assert_close(model(inputs), expected, rtol=0, atol=1e-11)
+
+
+def test_conv4_strided_is_the_obvious_stack():
+    model = Conv4Strided(5, channels=3).double()
+    inputs = hidden = torch.randn(6, 1, 28, 28, dtype=torch.float64)
+    for conv, norm, *_ in model.body:
+        hidden = F.conv2d(hidden, conv.weight, conv.bias, stride=2, padding=1)
+        hidden = F.relu(F.batch_norm(hidden, None, None, norm.weight, norm.bias, training=True))
+    expected = F.linear(hidden.mean((2, 3)), model.head.weight, model.head.bias)
+    torch.testing.assert_close(model(inputs), expected, rtol=0, atol=1e-11)
+
+
+def test_conv4_refuses_images_that_vanish():
+    with pytest.raises(InputError, match="15x28 is less than 16x16"):
+        Conv4(5, image=(1, 15, 28))
+
+
+# --- BatchNorm ------------------------------------------------------------------------------------
+
+
+def norm_and_inputs(shape, scale=True):
+    layer = BatchNorm(shape[1], eps=1e-3, scale=scale).double()
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    return layer, (torch.randn(shape, dtype=torch.float64) * 2 + 1).requires_grad_()
+
+
+def by_torch(layer, inputs):
+    weight = torch.ones_like(layer.bias) if layer.weight is None else layer.weight
+    return F.batch_norm(inputs, None, None, weight, layer.bias, training=True, eps=layer.eps)
+
+
+@pytest.mark.parametrize("scale", [True, False])
+@pytest.mark.parametrize("shape", [(6, 3), (5, 3, 4), (4, 3, 2, 5), (2, 3, 2, 2, 2)])
+def test_batch_norm_is_that_of_torch_in_value_gradient_and_second_gradient(shape, scale):
+    layer, inputs = norm_and_inputs(shape, scale)
+    wanted = [inputs, *layer.parameters()]
+    weights = torch.randn(shape, dtype=torch.float64)
+    found = []
+    for outputs in (layer(inputs), by_torch(layer, inputs)):
+        loss = (outputs.sin() * weights).sum()
+        first = torch.autograd.grad(loss, wanted, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), wanted)
+        found.append([outputs.detach(), *(g.detach() for g in first), *second])
+    for ours, theirs in zip(*found):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+
+
+def test_batch_norm_passes_gradgradcheck():
+    layer, inputs = norm_and_inputs((4, 2, 2, 2))
+    assert torch.autograd.gradcheck(layer, inputs)
+    assert torch.autograd.gradgradcheck(layer, inputs)
+
+
+def test_batch_norm_is_exact_under_vmap_in_both_orders():
+    layer, _ = norm_and_inputs((4, 3, 2, 2))
+    stack = torch.randn(5, 4, 3, 2, 2, dtype=torch.float64)
+
+    def squared_gradient(inputs):
+        return torch.func.grad(lambda x: layer(x).sin().sum())(inputs).square().sum()
+
+    for function in (
+        layer,
+        torch.func.grad(lambda x: layer(x).sin().sum()),
+        torch.func.grad(squared_gradient),
+    ):
+        expected = torch.stack([function(inputs) for inputs in stack])
+        torch.testing.assert_close(torch.func.vmap(function)(stack), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_batch_norm_keeps_its_accuracy_in_float32():
+    """Inputs far from 0, as pixels of a bright image: within a few roundings of the float64 result."""
+    layer = BatchNorm(1)
+    inputs = torch.randn(64, 1) + 100
+    expected = by_torch(layer.double(), inputs.double())
+    error = (layer.float()(inputs) - expected).abs().max().item()
+    assert error < 1e-4  # inputs themselves are rounded to 4e-6 of their spread
+
+
+@pytest.mark.parametrize("statistics", STATISTICS)
+@pytest.mark.parametrize("training", [True, False])
+def test_no_forward_pass_changes_the_buffers(statistics, training):
+    layer = BatchNorm(3, statistics=statistics, steps=2).train(training)
+    before = {name: buffer.clone() for name, buffer in layer.named_buffers()}
+    assert len(before) == (2 if statistics in ("running", "per-step", "frozen") else 0)
+    layer(torch.randn(5, 3))
+    for name, buffer in layer.named_buffers():
+        assert torch.equal(buffer, before[name])
+
+
+def test_errors_of_batch_norm():
+    with pytest.raises(InputError, match="unknown statistics 'mean'; there are: batch, support, running"):
+        BatchNorm(3, statistics="mean")
+    with pytest.raises(InputError, match="per-step statistics need steps"):
+        BatchNorm(3, statistics="per-step")
+
+
+def test_statistics_of_the_first_examples_only():
+    layer, inputs = norm_and_inputs((9, 3, 2, 2))
+    with normalising(first=4):
+        joined = layer(inputs)
+    torch.testing.assert_close(joined[:4], layer(inputs[:4]), rtol=0, atol=1e-12)
+    changed = torch.cat([inputs[:5], inputs[5:] * 3])
+    with normalising(first=4):
+        torch.testing.assert_close(layer(changed)[4], joined[4], rtol=0, atol=1e-12)
+    assert (layer(changed)[4] - layer(inputs)[4]).abs().max() > 0.01  # and outside of the block they do
+    with pytest.raises(RuntimeError), normalising(first=4):
+        raise RuntimeError
+    torch.testing.assert_close(layer(inputs), by_torch(layer, inputs), rtol=0, atol=1e-12)
+
+
+# --- convert_batch_norm ---------------------------------------------------------------------------
+
+
+def test_convert_batch_norm_keeps_the_weights_and_the_function():
+    model = nn.Sequential(
+        nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3, eps=1e-2), nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3, affine=False)),
+        nn.Flatten(), nn.BatchNorm1d(12), nn.Linear(12, 2),
+    ).double()  # fmt: skip
+    nn.init.normal_(model[1].weight)
+    inputs = torch.randn(6, 1, 4, 4, dtype=torch.float64)
+    weight, expected = model[1].weight, model(inputs)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    assert native_batch_norms(model) == ["1", "2.1", "4"]
+    assert convert_batch_norm(model) is model
+    assert native_batch_norms(model) == []
+    assert model[1].weight is weight
+    torch.testing.assert_close(model(inputs), expected, rtol=0, atol=1e-11)
+    assert [id(p) for p in model.parameters() if p.requires_grad] == [id(p) for p in trainable]
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_convert_batch_norm_keeps_the_dtype(affine):
+    layer = convert_batch_norm(nn.BatchNorm1d(3, affine=affine).double())
+    assert {p.dtype for p in layer.parameters()} == {torch.float64}
+
+
+def test_convert_batch_norm_replaces_the_model_itself_and_keeps_its_mode():
+    layer = convert_batch_norm(nn.BatchNorm1d(3).eval())
+    assert isinstance(layer, BatchNorm) and not layer.training
+
+
+def test_convert_batch_norm_keeps_running_statistics():
+    native = nn.BatchNorm1d(3).double()
+    native(torch.randn(8, 3, dtype=torch.float64) * 3 + 2)
+    inputs = torch.randn(4, 3, dtype=torch.float64)
+    expected = native.eval()(inputs)
+    for statistics in ("running", "frozen", "per-step"):
+        layer = convert_batch_norm(nn.Sequential(native), statistics, steps=2)
+        torch.testing.assert_close(layer.eval()(inputs), expected, rtol=0, atol=1e-12)
+
+
+def test_convert_batch_norm_reaches_a_layer_that_is_used_under_two_names():
+    model = nn.ModuleDict({"a": nn.BatchNorm1d(3)})
+    model["b"] = model["a"]
+    convert_batch_norm(model)
+    assert not any(isinstance(m, nn.BatchNorm1d) for m in (model["a"], model["b"]))
+    assert model["a"].weight is model["b"].weight
+
+
+def test_a_converted_net_has_an_inductive_curve():
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 4))
+    learner = FOMAML(convert_batch_norm(model).double(), 0.1, 1)
+    tasks = draw((1, 6, 6), F.cross_entropy)
+    (_, inductive), (_, transductive) = (curve(learner, tasks, [1], inductive=i)[0] for i in (True, False))
+    assert (inductive - transductive).abs().max() > 1e-3

@@ -1,0 +1,311 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from fomaml.adapt import SGD
+from fomaml.algorithms import FOMAML, MAML, Reptile
+from fomaml.checkpoint import load_state, save_state
+from fomaml.data.source import ClassSource
+from fomaml.data.synthetic import Sinusoids
+from fomaml.engines import meta_gradient
+from fomaml.episodes import Episodes, RegressionEpisodes
+from fomaml.errors import InputError
+from fomaml.evaluate import evaluate
+from fomaml.models import MLP, BatchNorm
+from fomaml.train import cosine, fomaml_train, scores, train
+
+
+def clusters(classes=8, each=12, width=6, seed=0):
+    """Well separated Gaussian clusters: inputs and labels."""
+    random = torch.Generator().manual_seed(seed)
+    centres = torch.randn(classes, width, generator=random) * 2
+    inputs = centres.repeat_interleave(each, 0) + torch.randn(classes * each, width, generator=random) / 2
+    return inputs, torch.arange(classes).repeat_interleave(each)
+
+
+def episodes(ways=3, seed=0):
+    return Episodes(ClassSource(*clusters()), ways=ways, shots=2, query_shots=4, seed=seed)
+
+
+def learner(preset=FOMAML, **choices):
+    torch.manual_seed(5)
+    return preset(MLP(6, 16, 3), 0.1, 2, **choices)
+
+
+def bits(module):
+    return [tensor.clone() for tensor in module.state_dict().values()]
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b))
+
+
+def run(learner, optimizer, iterations=6, **options):
+    options = {"meta_batch_size": 4} | options
+    return list(train(learner, episodes(), optimizer, iterations=iterations, **options))
+
+
+# --- one outer step -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("engine", ["auto", "loop", "batched", "factored"])
+def test_an_outer_step_moves_the_parameters_of_the_original_model_and_no_buffer(engine):
+    torch.manual_seed(5)
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+    meta = FOMAML(model, 0.1, 2)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    gradient = meta_gradient(meta, episodes().batch(0, 4), engine=engine).gradients
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    [record] = run(meta, optimizer, iterations=1, engine=engine)
+    assert meta.model is model
+    assert record.iteration == 1
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name] - 0.5 * gradient[name]), name
+        assert parameter.grad is None
+    assert max((p - before[n]).abs().max().item() for n, p in model.named_parameters()) > 1e-4
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, before[name]), name
+
+
+def test_records_hold_the_losses_and_the_scores_of_before_and_after():
+    meta, tasks = learner(), episodes().batch(0, 4)
+    result = meta_gradient(meta, tasks)
+    with torch.no_grad():
+        outputs = meta.model(tasks.query.inputs.flatten(0, 1))
+    expected = (outputs.argmax(-1) == tasks.query.targets.flatten()).double().mean()
+    optimizer = torch.optim.SGD(meta.parameters(), lr=0.1)
+    records = run(meta, optimizer, iterations=5, measure_every=3)
+    assert [r.iteration for r in records] == [1, 2, 3, 4, 5]
+    assert [r.before is not None for r in records] == [False, False, True, False, True]
+    assert [r.after is not None for r in records] == [False, False, True, False, True]
+    assert torch.equal(records[0].meta_loss, result.query_losses.mean())
+    [first] = run(learner(), optimizer, iterations=1)
+    assert first.before.item() == pytest.approx(expected.item())
+    right = result.query_outputs.argmax(-1) == tasks.query.targets
+    assert first.after.item() == pytest.approx(right.double().mean().item())
+
+
+def test_scores_are_accuracies_of_labels_and_losses_of_numbers():
+    outputs = torch.tensor([[[2.0, 1], [0, 1]], [[2.0, 1], [1, 0]]])  # (tasks, examples, ways)
+    targets, losses = torch.tensor([[0, 1], [1, 0]]), torch.tensor([0.25, 0.5])
+    assert scores(outputs, targets, losses).tolist() == [1.0, 0.5]
+    assert scores(outputs, targets.float(), losses).tolist() == [0.25, 0.5]
+
+
+def test_cosine_falls_from_one_to_zero():
+    schedule = cosine(10)
+    assert schedule(0) == 1
+    assert schedule(5) == pytest.approx(0.5)
+    assert schedule(10) == pytest.approx(0)
+    values = [schedule(i) for i in range(11)]
+    assert values == sorted(values, reverse=True)
+
+
+def test_the_schedule_scales_the_step():
+    meta = learner()
+    before = bits(meta)
+    optimizer = torch.optim.SGD(meta.parameters(), lr=0.1)
+    run(meta, optimizer, iterations=1, schedule=lambda iteration: 0.0)
+    assert same(bits(meta), before)
+    rates = []
+    meta = learner()
+    optimizer = torch.optim.SGD(meta.parameters(), lr=0.1)
+    options = {"iterations": 3, "meta_batch_size": 2, "schedule": lambda i: 1 / (1 + i)}
+    for _ in train(meta, episodes(), optimizer, **options):
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([0.1, 0.05, 0.1 / 3])
+
+
+def test_a_scheduler_of_torch_is_not_overruled():
+    meta = learner()
+    optimizer = torch.optim.SGD(meta.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5)
+    used = []
+    optimizer.register_step_pre_hook(lambda *_: used.append(optimizer.param_groups[0]["lr"]))
+    for _ in train(meta, episodes(), optimizer, iterations=3, meta_batch_size=2):
+        scheduler.step()
+    assert used == pytest.approx([0.1, 0.05, 0.025])
+
+
+def test_the_outer_iteration_reaches_the_learner():
+    """First order at first, second order from iteration 2 on: the bits part there."""
+    runs = {}
+    for name, first_order in {"never": False, "at first": lambda i: i < 2, "always": True}.items():
+        meta, states = learner(first_order=first_order), []
+        optimizer = torch.optim.SGD(meta.parameters(), lr=0.1)
+        for _ in train(meta, episodes(), optimizer, iterations=3, meta_batch_size=2, engine="loop"):
+            states.append(bits(meta))
+        runs[name] = states
+    assert [same(a, b) for a, b in zip(runs["at first"], runs["always"])] == [True, True, False]
+    assert not same(runs["never"][0], runs["always"][0])
+
+
+def test_running_statistics_move_in_the_outer_loop_only():
+    torch.manual_seed(5)
+    layer = BatchNorm(16, statistics="running")
+    model = nn.Sequential(nn.Linear(6, 16), layer, nn.ReLU(), nn.Linear(16, 3))
+    meta = FOMAML(model, 0.1, 2)
+    meta_gradient(meta, episodes().batch(0, 4))
+    assert layer.mean.abs().max() == 0
+    run(meta, torch.optim.SGD(model.parameters(), lr=0.1), iterations=60)
+    with torch.no_grad():
+        inputs = model[0](episodes().batch(1000, 50).query.inputs.flatten(0, 1))
+    variance, mean = torch.var_mean(inputs, 0)
+    assert (layer.mean[0] - mean).abs().max() < variance.sqrt().max()
+    assert layer.mean.abs().max() > 0.1
+
+
+# --- the same bits --------------------------------------------------------------------------------
+
+
+def optimiser(meta, kind):
+    if kind == "adam":
+        return torch.optim.Adam(meta.parameters(), lr=1e-2)
+    return torch.optim.SGD(meta.parameters(), lr=0.1, momentum=0.9)
+
+
+@pytest.mark.parametrize("engine", ["loop", "batched", "factored"])
+def test_same_seed_same_bits(engine):
+    found = []
+    for _ in range(2):
+        meta = learner()
+        run(meta, optimiser(meta, "adam"), engine=engine)
+        found.append(bits(meta))
+    assert same(*found)
+    assert not same(found[0], bits(learner()))
+
+
+@pytest.mark.parametrize("schedule", [None, cosine(6)], ids=["constant", "cosine"])
+@pytest.mark.parametrize("kind", ["adam", "sgd"])
+@pytest.mark.parametrize("preset", [FOMAML, Reptile])
+def test_a_resumed_run_equals_the_uninterrupted_one(preset, kind, schedule, tmp_path):
+    whole = learner(preset)
+    run(whole, optimiser(whole, kind), schedule=schedule)
+
+    first = learner(preset)
+    optimizer = optimiser(first, kind)
+    options = {"iterations": 6, "meta_batch_size": 4, "schedule": schedule}
+    for record in train(first, episodes(), optimizer, **options):
+        if record.iteration == 3:
+            save_state(tmp_path / "state.safetensors", first, optimizer, record.iteration)
+            break
+
+    torch.manual_seed(99)  # another start: everything must come from the file
+    second = preset(MLP(6, 16, 3), 0.1, 2)
+    optimizer = optimiser(second, kind)
+    start = load_state(tmp_path / "state.safetensors", second, optimizer)
+    records = run(second, optimizer, schedule=schedule, start=start)
+    assert [r.iteration for r in records] == [4, 5, 6]
+    assert same(bits(second), bits(whole))
+
+
+# --- errors ---------------------------------------------------------------------------------------
+
+
+def test_a_model_too_narrow_for_the_ways():
+    model = MLP(6, 8, 2)
+    message = "the model's outputs have shape (12, 2), too narrow for 3 ways: its last layer needs at least 3 outputs"
+    meta = FOMAML(model, 0.1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for call in (lambda: run(meta, optimizer), lambda: evaluate(meta, episodes(), tasks=2)):
+        with pytest.raises(InputError) as raised:
+            call()
+        assert str(raised.value) == message
+
+
+@pytest.mark.parametrize("name", ["iterations", "meta_batch_size", "measure_every"])
+@pytest.mark.parametrize("value", [0, -1, 1.5])
+def test_counts_must_be_positive(name, value):
+    meta = learner()
+    with pytest.raises(InputError, match=f"{name} must be a whole number of 1 or more, got {value}"):
+        run(meta, torch.optim.SGD(meta.parameters(), lr=0.1), **{name: value})
+
+
+def test_a_meta_loss_that_is_not_finite_stops_the_run():
+    meta = learner()
+    with torch.no_grad():
+        meta.model[1].weight.fill_(math.inf)
+    with pytest.raises(InputError, match="the meta-loss is nan at iteration 1: try a smaller"):
+        run(meta, torch.optim.SGD(meta.parameters(), lr=0.1))
+
+
+# --- fomaml_train ---------------------------------------------------------------------------------
+
+SIZES = {"ways": 3, "shots": 2, "query_shots": 4, "meta_batch_size": 8}
+
+
+@pytest.mark.parametrize("kind", ["dataset", "source"])
+def test_fomaml_train_moves_the_model_and_lowers_the_meta_loss(kind):
+    inputs, labels = clusters()
+    dataset = TensorDataset(inputs, labels) if kind == "dataset" else ClassSource(inputs, labels)
+    torch.manual_seed(5)
+    model, lines = MLP(6, 16, 3), []
+    before = bits(model)
+    losses = fomaml_train(model, dataset, 35, 2, 0.2, 0.3, **SIZES, report=lines.append)
+    assert len(losses) == 35 and all(map(math.isfinite, losses))
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+    assert not any(torch.equal(a, b) for a, b in zip(bits(model), before))
+    assert lines == [f"iteration {i}: meta-loss {losses[i - 1]:.4f}" for i in (10, 20, 30)]
+
+
+def test_fomaml_train_prints_by_default_and_repeats_itself(capsys):
+    dataset, found = TensorDataset(*clusters()), []
+    for seed in (1, 1, 2):
+        torch.manual_seed(5)
+        found.append(fomaml_train(MLP(6, 8, 3), dataset, 10, 1, 0.1, 0.1, **SIZES, seed=seed))
+    assert found[0] == found[1] != found[2]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [f"iteration 10: meta-loss {losses[-1]:.4f}" for losses in found]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sizes", "message"),
+    [
+        ((0, 1, 0.1, 0.1), {}, "num_iterations must be a whole number of 1 or more, got 0"),
+        ((5, 0, 0.1, 0.1), {}, "num_inner_updates must be a whole number of 1 or more, got 0"),
+        ((5, 1, -0.1, 0.1), {}, "inner_lr must be a positive finite number, got -0.1"),
+        ((5, 1, 0.1, 0.0), {}, "meta_lr must be a positive finite number, got 0.0"),
+        ((5, 1, 0.1, 0.1), {"ways": 0}, "ways must be a whole number of 1 or more, got 0"),
+        ((5, 1, 0.1, 0.1), {"shots": 0}, "shots must be a whole number of 1 or more, got 0"),
+        ((5, 1, 0.1, 0.1), {"query_shots": 0}, "query_shots must be a whole number of 1 or more, got 0"),
+        ((5, 1, 0.1, 0.1), {"meta_batch_size": 0}, "meta_batch_size must be a whole number of 1 or more, got 0"),
+        ((5, 1, 0.1, 0.1), {"ways": 9}, "9 ways need 9 classes, but there are 8"),
+        ((5, 1, 0.1, 0.1), {"query_shots": 11},
+         "class '0' has 12 examples, but 2 shots + 11 query examples per class need 13"),
+        ((5, 1, 0.1, 0.1), {"ways": 4}, "the model's outputs have shape (16, 3), too narrow for 4 ways: "
+         "its last layer needs at least 4 outputs"),
+    ],
+)  # fmt: skip
+def test_errors_of_fomaml_train(arguments, sizes, message, capsys):
+    model = MLP(6, 8, 3)
+    before = bits(model)
+    with pytest.raises(InputError) as raised:
+        fomaml_train(model, TensorDataset(*clusters()), *arguments, **(SIZES | sizes))
+    assert str(raised.value) == message
+    assert same(bits(model), before)
+    assert capsys.readouterr().out == ""
+
+
+# --- regression -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("preset", "optimizer"), [(FOMAML, SGD()), (MAML, SGD()), (FOMAML, SGD(momentum=0.5))],
+    ids=["fomaml", "maml", "fomaml-momentum"],
+)  # fmt: skip
+def test_sinusoids_are_learned_to_be_learned(preset, optimizer):
+    torch.manual_seed(0)
+    model = MLP(1, 40, 40, 1)
+    meta = preset(model, 0.02, 2, F.mse_loss, optimizer=optimizer)
+    tasks = RegressionEpisodes(Sinusoids(), shots=10, query_shots=10)
+    outer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    options = {"iterations": 300, "meta_batch_size": 16, "measure_every": 300}
+    *_, last = train(meta, tasks, outer, **options)
+    assert last.after.item() == pytest.approx(last.meta_loss.item())
+    unseen = RegressionEpisodes(Sinusoids(), shots=10, query_shots=10, seed=1)
+    found = evaluate(meta, unseen, tasks=100, at_steps=(0, 5))
+    assert found[5].mean() < 0.4 * found[0].mean()
