@@ -108,7 +108,16 @@ def test_baselines_stand_on_the_same_tasks(digits, tmp_path, capsys):
 
 def test_both_statistics_are_reported_side_by_side(digits, tmp_path, capsys):
     out = tmp_path / "r"
-    base = ["--data-root", str(digits), "--out", str(out), *QUICK, "--no-baselines", "--model", "conv4-strided"]
+    base = [
+        "--data-root",
+        str(digits),
+        "--out",
+        str(out),
+        *QUICK,
+        "--no-baselines",
+        "--model",
+        "conv4-strided",
+    ]
     main(["train", "mnist", *base])
     capsys.readouterr()
     main(["evaluate", str(out), "--statistics", "both", "--json"])
@@ -137,12 +146,18 @@ def test_sinusoid_lowers_the_error(tmp_path, capsys):
         (["mnist", "--engine", "x"], "unknown engine 'x'; there are: auto, loop, batched, factored"),
         (["mnist", "--ways", "11"], "11 ways need 11 classes, but there are 10"),
         (["mnist", "--ways", "6", "--question", "new-digits"], "6 ways need 6 classes, but there are 5"),
-        (["mnist", "--shots", "28"], "class '0' has 30 examples, but 28 shots + 3 query examples per class need 31"),
+        (
+            ["mnist", "--shots", "28"],
+            "class '0' has 30 examples, but 28 shots + 3 query examples per class need 31",
+        ),
         (["mnist", "--inner-lr", "-1"], "inner_lr must be a positive finite number, got -1.0"),
         (["mnist", "--meta-lr", "nan"], "meta_lr must be a positive finite number, got nan"),
         (["mnist", "--inner-steps", "0"], "inner_steps must be a whole number of 1 or more, got 0"),
         (["mnist", "--iterations", "0"], "iterations must be a whole number of 1 or more, got 0"),
-        (["mnist", "--test-steps", "5", "1"], "test steps must be ascending whole numbers of 0 or more, got [5, 1]"),
+        (
+            ["mnist", "--test-steps", "5", "1"],
+            "test steps must be ascending whole numbers of 0 or more, got [5, 1]",
+        ),
         (["mnist", "--device", "nosuch"], "the device 'nosuch' is not there; try cpu, cuda or mps"),
     ],
 )

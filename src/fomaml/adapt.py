@@ -103,9 +103,11 @@ def inner_loop(
     taken = dict.fromkeys(current, 0)
     for step in itertools.count():
         with torch.enable_grad():
-            point = current
-            if first_order:
-                point = {n: p.detach().requires_grad_() for n, p in current.items()}
+            # Nodes of their own also in second order: φ₀ may hold tensors that depend on one another, such as a
+            # head made of the features of the body, and a partial derivative must not run through them.
+            point = {
+                n: p.detach().requires_grad_() if first_order else p.view_as(p) for n, p in current.items()
+            }
             loss = losses(point, first_order, step)
             gradients = torch.autograd.grad(
                 loss.sum(), list(point.values()), create_graph=not first_order, allow_unused=True

@@ -9,7 +9,7 @@ import operator
 import sys
 import textwrap
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -28,24 +28,77 @@ from fomaml.errors import InputError, positive
 from fomaml.models import BatchNorm
 from fomaml.tasks import Examples, Task, one
 
-TASKS, DIRECTIONS, EPS = 2, 3, 1e-6
+TASKS, DIRECTIONS, EPS = 2, 3, 1e-5
 # Largest relative error of a gradient that counts as rounding; a float64 module may compute parts in float32.
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-2}
-LOOP = "engine='loop'"
-STALE = "read parameters in forward, as self.weight, not from a list or cache; keep no state on self"
-MATH = "with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH): around it, or first order"
+LOOP, INPLACE = "engine='loop'", "compute a new tensor in forward, and use that"
+READ = "read parameters in forward, as self.weight, not from a list or cache; keep no state on self"
 CUDNN = "with torch.backends.cudnn.flags(enabled=False): around it, or first order"
-# part of torch's message → (the reason in plain words, the cure)
+DOUBLE = (
+    "first order; torch.autograd.gradgradcheck on its layers finds the one whose double backward is wrong"
+)
+# part of torch's message: (the reason in plain words, the cure)
 REASONS = {
     "data-dependent": ("its forward branches on the values of a tensor", f"{LOOP}, or torch.where"),
     ".item()": ("its forward takes a number out of a tensor", f"{LOOP}, or keep it a tensor"),
-    "scaled_dot_product": ("the fused attention kernel has no double backward", MATH),
+    "scaled_dot_product": (
+        "the fused attention kernel has no double backward",
+        "with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH): around it, or first order",
+    ),
     "rnn_backward": ("the fused recurrent kernel has no double backward", CUDNN),
-    "Batching rule not": ("vmap has no rule for one of its layers, such as nn.LSTM", LOOP),
+    "Batching rule not": ("vmap has no rule for one of its operations; recurrent layers have none", LOOP),
     "setup_context": ("vmap does not take its autograd.Function", f"{LOOP}, or write setup_context"),
     "inplace arithmetic": (
-        "it writes in place into a tensor that all tasks share",
+        "its forward writes in place into a tensor that all tasks share",
         f"{LOOP}, or torch.stack",
+    ),
+    "modified by an inplace": ("its forward changes in place what the backward needs", INPLACE),
+}
+# kind: (level, what, cure), for findings that end in a list of names
+KINDS = {
+    "frozen": (
+        "note",
+        "frozen, neither adapted nor meta-learned",
+        "requires_grad_(True), if they should learn",
+    ),
+    "tied": ("note", "tied, adapted and meta-learned as one tensor", ""),
+    "leaking": (
+        "wrong",
+        "batch norms with running statistics that meta-training never updates (in train mode they use the batch's, "
+        "so query examples inform each other; in eval mode, statistics that were never learned)",
+        "fomaml.convert_batch_norm(model, statistics=...) with 'batch', 'support', 'running', 'per-step' or 'frozen'; "
+        "then learner.adapt(support, inductive=True) serves single examples",
+    ),
+    "eval": ("note", "in eval mode, running statistics are used as they are, by", ""),
+    "batch": (
+        "note",
+        "statistics of the batch, so query examples inform each other, in",
+        "fomaml.convert_batch_norm(model, 'support') or learner.adapt(support, inductive=True), if unwanted",
+    ),
+    "recurrent": ("note", "on CUDA, cuDNN has no double backward for", CUDNN),
+    "moved": ("wrong", "forward changes parameters in place, and so the meta-model in every task", INPLACE),
+    "buffers": ("note", "buffers that forward changes, from the meta-model's in each task, which stay", ""),
+    "dropout": (
+        "note",
+        "dropout is active, a mask of its own in each task and step, in evaluation too (compared without it)",
+        "model.eval() before evaluate and adapt",
+    ),
+    "stale": (
+        "wrong",
+        "computed from parameters before forward, so adapted ones do not reach it",
+        "compute it in forward",
+    ),
+    "bypassed": (
+        "wrong",
+        "used, but no gradient reaches, so never learned",
+        "no .data, .detach(), rounding or torch.no_grad on the way; or requires_grad_(False), if meant so",
+    ),
+    "cached": ("wrong", "never read, but the module holds a copy, which never learns", READ),
+    "unused": ("note", "unused, no output depends on", "delete them, or freeze them"),
+    "strange": (
+        "wrong",
+        "learnable tensors that are no parameters of the module, so never learned, of shape",
+        "nn.Parameter; nn.ModuleList or nn.ParameterList in place of a list",
     ),
 }
 
@@ -75,16 +128,12 @@ class Report:
         for level, what, cure in self.findings:
             lines += _wrap(what, f"{'WRONG' if level == 'wrong' else level:9}")
             lines += _wrap(cure, f"{'':9}→ ") if cure else []
-        wrong, refused, notes = (
-            [f.level for f in self.findings].count(x) for x in ("wrong", "refused", "note")
-        )
-        if wrong:
-            return "\n".join(
-                [*lines, "", f"{_plural(wrong, 'thing')} would be silently wrong: see WRONG above."]
-            )
-        return "\n".join(
-            [*lines, "", f"Nothing would be silently wrong ({_plural(notes, 'note')}, {refused} refused)."]
-        )
+        levels = [finding.level for finding in self.findings]
+        last = f"Nothing would be silently wrong ({_plural(levels.count('note'), 'note')}, "
+        last += f"{levels.count('refused')} refused)."
+        if self.exit_status:
+            last = f"{_plural(levels.count('wrong'), 'thing')} would be silently wrong: see WRONG above."
+        return "\n".join([*lines, "", last])
 
 
 class _Trial(NamedTuple):
@@ -98,12 +147,26 @@ class _Trial(NamedTuple):
     seed: int
     random: bool = False
 
-    def copy(self) -> nn.Module:
-        return copy.deepcopy(self.model)
+    def copy(self, name: str = "", value: Tensor | None = None) -> nn.Module:
+        """A copy, with a value written into the parameter `name`."""
+        model = copy.deepcopy(self.model)
+        if name:
+            with torch.no_grad():
+                model.get_parameter(name).copy_(value)
+        return model
 
-    def outputs(self, model: nn.Module, inputs: Tensor | None = None, seed: int = 0) -> Tensor:
+    def outputs(
+        self, model: Callable[[Tensor], Tensor], inputs: Tensor | None = None, seed: int = 0
+    ) -> Tensor:
         torch.manual_seed(self.seed + seed)
         return model(self.tasks.support.inputs[0] if inputs is None else inputs)
+
+    def is_random(self) -> bool:
+        return _differ(self.outputs(self.copy()), self.outputs(self.copy(), seed=1))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(iter(_learned(self.model).values())).dtype
 
     def learner(self, first_order: bool = True):
         choices = {"criterion": self.criterion, "first_order": first_order}
@@ -112,7 +175,7 @@ class _Trial(NamedTuple):
     def gradient(self, engine: str, first_order: bool) -> tuple[dict[str, Tensor], list[str]]:
         """The meta-gradient, and the names of what computing it changed in the meta-model."""
         learner = self.learner(first_order)
-        before = _values(learner.model.state_dict().items())
+        before = _values(learner.model.state_dict())
         torch.manual_seed(self.seed)
         gradients = meta_gradient(learner, self.tasks, engine=engine).gradients
         return gradients, [n for n, t in learner.model.state_dict().items() if _differ(t, before[n])]
@@ -155,21 +218,22 @@ def check(
         torch.manual_seed(seed)
         stale = [name for name, tensor in _plain_tensors(model) if tensor.grad_fn is not None]
         if stale:  # such a module cannot even be copied
-            what = (
-                f"computed from parameters before forward, so adapted ones do not reach it: {_names(stale)}"
-            )
-            return Report(heading, [Finding("wrong", what, "compute it in forward")])
+            return Report(heading, list(_kinds({"stale": stale})))
         inputs = [_inputs(model, (TASKS, ways * n, *shape), vocabulary) for n in (shots, query_shots)]
         outputs = _first_outputs(model, inputs[0][0])
-        tasks, criterion = _targets(inputs, outputs, ways)
-        trial = _Trial(_without_dropout(model), tasks, criterion, inner_lr, inner_steps, seed)
-        trial = trial._replace(random=_is_random(trial))
-        return Report(heading, list(_findings(model, trial, outputs, ways)))
+        learning = *_targets(inputs, outputs, ways), inner_lr, inner_steps, seed
+        trial = _Trial(_without_dropout(model), *learning)
+        trial = trial._replace(random=trial.is_random())
+        return Report(heading, list(_findings(_Trial(model, *learning), trial, outputs, ways)))
 
 
-def _findings(model: nn.Module, trial: _Trial, outputs: Tensor, ways: int) -> Iterator[Finding]:
-    yield from _parameters(model)
+def _findings(own: _Trial, trial: _Trial, outputs: Tensor, ways: int) -> Iterator[Finding]:
+    """own: the module as it is. trial: with dropout off."""
+    parameters = list(own.model.parameters())
+    count = f"{sum(p.numel() for p in parameters):,} parameters"
+    yield Finding("ok", f"{count} in {_plural(len(parameters), 'tensor')}")
     yield _width(outputs, ways)
+    yield from _kinds(_layers(own))
     if not outputs.isfinite().all():
         yield Finding("wrong", "the outputs are not finite; nothing else was tried", "look at the forward")
     elif not outputs.requires_grad:
@@ -177,41 +241,28 @@ def _findings(model: nn.Module, trial: _Trial, outputs: Tensor, ways: int) -> It
             "wrong", "no gradient reaches any parameter", "no torch.no_grad or .detach() in forward"
         )
     else:
-        yield from _layer_kinds(model)
         yield from _state(trial)
-        yield from _randomness(model, trial)
-        yield from _mixing(trial)
+        yield from _randomness(trial)
         exact, note = _widened(trial)
         yield from note
-        gradients, reached = _reference(exact)
-        yield from _unreached(exact, reached)
-        yield from _engines(model, trial, exact, gradients)
+        expected, reached = _reference(exact)
+        yield from _kinds(_unreached(exact, reached))
+        yield from _engines(own, trial, exact, expected)
+
+
+def _kinds(found: Mapping[str, list[str]]) -> Iterator[Finding]:
+    for kind, names in found.items():
+        if names:
+            level, what, cure = KINDS[kind]
+            yield Finding(level, f"{what}: {_names(names)}", cure)
 
 
 # --- what needs no gradient -------------------------------------------------------------------------
 
 
-def _parameters(model: nn.Module) -> Iterator[Finding]:
-    own = dict(model.named_parameters())
-    yield Finding(
-        "ok", f"{sum(p.numel() for p in own.values()):,} parameters in {_plural(len(own), 'tensor')}"
-    )
-    frozen = [name for name, parameter in own.items() if not parameter.requires_grad]
-    if frozen:
-        what = f"frozen, neither adapted nor meta-learned: {_names(frozen)}"
-        yield Finding("note", what, "requires_grad_(True), if they should learn")
-    groups: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        groups.setdefault(id(parameter), []).append(name)
-    for names in groups.values():
-        if len(names) > 1:
-            yield Finding("note", f"tied, adapted and meta-learned as one tensor: {_names(names)}")
-
-
 def _width(outputs: Tensor, ways: int) -> Finding:
     if _is_regression(outputs):
-        what = f"outputs of shape {tuple(outputs.shape[1:])} per example: tried as a regression"
-        return Finding("note", what + ", with the mean squared error")
+        return Finding("note", f"outputs {tuple(outputs.shape[1:])} per example: tried as a regression")
     width = outputs.shape[1]
     if width < ways:
         cure = f"a last layer of at least {ways} outputs, or {width} ways, as tried here"
@@ -219,72 +270,50 @@ def _width(outputs: Tensor, ways: int) -> Finding:
     return Finding("ok", f"{width} outputs for {ways} ways")
 
 
-def _layer_kinds(model: nn.Module) -> Iterator[Finding]:
-    norms = _layers(model, _NormBase)
-    leaking = [n for n, m in norms if m.running_mean is not None and m.training]
-    if leaking:
-        yield Finding(
-            "wrong",
-            f"running statistics that meta-training never updates: {_names(leaking)}. In train mode they use the "
-            "batch's, so query examples inform each other; in eval mode, statistics that were never learned",
-            "fomaml.convert_batch_norm(model, statistics=...) with 'batch', 'support', 'running', 'per-step' or "
-            "'frozen'; then learner.adapt(support, inductive=True) serves single examples",
-        )
-    frozen = [n for n, m in norms if m.running_mean is not None and not m.training]
-    if frozen:
-        yield Finding("note", f"in eval mode, running statistics are used as they are: {_names(frozen)}")
-    batch = [n for n, m in norms if m.running_mean is None and isinstance(m, _BatchNorm)]
-    batch += [n for n, m in _layers(model, BatchNorm) if m.statistics == "batch"]
-    if batch:
-        what = f"statistics of the batch, so query examples inform each other: {_names(batch)}"
-        cure = "fomaml.convert_batch_norm(model, 'support') or learner.adapt(support, inductive=True), if unwanted"
-        yield Finding("note", what, cure)
-    recurrent = [n for n, _ in _layers(model, nn.RNNBase)]
-    if recurrent:
-        yield Finding("note", f"on CUDA, cuDNN has no double backward for {_names(recurrent)}", CUDNN)
+def _layers(own: _Trial) -> dict[str, list[str]]:
+    """The names of parameters and layers by kind of finding."""
+    model = own.model
+    groups: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
+    layers = [(f"{type(m).__name__} {n}".strip(), m) for n, m in model.named_modules()]
+    running = [(n, m) for n, m in layers if isinstance(m, _NormBase) and m.running_mean is not None]
+    batch = [n for n, m in layers if isinstance(m, _BatchNorm) and m.running_mean is None]
+    return {
+        "frozen": [n for n, p in model.named_parameters() if not p.requires_grad],
+        "tied": [" = ".join(names) for names in groups.values() if len(names) > 1],
+        "leaking": [n for n, m in running if m.training],
+        "eval": [n for n, m in running if not m.training],
+        "batch": batch + [n for n, m in layers if isinstance(m, BatchNorm) and m.statistics == "batch"],
+        "recurrent": [n for n, m in layers if isinstance(m, nn.RNNBase)],
+        "dropout": [n for n, m in layers if _drops(m)] if own.is_random() else [],
+    }
 
 
 def _state(trial: _Trial) -> Iterator[Finding]:
     """What one forward pass leaves behind."""
     model = trial.copy()
-    own, buffers = _values(model.named_parameters()), _values(model.named_buffers())
-    versions = {name: parameter._version for name, parameter in model.named_parameters()}
-    first = trial.outputs(model)
-    changed = [n for n, p in model.named_parameters() if p._version != versions[n] or _differ(p, own[n])]
-    if changed:
-        what = f"forward changes parameters in place, and so the meta-model in every task: {_names(changed)}"
-        yield Finding("wrong", what, "compute a new tensor in forward, and use that")
+    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    before, versions = _values(parameters | buffers), {n: p._version for n, p in parameters.items()}
     norms = [n for n, m in model.named_modules() if isinstance(m, _NormBase)]
-    moved = [
-        n for n, b in model.named_buffers() if n.rpartition(".")[0] not in norms and _differ(b, buffers[n])
-    ]
-    if moved:
-        what = f"buffers that forward changes: {_names(moved)}. Each task starts from the meta-model's, which stay"
-        yield Finding("note", what, "move them between the outer steps, if they should learn")
-    if _differ(first, trial.outputs(lambda inputs: functional_call(model, (own, buffers), (inputs,)))):
+    first = trial.outputs(model)
+    moved = [n for n, p in parameters.items() if p._version != versions[n] or _differ(p, before[n])]
+    changed = [n for n, b in model.named_buffers() if _differ(b, before[n])]
+    yield from _kinds({"moved": moved, "buffers": [n for n in changed if n.rpartition(".")[0] not in norms]})
+    if _differ(first, trial.outputs(lambda inputs: functional_call(model, before, (inputs,)))):
         what = "forward keeps state on self that is no buffer: one task leaks into the next"
         yield Finding("wrong", what, "register_buffer for what changes; no counters or caches on self")
 
 
-def _randomness(model: nn.Module, trial: _Trial) -> Iterator[Finding]:
+def _randomness(trial: _Trial) -> Iterator[Finding]:
     if trial.random:
         yield Finding("note", "forward draws random numbers of its own: only the loop can be compared")
-    elif _is_random(trial._replace(model=model)):
-        names = _names([n for n, m in _layers(model, nn.Module) if _drops(m)])
-        what = f"dropout is active: {names}. Each task and inner step draws its own mask, in evaluation too; "
-        yield Finding(
-            "note", what + "gradients are compared without", "model.eval() before evaluate and adapt"
-        )
-
-
-def _mixing(trial: _Trial) -> Iterator[Finding]:
-    if trial.random or _layers(trial.model, (BatchNorm, _BatchNorm)):
-        return
-    inputs = trial.tasks.support.inputs[0]
-    half = len(inputs) // 2  # the last half: what a recurrent layer gives depends on what came before
-    if _differ(trial.outputs(trial.copy())[half:], trial.outputs(trial.copy(), inputs[half:]), 1e-3):
-        what = "an example's outputs depend on the other examples, and there is no batch norm"
-        yield Finding("note", what, "batch_first=True, if a layer takes the examples for time steps")
+    elif not any(isinstance(m, (BatchNorm, _BatchNorm)) for m in trial.model.modules()):
+        inputs = trial.tasks.support.inputs[0]
+        half = len(inputs) // 2  # the last half: what a recurrent layer gives depends on what came before
+        if _differ(trial.outputs(trial.copy())[half:], trial.outputs(trial.copy(), inputs[half:]), 1e-3):
+            what = "an example's outputs depend on the other examples, and there is no batch norm"
+            yield Finding("note", what, "batch_first=True, if a layer takes the examples for time steps")
 
 
 # --- what gradients tell ----------------------------------------------------------------------------
@@ -321,69 +350,50 @@ def _gradients(trial: _Trial, model: nn.Module, examples: Examples, reached: set
     return {name: torch.zeros_like(own[name]) if g is None else g for name, g in found.items()}
 
 
-def _unreached(trial: _Trial, reached: set[str]) -> Iterator[Finding]:
+def _unreached(trial: _Trial, reached: set[str]) -> dict[str, list[str]]:
+    """The names of parameters that do not learn, and the shapes of tensors that should be parameters."""
     model = trial.copy()
     outputs = trial.outputs(model)
-    bypassed, cached, unused = [], [], []
+    found: dict[str, list[str]] = {"bypassed": [], "cached": [], "unused": []}
     for name, own in _learned(trial.model).items():
         if name not in reached:
+            moved = _differ(trial.outputs(trial.copy(name, own + torch.randn_like(own))), outputs)
             same = any(t.shape == own.shape and not _differ(t, own) for _, t in _plain_tensors(model))
-            moved = _differ(trial.outputs(_with(trial.copy(), name, own + torch.randn_like(own))), outputs)
-            (bypassed if moved else cached if same else unused).append(name)
-    if bypassed:
-        cure = (
-            "no .data, .detach(), rounding or torch.no_grad on the way; or requires_grad_(False), if meant so"
-        )
-        yield Finding("wrong", f"used, but no gradient reaches, so never learned: {_names(bypassed)}", cure)
-    if cached:
-        what = f"never read, but the module holds a copy, which never learns: {_names(cached)}"
-        yield Finding("wrong", what, "read the parameter itself in forward, as self.weight")
-    if unused:
-        yield Finding(
-            "note", f"unused, no output depends on: {_names(unused)}", "delete them, or freeze them"
-        )
+            found["bypassed" if moved else "cached" if same else "unused"].append(name)
     own = {id(parameter) for parameter in model.parameters()}
-    strange = [f"{tuple(leaf.shape)}" for leaf in _leaves(outputs) if id(leaf) not in own]
-    if strange:
-        what = f"learnable tensors that are no parameters, so never learned, of shape {_names(strange)}"
-        yield Finding("wrong", what, "nn.Parameter; nn.ModuleList or nn.ParameterList in place of a list")
+    return found | {"strange": [f"{tuple(leaf.shape)}" for leaf in _leaves(outputs) if id(leaf) not in own]}
 
 
-def _unread(trial: _Trial) -> list[str]:
+def _unread(trial: _Trial) -> str:
     """The parameters that forward reads elsewhere than from its modules, where adapted ones cannot be put."""
-    unread = []
+    unread, inputs = [], trial.tasks.support.inputs[0]
     for name, own in _learned(trial.model).items():
         value = own.detach() + torch.randn_like(own)
         torch.manual_seed(trial.seed)
-        put = functional_call(trial.copy(), {name: value}, (trial.tasks.support.inputs[0],))
-        if _differ(trial.outputs(_with(trial.copy(), name, value)), put):
-            unread.append(name)
-    return unread
+        put = functional_call(trial.copy(), {name: value}, (inputs,))
+        unread += [name] if _differ(trial.outputs(trial.copy(name, value)), put) else []
+    return f"; forward does not read its current {_names(unread)}" if unread else ""
 
 
-def _engines(
-    model: nn.Module, trial: _Trial, exact: _Trial, expected: dict[str, Tensor]
-) -> Iterator[Finding]:
+def _engines(own: _Trial, trial: _Trial, exact: _Trial, expected: dict[str, Tensor]) -> Iterator[Finding]:
     """Each engine in both orders, and which of them `engine="auto"` takes."""
-    dtype = _dtype(exact)
 
     def first(gradients: dict[str, Tensor]) -> tuple[str, str]:
         error = _error(gradients, expected)
-        if error <= TOLERANCE.get(dtype, 0.1):
+        if error <= TOLERANCE.get(exact.dtype, 0.1):
             size = f"to {error:.0e}" if error else "bit for bit"
-            return "ok", f"equals the plain reference {size} in {str(dtype)[6:]}"
-        unread = _names(_unread(exact))
-        why = f"; forward does not read its current {unread}" if unread else ""
-        return "wrong", f"differs from the plain reference by {error:.1g}{why}"
+            return "ok", f"equals the plain reference {size} in {str(exact.dtype)[6:]}"
+        return "wrong", f"differs from the plain reference by {error:.1g}{_unread(exact)}"
 
     levels = {}
     for first_order, judge in ((True, first), (False, _second_order(exact, expected))):
-        cure = STALE
+        cure = READ if first_order or levels["loop", True] == "wrong" else DOUBLE
         for engine in ENGINES if first_order else ("loop", "batched"):
-            finding = _engine(model, trial, exact, engine, first_order, judge)
+            finding = _engine(own, trial, exact, engine, first_order, judge)
             levels[engine, first_order] = finding.level
-            yield finding._replace(cure=cure) if finding.level == "wrong" else finding
-            cure = LOOP if engine == "loop" and finding.level != "wrong" else cure
+            wrong = finding.level == "wrong"
+            yield finding._replace(cure=finding.cure or cure) if wrong else finding
+            cure = cure if wrong or engine != "loop" else LOOP
     name, why = choose(trial.learner(), trial.tasks)
     level = levels[name, True]
     if level in ("ok", "note"):
@@ -392,12 +402,12 @@ def _engines(
         yield Finding(level, f"engine='auto' takes {name!r}, see above", LOOP)
 
 
-def _engine(model: nn.Module, trial: _Trial, exact: _Trial, engine: str, first_order: bool, judge) -> Finding:
+def _engine(own: _Trial, trial: _Trial, exact: _Trial, engine: str, first_order: bool, judge) -> Finding:
     """Run it in the module's own dtype, with dropout and without; judge the gradient in the wider one."""
     what, when = f"{'first' if first_order else 'second'} order, {engine}", ""
     try:
-        trial._replace(model=model, inner_steps=1).gradient(engine, first_order)
-        if any(map(_drops, model.modules())):
+        own._replace(inner_steps=1).gradient(engine, first_order)
+        if any(map(_drops, own.model.modules())):
             when = " with dropout off"
             trial._replace(inner_steps=1).gradient(engine, first_order)
         gradients, moved = exact.gradient(engine, first_order)
@@ -406,7 +416,9 @@ def _engine(model: nn.Module, trial: _Trial, exact: _Trial, engine: str, first_o
         text, cure = next((known for part, known in REASONS.items() if part in str(error)), plain)
         return Finding("refused", f"{what}{when}: {text}", cure)
     if moved:
-        return Finding("wrong", f"{what}: changes the meta-model's {_names(moved)} while a task adapts")
+        return Finding(
+            "wrong", f"{what}: changes the meta-model's {_names(moved)} while a task adapts", INPLACE
+        )
     if exact.random and engine != "loop":
         return Finding("note", f"{what}: runs, not compared (random)")
     level, text = judge(gradients)
@@ -415,21 +427,20 @@ def _engine(model: nn.Module, trial: _Trial, exact: _Trial, engine: str, first_o
 
 def _second_order(trial: _Trial, first_order: dict[str, Tensor]):
     """The judge of second-order gradients by central differences, or one that says why these would mean nothing."""
-    if _dtype(trial) != torch.float64:
+    if trial.dtype != torch.float64:
         return lambda gradients: ("note", "runs, not compared (finite differences need float64)")
     directions = []
     for _ in range(DIRECTIONS):
         random = {name: torch.randn_like(p) for name, p in _learned(trial.model).items()}
         norm = sum(r.square().sum() for r in random.values()).sqrt()
         directions.append({name: r / norm for name, r in random.items()})
-    still = trial._replace(inner_steps=0)
-    plain, along = _slopes(still, directions), _along(_reference(still)[0], directions)
-    if _apart(plain, along) > 1e-3 * _apart(plain):
-        why = "autograd's gradient is not the slope of the loss: something detached, rounded or in float32"
-        return lambda gradients: ("note", f"runs, not compared ({why})")
     slopes = _slopes(trial, directions)
     # what second order adds to first order is the measure: it may be small beside the gradient
     scale = max(_apart(slopes, _along(first_order, directions)), 1e-3 * _apart(slopes))
+    still = trial._replace(inner_steps=0)
+    if _apart(_slopes(still, directions), _along(_reference(still)[0], directions)) > 0.003 * scale:
+        why = "autograd's gradient is not the slope of the loss: something detached, rounded or in float32"
+        return lambda gradients: ("note", f"runs, not compared ({why})")
 
     def judge(gradients: dict[str, Tensor]) -> tuple[str, str]:
         error = _apart(slopes, _along(gradients, directions)) / scale
@@ -443,7 +454,7 @@ def _second_order(trial: _Trial, first_order: dict[str, Tensor]):
 def _slopes(trial: _Trial, directions: list[dict[str, Tensor]]) -> list[float]:
     """Central differences of the query loss after the inner steps, the mean over the tasks."""
 
-    def loss(direction, step):
+    def loss(direction: dict[str, Tensor], step: float) -> float:
         start = trial.copy()
         with torch.no_grad():
             for name, parameter in _learned(start).items():
@@ -472,18 +483,6 @@ def _error(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float
     sizes = {name: tensor.abs().max().item() for name, tensor in expected.items()}
     floor = 1e-4 * max(sizes.values()) or 1.0
     return max((found[n] - t).abs().max().item() / max(sizes[n], floor) for n, t in expected.items())
-
-
-def _leaves(outputs: Tensor) -> list[Tensor]:
-    """The tensors that a backward pass would give a gradient to."""
-    todo, seen, leaves = [outputs.grad_fn], set(), []
-    while todo:
-        node = todo.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            leaves += [node.variable] if hasattr(node, "variable") else []
-            todo += [following for following, _ in node.next_functions]
-    return leaves
 
 
 # --- the trial --------------------------------------------------------------------------------------
@@ -539,18 +538,8 @@ def _widened(trial: _Trial) -> tuple[_Trial, list[Finding]]:
             raise TypeError(f"its outputs stay {dtype}")
         return exact, []
     except Exception as error:
-        what = (
-            f"does not run in float64, so compared in {str(_dtype(trial))[6:]}, more loosely: {short(error)}"
-        )
+        what = f"does not run in float64, so compared in {str(trial.dtype)[6:]}, more loosely: {short(error)}"
         return trial, [Finding("note", what)]
-
-
-def _dtype(trial: _Trial) -> torch.dtype:
-    return next(iter(_learned(trial.model).values())).dtype
-
-
-def _is_random(trial: _Trial) -> bool:
-    return _differ(trial.outputs(trial.copy()), trial.outputs(trial.copy(), seed=1))
 
 
 def _drops(module: nn.Module) -> bool:
@@ -571,23 +560,12 @@ def _without_dropout(model: nn.Module) -> nn.Module:
     return model
 
 
-def _with(model: nn.Module, name: str, value: Tensor) -> nn.Module:
-    with torch.no_grad():
-        model.get_parameter(name).copy_(value)
-    return model
-
-
-def _layers(model: nn.Module, kind) -> list[tuple[str, nn.Module]]:
-    """(type and name, module) of the layers of a kind."""
-    return [(f"{type(m).__name__} {n}".strip(), m) for n, m in model.named_modules() if isinstance(m, kind)]
-
-
 def _learned(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def _values(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in named}
+def _values(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
 def _plain_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -597,6 +575,18 @@ def _plain_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             for held in value if isinstance(value, (list, tuple)) else [value]:
                 if isinstance(held, Tensor) and not isinstance(held, nn.Parameter):
                     yield f"{prefix}.{name}".lstrip("."), held
+
+
+def _leaves(outputs: Tensor) -> list[Tensor]:
+    """The tensors that a backward pass would give a gradient to."""
+    todo, seen, leaves = [outputs.grad_fn], set(), []
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            leaves += [node.variable] if hasattr(node, "variable") else []
+            todo += [following for following, _ in node.next_functions]
+    return leaves
 
 
 def _differ(a: Tensor, b: Tensor, tolerance: float = 1e-6) -> bool:
@@ -678,22 +668,20 @@ def _import(source: str):
 
 def _only(namespace, source: str) -> str:
     """The name of the one thing in a file that gives a module without arguments."""
-    classes, factories = [], []
+    classes, others = [], []
     for name, value in vars(namespace).items():
         own = getattr(value, "__module__", None) == namespace.__name__ and not name.startswith("_")
         if isinstance(value, nn.Module):
-            factories.append(name)
+            others.append(name)
         elif own and inspect.isclass(value) and issubclass(value, nn.Module) and _needs_nothing(value):
             classes.append(name)
         elif own and inspect.isfunction(value) and name != "main" and _needs_nothing(value):
-            factories.append(name)
-    for names in (classes, factories):
+            others.append(name)
+    for names in (classes, others):
         if len(names) == 1:
             return names[0]
-    there = (
-        f"there are {', '.join(classes + factories)}" if classes + factories else "none needs no arguments"
-    )
-    raise InputError(f"which module of {source}? Say {source}:NAME with a class or factory; {there}")
+    there = ", ".join(classes + others) or "none that needs no arguments"
+    raise InputError(f"which module of {source}? Name one, {source}:NAME; there are: {there}")
 
 
 def _needs_nothing(function) -> bool:

@@ -68,6 +68,7 @@ class Data(NamedTuple):
     train: Episodes | RegressionEpisodes
     tuning: Episodes | RegressionEpisodes
     test: Episodes | RegressionEpisodes
+    own_classes: ClassSource | None
     classes: ClassSource | None
     name: str
     origin: str
@@ -84,7 +85,7 @@ def open_data(config: TrainConfig, test_seed: int | None = None, allow_download:
     if config.source == "sinusoid":
         counts = {"shots": config.shots, "query_shots": config.query_shots, "device": device}
         episodes = [RegressionEpisodes(Sinusoids(), seed=seed, **counts) for seed in seeds]
-        return Data(*episodes, None, "sinusoids", "y = A sin(x - p), A in [0.1, 5], p in [0, π]")
+        return Data(*episodes, None, None, "sinusoids", "y = A sin(x - p), A in [0.1, 5], p in [0, π]")
     mnist = _mnist(config.data_root, allow_download)
     train_source, test_source = mnist.train, mnist.test
     if config.question == "new-digits":
@@ -101,7 +102,7 @@ def open_data(config: TrainConfig, test_seed: int | None = None, allow_download:
         Episodes(source, seed=seed, **counts)
         for source, seed in zip((many, train_source, test_source), seeds)
     ]
-    return Data(*episodes, many, mnist.name, mnist.origin)
+    return Data(*episodes, train_source, many, mnist.name, mnist.origin)
 
 
 def build_model(config: TrainConfig, seed: int | None = None) -> nn.Module:
@@ -114,7 +115,7 @@ def build_model(config: TrainConfig, seed: int | None = None) -> nn.Module:
             model = _mlp(config, 100, 784, 256, 10)
         else:
             model = (Conv4 if config.model == "conv4" else Conv4Strided)(10)
-    if config.source != "sinusoid":
+    if config.source != "sinusoid" and config.algorithm not in ("boil", "cavia"):  # their heads do not adapt
         zero_head(model)
     return model.to(check_device(config.device))
 
@@ -131,9 +132,18 @@ def build_learner(config: TrainConfig, model: nn.Module) -> MetaLearner:
 
 
 def build_optimizer(config: TrainConfig, learner: MetaLearner) -> torch.optim.Optimizer:
-    """The run's outer optimiser: Adam, and for Reptile SGD, whose step size is then the paper's ε."""
-    kind = torch.optim.SGD if config.algorithm == "reptile" else torch.optim.Adam
-    return kind(learner.parameters(), lr=config.meta_lr)
+    """The run's outer optimiser: Adam, and for Reptile SGD, whose step size is then the paper's ε.
+
+    Learned inner step sizes move at meta_lr times inner_lr: Adam's steps do not shrink with what they move,
+    and at meta_lr itself the step sizes of the sinusoid's Meta-SGD grew until ten steps gave nan.
+    """
+    if config.algorithm == "reptile":
+        return torch.optim.SGD(learner.parameters(), lr=config.meta_lr)
+    parameters = learner.meta_parameters()
+    rates = [parameter for name, parameter in parameters.items() if name.startswith("inner_lr.")]
+    others = [parameter for name, parameter in parameters.items() if not name.startswith("inner_lr.")]
+    groups = [{"params": others}, {"params": rates, "lr": config.meta_lr * config.inner_lr}]
+    return torch.optim.Adam([group for group in groups if group["params"]], lr=config.meta_lr)
 
 
 def train_run(
@@ -245,19 +255,29 @@ def baselines(config: TrainConfig, data: Data, say):
     say("baseline: the same network from a random start")
     tuned = fine_tune(lambda n: build_model(config, 1000 + n), data.tuning, data.test, **counts)
     yield "random start, trained on the support set", tuned.scores, _facts(tuned)
-    say(f"baseline: the same network pretrained as a classifier of the {len(data.classes)} training classes")
+    learned = {"pretrained classifier, fine-tuned": data.own_classes}
+    if config.augment != "none":
+        learned["pretrained classifier of the augmented classes, fine-tuned"] = data.classes
+    for label, classes in learned.items():
+        say(f"baseline: the same network pretrained as a classifier of {len(classes)} classes")
+        model = pretrained(config, classes)
+        tuned = fine_tune(model, data.tuning, data.test, **counts)
+        yield label, tuned.scores, _facts(tuned)
+    yield "nearest centroid of the pixels", nearest_centroid(data.test, **counts), {}
+
+
+def pretrained(config: TrainConfig, classes: ClassSource) -> nn.Module:
+    """The run's network as an ordinary classifier of these classes has learned it, with a head of zeros: the
+    classifier's own head means nothing under new labels.
+    """
     model = build_model(config)
     owner, _, last = head_name(model).rpartition(".")
-    head = model.get_submodule(owner).get_submodule(last)
-    wide = nn.Linear(head.in_features, len(data.classes)).to(head.weight.device)
-    setattr(model.get_submodule(owner), last, wide)
-    pretrain(model, data.classes, seed=config.seed)
-    setattr(
-        model.get_submodule(owner), last, head
-    )  # zeros still: a classifier's own means nothing under new labels
-    tuned = fine_tune(model, data.tuning, data.test, **counts)
-    yield "pretrained classifier, fine-tuned", tuned.scores, _facts(tuned)
-    yield "nearest centroid of the pixels", nearest_centroid(data.test, **counts), {}
+    owner = model.get_submodule(owner)
+    head = getattr(owner, last)
+    setattr(owner, last, nn.Linear(head.in_features, len(classes)).to(head.weight))
+    pretrain(model, classes, seed=config.seed)
+    setattr(owner, last, head)
+    return model
 
 
 def claim(out: Path) -> None:
