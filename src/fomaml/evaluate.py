@@ -88,8 +88,8 @@ def fine_tune(
     *,
     tasks: int = 1000,
     tuning_tasks: int = 100,
-    inner_lrs: Sequence[float] = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2),
-    at_steps: Sequence[int] = (5, 10, 20, 50, 100),
+    inner_lrs: Sequence[float] = (0.001, 0.003, 0.01, 0.03, 0.1),
+    at_steps: Sequence[int] = (5, 20, 50, 100),
 ) -> Tuned:
     """Train a model on each support set by gradient descent; step size and count tuned on other episodes.
 

@@ -14,20 +14,26 @@ Rates = Mapping[str, "float | Tensor"]
 
 
 def by_name(names: list[str], inner_lr: float | Mapping[str, float]) -> dict[str, float]:
-    """One positive step size per name, out of one number or of numbers by glob, the first match counting.
+    """One step size per name, out of one number or of numbers by glob, the first match counting.
+
+    0 is taken too: it holds a parameter still, and the meta-gradient is then the plain query gradient.
 
     Raises:
-        InputError: a number that is not positive, or a name that no glob matches.
+        InputError: a number that is negative or not finite, or a name that no glob matches.
     """
     if not isinstance(inner_lr, Mapping):
-        return dict.fromkeys(names, positive("inner_lr", inner_lr))
+        return dict.fromkeys(names, _size("inner_lr", inner_lr))
     rates = {}
     for name in names:
         matches = [rate for glob, rate in inner_lr.items() if fnmatchcase(name, glob)]
         if not matches:
             raise InputError(f"inner_lr names no step size for {name!r}; add '*' for all others")
-        rates[name] = positive(f"inner_lr of {name}", matches[0])
+        rates[name] = _size(f"inner_lr of {name}", matches[0])
     return rates
+
+
+def _size(name: str, rate: float) -> float:
+    return rate if rate == 0 and not isinstance(rate, bool) else positive(name, rate)
 
 
 class ConstantRates(nn.Module):

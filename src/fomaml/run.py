@@ -251,7 +251,7 @@ def baselines(config: TrainConfig, data: Data, say):
     """(label, scores, facts) of each baseline on the test tasks, step size and count tuned on training classes."""
     if config.source == "sinusoid":
         return
-    counts = {"tasks": config.test_tasks}
+    counts = {"tasks": config.test_tasks, "tuning_tasks": min(config.test_tasks, 100)}
     say("baseline: the same network from a random start")
     tuned = fine_tune(lambda n: build_model(config, 1000 + n), data.tuning, data.test, **counts)
     yield "random start, trained on the support set", tuned.scores, _facts(tuned)
@@ -263,7 +263,7 @@ def baselines(config: TrainConfig, data: Data, say):
         model = pretrained(config, classes)
         tuned = fine_tune(model, data.tuning, data.test, **counts)
         yield label, tuned.scores, _facts(tuned)
-    yield "nearest centroid of the pixels", nearest_centroid(data.test, **counts), {}
+    yield "nearest centroid of the pixels", nearest_centroid(data.test, tasks=config.test_tasks), {}
 
 
 def pretrained(config: TrainConfig, classes: ClassSource) -> nn.Module:

@@ -141,6 +141,7 @@ def fomaml_train(
     """
     positive("num_iterations", num_iterations, integer=True)
     positive("meta_lr", meta_lr)
+    positive("inner_lr", inner_lr)
     learner = FOMAML(model, inner_lr, positive("num_inner_updates", num_inner_updates, integer=True))
     source = train_dataset
     if not isinstance(source, ClassSource):

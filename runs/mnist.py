@@ -1,0 +1,85 @@
+"""The README's table: MNIST digits from a handful of examples, two questions, 1 and 5 shots. `make train` runs it."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+import time
+from dataclasses import dataclass
+from datetime import date, datetime
+from pathlib import Path
+
+import torch
+import tyro
+
+from fomaml.checkpoint import write_text
+from fomaml.cli import watching
+from fomaml.config import QUESTIONS, TrainConfig, resolve
+from fomaml.errors import InputError
+from fomaml.report import duration, table, verdict
+from fomaml.run import claim, train_run
+
+
+@dataclass(frozen=True)
+class Options:
+    """Train FOMAML four times on MNIST and print one table, with baselines on the same unseen tasks."""
+
+    data_root: Path | None = None
+    """A folder that holds MNIST/raw/*-ubyte; by default torchvision's download, or MNIST-5k without a network."""
+    out: Path | None = None
+    """Where the four run directories and the table go; by default a new folder under out/."""
+    model: str = "mlp"
+    """mlp (784-256-10), conv4 or conv4-strided."""
+    test_tasks: int = 1000
+    """The number of unseen tasks."""
+    seed: int = 0
+    """The seed of weights and tasks."""
+    device: str = "cpu"
+    """cpu, cuda, cuda:N or mps."""
+
+
+def main(options: Options) -> None:
+    out = options.out or Path("out") / f"mnist-{datetime.now():%Y%m%d-%H%M%S}"
+    claim(out)
+    began = time.perf_counter()
+    columns = []
+    shared = {k: v for k, v in vars(options).items() if k != "out"}
+    for question in QUESTIONS:
+        for shots in (1, 5):
+            print(f"\n── {question}, {shots}-shot")
+            config = resolve(TrainConfig("mnist", question=question, shots=shots, **shared))
+            with watching(config, sys.stdout) as watch:
+                result = train_run(config, out / f"{question}-{shots}shot", say=watch.say, watch=watch)
+            columns.append((f"{question}, {shots}-shot", result))
+    seconds = time.perf_counter() - began
+    data, tasks = columns[0][1]["protocol"]["data"], columns[0][1]["tasks"]
+    lines = [
+        f"FOMAML on {data}, 5-way, {tasks} unseen tasks, the same for every row of a column",
+        "",
+        table(columns),
+        "",
+        *(f"{heading}: {verdict(result)}" for heading, result in columns),
+        "",
+        f"{duration(seconds)} in all; run directories in {out}",
+    ]
+    text = "\n".join(lines) + "\n"
+    print("\n" + text)
+    facts = {
+        "command": " ".join(["python", "runs/mnist.py", *sys.argv[1:]]),
+        "date": str(date.today()),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        "seed": options.seed,
+        "seconds": round(seconds),
+        "columns": dict(columns),
+    }
+    write_text(out / "table.json", json.dumps(facts, indent=2) + "\n")
+    write_text(out / "table.txt", text)
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Options))
+    except InputError as error:
+        print(f"fomaml: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
