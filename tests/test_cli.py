@@ -197,6 +197,46 @@ def test_an_output_directory_that_holds_a_run_is_left_alone(run, digits, capsys)
     assert {path.name: path.read_bytes() for path in run.iterdir()} == before
 
 
+@pytest.mark.parametrize("killed_after", [3, 5, 8])
+def test_a_killed_run_goes_on_and_ends_bit_for_bit_the_same(killed_after, digits, tmp_path, monkeypatch, capsys):
+    settings = ["--iterations", "8", "--checkpoint-every", "2", "--test-tasks", "5", "--no-baselines"]
+    base = ["train", "mnist", "--data-root", str(digits), *settings, "--out"]
+    main([*base, str(tmp_path / "whole")])
+
+    class Killed(BaseException):
+        pass
+
+    def die(self, record, seconds):
+        if record.iteration == killed_after:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fomaml.cli.Watch.__call__", die)
+        with pytest.raises(Killed):
+            main([*base, str(tmp_path / "killed")])
+    with open(tmp_path / "killed" / "metrics.jsonl", "a") as metrics:
+        metrics.write('{"iteration": 4, "meta_lo')  # cut in the middle of a line
+    main(["train", "--resume", str(tmp_path / "killed")])
+    assert f"resuming after iteration {(killed_after - 1) // 2 * 2} of 8" in capsys.readouterr().out
+    for name in ("weights.safetensors", "result.txt"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
+    lines = [
+        [{**json.loads(line), "seconds": 0} for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+        for run in ("whole", "killed")
+    ]
+    assert lines[0] == lines[1]
+    assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == sorted(
+        path.name for path in (tmp_path / "whole").iterdir()
+    )
+
+
+def test_resume_refuses_what_cannot_go_on(run, tmp_path, capsys):
+    assert refused(capsys, ["train", "--resume", run]).startswith(f"the run in {run} is finished; see ")
+    assert refused(capsys, ["train", "--resume", tmp_path]) == f"{tmp_path} holds no run (no config.json)"
+    said = refused(capsys, ["train", "--resume", run, "--shots", "3"])
+    assert said == "--resume takes the settings of the run; no other option goes with it"
+
+
 def test_evaluate_refuses_what_is_no_run(run, tmp_path, capsys):
     assert refused(capsys, ["evaluate", tmp_path]) == f"{tmp_path} holds no run (no config.json)"
     (tmp_path / "config.json").write_text((run / "config.json").read_text())

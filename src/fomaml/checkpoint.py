@@ -65,9 +65,12 @@ def load_weights(path: Path, module: nn.Module) -> nn.Module:
 
 
 def save_state(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, iteration: int) -> None:
-    """Write all that a run needs to go on: parameters, buffers, the optimiser's state, the iteration."""
+    """Write all that a run needs to go on: parameters, buffers, the optimiser's state, the iteration, and the
+    state of torch's random numbers on the CPU, which dropout draws from.
+    """
     state = optimizer.state_dict()
     tensors = {f"module/{name}": t for name, t in module.state_dict().items()}
+    tensors["random"] = torch.get_rng_state()
     numbers: dict[str, dict] = {}
     for index, entries in state["state"].items():
         for key, value in entries.items():
@@ -98,6 +101,7 @@ def load_state(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer) 
                 raise ValueError(f"it holds no {sorted(missing)[0]!r} of {type(optimizer).__name__}")
         module.load_state_dict(own)
         optimizer.load_state_dict({"state": state, "param_groups": facts["groups"]})
+        torch.set_rng_state(tensors["random"])
         return facts["iteration"]
     except (RuntimeError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())

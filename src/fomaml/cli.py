@@ -1,4 +1,4 @@
-"""The command line: `fomaml train | evaluate | compare`. It prints; everything else returns or raises."""
+"""The command line: `fomaml train | evaluate | compare | check`. It prints; everything else returns or raises."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fomaml.config import (
     STATISTICS,
+    CheckConfig,
     CompareConfig,
     EvaluateConfig,
     TrainConfig,
@@ -31,6 +32,7 @@ Command = (
     Annotated[TrainConfig, tyro.conf.subcommand("train")]
     | Annotated[EvaluateConfig, tyro.conf.subcommand("evaluate")]
     | Annotated[CompareConfig, tyro.conf.subcommand("compare")]
+    | Annotated[CheckConfig, tyro.conf.subcommand("check")]
 )
 
 
@@ -40,7 +42,8 @@ def main(arguments: list[str] | None = None) -> None:
         Command, prog="fomaml", description="First-order MAML and its relatives.", args=arguments
     )
     try:
-        {TrainConfig: _train, EvaluateConfig: _evaluate, CompareConfig: _compare}[type(command)](command)
+        commands = {TrainConfig: _train, EvaluateConfig: _evaluate, CompareConfig: _compare, CheckConfig: _check}
+        commands[type(command)](command)
     except InputError as error:
         print(f"fomaml: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -50,12 +53,20 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _train(config: TrainConfig) -> None:
-    config = resolve(config)
-    from fomaml.run import describe, train_run
+    from fomaml.run import describe, load_config, train_run
 
-    out = config.out or default_out(config)
+    out, resume = config.resume, config.resume is not None
+    if resume:
+        if config != TrainConfig(resume=config.resume):
+            raise InputError("--resume takes the settings of the run; no other option goes with it")
+        config = load_config(out)
+        if (out / "result.json").exists():
+            raise InputError(f"the run in {out} is finished; see {out / 'result.txt'}")
+    else:
+        config = resolve(config)
+        out = config.out or default_out(config)
     with watching(config, sys.stdout) as watch:
-        result = train_run(config, out, say=watch.say, watch=watch)
+        result = train_run(config, out, say=watch.say, watch=watch, resume=resume)
     print("\n" + describe(result) + f"\nrun directory: {out}")
 
 
@@ -85,6 +96,30 @@ def _compare(config: CompareConfig) -> None:
     out = config.out or default_out(first, "compare")
     result = compare(config, out, say=lambda line: print(line, flush=True))
     print("\n" + describe(result) + f"\nsaved in {out}")
+
+
+def _check(config: CheckConfig) -> None:
+    known("input dtype", config.input_dtype, ("float32", "int64"))
+    if (config.input_dtype == "int64") != (config.vocabulary is not None):
+        raise InputError("--input-dtype int64 and --vocabulary N go together: the numbers are drawn below N")
+    from fomaml.check import check, load_module
+
+    with contextlib.redirect_stdout(sys.stderr):  # what the module itself prints
+        report = check(
+            load_module(config.module, config.seed),
+            config.input,
+            vocabulary=config.vocabulary,
+            ways=config.ways,
+            shots=config.shots,
+            query_shots=config.query_shots,
+            inner_steps=config.inner_steps,
+            inner_lr=config.inner_lr,
+            seed=config.seed,
+            name=config.module,
+        )
+    print(json.dumps(report.facts(), indent=2) if config.json else report.text())
+    if report.exit_status:
+        raise SystemExit(report.exit_status)
 
 
 def default_out(config: TrainConfig, what: str | None = None) -> Path:

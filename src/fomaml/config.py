@@ -81,7 +81,7 @@ class TrainConfig:
     Example: fomaml train mnist --question new-labels --shots 1 --out out/digits
     """
 
-    source: tyro.conf.Positional[str]
+    source: tyro.conf.Positional[str] = ""
     """Where tasks come from: mnist or sinusoid."""
     out: Path | None = None
     """The run directory to write; by default a new one under out/."""
@@ -126,6 +126,10 @@ class TrainConfig:
     """The seed of weights and tasks."""
     device: str = "cpu"
     """cpu, cuda, cuda:N or mps."""
+    checkpoint_every: int = 500
+    """The outer steps between two checkpoints; a run that was killed goes on from the last one."""
+    resume: Path | None = None
+    """A run directory to finish, with its own settings; no other option goes with it."""
     choices: Annotated[dict[str, float] | None, tyro.conf.Suppress] = None
     """Further arguments of the algorithm; by default its recipe's."""
 
@@ -179,6 +183,38 @@ class EvaluateConfig:
     """cpu, cuda, cuda:N or mps; by default the run's."""
     json: Annotated[bool, tyro.conf.arg(name="json")] = False
     """Print one JSON object instead of a table."""
+
+
+@dataclass(frozen=True)
+class CheckConfig:
+    """Try a module of your own; exits with status 1 if something would be silently wrong.
+
+    Example: fomaml check torchvision.models:resnet18 --input 3 32 32
+    """
+
+    module: tyro.conf.Positional[str]
+    """package.module:factory or file.py:factory, a class, a function without arguments or a module; without
+    :factory, the only one there."""
+    input: tuple[int, ...]
+    """The shape of one input, without the axis of the examples."""
+    input_dtype: str = "float32"
+    """float32, or int64 for token numbers below --vocabulary."""
+    vocabulary: int | None = None
+    """The number of different tokens in int64 inputs."""
+    ways: int = 5
+    """N, the classes of a task."""
+    shots: int = 2
+    """K, the support examples per class."""
+    query_shots: int = 3
+    """The query examples per class."""
+    inner_steps: int = 3
+    """The number of inner steps."""
+    inner_lr: float = 0.01
+    """The step size alpha of the inner loop."""
+    seed: int = 0
+    """The seed of weights and inputs."""
+    json: Annotated[bool, tyro.conf.arg(name="json")] = False
+    """Print one JSON object instead of text."""
 
 
 def resolve(config: TrainConfig) -> TrainConfig:

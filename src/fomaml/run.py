@@ -5,6 +5,7 @@ A run directory holds config.json, metrics.jsonl, weights.safetensors, result.js
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import time
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from fomaml import algorithms
 from fomaml.algorithms import MetaLearner
-from fomaml.checkpoint import load_weights, save_weights, write_text
+from fomaml.checkpoint import load_state, load_weights, save_state, save_weights, write_text
 from fomaml.config import TrainConfig, from_json, to_json
 from fomaml.data.augment import rotated, warped
 from fomaml.data.mnist import MNIST, load_mnist
@@ -152,36 +153,45 @@ def train_run(
     *,
     say: Callable[[str], None] = print,
     watch: Callable[[Record, float], None] = lambda record, seconds: None,
-    test_tasks: bool = True,
+    resume: bool = False,
 ) -> dict:
     """Train, evaluate and write the run directory `out`; returns the result, as in result.json.
 
     config: resolved. say: receives a line on the data and the engine. watch: receives each measured
-    record and the seconds since the start.
+    record and the seconds spent so far. resume: `out` holds a run of this config that was killed; it goes on
+    from its last checkpoint, and ends bit for bit as it would have.
 
     Raises:
         InputError: bad data, device or settings, before anything is written; `out` holds a run.
     """
     data = open_data(config)
     learner = build_learner(config, build_model(config))
+    optimizer = build_optimizer(config, learner)
     check_width(learner, data.test)
     engine, why = (
         choose(learner, data.train.batch(0, 1)) if config.engine == "auto" else (config.engine, "as asked")
     )
-    claim(out)
-    write_text(out / "config.json", to_json(config))
+    state, done, spent = out / "state.safetensors", 0, 0.0
+    if resume:
+        done = load_state(state, learner, optimizer) if state.exists() else 0
+        spent = _keep_metrics(out / "metrics.jsonl", done)
+    else:
+        claim(out)
+        write_text(out / "config.json", to_json(config))
     say(f"{data.name}: {data.origin}")
     say(f"engine: {engine} ({why})")
+    if resume:
+        say(f"resuming after iteration {done} of {config.iterations}")
     schedule = cosine(config.iterations) if config.schedule == "cosine" else None
-    optimizer = build_optimizer(config, learner)
-    began = time.perf_counter()
-    with open(out / "metrics.jsonl", "w", encoding="utf-8") as metrics:
+    began = time.perf_counter() - spent
+    with open(out / "metrics.jsonl", "a", encoding="utf-8") as metrics:
         for record in train(
             learner,
             data.train,
             optimizer,
             iterations=config.iterations,
             meta_batch_size=config.meta_batch_size,
+            start=done,
             schedule=schedule,
             measure_every=max(1, config.iterations // 100),
             engine=engine,
@@ -193,12 +203,28 @@ def train_run(
                 metrics.write(json.dumps({"iteration": record.iteration, **line, "seconds": seconds}) + "\n")
                 metrics.flush()
                 watch(record, seconds)
+            if record.iteration % config.checkpoint_every == 0:
+                save_state(state, learner, optimizer, record.iteration)
     seconds = time.perf_counter() - began
     save_weights(out / "weights.safetensors", learner)
     result = judge(config, learner, data, say) | {"training_seconds": round(seconds, 1)}
-    write_text(out / "result.json", json.dumps(result, indent=2) + "\n")
     write_text(out / "result.txt", describe(result))
+    write_text(out / "result.json", json.dumps(result, indent=2) + "\n")
+    state.unlink(missing_ok=True)
     return result
+
+
+def _keep_metrics(path: Path, iterations: int) -> float:
+    """Drop the lines after `iterations`, which will be written again; returns the seconds spent until there."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    kept = []
+    for line in lines:
+        with contextlib.suppress(ValueError):  # the last line of a killed run may be half a line
+            record = json.loads(line)
+            if record["iteration"] <= iterations:
+                kept.append((line, record["seconds"]))
+    write_text(path, "".join(line + "\n" for line, _ in kept))
+    return kept[-1][1] if kept else 0.0
 
 
 def judge(config: TrainConfig, learner: MetaLearner, data: Data, say=lambda line: None) -> dict:
@@ -294,17 +320,26 @@ def claim(out: Path) -> None:
         raise InputError(f"cannot make the run directory {out}: {error.strerror}") from None
 
 
+def load_config(run: Path) -> TrainConfig:
+    """The settings of a run directory.
+
+    Raises:
+        InputError: the directory holds no run, or a damaged one.
+    """
+    path = run / "config.json"
+    try:
+        return from_json(path.read_text(encoding="utf-8"), str(path))
+    except OSError:
+        raise InputError(f"{run} holds no run (no config.json)") from None
+
+
 def load_run(run: Path, **changes) -> tuple[TrainConfig, MetaLearner]:
     """The settings, with changes, and the trained learner of a run directory.
 
     Raises:
         InputError: the directory holds no finished run, or a damaged one.
     """
-    path = run / "config.json"
-    try:
-        config = from_json(path.read_text(encoding="utf-8"), str(path))
-    except OSError:
-        raise InputError(f"{run} holds no run (no config.json)") from None
+    config = load_config(run)
     config = TrainConfig(**{**vars(config), **{k: v for k, v in changes.items() if v is not None}})
     learner = build_learner(config, build_model(config))
     return config, load_weights(run / "weights.safetensors", learner)
