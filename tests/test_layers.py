@@ -23,7 +23,7 @@ ORDER = [
         "engines",
         "train",
     ),
-    *("evaluate", "checkpoint", "report", "config", "run", "compare", "cli", "__init__"),
+    *("evaluate", "check", "checkpoint", "report", "config", "run", "compare", "cli", "__init__"),
 ]
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
 

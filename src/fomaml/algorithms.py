@@ -21,7 +21,7 @@ from fomaml import rates
 from fomaml.adapt import SGD, Sign, inner_loop, load
 from fomaml.errors import InputError, positive
 from fomaml.heads import PrototypeHead, ZeroContext, ZeroHead
-from fomaml.models import BatchNorm, native_batch_norms, normalising
+from fomaml.models import BatchNorm, normalising, refuse_native
 from fomaml.objectives import Displacement, Implicit, MultiStepLoss, Outcome, QueryLoss
 from fomaml.tasks import Examples, Task, count, one
 
@@ -141,6 +141,7 @@ class MetaLearner(nn.Module):
             pass
         module = load(copy.deepcopy(self.model), adapted)
         if inductive or self.uses_support_statistics():
+            refuse_native(module)
             with torch.no_grad(), normalising(record=[]) as seen:
                 module(support.inputs)
             for layer, _, mean, variance in seen:
@@ -246,12 +247,7 @@ class Problem:
     def _support_for(self, inductive: bool) -> Tensor | None:
         if not (inductive or self.learner.uses_support_statistics()):
             return None
-        native = native_batch_norms(self.learner.model)
-        if native and self.learner.model.get_submodule(native[0]).training:
-            raise InputError(
-                f"the layer {native[0]!r} takes its statistics from the whole batch; for an inductive "
-                "evaluation convert it first: fomaml.convert_batch_norm(model)"
-            )
+        refuse_native(self.learner.model)
         return self.task.support.inputs
 
     def support_features(self, module: str) -> Tensor:

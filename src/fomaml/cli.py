@@ -42,7 +42,12 @@ def main(arguments: list[str] | None = None) -> None:
         Command, prog="fomaml", description="First-order MAML and its relatives.", args=arguments
     )
     try:
-        commands = {TrainConfig: _train, EvaluateConfig: _evaluate, CompareConfig: _compare, CheckConfig: _check}
+        commands = {
+            TrainConfig: _train,
+            EvaluateConfig: _evaluate,
+            CompareConfig: _compare,
+            CheckConfig: _check,
+        }
         commands[type(command)](command)
     except InputError as error:
         print(f"fomaml: error: {error}", file=sys.stderr)

@@ -50,7 +50,9 @@ class PrototypeHead:
         weight, bias = _names(self.head, start)
         features = problem.support_features(self.head)  # (..., examples, features)
         members = F.one_hot(problem.task.support.targets, problem.ways).to(features.dtype)
-        prototypes = members.mT @ features / members.sum(-2).clamp(min=1).unsqueeze(-1)  # (..., ways, features)
+        prototypes = (
+            members.mT @ features / members.sum(-2).clamp(min=1).unsqueeze(-1)
+        )  # (..., ways, features)
         return {**start, weight: 2 * prototypes, bias: -prototypes.square().sum(-1)}
 
 

@@ -209,6 +209,16 @@ def native_batch_norms(model: nn.Module) -> list[str]:
     return [n for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
 
 
+def refuse_native(model: nn.Module) -> None:
+    """Raise `InputError` where a native batch norm would take its statistics from the whole batch."""
+    native = native_batch_norms(model)
+    if native and model.get_submodule(native[0]).training:
+        raise InputError(
+            f"the layer {native[0]!r} takes its statistics from the whole batch; for an inductive "
+            "evaluation convert it first: fomaml.convert_batch_norm(model)"
+        )
+
+
 def convert_batch_norm(model: nn.Module, statistics: str = "batch", steps: int | None = None) -> nn.Module:
     """Replace, in place, every `nn.BatchNorm1d/2d/3d` by this module's `BatchNorm`, weights and running
     statistics kept where the policy has any; see `BatchNorm` for statistics and steps.

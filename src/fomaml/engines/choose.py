@@ -80,14 +80,15 @@ def choose(learner: MetaLearner, tasks: Task) -> tuple[str, str]:
     device = tasks.support.inputs.device.type
     if _is_convolutional(learner.model) and device == "cpu":
         return "loop", "convolutions on a CPU"
-    if not _vmappable(learner.model):
-        return "loop", "a layer that vmap does not take"
+    vmaps, factors = _tried(learner, tasks)
+    if not vmaps:
+        return "loop", "something in the model that vmap does not take"
     if factored.refusal(learner) is None:
         own = dict(learner.model.named_parameters())
         linear = [own[n] for n in factored.linear_weights(learner)]
         shots = tasks.support.targets.shape[1]
         wide = sum(w.numel() for w in linear if min(w.shape) > 2 * shots or w.shape[1] > 8 * shots)
-        if 2 * wide > sum(own[n].numel() for n in learner.adapted) and _factors(learner, tasks):
+        if 2 * wide > sum(own[n].numel() for n in learner.adapted) and factors:
             return "factored", f"linear layers much wider than the {shots} support examples"
     return (
         "batched",
@@ -105,19 +106,29 @@ def _engine(learner, tasks, engine, tasks_at_once, evaluating=False):
     return engine, ENGINES[engine](learner, tasks, tasks_at_once, evaluating)
 
 
-def _factors(learner: MetaLearner, tasks: Task) -> bool:
-    """Whether the model uses its Linear weights in linear layers only; found out once per learner."""
+def _tried(learner: MetaLearner, tasks: Task) -> tuple[bool, bool]:
+    """Whether vmap takes the model, and whether its Linear weights are used in linear layers only; found out by a
+    forward pass, once per learner.
+    """
     if learner not in _known:
-        _known[learner] = factored.other_use(learner, tasks) is None
+        vmaps = _runs(batched.problems(learner, tasks, 2))
+        factors = vmaps and factored.refusal(learner) is None and _runs(factored.problems(learner, tasks, 2))
+        _known[learner] = vmaps, factors
     return _known[learner]
 
 
-_known: WeakKeyDictionary[MetaLearner, bool] = WeakKeyDictionary()
+_known: WeakKeyDictionary[MetaLearner, tuple[bool, bool]] = WeakKeyDictionary()
+
+
+def _runs(problems) -> bool:
+    try:
+        problem = next(iter(problems))
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            problem.query(problem.start)
+    except (InputError, RuntimeError):
+        return False
+    return True
 
 
 def _is_convolutional(model: nn.Module) -> bool:
     return any(isinstance(m, nn.modules.conv._ConvNd) for m in model.modules())
-
-
-def _vmappable(model: nn.Module) -> bool:
-    return not any(isinstance(m, (nn.RNNBase, nn.RNNCellBase)) for m in model.modules())

@@ -59,17 +59,6 @@ def refusal(learner: MetaLearner) -> str | None:
     return None
 
 
-def other_use(learner: MetaLearner, tasks: Task) -> str | None:
-    """Why a forward pass of one task cannot be factored, or None; it is tried."""
-    problem = FactoredProblem(learner, next(chunks(tasks, 1)))
-    try:
-        with torch.no_grad():
-            problem.query(problem.start)
-    except InputError as error:
-        return str(error)
-    return None
-
-
 def linear_weights(learner: MetaLearner) -> list[str]:
     """The names of the adapted weights that only `nn.Linear` modules own."""
     owners: dict[int, set[type]] = {}
