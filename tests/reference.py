@@ -243,8 +243,8 @@ def from_head(model, task, criterion, lr, steps, head, ways, prototypes, first_o
     return unrolled(model, task, criterion, start, lambda *_: lr, steps, theta, first_order=first_order)
 
 
-def cavia(model, task, criterion, lr, steps, context) -> Answer:
-    """First-order CAVIA (Zintgraf et al. 2019, algorithm 1): the context starts at zero, and alone adapts."""
+def cavia(model, task, criterion, lr, steps, context, first_order=True) -> Answer:
+    """CAVIA (Zintgraf et al. 2019, algorithm 1): the context starts at zero, and alone adapts."""
     theta = leaves(model)
 
     def start(shell):
@@ -258,7 +258,7 @@ def cavia(model, task, criterion, lr, steps, context) -> Answer:
         lambda name, step: lr if name == context else None,
         steps,
         theta,
-        first_order=True,
+        first_order=first_order,
     )
 
 

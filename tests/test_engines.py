@@ -384,6 +384,7 @@ ALGORITHMS |= {
         FIRST,
     ),
     "zero-head": head_row(ZeroHeadMAML, False),
+    "zero-head-second": head_row(ZeroHeadMAML, False, first_order=False),
     "proto-maml": head_row(ProtoMAML, True),
     "proto-maml-second": head_row(ProtoMAML, True, first_order=False),
     "sign-maml-preset": replace(
@@ -409,6 +410,12 @@ ALGORITHMS |= {
         lambda m, c: CAVIA(m, LR, STEPS, c),
         lambda m, t, c: reference.cavia(m, t, c, LR, STEPS, "context"),
         "starts at the meta-parameters",
+        {"context"}.__contains__,
+    ),
+    "cavia-second": Algorithm(
+        lambda m, c: CAVIA(m, LR, STEPS, c, first_order=False),
+        lambda m, t, c: reference.cavia(m, t, c, LR, STEPS, "context", first_order=False),
+        FIRST,
         {"context"}.__contains__,
     ),
 }

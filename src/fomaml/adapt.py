@@ -106,7 +106,8 @@ def inner_loop(
             # Nodes of their own also in second order: φ₀ may hold tensors that depend on one another, such as a
             # head made of the features of the body, and a partial derivative must not run through them.
             point = {
-                n: p.detach().requires_grad_() if first_order else p.view_as(p) for n, p in current.items()
+                n: p.detach().requires_grad_() if first_order or not p.requires_grad else p.view_as(p)
+                for n, p in current.items()
             }
             loss = losses(point, first_order, step)
             gradients = torch.autograd.grad(

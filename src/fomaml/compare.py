@@ -12,6 +12,7 @@ import json
 import math
 import multiprocessing
 import signal
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch
 from torch import nn
 
 from fomaml.algorithms import FOMAML, MAML, MetaLearner
-from fomaml.checkpoint import save_weights, write_text
+from fomaml.checkpoint import load_weights, save_weights, write_text
 from fomaml.config import CompareConfig, TrainConfig, expand, to_json
 from fomaml.engines import choose, meta_gradient
 from fomaml.errors import InputError
@@ -93,17 +94,15 @@ def run_one(
     gradients, products = gradient_evaluations(learner, one(first, 0))
     engine = choose(learner, first)[0] if config.engine == "auto" else config.engine
     meta_gradient(learner, first, engine=engine)
-    probe = None
-    if config.algorithm == "fomaml":
-        probe = data.tuning.batch(0, config.meta_batch_size)
-        every = cosine_every or max(1, config.iterations // 10)
-    cosines = []
+    every = cosine_every or max(1, config.iterations // 10)
+    snapshots: dict[int, Path] = {}
 
-    def look(iteration: int) -> None:
-        cosines.append({"iteration": iteration, "cosine": first_order_cosine(config, model, probe)})
+    def keep(iteration: int) -> None:
+        """On disk: a second-order gradient in between, or copies in memory, would be part of the peak."""
+        if config.algorithm == "fomaml":
+            snapshots[iteration] = Path(folder) / f"{iteration}.safetensors"
+            save_weights(snapshots[iteration], model)
 
-    if probe is not None:
-        look(0)
     spent, iteration = 0.0, 0
     pace = cosine(seconds or config.iterations)
     steps = train(
@@ -116,22 +115,27 @@ def run_one(
         measure_every=2**62,
         engine=engine,
     )
-    memory = Memory(next(model.parameters()).device)
-    while not seconds or spent < seconds:
-        began = time.perf_counter()
-        record = next(steps, None)
-        if record is None:
-            break
-        loss = record.meta_loss.item()  # waits for the device
-        spent += time.perf_counter() - began
-        iteration = record.iteration
-        if not math.isfinite(loss):
-            raise InputError(f"the meta-loss is {loss} at iteration {iteration}")
-        if probe is not None and iteration % every == 0:
-            look(iteration)
-    peak = memory.peak()
-    if probe is not None and iteration % every:
-        look(iteration)
+    with tempfile.TemporaryDirectory() as folder:
+        keep(0)
+        memory = Memory(next(model.parameters()).device)
+        while not seconds or spent < seconds:
+            began = time.perf_counter()
+            record = next(steps, None)
+            if record is None:
+                break
+            loss = record.meta_loss.item()  # waits for the device
+            spent += time.perf_counter() - began
+            iteration = record.iteration
+            if not math.isfinite(loss):
+                raise InputError(f"the meta-loss is {loss} at iteration {iteration}")
+            if iteration % every == 0:
+                keep(iteration)
+        peak = memory.peak()
+        keep(iteration)
+        cosines, probe = [], data.tuning.batch(0, config.meta_batch_size)
+        for number, path in snapshots.items():  # the last one is what was trained
+            load_weights(path, model)
+            cosines.append({"iteration": number, "cosine": first_order_cosine(config, model, probe)})
     found = evaluate(learner, data.test, tasks=config.test_tasks, at_steps=config.test_steps, engine=engine)
     claim(out)
     write_text(out / "config.json", to_json(dataclasses.replace(config, out=out, iterations=iteration)))

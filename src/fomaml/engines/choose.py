@@ -75,7 +75,8 @@ def choose(learner: MetaLearner, tasks: Task) -> tuple[str, str]:
 
     Factored where Linear layers hold most of the adapted parameters and the support set is well below
     their width; the loop for convolutions on a CPU, where vmap makes grouped convolutions of them
-    (measured 2.5-3.3 times slower on Conv4); batched otherwise.
+    (measured 2.5-3.3 times slower on Conv4), and for other wide layers there (1.3-1.8 times slower on a
+    784-256-10 MLP, second order and Reptile); batched otherwise.
     """
     device = tasks.support.inputs.device.type
     if _is_convolutional(learner.model) and device == "cpu":
@@ -83,17 +84,18 @@ def choose(learner: MetaLearner, tasks: Task) -> tuple[str, str]:
     vmaps, factors = _tried(learner, tasks)
     if not vmaps:
         return "loop", "something in the model that vmap does not take"
+    own = dict(learner.model.named_parameters())
     if factored.refusal(learner) is None:
-        own = dict(learner.model.named_parameters())
         linear = [own[n] for n in factored.linear_weights(learner)]
         shots = tasks.support.targets.shape[1]
         wide = sum(w.numel() for w in linear if min(w.shape) > 2 * shots or w.shape[1] > 8 * shots)
         if 2 * wide > sum(own[n].numel() for n in learner.adapted) and factors:
             return "factored", f"linear layers much wider than the {shots} support examples"
-    return (
-        "batched",
-        "small dense layers" if device == "cpu" else f"one kernel for all tasks on {device}",
-    )
+    if device != "cpu":
+        return "batched", f"one kernel for all tasks on {device}"
+    if max(own[n].numel() for n in learner.adapted) > 100_000:
+        return "loop", "wide layers on a CPU, which the factored engine does not take here"
+    return "batched", "small dense layers"
 
 
 def _engine(learner, tasks, engine, tasks_at_once, evaluating=False):
