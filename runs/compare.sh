@@ -1,28 +1,24 @@
 #!/bin/sh
-# The tables of the README's comparison: every algorithm that applies, the same tasks, one thread.
-# sinusoid: as many iterations each, then as many seconds each; MNIST: the recipe's iterations.
-# Writes runs/compare/*.txt and *.json; pass the Python to use, by default python3.
+# The tables of the README's comparison: the same tasks for all, one thread each.
+# sinusoid: as many iterations for each algorithm; MNIST: as many seconds.
+# Writes runs/compare/*.txt and *.json; pass the Python to use, by default .venv/bin/python. About half an hour.
 set -eu
 cd "$(dirname "$0")/.."
-python=${1:-python3}
+python=${1:-.venv/bin/python}
 export OMP_NUM_THREADS=1
 out=out/compare-$(date +%Y%m%d-%H%M%S)
 
-fomaml() {
-    "$python" -c "from fomaml.cli import main; main()" "$@"
-}
-
-keep() {
+compare() {
+    name=$1
+    shift
+    "$python" -c "from fomaml.cli import main; main()" compare "$@" --out "$out/$name"
     mkdir -p runs/compare
-    cp "$out/$1/compare.txt" "runs/compare/$1.txt"
-    cp "$out/$1/compare.json" "runs/compare/$1.json"
+    cp "$out/$name/compare.txt" "runs/compare/$name.txt"
+    cp "$out/$name/compare.json" "runs/compare/$name.json"
 }
 
-regression="fomaml maml reptile anil boil meta-sgd maml++ imaml cavia sign-maml"
-
-fomaml compare sinusoid --algorithms $regression --test-steps 0 1 5 10 --out "$out/sinusoid"
-keep sinusoid
-fomaml compare sinusoid --algorithms $regression --test-steps 0 1 5 10 --seconds 60 --out "$out/sinusoid-60s"
-keep sinusoid-60s
-fomaml compare mnist --question new-labels --shots 1 --algorithms $regression zero-head proto-maml --out "$out/mnist"
-keep mnist
+compare sinusoid sinusoid --iterations 10000 --test-steps 0 1 5 10 \
+    --algorithms fomaml maml reptile anil boil meta-sgd maml++ imaml cavia sign-maml &
+compare mnist mnist --question new-labels --shots 1 --seconds 45 \
+    --algorithms fomaml maml reptile anil boil meta-sgd maml++ imaml sign-maml zero-head proto-maml
+wait
