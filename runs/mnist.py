@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import platform
 import sys
 import time
 from dataclasses import dataclass
-from datetime import date, datetime
+from datetime import datetime
 from pathlib import Path
 
-import torch
 import tyro
 
 from fomaml.checkpoint import write_text
@@ -18,7 +16,7 @@ from fomaml.cli import watching
 from fomaml.config import QUESTIONS, TrainConfig, resolve
 from fomaml.errors import InputError
 from fomaml.report import duration, table, verdict
-from fomaml.run import claim, train_run
+from fomaml.run import circumstances, claim, train_run
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ def main(options: Options) -> None:
             config = resolve(TrainConfig("mnist", question=question, shots=shots, **shared))
             with watching(config, sys.stdout) as watch:
                 result = train_run(config, out / f"{question}-{shots}shot", say=watch.say, watch=watch)
-            columns.append((f"{question}, {shots}-shot", result))
+            columns.append((f"{question.replace('-', ' ')}, {shots}-shot", result))
     seconds = time.perf_counter() - began
     data, tasks = columns[0][1]["protocol"]["data"], columns[0][1]["tasks"]
     lines = [
@@ -67,8 +65,7 @@ def main(options: Options) -> None:
     print("\n" + text)
     facts = {
         "command": " ".join(["python", "runs/mnist.py", *sys.argv[1:]]),
-        "date": str(date.today()),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        **circumstances(),
         "seed": options.seed,
         "seconds": round(seconds),
         "columns": dict(columns),

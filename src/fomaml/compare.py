@@ -28,7 +28,16 @@ from fomaml.errors import InputError
 from fomaml.evaluate import estimate, evaluate
 from fomaml.objectives import Implicit
 from fomaml.report import align, figure
-from fomaml.run import NAMES, Data, build_learner, build_model, build_optimizer, claim, open_data
+from fomaml.run import (
+    NAMES,
+    Data,
+    build_learner,
+    build_model,
+    build_optimizer,
+    circumstances,
+    claim,
+    open_data,
+)
 from fomaml.tasks import Task, one
 from fomaml.train import check_width, cosine, train
 
@@ -66,8 +75,7 @@ def compare(config: CompareConfig, out: Path, *, say: Callable[[str], None] = pr
         "cosines": cosines,
         "seed": config.seed,
         "device": config.device,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+        **circumstances(),
     }
     write_text(out / "compare.json", json.dumps(result, indent=2) + "\n")
     write_text(out / "compare.txt", describe(result))

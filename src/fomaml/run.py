@@ -8,8 +8,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import os
+import platform
+import subprocess
 import time
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import NamedTuple
 
@@ -208,6 +212,7 @@ def train_run(
     seconds = time.perf_counter() - began
     save_weights(out / "weights.safetensors", learner)
     result = judge(config, learner, data, say) | {"training_seconds": round(seconds, 1)}
+    result |= {"seed": config.seed, **circumstances()}
     write_text(out / "result.txt", describe(result))
     write_text(out / "result.json", json.dumps(result, indent=2) + "\n")
     state.unlink(missing_ok=True)
@@ -280,10 +285,10 @@ def baselines(config: TrainConfig, data: Data, say):
     counts = {"tasks": config.test_tasks, "tuning_tasks": min(config.test_tasks, 100)}
     say("baseline: the same network from a random start")
     tuned = fine_tune(lambda n: build_model(config, 1000 + n), data.tuning, data.test, **counts)
-    yield "random start, trained on the support set", tuned.scores, _facts(tuned)
+    yield "random start, support set only", tuned.scores, _facts(tuned)
     learned = {"pretrained classifier, fine-tuned": data.own_classes}
     if config.augment != "none":
-        learned["pretrained classifier of the augmented classes, fine-tuned"] = data.classes
+        learned["pretrained on augmented, fine-tuned"] = data.classes
     for label, classes in learned.items():
         say(f"baseline: the same network pretrained as a classifier of {len(classes)} classes")
         model = pretrained(config, classes)
@@ -304,6 +309,23 @@ def pretrained(config: TrainConfig, classes: ClassSource) -> nn.Module:
     pretrain(model, classes, seed=config.seed)
     setattr(owner, last, head)
     return model
+
+
+def circumstances() -> dict:
+    """When, where and with what a result was measured."""
+    root = Path(__file__).resolve().parents[2]
+    git = ["git", "-C", str(root), "describe", "--always", "--dirty"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None  # installed, not checked out
+    return {
+        "date": str(date.today()),
+        "commit": commit,
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
 
 
 def claim(out: Path) -> None:
