@@ -3,8 +3,10 @@
 import json
 import struct
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from fomaml.cli import main
 from fomaml.run import load_run
@@ -140,7 +142,12 @@ def test_sinusoid_lowers_the_error(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nosuch"], "unknown source 'nosuch'; there are: mnist, sinusoid"),
+        (["nosuch"], "unknown source 'nosuch'; there are: mnist, omniglot, folder:PATH, sinusoid"),
+        (["folder"], "unknown source 'folder'; there are: mnist, omniglot, folder:PATH, sinusoid"),
+        (["omniglot", "--split", "x"], "unknown split 'x'; there are: maml, vinyals, background-evaluation"),
+        (["mnist", "--split", "maml"], "the source mnist has no named splits, got 'maml'"),
+        (["folder:x", "--question", "new-digits"], "the source folder has no question, got 'new-digits'"),
+        (["mnist", "--checkpoint-every", "0"], "checkpoint_every must be a whole number of 1 or more, got 0"),
         (["mnist", "--algorithm", "x"], "unknown algorithm 'x'; there are: fomaml, maml, "),
         (["mnist", "--question", "x"], "unknown question 'x'; there are: new-labels, new-digits"),
         (["mnist", "--model", "x"], "unknown model 'x'; there are: mlp, conv4, conv4-strided"),
@@ -197,8 +204,40 @@ def test_an_output_directory_that_holds_a_run_is_left_alone(run, digits, capsys)
     assert {path.name: path.read_bytes() for path in run.iterdir()} == before
 
 
+def test_a_folder_of_ones_own_images(tmp_path, capsys):
+    random = np.random.default_rng(0)
+    for number in range(12):
+        directory = tmp_path / "shapes" / f"class{number}"
+        directory.mkdir(parents=True)
+        for row in range(6):
+            pixels = random.integers(0, 60, (20, 24, 3), dtype=np.uint8)
+            pixels[number : number + 4] = 255
+            Image.fromarray(pixels).save(directory / f"{row}.png")
+    out = tmp_path / "run"
+    quick = [
+        "--iterations",
+        "2",
+        "--test-tasks",
+        "5",
+        "--meta-batch-size",
+        "2",
+        "--query-shots",
+        "2",
+        "--ways",
+        "2",
+    ]
+    options = ["--rgb", "--no-baselines", "--out", str(out), *quick]
+    main(["train", f"folder:{tmp_path / 'shapes'}", *options])
+    assert json.loads((out / "config.json").read_text())["image"] == [3, 20, 24]
+    capsys.readouterr()
+    main(["evaluate", str(out), "--json"])
+    assert json.loads(capsys.readouterr().out)["protocol"]["data"] == "shapes"
+
+
 @pytest.mark.parametrize("killed_after", [3, 5, 8])
-def test_a_killed_run_goes_on_and_ends_bit_for_bit_the_same(killed_after, digits, tmp_path, monkeypatch, capsys):
+def test_a_killed_run_goes_on_and_ends_bit_for_bit_the_same(
+    killed_after, digits, tmp_path, monkeypatch, capsys
+):
     settings = ["--iterations", "8", "--checkpoint-every", "2", "--test-tasks", "5", "--no-baselines"]
     base = ["train", "mnist", "--data-root", str(digits), *settings, "--out"]
     main([*base, str(tmp_path / "whole")])
@@ -221,7 +260,10 @@ def test_a_killed_run_goes_on_and_ends_bit_for_bit_the_same(killed_after, digits
     for name in ("weights.safetensors", "result.txt"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
     lines = [
-        [{**json.loads(line), "seconds": 0} for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+        [
+            {**json.loads(line), "seconds": 0}
+            for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()
+        ]
         for run in ("whole", "killed")
     ]
     assert lines[0] == lines[1]

@@ -706,7 +706,9 @@ def test_learned_rates_equal_central_differences(elementwise, execution):
             sides = []
             for shift in (width, -2 * width):
                 flat[i] += shift
-                sides.append(meta_gradient(learner, tasks, **EXECUTIONS[execution]).query_losses.mean().item())
+                sides.append(
+                    meta_gradient(learner, tasks, **EXECUTIONS[execution]).query_losses.mean().item()
+                )
             flat[i] += width
             found = result.gradients[f"inner_lr.{name}"].view(-1)[i].item()
             assert found == pytest.approx((sides[0] - sides[1]) / (2 * width), rel=1e-7, abs=1e-9), (name, i)
@@ -716,7 +718,9 @@ def test_learned_rates_equal_central_differences(elementwise, execution):
 def test_without_a_step_the_meta_gradient_is_the_plain_query_gradient(preset):
     model, tasks, criterion = example("conv4-strided")
     learner = preset(model, 0.0, 2, criterion)
-    total = sum(criterion(model(one(tasks, i).query.inputs), one(tasks, i).query.targets) for i in range(3)) / 3
+    total = (
+        sum(criterion(model(one(tasks, i).query.inputs), one(tasks, i).query.targets) for i in range(3)) / 3
+    )
     expected = reference.gradients(total, reference.learned(model))
     for engine in ("loop", "batched"):
         found = meta_gradient(learner, tasks, engine=engine).gradients

@@ -129,7 +129,12 @@ def _check(config: CheckConfig) -> None:
 
 def default_out(config: TrainConfig, what: str | None = None) -> Path:
     """A new folder under out/, named by what the run is and when it began."""
-    parts = [config.source, config.question, f"{config.shots}shot", what or config.algorithm]
+    parts = [
+        config.source.partition(":")[0],
+        config.question,
+        f"{config.shots}shot",
+        what or config.algorithm,
+    ]
     kind = "-".join(filter(None, parts))
     return Path("out") / f"{kind}-{datetime.now():%Y%m%d-%H%M%S}"
 

@@ -37,6 +37,7 @@ from fomaml.run import (
     circumstances,
     claim,
     open_data,
+    with_image,
 )
 from fomaml.tasks import Task, one
 from fomaml.train import check_width, cosine, train
@@ -95,6 +96,7 @@ def run_one(
     """
     torch.set_num_threads(threads)
     data = open_data(config, allow_download=False)  # what the parent found
+    config = with_image(config, data)
     model = build_model(config)
     learner = build_learner(config, model)
     check_width(learner, data.train)
@@ -308,7 +310,7 @@ def _cell(found: dict | None, metric: str, signed: bool = False) -> str:
 def _protocol(config: TrainConfig, data: Data) -> dict:
     return {
         "data": data.name,
-        "question": config.question or config.source,
+        "question": config.question or config.split,
         "ways": None if config.source == "sinusoid" else config.ways,
         "shots": config.shots,
         "query_shots": config.query_shots,
@@ -341,7 +343,8 @@ def describe(result: dict) -> str:
             ]
         )
     text = [
-        f"{protocol['data']}, {protocol['question']}, {ways}{protocol['shots']}-shot, {protocol['model']}: "
+        f"{', '.join(filter(None, (protocol['data'], protocol['question'])))}, {ways}{protocol['shots']}-shot, "
+        f"{protocol['model']}: "
         f"{each} of training each on {result['device']}"
         + (f", {threads} thread{'s' * (threads > 1)}" if result["device"] == "cpu" else ""),
         f"{what} on the same {result['tasks']} unseen tasks, ± 95 % interval over tasks; one training run "

@@ -12,7 +12,8 @@ import tyro
 
 from fomaml.errors import InputError, positive
 
-SOURCES = ("mnist", "sinusoid")
+SOURCES = ("mnist", "omniglot", "folder:PATH", "sinusoid")
+SPLITS = ("maml", "vinyals", "background-evaluation")
 QUESTIONS = ("new-labels", "new-digits")
 ALGORITHMS = (
     *("fomaml", "maml", "reptile", "anil", "boil", "meta-sgd", "maml++", "imaml", "cavia", "sign-maml"),
@@ -42,6 +43,21 @@ RECIPES: dict[tuple[str, str], dict[int, dict]] = {
             "augment": "rotations",
         },
         5: {"inner_lr": 0.02, "inner_steps": 10, "iterations": 400, "augment": "warps"},
+    },
+    ("omniglot", ""): {
+        1: {
+            "model": "conv4-strided",
+            "inner_lr": 0.4,
+            "inner_steps": 3,
+            "meta_lr": 2e-3,
+            "query_shots": 5,
+            "iterations": 2000,
+            "augment": "rotations",
+            "split": "maml",
+        },
+    },
+    ("folder", ""): {
+        1: {"model": "conv4", "inner_lr": 0.05, "inner_steps": 5, "iterations": 2000},
     },
     ("sinusoid", ""): {
         1: {"inner_lr": 0.01, "inner_steps": 1, "iterations": 15000, "meta_batch_size": 25},
@@ -93,7 +109,7 @@ class TrainConfig:
     """
 
     source: tyro.conf.Positional[str] = ""
-    """Where tasks come from: mnist or sinusoid."""
+    """Where tasks come from: mnist, omniglot, folder:PATH (one directory of images per class) or sinusoid."""
     out: Path | None = None
     """The run directory to write; by default a new one under out/."""
     algorithm: str = "fomaml"
@@ -104,7 +120,14 @@ class TrainConfig:
     model: str | None = None
     """mlp (784-256-10 on images, 1-40-40-1 on sinusoids; the default), conv4 or conv4-strided."""
     data_root: Path | None = None
-    """A folder that holds MNIST/raw/*-ubyte; by default torchvision's download, or MNIST-5k without a network."""
+    """The data's folder: MNIST/raw/*-ubyte, or Omniglot's archives; by default torchvision's download, or MNIST-5k
+    without a network."""
+    split: str | None = None
+    """For omniglot: maml (1100, 100 and 423 characters; the default), vinyals or background-evaluation."""
+    image_size: tuple[int, int] | None = None
+    """For folder: height and width to resize to; by default as they are."""
+    rgb: bool = False
+    """For folder: three colours instead of grey."""
     ways: int = 5
     """N, the classes of a task."""
     shots: int | None = None
@@ -141,6 +164,8 @@ class TrainConfig:
     """The outer steps between two checkpoints; a run that was killed goes on from the last one."""
     resume: Path | None = None
     """A run directory to finish, with its own settings; no other option goes with it."""
+    image: Annotated[tuple[int, int, int] | None, tyro.conf.Suppress] = None
+    """Channels, height and width of the images, as the data has them."""
     choices: Annotated[dict[str, float] | None, tyro.conf.Suppress] = None
     """Further arguments of the algorithm; by default its recipe's."""
 
@@ -234,23 +259,29 @@ def resolve(config: TrainConfig) -> TrainConfig:
     Raises:
         InputError: an unknown name (the message lists the known ones) or a number that is not positive.
     """
-    known("source", config.source, SOURCES)
+    kind, _, path = config.source.partition(":")
+    if (kind == "folder") != bool(path) or kind not in ("mnist", "omniglot", "folder", "sinusoid"):
+        known("source", config.source, SOURCES)
     known("algorithm", config.algorithm, ALGORITHMS)
-    sinusoid = config.source == "sinusoid"
-    question = "" if sinusoid else config.question or "new-labels"
-    if sinusoid and config.question:
-        raise InputError(f"the source sinusoid has no question, got {config.question!r}")
-    if not sinusoid:
+    sinusoid = kind == "sinusoid"
+    question = config.question or ""
+    if kind == "mnist":
+        question = question or "new-labels"
         known("question", question, QUESTIONS)
+    elif question:
+        raise InputError(f"the source {kind} has no question, got {question!r}")
     shots = (10 if sinusoid else 1) if config.shots is None else config.shots
     positive("shots", shots, integer=True)
-    recipes = RECIPES[config.source, question]
+    recipes = RECIPES[kind, question]
     recipe = recipes[max(k for k in recipes if k <= shots)]
-    defaults = {**COMMON, **recipe, "model": "mlp", "query_shots": 10}
-    kind = "regression" if sinusoid else "classification"
-    defaults |= ALGORITHM_RECIPES.get((kind, config.algorithm), {})
+    defaults = {**COMMON, "model": "mlp", "query_shots": 10, **recipe}
+    defaults |= ALGORITHM_RECIPES.get(("regression" if sinusoid else "classification", config.algorithm), {})
     given = {k: v for k, v in vars(config).items() if v is not None}
     config = TrainConfig(**{**defaults, **given, "question": question, "shots": shots})
+    if kind == "omniglot":
+        known("split", config.split, SPLITS)
+    elif config.split is not None:
+        raise InputError(f"the source {kind} has no named splits, got {config.split!r}")
     known("model", config.model, MODELS)
     known("augment", config.augment, AUGMENTATIONS)
     known("schedule", config.schedule, SCHEDULES)
@@ -268,6 +299,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
         "meta_batch_size",
         "iterations",
         "test_tasks",
+        "checkpoint_every",
     ):
         positive(name, getattr(config, name), integer=True)
     for name in ("inner_lr", "meta_lr"):
@@ -322,7 +354,8 @@ def from_json(text: str, origin: str) -> TrainConfig:
         values = json.loads(text)
         for name in ("out", "data_root"):
             values[name] = values[name] and Path(values[name])
-        values["test_steps"] = tuple(values["test_steps"])
+        for name in ("test_steps", "image", "image_size"):
+            values[name] = values[name] and tuple(values[name])
         return TrainConfig(**values)
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"{origin} is not the config of a run ({error})") from None

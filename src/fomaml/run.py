@@ -6,8 +6,10 @@ A run directory holds config.json, metrics.jsonl, weights.safetensors, result.js
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
+import math
 import os
 import platform
 import subprocess
@@ -26,7 +28,9 @@ from fomaml.algorithms import MetaLearner
 from fomaml.checkpoint import load_state, load_weights, save_state, save_weights, write_text
 from fomaml.config import TrainConfig, from_json, to_json
 from fomaml.data.augment import rotated, warped
+from fomaml.data.folder import load_folder
 from fomaml.data.mnist import MNIST, load_mnist
+from fomaml.data.omniglot import load_omniglot
 from fomaml.data.source import ClassSource
 from fomaml.data.synthetic import Sinusoids
 from fomaml.engines import choose
@@ -91,10 +95,7 @@ def open_data(config: TrainConfig, test_seed: int | None = None, allow_download:
         counts = {"shots": config.shots, "query_shots": config.query_shots, "device": device}
         episodes = [RegressionEpisodes(Sinusoids(), seed=seed, **counts) for seed in seeds]
         return Data(*episodes, None, None, "sinusoids", "y = A sin(x - p), A in [0.1, 5], p in [0, π]")
-    mnist = _mnist(config.data_root, allow_download)
-    train_source, test_source = mnist.train, mnist.test
-    if config.question == "new-digits":
-        train_source, test_source = train_source.select(DIGITS[:5]), test_source.select(DIGITS[5:])
+    train_source, test_source, name, origin = _classes(config, allow_download)
     train_source, test_source = train_source.to(device), test_source.to(device)
     augment = {
         "none": lambda source: source,
@@ -107,19 +108,45 @@ def open_data(config: TrainConfig, test_seed: int | None = None, allow_download:
         Episodes(source, seed=seed, **counts)
         for source, seed in zip((many, train_source, test_source), seeds)
     ]
-    return Data(*episodes, train_source, many, mnist.name, mnist.origin)
+    return Data(*episodes, train_source, many, name, origin)
+
+
+def _classes(config: TrainConfig, allow_download: bool) -> tuple[ClassSource, ClassSource, str, str]:
+    """The classes to train and to test on, and the name and origin of the data."""
+    kind, _, path = config.source.partition(":")
+    if kind == "folder":
+        folder = load_folder(path, size=config.image_size, colour="rgb" if config.rgb else "grey")
+        return folder.train, folder.test, Path(path).name, folder.origin
+    if kind == "omniglot":
+        omniglot = load_omniglot(config.data_root, split=config.split, allow_download=allow_download)
+        return omniglot.train, omniglot.test, "Omniglot", f"{omniglot.origin}, split {omniglot.split}"
+    mnist = _mnist(config.data_root, allow_download)
+    if config.question == "new-digits":
+        return mnist.train.select(DIGITS[:5]), mnist.test.select(DIGITS[5:]), mnist.name, mnist.origin
+    return mnist.train, mnist.test, mnist.name, mnist.origin
+
+
+def with_image(config: TrainConfig, data: Data) -> TrainConfig:
+    """The settings with the shape of the images that the data has, which the models are built for."""
+    if data.classes is None:
+        return config
+    return dataclasses.replace(config, image=tuple(data.classes.inputs.shape[1:]))
 
 
 def build_model(config: TrainConfig, seed: int | None = None) -> nn.Module:
     """The run's network with random weights that depend on the seed alone, on the run's device."""
+    image = config.image or (1, 28, 28)
+    outputs = 10 if config.source == "mnist" else config.ways  # the tutorial's network has ten
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed if seed is None else seed)
         if config.source == "sinusoid":
             model = _mlp(config, 5, 1, 40, 40, 1)
         elif config.model == "mlp":
-            model = _mlp(config, 100, 784, 256, 10)
+            model = _mlp(config, 100, math.prod(image), 256, outputs)
+        elif config.model == "conv4":
+            model = Conv4(outputs, image=image)
         else:
-            model = (Conv4 if config.model == "conv4" else Conv4Strided)(10)
+            model = Conv4Strided(outputs, in_channels=image[0])
     if config.source != "sinusoid" and config.algorithm not in ("boil", "cavia"):  # their heads do not adapt
         zero_head(model)
     return model.to(check_device(config.device))
@@ -169,6 +196,7 @@ def train_run(
         InputError: bad data, device or settings, before anything is written; `out` holds a run.
     """
     data = open_data(config)
+    config = with_image(config, data)
     learner = build_learner(config, build_model(config))
     optimizer = build_optimizer(config, learner)
     check_width(learner, data.test)
@@ -256,7 +284,7 @@ def summary(config, learner, data, found, rows=None, differences=(), inductive=F
     metric = "loss" if config.source == "sinusoid" else "accuracy"
     protocol = {
         "data": data.name,
-        "question": config.question or config.source,
+        "question": config.question or config.split,
         "ways": None if config.source == "sinusoid" else config.ways,
         "shots": config.shots,
         "query_shots": config.query_shots,
@@ -403,7 +431,8 @@ def describe(result: dict) -> str:
     ways = f"{protocol['ways']}-way " if protocol["ways"] else ""
     heading = f"{ways}{protocol['shots']}-shot"
     lines = [
-        f"{protocol['data']}, {protocol['question']}, {heading}, {result['tasks']} unseen tasks, "
+        f"{', '.join(filter(None, (protocol['data'], protocol['question'])))}, {heading}, "
+        f"{result['tasks']} unseen tasks, "
         f"{protocol['batch_statistics']}",
         "",
         table([(heading, result)]),
