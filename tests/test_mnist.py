@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from fomaml.data import mnist
+from fomaml.data import download, mnist
 from fomaml.data.mnist import load_mnist
 from fomaml.errors import InputError
 
@@ -299,7 +299,7 @@ def test_a_download_cut_short_while_unpacking_leaves_nothing(cache, mirror, five
 def test_without_a_network_the_5k_digits_come_fast(cache, five_thousand, capfd):
     start = time.perf_counter()
     assert load_mnist() is five_thousand
-    assert time.perf_counter() - start < mnist.SECONDS
+    assert time.perf_counter() - start < download.SECONDS
     assert not cache.exists()
     message = "MNIST was not downloaded (no answer from http://127.0.0.1:9/); using the stand-in\n"
     assert capfd.readouterr() == ("", message)
@@ -308,7 +308,7 @@ def test_without_a_network_the_5k_digits_come_fast(cache, five_thousand, capfd):
 def test_a_network_that_swallows_everything_is_given_up_soon(five_thousand, monkeypatch):
     from torchvision import datasets
 
-    monkeypatch.setattr(mnist, "SECONDS", 0.1)
+    monkeypatch.setattr(download, "SECONDS", 0.1)
     before = set(threading.enumerate())
     with socket.create_server(("127.0.0.1", 0)) as silent:  # connects, and never answers
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/"
@@ -323,8 +323,8 @@ def test_a_network_that_swallows_everything_is_given_up_soon(five_thousand, monk
 
 def test_a_look_up_of_names_that_hangs_is_given_up_soon(five_thousand, monkeypatch):
     done = threading.Event()
-    monkeypatch.setattr(mnist, "SECONDS", 0.1)
-    monkeypatch.setattr(mnist, "urlopen", lambda *_, **__: done.wait(30))
+    monkeypatch.setattr(download, "SECONDS", 0.1)
+    monkeypatch.setattr(download, "urlopen", lambda *_, **__: done.wait(30))
     start = time.perf_counter()
     assert load_mnist() is five_thousand
     assert time.perf_counter() - start < 2

@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import gzip
-import io
 import math
 import os
-import socket
 import struct
 import sys
-import tempfile
-import threading
 import zlib
 from pathlib import Path
 from typing import NamedTuple
-from urllib.error import HTTPError
-from urllib.request import Request, urlopen
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fomaml.data.download import downloading, user_cache
 from fomaml.data.source import ClassSource, pixels
 from fomaml.errors import InputError
 
 FILES = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
-SECONDS = 2.0  # for a mirror to answer; a download may stall five times as long
 
 
 class MNIST(NamedTuple):
@@ -63,7 +56,7 @@ def load_mnist(root: str | Path | None = None, allow_download: bool = True) -> M
         root = Path(root).expanduser()
         cure = "give a folder that holds the whole of MNIST/raw, or none to download it"
         return _read_folder(root, f"the folder {root}", cure)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fomaml"
+    cache = user_cache()
     if not all(os.path.exists(_path(cache, file)) for file in FILES):
         if not allow_download:
             return _five_thousand(f"none in {cache}, and downloads are not allowed")
@@ -131,45 +124,12 @@ def _download(cache: Path) -> None:
     """
     from torchvision import datasets
 
-    _await_answer(datasets.MNIST.mirrors, datasets.MNIST.resources[0][0])
-    print(f"downloading MNIST to {cache}", file=sys.stderr)
     raw = cache / "MNIST" / "raw"
-    raw.mkdir(parents=True, exist_ok=True)
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(5 * SECONDS)  # torchvision sets none: a stalled download never ends
-    quiet = io.StringIO()  # its progress bars
-    try:
-        with tempfile.TemporaryDirectory(dir=cache) as folder:
-            with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
-                datasets.MNIST(folder, download=True)
-            for file in FILES:
-                os.replace(Path(folder, "MNIST", "raw", file), raw / file)
-    finally:
-        socket.setdefaulttimeout(timeout)
-
-
-def _await_answer(mirrors: list[str], file: str) -> None:
-    """Raise OSError unless a mirror answers soon.
-
-    In a thread, since no timeout bounds the look-up of a host's name.
-    """
-    answered = []
-
-    def ask():
-        for mirror in mirrors:
-            try:
-                with urlopen(Request(mirror + file, method="HEAD"), timeout=SECONDS):
-                    return answered.append(mirror)
-            except HTTPError as error:
-                error.close()
-            except Exception:  # refused, timed out, nonsense: no answer here
-                continue
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(2 * SECONDS)
-    if not answered:
-        raise OSError(f"no answer from {' or '.join(mirrors)}")
+    with downloading("MNIST", cache, datasets.MNIST.mirrors, datasets.MNIST.resources[0][0]) as place:
+        datasets.MNIST(place, download=True)
+        raw.mkdir(parents=True, exist_ok=True)
+        for file in FILES:
+            os.replace(place / "MNIST" / "raw" / file, raw / file)
 
 
 def _five_thousand(why: str) -> MNIST:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import json
 import os
 import random
 import re
-import socket
-import sys
-import tempfile
 import zipfile
 from collections import defaultdict
 from collections.abc import Callable
@@ -24,8 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fomaml.data.download import downloading, user_cache
 from fomaml.data.folder import pillow
-from fomaml.data.mnist import SECONDS, _await_answer
 from fomaml.data.source import ClassSource, pixels
 from fomaml.errors import InputError, positive
 
@@ -99,7 +95,7 @@ def load_omniglot(
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise InputError(f"seed must be a whole number, got {seed!r}")
     if root is None:
-        root = _user_cache()
+        root = user_cache()
         missing = [part for part in CHARACTERS if _find(root, part) is None]
         if missing:
             _fetch(root / "omniglot-py", missing, allow_download)
@@ -197,7 +193,7 @@ def _images(
     for content in contents:
         checksum.update(_checksum(content))
     file = f"omniglot-{FORMAT}-{size}-{resize}-{checksum.hexdigest()[:16]}.safetensors"
-    folders = [paths[0].parent, _user_cache()] if cache is None else [Path(cache).expanduser()]
+    folders = [paths[0].parent, user_cache()] if cache is None else [Path(cache).expanduser()]
     for folder in folders:
         if (kept := _read_cache(folder / file, size)) is not None:
             return kept
@@ -294,10 +290,6 @@ def _checksum(content: bytes | dict[str, bytes]) -> bytes:
 # --- the decoded images that are kept -------------------------------------------------------------
 
 
-def _user_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fomaml"
-
-
 def _read_cache(path: Path, size: int) -> tuple[Tensor, list[list[str]]] | None:
     """The images and names of a file of `_write_cache`; None if it is missing or damaged."""
     try:
@@ -363,20 +355,10 @@ def _download(folder: Path, parts: list[str]) -> None:
     from torchvision.datasets.utils import download_url
 
     prefix = f"{known.download_url_prefix}/"
-    _await_answer([prefix], f"{parts[0]}.zip")
-    print(f"downloading Omniglot to {folder}", file=sys.stderr)
-    folder.mkdir(parents=True, exist_ok=True)
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(5 * SECONDS)  # torchvision sets none: a stalled download never ends
-    quiet = io.StringIO()  # its progress bars
-    try:
-        with tempfile.TemporaryDirectory(dir=folder) as place:
-            for file in (f"{part}.zip" for part in parts):
-                with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
-                    download_url(prefix + file, place, file, known.zips_md5[file.removesuffix(".zip")])
-                os.replace(Path(place, file), folder / file)
-    finally:
-        socket.setdefaulttimeout(timeout)
+    with downloading("Omniglot", folder, [prefix], f"{parts[0]}.zip") as place:
+        for part in parts:
+            download_url(prefix + f"{part}.zip", place, f"{part}.zip", known.zips_md5[part])
+            os.replace(place / f"{part}.zip", folder / f"{part}.zip")
 
 
 def _unreadable(path: str | Path, error: OSError, cure: str) -> InputError:
