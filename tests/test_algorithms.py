@@ -9,9 +9,10 @@ from torch import nn
 import fomaml.algorithms as algorithms
 import reference
 from fomaml.adapt import Adam
-from fomaml.algorithms import ANIL, BOIL, FOMAML, MAML, MetaLearner, Reptile, minibatch, select
+from fomaml.algorithms import ANIL, BOIL, FOMAML, MAML, Reptile
 from fomaml.engines import meta_gradient
 from fomaml.errors import InputError
+from fomaml.learner import MetaLearner, minibatch, select
 from fomaml.models import MLP, Conv4
 from fomaml.rates import by_name
 from fomaml.tasks import Examples, one

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fomaml.check import Finding, Report, check, load_module, short
+from fomaml.check import Finding, Report, check
 from fomaml.cli import main
 from fomaml.errors import InputError
+from fomaml.load import load_module, short
 from fomaml.models import MLP, BatchNorm, convert_batch_norm
 
 LOOP = "engine='loop'"

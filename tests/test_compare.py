@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from fomaml import compare
+from fomaml.build import NAMES, PRESETS, build_learner, build_model, build_optimizer, head_name, open_data
 from fomaml.cli import main
 from fomaml.compare import describe, first_order_cosine, gradient_evaluations, isolated, run_one
 from fomaml.config import ALGORITHMS, CLASSIFIERS, CompareConfig, TrainConfig, expand, resolve
 from fomaml.errors import InputError
-from fomaml.run import NAMES, PRESETS, build_learner, build_model, build_optimizer, head_name, open_data
 from fomaml.tasks import Examples, Task, one
 from fomaml.train import train
 

@@ -23,7 +23,6 @@ from fomaml.algorithms import (
     MAML,
     MAMLPlusPlus,
     MetaSGD,
-    Problem,
     ProtoMAML,
     Reptile,
     SignMAML,
@@ -34,6 +33,7 @@ from fomaml.engines import curve, meta_gradient
 from fomaml.engines.choose import choose
 from fomaml.engines.factored import linear_weights, problems
 from fomaml.errors import InputError
+from fomaml.learner import Problem
 from fomaml.models import MLP, Conv4, Conv4Strided, WithContext
 from fomaml.objectives import MultiStepLoss
 from fomaml.tasks import Examples, Task, one

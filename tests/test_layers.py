@@ -19,11 +19,24 @@ ORDER = [
         "adapt",
         "heads",
         "objectives",
+        "learner",
         "algorithms",
         "engines",
         "train",
     ),
-    *("evaluate", "check", "checkpoint", "report", "config", "run", "compare", "cli", "__init__"),
+    *(
+        "evaluate",
+        "load",
+        "check",
+        "checkpoint",
+        "report",
+        "config",
+        "build",
+        "run",
+        "compare",
+        "cli",
+        "__init__",
+    ),
 ]
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
 

@@ -8,7 +8,6 @@ from fomaml.algorithms import (
     FOMAML,
     MAML,
     MAMLPlusPlus,
-    MetaLearner,
     MetaSGD,
     ProtoMAML,
     Reptile,
@@ -22,6 +21,7 @@ from fomaml.engines import MetaGradient, meta_gradient
 from fomaml.episodes import Episodes, RegressionEpisodes
 from fomaml.errors import InputError
 from fomaml.evaluate import Estimate, estimate, evaluate
+from fomaml.learner import MetaLearner
 from fomaml.models import MLP, BatchNorm, Conv4, Conv4Strided, WithContext, convert_batch_norm
 from fomaml.tasks import Examples, Task
 from fomaml.train import fomaml_train, train

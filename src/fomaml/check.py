@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 import copy
-import difflib
-import importlib.util
-import inspect
-import operator
-import sys
 import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
@@ -26,6 +20,7 @@ from fomaml.algorithms import FOMAML
 from fomaml.engines import ENGINES, meta_gradient
 from fomaml.engines.choose import choose
 from fomaml.errors import InputError, positive
+from fomaml.load import short
 from fomaml.models import BatchNorm, normalising
 from fomaml.tasks import Examples, Task, chunks, count, one
 
@@ -596,13 +591,6 @@ def _differ(a: Tensor, b: Tensor, tolerance: float = 1e-6) -> bool:
 # --- words ------------------------------------------------------------------------------------------
 
 
-def short(error: BaseException) -> str:
-    """An exception in one line: its kind, and the first sentence of its message."""
-    lines = str(error).strip().splitlines() or ["no message"]
-    text = textwrap.shorten(lines[0].split(". ")[0], 160, placeholder=" ...")
-    return text if isinstance(error, InputError) else f"{type(error).__name__}: {text}"
-
-
 def _plural(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
@@ -618,71 +606,3 @@ def _wrap(text: str, lead: str) -> list[str]:
 
 
 # --- a module by name -------------------------------------------------------------------------------
-
-
-def load_module(name: str, seed: int = 0) -> nn.Module:
-    """Build the module that `package.module:factory`, `file.py:factory`, or either without a factory, names.
-
-    The factory is a class, a function or a module. Without one it is the only `nn.Module` subclass that
-    needs no arguments, or else the only function that needs none, or module. The current directory and
-    that of the file are importable.
-
-    Raises:
-        InputError: no such thing, or it raises an error.
-    """
-    torch.manual_seed(seed)
-    source, _, attribute = name.partition(":")
-    namespace = _import(source)
-    try:
-        factory = operator.attrgetter(attribute or _only(namespace, source))(namespace)
-    except AttributeError:
-        near = difflib.get_close_matches(attribute, vars(namespace), 4, 0)
-        raise InputError(f"{source} has no {attribute!r}; the nearest names: {', '.join(near)}") from None
-    try:
-        module = factory if isinstance(factory, nn.Module) else factory()
-    except (Exception, SystemExit) as error:
-        raise InputError(f"{name} could not be built: {short(error)}") from None
-    if not isinstance(module, nn.Module):
-        raise InputError(f"{name} must give an nn.Module, not a {type(module).__name__}")
-    return module
-
-
-def _import(source: str):
-    path = Path(source)
-    is_file = path.suffix == ".py"
-    if is_file and not path.is_file():
-        raise InputError(f"there is no file {source}")
-    folders = [str(Path.cwd()), *([str(path.resolve().parent)] if is_file else [])]
-    sys.path[:0] = [folder for folder in folders if folder not in sys.path]
-    try:
-        if not is_file:
-            return importlib.import_module(source)
-        spec = importlib.util.spec_from_file_location(f"_checked_{path.stem}", path)
-        namespace = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(namespace)
-        return namespace
-    except (Exception, SystemExit) as error:
-        raise InputError(f"{source} could not be imported: {short(error)}") from None
-
-
-def _only(namespace, source: str) -> str:
-    """The name of the one thing in a file that gives a module without arguments."""
-    classes, others = [], []
-    for name, value in vars(namespace).items():
-        if isinstance(value, nn.Module):
-            others.append(name)
-        elif getattr(value, "__module__", None) == namespace.__name__ and not name.startswith("_"):
-            if inspect.isclass(value) and issubclass(value, nn.Module) and _needs_nothing(value):
-                classes.append(name)
-            elif inspect.isfunction(value) and name != "main" and _needs_nothing(value):
-                others.append(name)
-    for names in (classes, others):
-        if len(names) == 1:
-            return names[0]
-    there = ", ".join(classes + others) or "none that needs no arguments"
-    raise InputError(f"which module of {source}? Name one, {source}:NAME; there are: {there}")
-
-
-def _needs_nothing(function) -> bool:
-    parameters = inspect.signature(function).parameters.values()
-    return all(p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)

@@ -107,7 +107,8 @@ def _check(config: CheckConfig) -> None:
     known("input dtype", config.input_dtype, ("float32", "int64"))
     if (config.input_dtype == "int64") != (config.vocabulary is not None):
         raise InputError("--input-dtype int64 and --vocabulary N go together: the numbers are drawn below N")
-    from fomaml.check import check, load_module
+    from fomaml.check import check
+    from fomaml.load import load_module
 
     with contextlib.redirect_stdout(sys.stderr):  # what the module itself prints
         report = check(

@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fomaml.algorithms import FOMAML, MetaLearner
+from fomaml.algorithms import FOMAML
 from fomaml.data.source import ClassSource
 from fomaml.engines import curve
 from fomaml.errors import positive
+from fomaml.learner import MetaLearner
 from fomaml.tasks import Task
 from fomaml.train import check_width, scores
 

@@ -1,6 +1,6 @@
 """What a task contributes to the meta-loss: one scalar whose gradient by θ is the meta-gradient.
 
-An objective is a callable of a `Problem` (algorithms.py), which is one task or a stack of tasks. It
+An objective is a callable of a `Problem` (learner.py), which is one task or a stack of tasks. It
 returns an `Outcome`; the engines differentiate and average.
 """
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fomaml.algorithms import MetaLearner, Problem
 from fomaml.engines.common import chunk_size
+from fomaml.learner import MetaLearner, Problem
 from fomaml.tasks import Task, chunks
 
 

@@ -8,10 +8,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from fomaml.algorithms import MetaLearner
 from fomaml.engines import batched, factored, loop
 from fomaml.engines.common import MetaGradient, accumulate, curves
 from fomaml.errors import InputError, positive
+from fomaml.learner import MetaLearner
 from fomaml.tasks import Task, count, one
 
 ENGINES = {"loop": loop.problems, "batched": batched.problems, "factored": factored.problems}

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fomaml.algorithms import MetaLearner, Problem
+from fomaml.learner import MetaLearner, Problem
 from fomaml.tasks import Task, count
 
 

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fomaml.adapt import SGD
-from fomaml.algorithms import MetaLearner, Problem
 from fomaml.engines.common import chunk_size
 from fomaml.errors import InputError
+from fomaml.learner import MetaLearner, Problem
 from fomaml.objectives import QueryLoss
 from fomaml.tasks import Task, chunks
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fomaml.algorithms import MetaLearner, Problem
+from fomaml.learner import MetaLearner, Problem
 from fomaml.tasks import Task, count, one
 
 
