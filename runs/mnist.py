@@ -51,9 +51,10 @@ def main(options: Options) -> None:
                 result = train_run(config, out / f"{question}-{shots}shot", say=watch.say, watch=watch)
             columns.append((f"{question.replace('-', ' ')}, {shots}-shot", result))
     seconds = time.perf_counter() - began
-    data, tasks = columns[0][1]["protocol"]["data"], columns[0][1]["tasks"]
+    protocol, tasks = columns[0][1]["protocol"], columns[0][1]["tasks"]
     lines = [
-        f"FOMAML on {data}, 5-way, {tasks} unseen tasks, the same for every row of a column",
+        f"FOMAML on {protocol['data']}, 5-way, {tasks} unseen tasks, {protocol['batch_statistics']}, "
+        "the same tasks for every row of a column",
         "",
         table(columns),
         "",

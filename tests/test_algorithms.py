@@ -9,7 +9,7 @@ from torch import nn
 import fomaml.algorithms as algorithms
 import reference
 from fomaml.adapt import Adam
-from fomaml.algorithms import ANIL, BOIL, FOMAML, MAML, Reptile
+from fomaml.algorithms import ANIL, BOIL, FOMAML, MAML, Reptile, iMAML
 from fomaml.engines import meta_gradient
 from fomaml.errors import InputError
 from fomaml.learner import MetaLearner, minibatch, select
@@ -169,6 +169,12 @@ def test_a_parameter_without_gradients_neither_adapts_nor_is_learned():
     assert "unused" in learner.meta_parameters()
     with pytest.raises(InputError, match="'frozen'"):
         FOMAML(User(), 0.1, 1, adapted="frozen")
+
+
+def test_the_implicit_gradient_refuses_parameters_that_do_not_adapt():
+    learner = iMAML(Twice(), 0.1, 1, adapted="head.*")
+    with pytest.raises(InputError, match=r"every meta-learned parameter to adapt: 'body\.bias' does not"):
+        meta_gradient(learner, draw((6,), F.cross_entropy).to(dtype=torch.float32))
 
 
 def test_globs_freeze_parameters_for_both_loops():

@@ -19,3 +19,9 @@ def test_example_is_short_and_runs(path, capsys, tmp_path, monkeypatch):
     found = runpy.run_path(str(path), run_name="__main__")
     assert found["__doc__"]
     assert capsys.readouterr().out
+
+
+def test_the_loop_of_the_copy_never_moves_the_meta_parameters_and_first_order_maml_does(capsys):
+    runpy.run_path(str(EXAMPLES[0].parent / "two_loops.py"), run_name="__main__")
+    copied, correct = (line.rpartition(" ")[2] for line in capsys.readouterr().out.splitlines())
+    assert copied == "0.0000" and float(correct) > 0.1

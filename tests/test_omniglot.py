@@ -1,6 +1,7 @@
 import hashlib
 import http.server
 import io
+import os
 import random
 import shutil
 import socket
@@ -29,7 +30,7 @@ NAMES = {
 ALL = sorted(NAMES[BACKGROUND] + NAMES[EVALUATION])
 SIDE = 21
 CURE = "; give a folder that holds both of Omniglot's archives whole, or none to download them"
-REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "omniglot"
+REAL = os.environ.get("FOMAML_OMNIGLOT")  # a folder with the real archives
 
 
 def png(array, mode="1"):
@@ -672,7 +673,7 @@ def test_without_torchvision_the_extra_is_named(monkeypatch):
 # --- the real one ---------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="no ../shared/data/omniglot")
+@pytest.mark.skipif(not REAL, reason="FOMAML_OMNIGLOT names no folder with the real archives")
 def test_the_real_omniglot(cache, monkeypatch, tmp_path):
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "real"))

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from fomaml.algorithms import FOMAML, MAML
-from fomaml.build import NAMES, Data, build_learner, build_model, build_optimizer, open_data, with_image
+from fomaml.build import NAMES, build_learner, build_model, build_optimizer, open_data, with_image
 from fomaml.checkpoint import load_weights, save_weights, write_text
 from fomaml.config import CompareConfig, TrainConfig, expand, to_json
 from fomaml.engines import choose, meta_gradient
@@ -30,7 +30,7 @@ from fomaml.evaluate import estimate, evaluate
 from fomaml.learner import MetaLearner
 from fomaml.objectives import Implicit
 from fomaml.report import align, figure
-from fomaml.run import circumstances, claim
+from fomaml.run import circumstances, claim, protocol
 from fomaml.tasks import Task, one
 from fomaml.train import check_width, cosine, train
 
@@ -50,6 +50,8 @@ def compare(config: CompareConfig, out: Path, *, say: Callable[[str], None] = pr
         raise InputError(f"{out} already holds results; give another --out, or delete it")
     out.mkdir(parents=True, exist_ok=True)
     say(f"{data.name}: {data.origin}")
+    first = with_image(configs[0], data)
+    facts = protocol(first, data, build_learner(first, build_model(first)))
     found = {}
     for number, own in enumerate(configs, 1):
         name = own.algorithm
@@ -60,7 +62,7 @@ def compare(config: CompareConfig, out: Path, *, say: Callable[[str], None] = pr
     cosines = found["fomaml"].pop("cosines", [])
     result = {
         "budget": {"seconds": config.seconds} if config.seconds else {"iterations": configs[0].iterations},
-        "protocol": _protocol(configs[0], data),
+        "protocol": facts,
         "metric": "loss" if config.source == "sinusoid" else "accuracy",
         "tasks": config.test_tasks,
         "steps": config.test_steps[-1],
@@ -299,21 +301,10 @@ def _cell(found: dict | None, metric: str, signed: bool = False) -> str:
     return ("+" if signed and found["mean"] > 0 else "") + figure(found, metric)
 
 
-def _protocol(config: TrainConfig, data: Data) -> dict:
-    return {
-        "data": data.name,
-        "question": config.question or config.split,
-        "ways": None if config.source == "sinusoid" else config.ways,
-        "shots": config.shots,
-        "query_shots": config.query_shots,
-        "model": config.model,
-    }
-
-
 def describe(result: dict) -> str:
     """The result as text: what was measured, the tables, the cosines."""
-    protocol, metric = result["protocol"], result["metric"]
-    ways = f"{protocol['ways']}-way " if protocol["ways"] else ""
+    facts, metric = result["protocol"], result["metric"]
+    ways = f"{facts['ways']}-way " if facts["ways"] else ""
     budget, threads = result["budget"], result["threads"]
     each = f"{budget['seconds']:g} s" if "seconds" in budget else f"{budget['iterations']} iterations"
     what = "accuracy in %" if metric == "accuracy" else "mean squared error"
@@ -335,11 +326,12 @@ def describe(result: dict) -> str:
             ]
         )
     text = [
-        f"{', '.join(filter(None, (protocol['data'], protocol['question'])))}, {ways}{protocol['shots']}-shot, "
-        f"{protocol['model']}: "
+        f"{', '.join(filter(None, (facts['data'], facts['question'])))}, {ways}{facts['shots']}-shot, "
+        f"{facts['model']}: "
         f"{each} of training each on {result['device']}"
         + (f", {threads} thread{'s' * (threads > 1)}" if result["device"] == "cpu" else ""),
-        f"{what} on the same {result['tasks']} unseen tasks, ± 95 % interval over tasks; one training run "
+        f"{what} on the same {result['tasks']} unseen tasks, {facts['batch_statistics']}, ± 95 % interval over "
+        "tasks; one training run "
         f"each (seed {result['seed']})",
         "",
     ]

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fomaml.errors import positive
+from fomaml.errors import InputError, positive
 
 
 class Outcome(NamedTuple):
@@ -85,7 +85,8 @@ class Implicit:
 
     iMAML by conjugate gradients (Rajeswaran et al. 2019, eq. 6, algorithm 2). The inner problem has the term
     λ/2 ‖φ - θ‖²; the answer is exact only as far as the inner loop has reached its minimum. All
-    meta-learned parameters must adapt. One Hessian-vector product a conjugate gradient step, no inner graph.
+    meta-learned parameters must adapt, else an `InputError`. One Hessian-vector product a conjugate gradient
+    step, no inner graph.
     """
 
     strength: float
@@ -96,6 +97,11 @@ class Implicit:
         positive("cg_steps", self.cg_steps, integer=True)
 
     def __call__(self, problem) -> Outcome:
+        still = set(problem.learner.meta_learned) - set(problem.start)
+        if still:
+            raise InputError(
+                f"the implicit gradient needs every meta-learned parameter to adapt: {min(still)!r} does not"
+            )
         adapted, support_losses = run(problem)
         point = {name: value.detach().requires_grad_() for name, value in adapted.items()}
         values = list(point.values())

@@ -144,27 +144,34 @@ def summary(config, learner, data, found, rows=None, differences=(), inductive=F
     name = NAMES[config.algorithm]
     headline = estimate(found[steps])
     metric = "loss" if config.source == "sinusoid" else "accuracy"
-    protocol = {
-        "data": data.name,
-        "question": config.question or config.split,
-        "ways": None if config.source == "sinusoid" else config.ways,
-        "shots": config.shots,
-        "query_shots": config.query_shots,
-        "inner_steps": steps,
-        "batch_statistics": "transductive" if _is_transductive(learner) and not inductive else "inductive",
-    }
+    facts = protocol(config, data, learner) | {"inner_steps": steps}
+    if inductive:
+        facts["batch_statistics"] = "inductive"
     if rows is None:
         rows = [_row(f"{name}, {_steps(k)}", scores, steps=k) for k, scores in found.items()]
     return {
         metric: headline.mean,
         "interval": headline.interval,
         "tasks": len(found[steps]),
-        "protocol": protocol,
+        "protocol": facts,
         "name": name,
         "steps": steps,
         "metric": metric,
         "rows": rows,
         "differences": list(differences),
+    }
+
+
+def protocol(config: TrainConfig, data: Data, learner: MetaLearner) -> dict:
+    """What an accuracy is an accuracy of."""
+    return {
+        "data": data.name,
+        "question": config.question or config.split,
+        "ways": None if config.source == "sinusoid" else config.ways,
+        "shots": config.shots,
+        "query_shots": config.query_shots,
+        "model": config.model,
+        "batch_statistics": "transductive" if _is_transductive(learner) else "inductive",
     }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import NamedTuple
 
@@ -76,9 +76,6 @@ def curves(
             problem.buffers = buffers
             part.append((losses, outputs) if problem.stacked else (losses[None], outputs[None]))
     return [tuple(map(torch.cat, zip(*part))) for part in parts]
-
-
-Problems = Callable[[MetaLearner, Task, int | None], Iterable[Problem]]
 
 
 def chunk_size(tasks: Task, tasks_at_once: int | None) -> int:
