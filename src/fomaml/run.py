@@ -202,7 +202,9 @@ def pretrained(config: TrainConfig, classes: ClassSource) -> nn.Module:
     owner, _, last = head_name(model).rpartition(".")
     owner = model.get_submodule(owner)
     head = getattr(owner, last)
-    setattr(owner, last, nn.Linear(head.in_features, len(classes)).to(head.weight))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        setattr(owner, last, nn.Linear(head.in_features, len(classes)).to(head.weight))
     pretrain(model, classes, seed=config.seed)
     setattr(owner, last, head)
     return model
