@@ -179,7 +179,7 @@ def baselines(config: TrainConfig, data: Data, say):
     """(label, scores, facts) of each baseline on the test tasks, step size and count tuned on training classes."""
     if config.source == "sinusoid":
         return
-    counts = {"tasks": config.test_tasks, "tuning_tasks": min(config.test_tasks, 100)}
+    counts = {"tasks": config.test_tasks, "tuning_tasks": min(config.test_tasks, 50)}
     say("baseline: the same network from a random start")
     tuned = fine_tune(lambda n: build_model(config, 1000 + n), data.tuning, data.test, **counts)
     yield "random start, support set only", tuned.scores, _facts(tuned)
