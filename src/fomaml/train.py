@@ -66,7 +66,7 @@ def train(
         learner.iteration = iteration
         tasks = episodes.batch(iteration * meta_batch_size, meta_batch_size)
         measured = (iteration + 1) % measure_every == 0 or iteration + 1 == iterations
-        before = score_before(learner, tasks) if measured else None
+        before = score_before(learner, tasks, engine, tasks_at_once) if measured else None
         result = meta_gradient(learner, tasks, engine=engine, tasks_at_once=tasks_at_once)
         for group in optimizer.param_groups if schedule is not None else ():
             # "initial_lr" as torch's schedulers keep it: saved with the optimiser, so a run resumes with it
@@ -100,9 +100,11 @@ def scores(outputs: Tensor, targets: Tensor, losses: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def score_before(learner: MetaLearner, tasks: Task) -> Tensor:
+def score_before(
+    learner: MetaLearner, tasks: Task, engine: str = "auto", tasks_at_once: int | None = None
+) -> Tensor:
     """The mean score of the meta-model itself on the query sets, before any adaptation."""
-    [(losses, outputs)] = curve(learner, tasks, [0])
+    [(losses, outputs)] = curve(learner, tasks, [0], engine=engine, tasks_at_once=tasks_at_once)
     return scores(outputs, tasks.query.targets, losses).mean()
 
 
@@ -152,7 +154,12 @@ def fomaml_train(
     optimizer = torch.optim.SGD(model.parameters(), lr=meta_lr)
     losses = []
     for record in train(
-        learner, episodes, optimizer, iterations=num_iterations, meta_batch_size=meta_batch_size
+        learner,
+        episodes,
+        optimizer,
+        iterations=num_iterations,
+        meta_batch_size=meta_batch_size,
+        measure_every=10,
     ):
         losses.append(record.meta_loss.item())
         if record.iteration % 10 == 0:
