@@ -1,5 +1,5 @@
-# `make train` runs the main job, `make test` the tests; both set up .venv first.
-.PHONY: train test lint clean
+# `make train` runs the main job, `make test` the tests, `make bench` the benchmarks; all set up .venv first.
+.PHONY: train test bench lint clean
 
 PYTHON ?= python3
 SETUP = .venv/.installed
@@ -15,6 +15,10 @@ train: $(SETUP)
 
 test: $(SETUP)
 	.venv/bin/python -m pytest
+
+bench: $(SETUP)
+	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	.venv/bin/python -m benchmarks $(BENCH)
 
 lint: $(SETUP)
 	.venv/bin/python -m pip install --quiet 'ruff>=0.9'

@@ -1,0 +1,1 @@
+"""Speed and memory of this project beside other libraries; `python -m benchmarks --help`."""

@@ -1,0 +1,126 @@
+"""The JSON of benchmark results → Markdown tables, put between two comment markers of a document."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+
+
+def overview(results: dict) -> str:
+    """One row a workload: this project's fastest against the fastest of all others."""
+    lines = [
+        "| workload | fastest here | fastest peer | times faster | target | `auto` to the best engine "
+        "| of GEMM peak | peak memory, to plain loop |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, record in sorted(results["workloads"].items()):
+        rows = {key: row for key, row in record["contestants"].items() if "ratio" in row}
+        ours = {key: row for key, row in rows.items() if row["ours"]}
+        peers = {key: row for key, row in rows.items() if not row["ours"]}
+        if not ours or not peers:
+            continue
+        best, peer = (min(some, key=lambda k, some=some: some[k]["milliseconds"]) for some in (ours, peers))
+        cells = [
+            f"{name} {record['title']}",
+            _short(best),
+            peer,
+            f"**{peers[peer]['ratio']:.2f}**",
+            f"{record['target']:g}" if record["target"] else "",
+            _auto(ours),
+            f"{ours[best]['of_gemm_peak']:.0%}",
+            _times(ours[best]["memory"], rows.get("plain loop", {}).get("memory")),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def details(results: dict) -> str:
+    """One table a workload with every contestant, fastest first, then those that could not take part and why."""
+    parts = []
+    for name, record in sorted(results["workloads"].items()):
+        rows = record["contestants"]
+        timed = sorted((k for k, r in rows.items() if "ratio" in r), key=lambda k: rows[k]["milliseconds"])
+        run = record["run"]
+        lines = [
+            f"### {name}: {record['title']}",
+            "",
+            f"{run['cores']} cores of {run['machine']}, {run['threads']} threads, torch {run['torch']}, commit "
+            f"{run['commit']}, {run['date']}, seed {run['seed']}, {record['rounds']} rounds; GEMM peak "
+            f"{record['gemm_gflops']:.0f} GFLOP/s, {record['flops'] / 1e9:.3g} GFLOP a meta-gradient.",
+            "",
+            "| | time, to the fastest here | of GEMM peak | compile | peak memory | error in float64 |",
+            "|---|---|---|---|---|---|",
+        ]
+        for key in timed:
+            row = rows[key]
+            chosen = f" ({row['engine']})" if " auto" in key and "engine" in row else ""
+            compiled = f"{row['compile_seconds']:.0f} s" if "compile_seconds" in row else ""
+            lines.append(
+                f"| {key}{chosen} | {row['ratio']:.2f} | {row['of_gemm_peak']:.0%} | {compiled} "
+                f"| {row['memory'] / 2**20:.0f} MB | {row['error_float64']:.0e} |"
+            )
+        reasons = [f"- {key}: {row['reason']}" for key, row in rows.items() if "reason" in row]
+        if reasons:
+            lines += ["", "Not in the table:", "", *reasons]
+        parts.append("\n".join(lines))
+    for name, record in sorted(results.get("memory", {}).items()):
+        parts.append(_memory(name, record))
+    return "\n\n".join(parts)
+
+
+def put(text: str, document: Path) -> None:
+    """Replace what stands between the two markers of a document.
+
+    Raises:
+        ValueError: the markers are not there.
+    """
+    whole = document.read_text()
+    if BEGIN not in whole or END not in whole.split(BEGIN, 1)[1]:
+        raise ValueError(
+            f"{document} has no place for the table: put {BEGIN} and {END} on lines of their own"
+        )
+    before, rest = whole.split(BEGIN, 1)
+    document.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END, 1)[1]}")
+
+
+def _memory(name: str, record: dict) -> str:
+    lines = [
+        f"### Peak memory over inner steps, workload {name}",
+        "",
+        "| | 1 step | 20 steps | ratio |",
+        "|---|---|---|---|",
+    ]
+    reasons = []
+    for key, row in record["contestants"].items():
+        if "reason" in row:
+            reasons.append(f"- {key}: {row['reason']}")
+            continue
+        megabytes = [f"{bytes_ / 2**20:.0f} MB" for bytes_ in row["memory"].values()]
+        ratio = f"{row['ratio']:.2f}" if row["ratio"] else ""
+        lines.append(f"| {key} | {' | '.join(megabytes)} | {ratio} |")
+    return "\n".join(lines + (["", "Not in the table:", "", *reasons] if reasons else []))
+
+
+def _auto(ours: dict) -> str:
+    """How `auto` compares with the best engine on the same network, compiled or not alike; the worst of these."""
+    ratios = []
+    for key, row in ours.items():
+        if " auto" not in key:
+            continue
+        alike = [
+            other["milliseconds"]
+            for name, other in ours.items()
+            if " auto" not in name and all(other[k] == row[k] for k in ("own_net", "compiled"))
+        ]
+        if alike:
+            ratios.append(row["milliseconds"] / min(alike))
+    return f"{max(ratios):.2f}" if ratios else ""
+
+
+def _short(name: str) -> str:
+    return name.removeprefix("fomaml ")
+
+
+def _times(ours: int, other: int | None) -> str:
+    return f"{ours / other:.2f}" if other else ""
