@@ -31,7 +31,8 @@ from fomaml.algorithms import (
 )
 from fomaml.engines import curve, meta_gradient
 from fomaml.engines.choose import choose
-from fomaml.engines.factored import linear_weights, problems
+from fomaml.engines.factored import linear_weights
+from fomaml.engines.factored import problem as factored_problem
 from fomaml.errors import InputError
 from fomaml.learner import Problem
 from fomaml.models import MLP, Conv4, Conv4Strided, WithContext
@@ -527,7 +528,7 @@ def test_the_change_of_a_layer_is_kept_as_factors_and_then_dense():
     kinds = {}
     for shots in (1, 9):
         tasks = draw((16,), F.cross_entropy, shots=shots)
-        [problem] = problems(FOMAML(model, LR, STEPS), tasks)
+        problem = factored_problem(FOMAML(model, LR, STEPS), tasks)
         path = problem.path()
         kinds[shots] = [len(next(path)[0].changes["3.weight"]) for _ in range(STEPS)]
     assert kinds == {1: [2, 1, 1], 9: [1, 1, 1]}
@@ -799,7 +800,7 @@ def test_factored_keeps_one_forward_pass_and_the_factors():
 
     def kept(steps):
         learner = FOMAML(model, 0.01, steps)
-        [problem] = problems(learner, tasks)
+        problem = factored_problem(learner, tasks)
         return live_bytes(lambda: learner.objective(problem).scalar)
 
     one_weight = 256 * 256 * 4

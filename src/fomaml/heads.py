@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fomaml.errors import InputError
@@ -49,7 +48,8 @@ class PrototypeHead:
     def __call__(self, start: dict[str, Tensor], problem) -> dict[str, Tensor]:
         weight, bias = _names(self.head, start)
         features = problem.support_features(self.head)  # (..., examples, features)
-        members = F.one_hot(problem.task.support.targets, problem.ways).to(features.dtype)
+        classes = torch.arange(problem.ways, device=features.device)
+        members = (problem.task.support.targets.unsqueeze(-1) == classes).to(features.dtype)
         prototypes = (
             members.mT @ features / members.sum(-2).clamp(min=1).unsqueeze(-1)
         )  # (..., ways, features)

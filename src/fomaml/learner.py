@@ -168,13 +168,22 @@ class Problem:
     """The inner problem of one task, or, `stacked`, of a stack of tasks with a leading axis on everything.
 
     start: φ₀ by name, differentiable functions of the meta-parameters; (tasks, ...) each if stacked.
-    steps, first_order, iteration: the learner's. ways: the classes of the task, where a start needs them.
+    steps, first_order, iteration: the learner's.
     evaluating: use running statistics where the batch norms have them.
+    ways: the number of classes of the task, where a start needs it; by default the largest label and one.
     """
 
-    def __init__(self, learner: MetaLearner, task: Task, stacked: bool = False, evaluating: bool = False):
+    def __init__(
+        self,
+        learner: MetaLearner,
+        task: Task,
+        stacked: bool = False,
+        evaluating: bool = False,
+        ways: int | None = None,
+    ):
         self.learner = learner
         self.task = task
+        self._ways = ways
         self.stacked = stacked
         self.evaluating = evaluating
         self.steps = learner.inner_steps
@@ -196,7 +205,7 @@ class Problem:
 
     @property
     def ways(self) -> int:
-        return int(self.task.support.targets.max()) + 1
+        return int(self.task.support.targets.max()) + 1 if self._ways is None else self._ways
 
     def path(self, first_order: bool | None = None) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
         """(φₖ₊₁, support losses at φₖ) for k = 0, 1, …, without end."""

@@ -46,5 +46,8 @@ def one(tasks: Task, index: int) -> Task:
 
 def chunks(tasks: Task, size: int):
     """Split a batch into batches of at most `size` tasks, in order."""
+    if size >= count(tasks):
+        yield tasks
+        return
     for start in range(0, count(tasks), size):
         yield tasks.map(lambda tensor, start=start: tensor[start : start + size])

@@ -6,15 +6,10 @@ parameters is the stack of the gradients. That is leaner, and leaves the backwar
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-from fomaml.engines.common import chunk_size
 from fomaml.learner import MetaLearner, Problem
-from fomaml.tasks import Task, chunks
+from fomaml.tasks import Task
 
 
-def problems(
-    learner: MetaLearner, tasks: Task, tasks_at_once: int | None = None, evaluating: bool = False
-) -> Iterator[Problem]:
-    for chunk in chunks(tasks, chunk_size(tasks, tasks_at_once)):
-        yield Problem(learner, chunk, stacked=True, evaluating=evaluating)
+def problem(learner: MetaLearner, tasks: Task, **facts) -> Problem:
+    """The problem of a stack of tasks."""
+    return Problem(learner, tasks, stacked=True, **facts)

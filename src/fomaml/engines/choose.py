@@ -2,39 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from fomaml.engines import batched, factored, loop
-from fomaml.engines.common import MetaGradient, accumulate, curves
+from fomaml.engines import batched, compiled, factored, loop
+from fomaml.engines.common import Found, MetaGradient, accumulate, curves, differentiate
 from fomaml.errors import InputError, positive
 from fomaml.learner import MetaLearner
-from fomaml.tasks import Task, count, one
+from fomaml.tasks import Task, chunks, count, one
 
-ENGINES = {"loop": loop.problems, "batched": batched.problems, "factored": factored.problems}
+ENGINES = {"loop": loop.problem, "batched": batched.problem, "factored": factored.problem}
 
 
 def meta_gradient(
-    learner: MetaLearner, tasks: Task, *, engine: str = "auto", tasks_at_once: int | None = None
+    learner: MetaLearner,
+    tasks: Task,
+    *,
+    engine: str = "auto",
+    tasks_at_once: int | None = None,
+    compile: bool = False,
+    autocast: torch.dtype | None = None,
 ) -> MetaGradient:
     """The gradient of the meta-loss by meta-parameter name, averaged over a batch of tasks.
 
     tasks: tensors (tasks, examples, ...). engine: "loop", "batched", "factored" or "auto".
-    tasks_at_once: at most so many tasks in memory at a time ("loop" takes one in any case).
+    tasks_at_once: at most so many tasks in memory at a time ("loop" takes one in any case); by default as many
+        as suit the engine, and half as many, from then on, when memory runs out.
+    compile: compile the whole meta-gradient, once for each shape of the tasks; where that cannot be, a
+        warning says so and the engine runs uncompiled.
+    autocast: run the forward passes in this lower precision (`torch.bfloat16`), see `torch.autocast`.
 
     Raises:
         InputError: an unknown engine, one that does not take this learner, or outputs narrower than
             the number of classes.
     """
-    name, problems = _engine(learner, tasks, engine, tasks_at_once)
-    try:
-        return accumulate(learner, problems, count(tasks), name)
-    except (IndexError, RuntimeError):
-        check_outputs(learner, tasks)  # the likeliest reason, told in words
-        raise
+    engine = _engine(learner, tasks, engine)
+    size = _at_once(learner, tasks, engine, tasks_at_once)
+    while True:
+        try:
+            names, found = _found(learner, tasks, engine, size, compile, autocast)
+            return accumulate(names, found, engine)
+        except (IndexError, RuntimeError) as error:
+            if size == 1 or not _out_of_memory(error):
+                check_outputs(learner, tasks)  # the likeliest reason, told in words
+                raise
+        size = _fits[learner] = (size + 1) // 2
+        warnings.warn(f"out of memory: {size} tasks at once from now on", RuntimeWarning, stacklevel=2)
 
 
 def curve(
@@ -47,7 +65,9 @@ def curve(
     tasks_at_once: int | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
     """Query losses (tasks,) and outputs (tasks, examples, ...) after each of `at_steps` inner steps, ascending."""
-    _, problems = _engine(learner, tasks, engine, tasks_at_once, evaluating=True)
+    engine = _engine(learner, tasks, engine)
+    size = _at_once(learner, tasks, engine, tasks_at_once)
+    problems = (ENGINES[engine](learner, chunk, evaluating=True) for chunk in chunks(tasks, size))
     return curves(problems, at_steps, inductive)
 
 
@@ -98,14 +118,58 @@ def choose(learner: MetaLearner, tasks: Task) -> tuple[str, str]:
     return "batched", "small dense layers"
 
 
-def _engine(learner, tasks, engine, tasks_at_once, evaluating=False):
+def _engine(learner: MetaLearner, tasks: Task, engine: str) -> str:
+    """The engine's name; the choice of "auto" is remembered for the shapes of the tasks."""
     if engine == "auto":
-        engine, _ = choose(learner, tasks)
+        chosen = _chosen.setdefault(learner, {})
+        like = tasks.support.inputs.shape, tasks.query.inputs.shape, tasks.support.inputs.device
+        if like not in chosen:
+            chosen[like], _ = choose(learner, tasks)
+        return chosen[like]
     if engine not in ENGINES:
         raise InputError(f"unknown engine {engine!r}; there are: auto, {', '.join(ENGINES)}")
+    return engine
+
+
+def _at_once(learner: MetaLearner, tasks: Task, engine: str, tasks_at_once: int | None) -> int:
+    """How many tasks to compute at once."""
     if tasks_at_once is not None:
         positive("tasks_at_once", tasks_at_once, integer=True)
-    return engine, ENGINES[engine](learner, tasks, tasks_at_once, evaluating)
+    if engine == "loop":
+        return 1
+    size = count(tasks) if tasks_at_once is None else min(tasks_at_once, count(tasks))
+    if tasks_at_once is None and tasks.support.inputs.device.type == "cpu" and _is_convolutional(learner.model):
+        # measured on strided convolutions: 8 or 16 at once 1.2 times as fast as 32, which leave the cache
+        size = min(size, 8)
+    return min(size, _fits.get(learner, size))
+
+
+def _found(learner, tasks, engine, size, compile, autocast) -> tuple[Sequence[str], Iterator[Found]]:
+    """The names of the gradients, and what `differentiate` finds chunk by chunk."""
+    ways = None
+    if learner.start is not None and not tasks.support.targets.is_floating_point():
+        ways = int(tasks.support.targets.max()) + 1
+    device, number = tasks.support.inputs.device.type, count(tasks)
+
+    def find(chunk: Task) -> Found:
+        with torch.autocast(device, autocast) if autocast is not None else nullcontext():
+            return differentiate(learner, ENGINES[engine](learner, chunk, ways=ways), number)
+
+    if compile:
+        size = next(n for n in range(size, 0, -1) if number % n == 0)  # one shape, compiled once
+        function = compiled.function(learner, next(chunks(tasks, size)), find, (engine, ways, autocast, number))
+        if function is not None:
+            return function.names, map(function, chunks(tasks, size))
+    return list(learner.meta_parameters()), map(find, chunks(tasks, size))
+
+
+def _out_of_memory(error: Exception) -> bool:
+    text = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in text or "can't allocate memory" in text
+
+
+_chosen: WeakKeyDictionary[MetaLearner, dict[tuple, str]] = WeakKeyDictionary()
+_fits: WeakKeyDictionary[MetaLearner, int] = WeakKeyDictionary()
 
 
 def _tried(learner: MetaLearner, tasks: Task) -> tuple[bool, bool]:
@@ -113,8 +177,8 @@ def _tried(learner: MetaLearner, tasks: Task) -> tuple[bool, bool]:
     forward pass, once per learner.
     """
     if learner not in _known:
-        vmaps = _runs(batched.problems(learner, tasks, 2))
-        factors = vmaps and factored.refusal(learner) is None and _runs(factored.problems(learner, tasks, 2))
+        vmaps = _runs(batched, learner, tasks)
+        factors = vmaps and factored.refusal(learner) is None and _runs(factored, learner, tasks)
         _known[learner] = vmaps, factors
     return _known[learner]
 
@@ -122,9 +186,9 @@ def _tried(learner: MetaLearner, tasks: Task) -> tuple[bool, bool]:
 _known: WeakKeyDictionary[MetaLearner, tuple[bool, bool]] = WeakKeyDictionary()
 
 
-def _runs(problems) -> bool:
+def _runs(engine, learner: MetaLearner, tasks: Task) -> bool:
     try:
-        problem = next(iter(problems))
+        problem = engine.problem(learner, next(chunks(tasks, 2)))
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             problem.query(problem.start)
     except (InputError, RuntimeError):

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from fomaml.learner import MetaLearner, Problem
-from fomaml.tasks import Task, count
 
 
 class MetaGradient(NamedTuple):
@@ -32,29 +31,40 @@ class MetaGradient(NamedTuple):
             parameter.grad = self.gradients[name]
 
 
-def accumulate(learner: MetaLearner, problems: Iterable[Problem], tasks: int, engine: str) -> MetaGradient:
-    """Sum the gradients of each problem's scalar, one problem in memory at a time, and divide by `tasks`."""
-    parameters = learner.meta_parameters()
-    totals: list[Tensor | None] = [None] * len(parameters)
-    query_losses, support_losses, outputs = [], [], []
-    for problem in problems:
-        outcome = learner.objective(problem)
-        gradients = torch.autograd.grad(outcome.scalar, list(parameters.values()), allow_unused=True)
-        for i, gradient in enumerate(gradients):
-            if gradient is not None:
-                # not in place: autograd may hand two parameters the same tensor
-                totals[i] = gradient if totals[i] is None else totals[i] + gradient
-        lead = problem.stacked
-        query_losses.append(outcome.query_losses if lead else outcome.query_losses[None])
-        support_losses.append(outcome.support_losses.T if lead else outcome.support_losses[None])
-        outputs.append(outcome.query_outputs if lead else outcome.query_outputs[None])
-    gradients = {
-        name: torch.zeros_like(p) if total is None else total / tasks
-        for (name, p), total in zip(parameters.items(), totals)
-    }
-    return MetaGradient(
-        gradients, torch.cat(query_losses), torch.cat(support_losses), torch.cat(outputs), engine
-    )
+class Found(NamedTuple):
+    """What a chunk of a meta-batch contributes. gradients: by meta-parameter name, one after the other; query_losses
+    (tasks,), support_losses (tasks, steps), query_outputs (tasks, ...).
+    """
+
+    gradients: list[Tensor]
+    query_losses: Tensor
+    support_losses: Tensor
+    query_outputs: Tensor
+
+
+def differentiate(learner: MetaLearner, problem: Problem, tasks: int) -> Found:
+    """The part of one problem in the meta-gradient of `tasks` tasks."""
+    outcome = learner.objective(problem)
+    parameters = list(learner.meta_parameters().values())
+    gradients = torch.autograd.grad(outcome.scalar / tasks, parameters, allow_unused=True, materialize_grads=True)
+    _, losses, outputs, support_losses = outcome
+    if problem.stacked:
+        return Found(list(gradients), losses, support_losses.T, outputs)
+    return Found(list(gradients), losses[None], support_losses[None], outputs[None])
+
+
+def accumulate(names: Sequence[str], found: Iterable[Found], engine: str) -> MetaGradient:
+    """Put the chunks of a meta-batch together, one in memory at a time. names: of the gradients."""
+    found = iter(found)
+    gradients, *seen = next(found)
+    rest = []
+    for chunk in found:
+        # not in place: autograd may hand two parameters the same tensor
+        gradients = [total + gradient for total, gradient in zip(gradients, chunk.gradients)]
+        rest.append(chunk[1:])
+    if rest:
+        seen = map(torch.cat, zip(seen, *rest))
+    return MetaGradient(dict(zip(names, gradients)), *seen, engine)
 
 
 def curves(
@@ -76,7 +86,3 @@ def curves(
             problem.buffers = buffers
             part.append((losses, outputs) if problem.stacked else (losses[None], outputs[None]))
     return [tuple(map(torch.cat, zip(*part))) for part in parts]
-
-
-def chunk_size(tasks: Task, tasks_at_once: int | None) -> int:
-    return count(tasks) if tasks_at_once is None else tasks_at_once

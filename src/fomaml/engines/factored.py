@@ -23,21 +23,22 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fomaml.adapt import SGD
-from fomaml.engines.common import chunk_size
 from fomaml.errors import InputError
 from fomaml.learner import MetaLearner, Problem
 from fomaml.objectives import QueryLoss
-from fomaml.tasks import Task, chunks
+from fomaml.tasks import Task
 
 
-def problems(
-    learner: MetaLearner, tasks: Task, tasks_at_once: int | None = None, evaluating: bool = False
-) -> Iterator[Problem]:
+def problem(learner: MetaLearner, tasks: Task, **facts) -> Problem:
+    """The problem of a stack of tasks, its Linear weights in factors.
+
+    Raises:
+        InputError: a learner that the factors do not suit.
+    """
     reason = refusal(learner)
     if reason:
         raise InputError(f"the factored engine does not take this learner: {reason}")
-    for chunk in chunks(tasks, chunk_size(tasks, tasks_at_once)):
-        yield FactoredProblem(learner, chunk, evaluating)
+    return FactoredProblem(learner, tasks, **facts)
 
 
 def refusal(learner: MetaLearner) -> str | None:
@@ -139,8 +140,8 @@ def _linear_arguments(input, weight, bias=None):
 class FactoredProblem(Problem):
     """A stack of tasks whose Linear weights are never built."""
 
-    def __init__(self, learner: MetaLearner, tasks: Task, evaluating: bool = False):
-        super().__init__(learner, tasks, stacked=True, evaluating=evaluating)
+    def __init__(self, learner: MetaLearner, tasks: Task, **facts):
+        super().__init__(learner, tasks, stacked=True, **facts)
         own = dict(learner.model.named_parameters())
         self.weights = {name: own[name] for name in linear_weights(learner)}
         self.names = {id(weight): name for name, weight in self.weights.items()}

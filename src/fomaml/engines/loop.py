@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from fomaml.learner import MetaLearner, Problem
-from fomaml.tasks import Task, count, one
+from fomaml.tasks import Task, one
 
 
-def problems(
-    learner: MetaLearner, tasks: Task, tasks_at_once: int | None = None, evaluating: bool = False
-) -> Iterator[Problem]:
-    for index in range(count(tasks)):
-        yield Problem(learner, one(tasks, index), evaluating=evaluating)
+def problem(learner: MetaLearner, tasks: Task, **facts) -> Problem:
+    """The problem of a batch of a single task."""
+    return Problem(learner, one(tasks, 0), **facts)

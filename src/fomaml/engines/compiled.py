@@ -1,0 +1,111 @@
+"""Any engine's meta-gradient as one compiled function, by shape.
+
+Forward passes, inner steps and autograd's own backward passes are traced into one graph of plain tensor
+operations, which `torch.compile`'s backend fuses; no autograd graph is recorded when it runs.
+"""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Callable
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from fomaml.engines.common import Found
+from fomaml.errors import InputError
+from fomaml.learner import MetaLearner
+from fomaml.objectives import MultiStepLoss
+from fomaml.tasks import Examples, Task
+
+Find = Callable[[Task], Found]
+
+
+def function(learner: MetaLearner, tasks: Task, find: Find, facts: tuple) -> Compiled | None:
+    """`find` compiled for chunks of this shape, the same function at every call; None if it cannot be compiled,
+    which a warning has then said.
+
+    find: what `differentiate` finds for a chunk of tasks. facts: what it depends on beside the learner and
+        the shapes.
+
+    Raises:
+        InputError: the multi-step loss, whose weights change at every iteration.
+    """
+    if isinstance(learner.objective, MultiStepLoss):
+        raise InputError("compile=True does not take the multi-step loss: its weights change at every iteration")
+    known = _functions.setdefault(learner, {})
+    order = learner.first_order(learner.iteration) if callable(learner.first_order) else learner.first_order
+    like = tuple((tensor.shape, tensor.dtype, tensor.device) for part in tasks for tensor in part)
+    key = (facts, order, learner.training, like)
+    if key not in known:
+        try:
+            known[key] = Compiled(learner, tasks, find)
+        except Exception as error:  # the compilers' errors have no common base
+            known[key] = None
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            if tasks.support.inputs.device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+                reason = "there is no C++ compiler on this machine"
+            warnings.warn(f"compile=True runs uncompiled: {reason}", RuntimeWarning, stacklevel=4)
+    return known[key]
+
+
+class Compiled:
+    """A compiled `find`. names: the meta-parameters' names, in the order of the gradients."""
+
+    def __init__(self, learner: MetaLearner, tasks: Task, find: Find):
+        self.names = list(learner.meta_parameters())
+        holder = _Holder(learner)
+        tensors = dict(holder.named_parameters()) | dict(holder.named_buffers())
+        learned = {name for name, tensor in tensors.items() if tensor.requires_grad}
+        self._slots = [_slot(holder, name) for name in tensors]
+
+        def flat(*arguments: Tensor) -> list[Tensor]:
+            values, examples = arguments[: len(tensors)], arguments[len(tensors) :]
+            state = {
+                name: value.detach().requires_grad_() if name in learned else value
+                for name, value in zip(tensors, values)
+            }
+            chunk = Task(Examples(*examples[:2]), Examples(*examples[2:]))
+            gradients, *seen = functional_call(holder, state, (chunk, find))
+            return [*(gradient.detach() for gradient in gradients), *seen]
+
+        arguments = self._arguments(tasks)
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            with torch.enable_grad():
+                graph = make_fx(flat)(*arguments)
+            self._run = torch._inductor.compile(graph, arguments)
+            self._run(*arguments)
+
+    def __call__(self, tasks: Task) -> Found:
+        with torch.no_grad():
+            found = self._run(*self._arguments(tasks))
+        return Found(found[: len(self.names)], *found[len(self.names) :])
+
+    def _arguments(self, tasks: Task) -> list[Tensor]:
+        state = [owner[name].detach() for owner, name in self._slots]
+        return [*state, *(tensor.contiguous() for part in tasks for tensor in part)]
+
+
+class _Holder(nn.Module):
+    """Holds the learner so that `functional_call` can swap its state for the arguments of a trace."""
+
+    def __init__(self, learner: MetaLearner):
+        super().__init__()
+        self.learner = learner
+
+    def forward(self, tasks: Task, find: Find) -> Found:
+        return find(tasks)
+
+
+def _slot(module: nn.Module, name: str) -> tuple[dict[str, Tensor], str]:
+    """Where a module keeps a parameter or buffer: a look-up in it is far quicker than `named_parameters()`."""
+    owner, _, last = name.rpartition(".")
+    owner = module.get_submodule(owner)
+    return (owner._parameters if last in owner._parameters else owner._buffers), last
+
+
+_functions: WeakKeyDictionary[MetaLearner, dict[tuple, Compiled | None]] = WeakKeyDictionary()
