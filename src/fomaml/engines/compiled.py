@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from fomaml.engines import fusion, kernels
 from fomaml.engines.common import Found
 from fomaml.errors import InputError
 from fomaml.learner import MetaLearner
@@ -77,7 +78,11 @@ class Compiled:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             with torch.enable_grad():
                 graph = make_fx(flat)(*arguments)
-            self._run = torch._inductor.compile(graph, arguments)
+            if tasks.support.inputs.device.type == "cpu" and fusion.convolutional(graph.graph):
+                kernels.library()
+                self._run = fusion.rewrite(graph)
+            else:
+                self._run = torch._inductor.compile(graph, arguments)
             self._run(*arguments)
 
     def __call__(self, tasks: Task) -> Found:

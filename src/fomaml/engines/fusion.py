@@ -1,0 +1,171 @@
+"""Rewrites a traced meta-gradient for a CPU: channels-last convolutions, and kernels of our own between them.
+
+In the plain loop on a Conv4 half of the time goes to what stands between the convolutions, and most of that to
+memory. So batch norm, ReLU and max-pool become one kernel forward and one backward.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import NamedTuple
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from fomaml.engines.kernels import NAMES, norm_relu_pool, norm_relu_pool_backward
+
+aten = torch.ops.aten
+SAME = (aten.alias.default, aten.detach.default)
+
+
+def convolutional(graph: Graph) -> bool:
+    """Whether there are convolutions of images in a traced function."""
+    return any(node.target is aten.convolution.default and node.meta["val"].dim() == 4 for node in graph.nodes)
+
+
+def rewrite(module: GraphModule) -> GraphModule:
+    """The same function with its images channels-last and its blocks fused; in place."""
+    graph = module.graph
+    for node in list(graph.nodes):
+        if node.target in SAME:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+    for node in graph.nodes:
+        block = _block(node)
+        if block is not None:
+            _fuse(graph, block)
+    _channels_last(graph)
+    for node in graph.nodes:
+        if node.target is aten.view.default:
+            node.target = aten.reshape.default  # another order of the pixels may not have that view
+    graph.eliminate_dead_code()
+    graph.lint()
+    module.recompile()
+    return module
+
+
+class _Block(NamedTuple):
+    """The nodes of batch norm, ReLU and max-pool, and the last nodes of their derivatives, if there are any."""
+
+    norm: Node
+    relu: Node
+    pool: Node | None
+    slope: Node | None
+    backward: Node | None
+
+
+def _block(norm: Node) -> _Block | None:
+    """The block that begins with this batch norm, if nothing else looks inside it."""
+    if norm.target is not aten.native_batch_norm.default or norm.meta["val"][0].dim() != 4:
+        return None
+    inputs, _, _, mean, variance, training, _, _ = norm.args
+    statistics = [s for s in (mean, variance) if s is not None]
+    if not training or norm.meta["val"][0].dtype not in NAMES or not all(map(_only_moved, statistics)):
+        return None
+    parts = _parts(norm)
+    [relu, *others] = list(parts[0].users) if 0 in parts else [None, None]
+    if others or relu.target is not aten.relu.default:
+        return None
+    pools = [u for u in relu.users if u.target is aten.max_pool2d_with_indices.default]
+    passes = [u for u in relu.users if u.target is aten.threshold_backward.default and u.args[1] is relu]
+    if len(passes) > 1 or (passes and passes[0].args[2] != 0):
+        return None
+    backward = slope = None
+    if passes:
+        backward = _only_user(passes[0])
+        if not _is_backward(backward, passes[0], inputs, parts):
+            return None
+        slope = passes[0].args[0]
+    elif any(i in parts and parts[i].users for i in (1, 2)):
+        return None
+    pool = pools[0] if len(pools) == 1 and _halves(pools[0]) else None
+    if pool is not None:
+        spread = [u for u in relu.users if u.target is aten.max_pool2d_with_indices_backward.default]
+        inside = {pool, *passes, *spread}
+        if set(relu.users) != inside or [slope] != (spread or [None]) or _indices_used(pool, spread):
+            pool = None
+        elif spread and set(spread[0].users) != set(passes):
+            pool = None
+        elif spread:
+            slope = spread[0].args[0]
+    return _Block(norm, relu, pool, slope, backward)
+
+
+def _fuse(graph: Graph, block: _Block) -> None:
+    norm, relu, pool, slope, backward = block
+    inputs, gamma, beta, *_, eps = norm.args
+    with graph.inserting_after(norm):
+        fused = graph.call_function(norm_relu_pool, (inputs, gamma, beta, eps, pool is not None))
+    with graph.inserting_after(fused):
+        outputs, *kept = [graph.call_function(operator.getitem, (fused, i)) for i in range(5)]
+    last = relu if pool is None else _parts(pool)[0]
+    outputs.meta["val"] = last.meta["val"]
+    if backward is not None:
+        with graph.inserting_before(backward):
+            arguments = (slope, outputs, *kept, gamma, pool is not None)
+            derivatives = graph.call_function(norm_relu_pool_backward, arguments)
+        backward.replace_all_uses_with(derivatives)
+    last.replace_all_uses_with(outputs, delete_user_cb=lambda user: user is not fused)
+
+
+def _channels_last(graph: Graph) -> None:
+    """Reorder once what goes into convolutions from outside; all others keep the order of their inputs."""
+    nodes = [node for node in graph.nodes if node.target is aten.convolution.default]
+    done: dict[Node, Node] = {}
+    for node in nodes:
+        for argument in node.args[:2]:
+            if argument in done or argument.meta["val"].dim() != 4 or _computed(argument):
+                continue
+            with graph.inserting_after(argument):
+                # a copy: with one channel `contiguous` leaves strides that convolutions take for the other order
+                done[argument] = ordered = graph.call_function(
+                    aten._to_copy.default, (argument,), {"memory_format": torch.channels_last}
+                )
+                ordered.meta["val"] = argument.meta["val"]
+    for argument, ordered in done.items():
+        argument.replace_all_uses_with(ordered, delete_user_cb=lambda user, ordered=ordered: user is not ordered)
+
+
+def _computed(node: Node) -> bool:
+    """Whether a node is more than a view of an argument."""
+    while node.op == "call_function" and node.target is aten.select.int:
+        node = node.args[0]
+    return node.op != "placeholder"
+
+
+def _parts(node: Node) -> dict[int, Node]:
+    return {user.args[1]: user for user in node.users if user.target is operator.getitem}
+
+
+def _only_user(node: Node) -> Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _is_backward(node: Node | None, slope: Node, inputs: Node, parts: dict[int, Node]) -> bool:
+    """Whether this is the derivative of the batch norm with these inputs, and the only reader of its statistics."""
+    if node is None or node.target is not aten.native_batch_norm_backward.default:
+        return False
+    readers = {user for i in (1, 2) if i in parts for user in parts[i].users}
+    return node.args[0] is slope and node.args[1] is inputs and node.args[7] and readers == {node}
+
+
+def _halves(pool: Node) -> bool:
+    """Whether a max-pool is of 2×2 windows that touch."""
+    _, kernel, stride, padding, dilation, ceil = (*pool.args, *([], [0, 0], [1, 1], False)[len(pool.args) - 2 :])
+    stride = stride or kernel
+    return [*kernel] == [*stride] == [2, 2] and not any(padding) and all(d == 1 for d in dilation) and not ceil
+
+
+def _indices_used(pool: Node, spread: list[Node]) -> bool:
+    indices = _parts(pool).get(1)
+    return indices is not None and set(indices.users) != set(spread)
+
+
+def _only_moved(statistics: Node) -> bool:
+    """Whether running statistics are nothing but moved by batch norms that do not read them."""
+    return all(
+        user.target in (aten.native_batch_norm.default, aten.native_batch_norm_backward.default)
+        and user.args[5 if user.target is aten.native_batch_norm.default else 7]
+        for user in statistics.users
+    )
