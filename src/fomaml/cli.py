@@ -100,8 +100,8 @@ def _presets(config: PresetsConfig) -> None:
     if config.json:
         print(json.dumps({name: preset._asdict() for name, preset in PRESETS.items()}, indent=2))
         return
-    lines = [["preset", "aims at", "source", "what it is"]]
-    lines += [[name, p.aim, p.source, p.summary] for name, p in PRESETS.items()]
+    lines = [["preset", "aims at, %", "batch norm", "source", "what it is"]]
+    lines += [[name, p.aim, p.statistics, p.source, p.summary] for name, p in PRESETS.items()]
     print(align(lines, left=True))
     print("\nfomaml train --preset NAME --data-root FOLDER; --json tells every setting")
 

@@ -28,12 +28,15 @@ from typing import NamedTuple
 
 
 class Preset(NamedTuple):
-    """settings: options by name. aim: the published accuracy in %. source: of the figure. summary: one line."""
+    """settings: options by name. aim: the published accuracy in %. source: of the figure. summary: one line.
+    statistics: of batch norm behind the figure, transductive or inductive.
+    """
 
     settings: dict
     aim: str
     source: str
     summary: str
+    statistics: str = "transductive"
 
 
 ORIGINAL = {
@@ -120,7 +123,8 @@ def _published() -> dict[str, Preset]:
                 settings |= ORIGINAL | BY_WAYS[ways] | {"algorithm": algorithm}
                 settings |= {"query_shots": shots, "test_query_shots": shots}
             name = f"{algorithm}-omniglot-{ways}w{shots}s"
-            found[name] = Preset(settings, aim, source, f"{title}, {ways}-way {shots}-shot")
+            statistics = "inductive" if algorithm == "reptile" else "transductive"
+            found[name] = Preset(settings, aim, source, f"{title}, {ways}-way {shots}-shot", statistics)
     return found
 
 
