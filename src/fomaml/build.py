@@ -210,7 +210,7 @@ def inner_lr(config: TrainConfig) -> float:
     return config.inner_lr * (config.ways if config.inner_loss == "summed" else 1)
 
 
-def testing(config: TrainConfig, learner: MetaLearner) -> MetaLearner:
+def for_test(config: TrainConfig, learner: MetaLearner) -> MetaLearner:
     """The same learner with the mini-batches of the test; it shares all parameters with `learner`."""
     if config.test_inner_batch_size == learner.inner_batch_size:
         return learner

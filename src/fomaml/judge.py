@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fomaml.build import NAMES, Data, build_model, head_name, open_data, testing
+from fomaml.build import NAMES, Data, build_model, for_test, head_name, open_data
 from fomaml.config import TrainConfig
 from fomaml.data.source import ClassSource
 from fomaml.errors import InputError
@@ -20,7 +20,7 @@ def judge(config: TrainConfig, learner: MetaLearner, data: Data, say=lambda line
     say(f"evaluating on {config.test_tasks} unseen tasks")
     tasks = config.test_tasks
     name = NAMES[config.algorithm]
-    found = evaluate(testing(config, learner), data.test, tasks=tasks, at_steps=config.test_steps)
+    found = evaluate(for_test(config, learner), data.test, tasks=tasks, at_steps=config.test_steps)
     rows = [_row(f"{name}, {_steps(steps)}", found[steps], steps=steps) for steps in found]
     headline = found[config.test_steps[-1]]
     differences = []
@@ -127,7 +127,7 @@ def evaluate_run(
 
     def run(inductive: bool) -> dict[int, Tensor]:
         return evaluate(
-            testing(config, learner),
+            for_test(config, learner),
             data.test,
             tasks=config.test_tasks,
             at_steps=config.test_steps,

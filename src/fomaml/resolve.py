@@ -141,6 +141,11 @@ def _check_algorithm(config: TrainConfig) -> None:
     if config.learn_rates != "none":
         refuse("--learn-rates", ("meta-sgd",), "it learns them anyway, elementwise")
         refuse("--learn-rates", ("reptile", "imaml"), "its meta-gradient does not reach the step sizes")
+        if config.learn_rates == "elementwise" and config.train_ways != config.ways:
+            raise InputError(
+                f"--learn-rates elementwise learns a head of {config.train_ways} classes, of which {config.ways} "
+                "at test have no use: take per-step, or no --train-ways"
+            )
         if config.inner_optimizer == "adam":
             raise InputError("--learn-rates goes with --inner-optimizer sgd, got adam")
     if config.multi_step_iterations is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from fomaml.build import Data, testing
+from fomaml.build import Data, for_test
 from fomaml.config import TrainConfig
 from fomaml.errors import InputError
 from fomaml.evaluate import Estimate, estimate, evaluate
@@ -60,6 +60,6 @@ def validate(config: TrainConfig, learner: MetaLearner, data: Data) -> Estimate:
     """The accuracy on the validation tasks after the last of the test's numbers of steps."""
     steps = config.test_steps[-1]
     found = evaluate(
-        testing(config, learner), data.validation, tasks=config.validation_tasks, at_steps=[steps]
+        for_test(config, learner), data.validation, tasks=config.validation_tasks, at_steps=[steps]
     )
     return estimate(found[steps])
