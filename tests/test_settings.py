@@ -86,7 +86,7 @@ def test_every_preset_trains(name, root, tmp_path, capsys):
     assert result["preset"] == name
     for key in ("ways", "shots"):
         assert result["protocol"][key] == preset.settings[key]
-    assert result["protocol"]["query_shots"] == preset.settings["test_query_shots"]
+    assert result["protocol"]["query_shots"] == resolve(TrainConfig(preset=name)).test_query_shots
     said = capsys.readouterr().out
     assert ("each class turned at random" in said) == (preset.settings.get("test_augment") == "turns")
     assert result["weights"]["kept"] == "best by validation"
