@@ -121,6 +121,7 @@ def test_an_unknown_preset_lists_those_there_are():
         ({"algorithm": "meta-sgd", "learn_rates": "per-step"}, "the option --learn-rates does not go with"),
         ({"inner_optimizer": "adam", "learn_rates": "per-step"}, "--learn-rates goes with --inner-optimizer sgd"),
         ({"algorithm": "reptile", "multi_step_iterations": 5}, "the option --multi-step-iterations does not"),
+        ({"algorithm": "maml++", "compile": True}, "--compile does not take the multi-step loss"),
         ({"algorithm": "maml", "inner_optimizer": "adam"}, "the option --inner-optimizer adam does not go"),
         ({"algorithm": "sign-maml", "inner_momentum": 0.5}, "the option --inner-optimizer does not go with"),
         ({"algorithm": "anil", "adapt": "no-norm"}, "the option --adapt no-norm does not go with the algorithm"),

@@ -30,7 +30,7 @@ class CompareConfig(TrainConfig):
     preset: Annotated[str | None, tyro.conf.Suppress] = None
     resume: Annotated[Path | None, tyro.conf.Suppress] = None
     validate_every: Annotated[int | None, tyro.conf.Suppress] = 0
-    validation_tasks: Annotated[int, tyro.conf.Suppress] = 300
+    validation_tasks: Annotated[int | None, tyro.conf.Suppress] = None
     patience: Annotated[int | None, tyro.conf.Suppress] = None
     checkpoint_every: Annotated[int, tyro.conf.Suppress] = 500
     baselines: Annotated[bool, tyro.conf.Suppress] = False

@@ -155,8 +155,8 @@ class TrainConfig:
     validate_every: int | None = None
     """The outer steps between two validations, 0 for none; by default a tenth of the iterations where the source has
     validation classes. The run's weights are then the best ones, last.safetensors holds the last."""
-    validation_tasks: int = 300
-    """The number of validation tasks, the same each time."""
+    validation_tasks: int | None = None
+    """The number of validation tasks, the same each time (200 by default)."""
     patience: int | None = None
     """Stop after so many validations without a better one; by default never."""
     checkpoint_every: int = 500

@@ -54,6 +54,7 @@ ORIGINAL = {
     "meta_lr": 1e-3,
     "schedule": "constant",
     "iterations": 60_000,
+    "validation_tasks": 300,
     "test_steps": (0, 1, 5, 10),
 }
 # Finn et al. 2017, appendix A.1.
@@ -82,6 +83,7 @@ REPTILE = {
     "meta_lr": 1.0,
     "schedule": "linear",
     "meta_batch_size": 5,
+    "validation_tasks": 300,
     "test_steps": (0, 5, 50),
 }
 REPTILE_BY_WAYS = {

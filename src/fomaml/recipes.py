@@ -56,6 +56,7 @@ PLAIN = {
     "inner_momentum": 0.0,
     "learn_rates": "none",
     "weight_decay": 0.0,
+    "validation_tasks": 200,
     "test_steps": (0, 1, 5, 10, 20),
     "autocast": "none",
 }
