@@ -303,6 +303,21 @@ def test_a_finished_run_cannot_be_resumed_or_trained_over(root, tmp_path):
     assert {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()} == before
 
 
+def test_no_second_process_trains_in_a_run_directory(root, tmp_path):
+    config = settings(root, iterations=2)
+
+    def intrude(record, seconds):
+        with pytest.raises(InputError) as error:
+            quiet(config, tmp_path / "a", resume=True)
+        assert (
+            str(error.value) == f"another process trains in {tmp_path / 'a'}; wait for it, or stop it first"
+        )
+
+    quiet(config, tmp_path / "a", watch=intrude)
+    quiet(config, tmp_path / "b")
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
 # --- no validation classes ------------------------------------------------------------------------
 
 

@@ -151,7 +151,9 @@ def _check_algorithm(config: TrainConfig) -> None:
     if config.multi_step_iterations is not None:
         refuse("--multi-step-iterations", ("reptile", "imaml"), "it has no query loss at each step")
         if config.compile:
-            raise InputError("--compile does not take the multi-step loss, whose weights change at every iteration")
+            raise InputError(
+                "--compile does not take the multi-step loss, whose weights change at every iteration"
+            )
     if config.inner_optimizer == "adam" or config.inner_momentum:
         refuse("--inner-optimizer", ("sign-maml",), "its steps go along the sign of the gradient")
     if config.inner_optimizer == "adam":

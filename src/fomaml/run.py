@@ -57,57 +57,80 @@ def train_run(
         InputError: bad data, device or settings, before anything is written; `out` holds a run, or, to
             resume, a finished one.
     """
-    if resume and (out / "result.json").exists():
-        raise InputError(f"the run in {out} is finished; see {out / 'result.txt'}")
     data = open_data(config)
     config = with_validation(with_image(config, data), data)
     learner = build_learner(config, build_model(config))
-    optimizer = build_optimizer(config, learner)
     check_width(learner, data.test)
+    if not resume:
+        claim(out)
+    with alone(out):
+        if resume and (out / "result.json").exists():
+            raise InputError(f"the run in {out} is finished; see {out / 'result.txt'}")
+        if not resume:
+            write_text(out / "config.json", to_json(config))
+        say(f"{data.name}: {data.origin}")
+        done, best, clock = _train(config, learner, data, out, say, watch)
+        weights = {"kept": "last", "iteration": done}
+        if config.validate_every:
+            save_weights(out / "last.safetensors", learner)
+            load_weights(out / "weights.safetensors", learner)
+            facts = {"iteration": best.iteration, "accuracy": best.accuracy, "interval": best.interval}
+            weights = {"kept": "best by validation", **facts, "validation_tasks": config.validation_tasks}
+        else:
+            save_weights(out / "weights.safetensors", learner)
+        result = judge(config, learner, data, say)
+        result |= {"iterations": done, "weights": weights, "preset": config.preset}
+        result |= {f"{name}_seconds": round(spent, 1) for name, spent in dataclasses.asdict(clock).items()}
+        result |= {"seed": config.seed, **circumstances()}
+        write_text(out / "result.txt", describe(result))
+        write_text(out / "result.json", json.dumps(result, indent=2) + "\n")
+        (out / "state.safetensors").unlink(missing_ok=True)
+    return result
+
+
+def _train(
+    config: TrainConfig, learner: MetaLearner, data: Data, out: Path, say, watch
+) -> tuple[int, Best, Clock]:
+    """Train from the last checkpoint on, if there is one; the last iteration, the best validation and the time spent.
+
+    At the end the learner has the last weights; out/weights.safetensors the best ones, if there is validation.
+    """
+    optimizer = build_optimizer(config, learner)
     engine, why = (
         choose(learner, data.train.batch(0, 1)) if config.engine == "auto" else (config.engine, "as asked")
     )
-    state, done, best, clock = out / "state.safetensors", 0, Best(), Clock()
-    if resume:
-        if state.exists():
-            done = load_state(state, learner, optimizer)
-            progress = load_progress(state)
-            best, clock = Best(**progress["best"]), Clock(**progress["clock"])
-        _keep_metrics(out / "metrics.jsonl", done)
-    else:
-        claim(out)
-        write_text(out / "config.json", to_json(config))
-    say(f"{data.name}: {data.origin}")
     say(f"engine: {engine} ({why})")
     say(_validation(config, data))
-    if resume:
+    state, done, best, clock = out / "state.safetensors", 0, Best(), Clock()
+    if state.exists():
+        done = load_state(state, learner, optimizer)
+        progress = load_progress(state)
+        best, clock = Best(**progress.get("best", {})), Clock(**progress.get("clock", {}))
+    if (out / "metrics.jsonl").exists():
+        _keep_metrics(out / "metrics.jsonl", done)
         say(f"resuming after iteration {done} of {config.iterations}")
-
-    def stopped() -> bool:
-        return config.patience is not None and best.waited >= config.patience
-
+    steps = train(
+        learner,
+        data.train,
+        optimizer,
+        iterations=config.iterations,
+        meta_batch_size=config.meta_batch_size,
+        start=done,
+        schedule=build_schedule(config),
+        measure_every=max(1, config.iterations // 100),
+        clip=config.clip,
+        engine=engine,
+        tasks_at_once=config.tasks_at_once,
+        compile=config.compile,
+        autocast=None if config.autocast == "none" else getattr(torch, config.autocast),
+    )
     with open(out / "metrics.jsonl", "a", encoding="utf-8") as metrics:
 
         def keep(iteration: int, **facts) -> None:
             metrics.write(json.dumps({"iteration": iteration, **facts, "seconds": clock.training}) + "\n")
             metrics.flush()
 
-        steps = train(
-            learner,
-            data.train,
-            optimizer,
-            iterations=config.iterations,
-            meta_batch_size=config.meta_batch_size,
-            start=done,
-            schedule=build_schedule(config),
-            measure_every=max(1, config.iterations // 100),
-            clip=config.clip,
-            engine=engine,
-            tasks_at_once=config.tasks_at_once,
-            compile=config.compile,
-            autocast=None if config.autocast == "none" else getattr(torch, config.autocast),
-        )
-        while not stopped():
+        while config.patience is None or best.waited < config.patience:
             with clock.counting("training"):
                 record = next(steps, None)
                 if record is not None and record.after is not None:  # .item() waits for the device
@@ -131,22 +154,35 @@ def train_run(
             if due or done % config.checkpoint_every == 0 or done == config.iterations:
                 progress = {"best": dataclasses.asdict(best), "clock": dataclasses.asdict(clock)}
                 save_state(state, learner, optimizer, done, progress)
-    weights = {"kept": "last", "iteration": done}
-    if config.validate_every:
-        save_weights(out / "last.safetensors", learner)
-        load_weights(out / "weights.safetensors", learner)
-        facts = {"iteration": best.iteration, "accuracy": best.accuracy, "interval": best.interval}
-        weights = {"kept": "best by validation", **facts, "validation_tasks": config.validation_tasks}
-    else:
-        save_weights(out / "weights.safetensors", learner)
-    result = judge(config, learner, data, say)
-    result |= {"iterations": done, "weights": weights, "preset": config.preset}
-    result |= {f"{name}_seconds": round(spent, 1) for name, spent in dataclasses.asdict(clock).items()}
-    result |= {"seed": config.seed, **circumstances()}
-    write_text(out / "result.txt", describe(result))
-    write_text(out / "result.json", json.dumps(result, indent=2) + "\n")
-    state.unlink(missing_ok=True)
-    return result
+    return done, best, clock
+
+
+@contextlib.contextmanager
+def alone(out: Path):
+    """Holds a run directory, so that no second process trains in it; let go when this process ends, however it does.
+
+    Raises:
+        InputError: another process holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    try:
+        handle = os.open(out, os.O_RDONLY)
+    except OSError as error:
+        raise InputError(f"cannot open the run directory {out}: {error.strerror}") from None
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another process trains in {out}; wait for it, or stop it first") from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(handle)
 
 
 @dataclasses.dataclass
