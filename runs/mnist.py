@@ -13,9 +13,10 @@ import tyro
 
 from fomaml.checkpoint import write_text
 from fomaml.cli import watching
-from fomaml.config import QUESTIONS, TrainConfig, resolve
+from fomaml.config import QUESTIONS, TrainConfig
 from fomaml.errors import InputError
 from fomaml.report import duration, table, verdict
+from fomaml.resolve import resolve
 from fomaml.run import circumstances, claim, train_run
 
 

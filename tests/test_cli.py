@@ -227,10 +227,14 @@ def test_a_folder_of_ones_own_images(tmp_path, capsys):
         "2",
         "--ways",
         "2",
+        "--validation-tasks",
+        "3",
     ]
     options = ["--rgb", "--no-baselines", "--out", str(out), *quick]
     main(["train", f"folder:{tmp_path / 'shapes'}", *options])
     assert json.loads((out / "config.json").read_text())["image"] == [3, 20, 24]
+    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in metrics if "validation" in line] == [1, 2]
     capsys.readouterr()
     main(["evaluate", str(out), "--json"])
     assert json.loads(capsys.readouterr().out)["protocol"]["data"] == "shapes"

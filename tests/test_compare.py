@@ -10,9 +10,11 @@ import torch
 from fomaml import compare
 from fomaml.build import NAMES, PRESETS, build_learner, build_model, build_optimizer, head_name, open_data
 from fomaml.cli import main
+from fomaml.commands import CompareConfig, expand
 from fomaml.compare import describe, first_order_cosine, gradient_evaluations, isolated, run_one
-from fomaml.config import ALGORITHMS, CLASSIFIERS, CompareConfig, TrainConfig, expand, resolve
+from fomaml.config import ALGORITHMS, CLASSIFIERS, TrainConfig
 from fomaml.errors import InputError
+from fomaml.resolve import resolve
 from fomaml.tasks import Examples, Task, one
 from fomaml.train import train
 

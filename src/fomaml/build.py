@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import math
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fomaml import algorithms
+from fomaml import adapt, algorithms
 from fomaml.config import TrainConfig
 from fomaml.data.augment import rotated, warped
 from fomaml.data.folder import load_folder
@@ -23,7 +24,9 @@ from fomaml.data.synthetic import Sinusoids
 from fomaml.episodes import Episodes, RegressionEpisodes
 from fomaml.errors import InputError
 from fomaml.learner import MetaLearner
-from fomaml.models import MLP, Conv4, Conv4Strided, WithContext
+from fomaml.models import MLP, BatchNorm, Conv4, Conv4Strided, Conv4StridedFlat, WithContext
+from fomaml.objectives import MultiStepLoss
+from fomaml.train import cosine, linear
 
 PRESETS = {
     "fomaml": algorithms.FOMAML,
@@ -56,7 +59,10 @@ def _mnist(root: Path | None, allow_download: bool) -> MNIST:
 
 
 class Data(NamedTuple):
-    """The episodes of a run: to train on, to tune baselines on (training classes too), and unseen ones."""
+    """The episodes of a run: to train on, to tune baselines on (training classes too), and unseen ones.
+
+    validation: episodes of validation classes; None where there are none, and `unvalidated` says why.
+    """
 
     train: Episodes | RegressionEpisodes
     tuning: Episodes | RegressionEpisodes
@@ -65,49 +71,85 @@ class Data(NamedTuple):
     classes: ClassSource | None
     name: str
     origin: str
+    validation: Episodes | None = None
+    unvalidated: str = "the source sinusoid has no validation classes"
 
 
 def open_data(config: TrainConfig, test_seed: int | None = None, allow_download: bool = True) -> Data:
     """Load the source and draw its episodes, on the run's device; training and test seeds never meet."""
     device = check_device(config.device)
-    seeds = [
-        3 * config.seed,
-        3 * config.seed + 1,
-        3 * (config.seed if test_seed is None else test_seed) + 2,
-    ]
+    other = config.seed if test_seed is None else test_seed
+    seeds = [3 * config.seed, 3 * config.seed + 1, 3 * other + 2]
     if config.source == "sinusoid":
-        counts = {"shots": config.shots, "query_shots": config.query_shots, "device": device}
-        episodes = [RegressionEpisodes(Sinusoids(), seed=seed, **counts) for seed in seeds]
+        counts = [
+            {"shots": config.train_shots, "query_shots": config.query_shots},
+            *2 * [{"shots": config.shots, "query_shots": config.test_query_shots}],
+        ]
+        episodes = [
+            RegressionEpisodes(Sinusoids(), **own, seed=seed, device=device)
+            for own, seed in zip(counts, seeds)
+        ]
         return Data(*episodes, None, None, "sinusoids", "y = A sin(x - p), A in [0.1, 5], p in [0, π]")
-    train_source, test_source, name, origin = _classes(config, allow_download)
-    train_source, test_source = train_source.to(device), test_source.to(device)
+    found = _classes(config, allow_download)
+    train_source, test_source = found.train.to(device), found.test.to(device)
     augment = {
         "none": lambda source: source,
         "rotations": rotated,
+        "turns": lambda source: source,
         "warps": lambda source: warped(source, 600),
     }
     many = augment[config.augment](train_source)
-    counts = {"ways": config.ways, "shots": config.shots, "query_shots": config.query_shots}
-    episodes = [
-        Episodes(source, seed=seed, **counts)
-        for source, seed in zip((many, train_source, test_source), seeds)
-    ]
-    return Data(*episodes, train_source, many, name, origin)
+    training = {"ways": config.train_ways, "shots": config.train_shots, "query_shots": config.query_shots}
+    testing = {
+        "ways": config.ways,
+        "shots": config.shots,
+        "query_shots": config.test_query_shots,
+        "turns": config.test_augment == "turns",
+    }
+    validation, unvalidated = None, f"{found.name} has no validation classes"
+    if found.validation is not None:
+        try:
+            validation = Episodes(found.validation.to(device), seed=3 * other + 1, **testing)
+        except InputError as error:
+            unvalidated = f"the validation classes do not suffice: {error}"
+    return Data(
+        Episodes(many, seed=seeds[0], turns=config.augment == "turns", **training),
+        Episodes(train_source, seed=seeds[1], **testing),
+        Episodes(test_source, seed=seeds[2], **testing),
+        train_source,
+        many,
+        found.name,
+        found.origin,
+        validation,
+        unvalidated,
+    )
 
 
-def _classes(config: TrainConfig, allow_download: bool) -> tuple[ClassSource, ClassSource, str, str]:
-    """The classes to train and to test on, and the name and origin of the data."""
+class _Classes(NamedTuple):
+    """The classes to train, to validate and to test on, and the name and origin of the data."""
+
+    train: ClassSource
+    validation: ClassSource | None
+    test: ClassSource
+    name: str
+    origin: str
+
+
+def _classes(config: TrainConfig, allow_download: bool) -> _Classes:
     kind, _, path = config.source.partition(":")
     if kind == "folder":
         folder = load_folder(path, size=config.image_size, colour="rgb" if config.rgb else "grey")
-        return folder.train, folder.test, Path(path).name, folder.origin
+        return _Classes(folder.train, folder.validation, folder.test, Path(path).name, folder.origin)
     if kind == "omniglot":
-        omniglot = load_omniglot(config.data_root, split=config.split, allow_download=allow_download)
-        return omniglot.train, omniglot.test, "Omniglot", f"{omniglot.origin}, split {omniglot.split}"
+        omniglot = load_omniglot(
+            config.data_root, split=config.split, resize=config.resize, allow_download=allow_download
+        )
+        return _Classes(*omniglot[:3], "Omniglot", f"{omniglot.origin}, split {omniglot.split}")
     mnist = _mnist(config.data_root, allow_download)
     if config.question == "new-digits":
-        return mnist.train.select(DIGITS[:5]), mnist.test.select(DIGITS[5:]), mnist.name, mnist.origin
-    return mnist.train, mnist.test, mnist.name, mnist.origin
+        train, test = mnist.train.select(DIGITS[:5]), mnist.test.select(DIGITS[5:])
+        return _Classes(train, None, test, mnist.name, mnist.origin)
+    return _Classes(mnist.train, None, mnist.test, mnist.name, mnist.origin)
 
 
 def with_image(config: TrainConfig, data: Data) -> TrainConfig:
@@ -128,9 +170,11 @@ def build_model(config: TrainConfig, seed: int | None = None) -> nn.Module:
         elif config.model == "mlp":
             model = _mlp(config, 100, math.prod(image), 256, outputs)
         elif config.model == "conv4":
-            model = Conv4(outputs, image=image)
+            model = Conv4(outputs, image=image, **_convolutions(config))
+        elif config.model == "conv4-strided-flat":
+            model = Conv4StridedFlat(outputs, image=image, **_convolutions(config))
         else:
-            model = Conv4Strided(outputs, in_channels=image[0])
+            model = Conv4Strided(outputs, in_channels=image[0], **_convolutions(config))
     if config.source != "sinusoid" and config.algorithm not in ("boil", "cavia"):  # their heads do not adapt
         zero_head(model)
     return model.to(check_device(config.device))
@@ -143,8 +187,36 @@ def build_learner(config: TrainConfig, model: nn.Module) -> MetaLearner:
     if config.algorithm in HEADS:
         choices["head"] = HEADS[config.algorithm].format(head_name(model))
     if config.algorithm == "maml++":
-        choices["multi_step_iterations"] = max(1, config.iterations // 10)
-    return PRESETS[config.algorithm](model, config.inner_lr, config.inner_steps, criterion, **choices)
+        choices["multi_step_iterations"] = config.multi_step_iterations or max(1, config.iterations // 10)
+    elif config.multi_step_iterations is not None:
+        choices["objective"] = MultiStepLoss(config.multi_step_iterations)
+    if config.adapt == "no-norm":
+        choices["adapted"] = _without_norms(model)
+    if config.learn_rates != "none":
+        choices["learn_rates"] = config.learn_rates
+    if config.inner_optimizer == "adam":
+        choices["optimizer"] = adapt.Adam(betas=(config.inner_momentum, 0.999))
+    elif config.inner_momentum:
+        choices["optimizer"] = adapt.SGD(momentum=config.inner_momentum)
+    if config.inner_batch_size is not None:
+        choices["inner_batch_size"] = config.inner_batch_size
+    return PRESETS[config.algorithm](model, inner_lr(config), config.inner_steps, criterion, **choices)
+
+
+def inner_lr(config: TrainConfig) -> float:
+    """The step size as this library takes it, whose losses are means. Where the loss is "summed", divided by the
+    shots and summed over the examples, its gradient is as many times larger as there are classes.
+    """
+    return config.inner_lr * (config.ways if config.inner_loss == "summed" else 1)
+
+
+def for_test(config: TrainConfig, learner: MetaLearner) -> MetaLearner:
+    """The same learner with the mini-batches of the test; it shares all parameters with `learner`."""
+    if config.test_inner_batch_size == learner.inner_batch_size:
+        return learner
+    found = copy.copy(learner)
+    found.inner_batch_size = config.test_inner_batch_size
+    return found
 
 
 def build_optimizer(config: TrainConfig, learner: MetaLearner) -> torch.optim.Optimizer:
@@ -154,12 +226,25 @@ def build_optimizer(config: TrainConfig, learner: MetaLearner) -> torch.optim.Op
     and at meta_lr itself the step sizes of the sinusoid's Meta-SGD grew until ten steps gave nan.
     """
     if config.algorithm == "reptile":
-        return torch.optim.SGD(learner.parameters(), lr=config.meta_lr)
+        return torch.optim.SGD(learner.parameters(), lr=config.meta_lr, weight_decay=config.weight_decay)
     parameters = learner.meta_parameters()
     rates = [parameter for name, parameter in parameters.items() if name.startswith("inner_lr.")]
     others = [parameter for name, parameter in parameters.items() if not name.startswith("inner_lr.")]
-    groups = [{"params": others}, {"params": rates, "lr": config.meta_lr * config.inner_lr}]
-    return torch.optim.Adam([group for group in groups if group["params"]], lr=config.meta_lr)
+    rates_lr = config.meta_lr * inner_lr(config) if config.rates_lr is None else config.rates_lr
+    groups = [
+        {"params": others, "weight_decay": config.weight_decay},
+        {"params": rates, "lr": rates_lr, "weight_decay": 0.0},  # a step size of 0 is no simpler than another
+    ]
+    groups = [group for group in groups if group["params"]]
+    if config.weight_decay:
+        return torch.optim.AdamW(groups, lr=config.meta_lr)
+    return torch.optim.Adam(groups, lr=config.meta_lr)
+
+
+def build_schedule(config: TrainConfig):
+    """Iteration → factor of the meta_lr; None if it is constant."""
+    schedules = {"constant": lambda iterations: None, "cosine": cosine, "linear": linear}
+    return schedules[config.schedule](config.iterations)
 
 
 def check_device(name: str) -> torch.device:
@@ -192,6 +277,22 @@ def zero_head(model: nn.Module) -> None:
 def head_name(model: nn.Module) -> str:
     """The name of the model's last `nn.Linear`."""
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
+
+
+def _convolutions(config: TrainConfig) -> dict:
+    """The arguments of the convolutional networks, those of their batch norms included."""
+    return {
+        "channels": config.channels,
+        "scale": config.norm_parameters == "scale-shift",
+        "statistics": config.norm_statistics,
+        "steps": config.inner_steps if config.norm_statistics == "per-step" else None,
+    }
+
+
+def _without_norms(model: nn.Module) -> list[str]:
+    """The names of all parameters but those of batch norms."""
+    norms = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BatchNorm))
+    return [name for name, _ in model.named_parameters() if not name.startswith(norms)]
 
 
 def _mlp(config: TrainConfig, context: int, *sizes: int) -> nn.Module:

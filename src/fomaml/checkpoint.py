@@ -64,9 +64,17 @@ def load_weights(path: Path, module: nn.Module) -> nn.Module:
     return module
 
 
-def save_state(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, iteration: int) -> None:
+def save_state(
+    path: Path,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    iteration: int,
+    progress: Mapping | None = None,
+) -> None:
     """Write all that a run needs to go on: parameters, buffers, the optimiser's state, the iteration, and the
     state of torch's random numbers on the CPU, which dropout draws from.
+
+    progress: further JSON-able facts, for `load_progress`.
     """
     state = optimizer.state_dict()
     tensors = {f"module/{name}": t for name, t in module.state_dict().items()}
@@ -78,7 +86,12 @@ def save_state(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, 
                 tensors[f"optimizer/{index}/{key}"] = value
             else:
                 numbers.setdefault(str(index), {})[key] = value
-    facts = {"iteration": iteration, "groups": state["param_groups"], "numbers": numbers}
+    facts = {
+        "iteration": iteration,
+        "groups": state["param_groups"],
+        "numbers": numbers,
+        "progress": dict(progress or {}),
+    }
     save_tensors(path, tensors, facts)
 
 
@@ -106,6 +119,15 @@ def load_state(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer) 
     except (RuntimeError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{path} is no state of this run: {reason}") from None
+
+
+def load_progress(path: Path) -> dict:
+    """The further facts of a file of `save_state`.
+
+    Raises:
+        InputError: the file is not there, or damaged.
+    """
+    return load_tensors(path)[1].get("progress", {})
 
 
 class _renamed:

@@ -1,4 +1,4 @@
-"""The command line: `fomaml train | evaluate | compare | check`. It prints; everything else returns or raises."""
+"""The command line: `fomaml train | evaluate | presets | compare | check`. It prints; all else returns or raises."""
 
 from __future__ import annotations
 
@@ -14,23 +14,17 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fomaml.config import (
-    STATISTICS,
-    CheckConfig,
-    CompareConfig,
-    EvaluateConfig,
-    TrainConfig,
-    check_steps,
-    expand,
-    known,
-    resolve,
-)
+from fomaml.commands import CheckConfig, CompareConfig, EvaluateConfig, PresetsConfig, expand
+from fomaml.config import PARTS, STATISTICS, TEST_AUGMENTATIONS, TrainConfig, check_steps, known
 from fomaml.errors import InputError, positive
-from fomaml.report import duration
+from fomaml.presets import PRESETS
+from fomaml.report import align, duration
+from fomaml.resolve import resolve
 
 Command = (
     Annotated[TrainConfig, tyro.conf.subcommand("train")]
     | Annotated[EvaluateConfig, tyro.conf.subcommand("evaluate")]
+    | Annotated[PresetsConfig, tyro.conf.subcommand("presets")]
     | Annotated[CompareConfig, tyro.conf.subcommand("compare")]
     | Annotated[CheckConfig, tyro.conf.subcommand("check")]
 )
@@ -45,6 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
         commands = {
             TrainConfig: _train,
             EvaluateConfig: _evaluate,
+            PresetsConfig: _presets,
             CompareConfig: _compare,
             CheckConfig: _check,
         }
@@ -58,15 +53,14 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _train(config: TrainConfig) -> None:
-    from fomaml.run import describe, load_config, train_run
+    from fomaml.judge import describe
+    from fomaml.run import load_config, train_run
 
     out, resume = config.resume, config.resume is not None
     if resume:
         if config != TrainConfig(resume=config.resume):
             raise InputError("--resume takes the settings of the run; no other option goes with it")
         config = load_config(out)
-        if (out / "result.json").exists():
-            raise InputError(f"the run in {out} is finished; see {out / 'result.txt'}")
     else:
         config = resolve(config)
         out = config.out or default_out(config)
@@ -81,7 +75,13 @@ def _evaluate(config: EvaluateConfig) -> None:
     if config.steps is not None:
         check_steps(config.steps)
     known("statistics", config.statistics, STATISTICS)
-    from fomaml.run import describe, evaluate_run, load_run
+    known("part", config.part, PARTS)
+    if config.query_shots is not None:
+        positive("query_shots", config.query_shots, integer=True)
+    if config.test_augment is not None:
+        known("test augment", config.test_augment, TEST_AUGMENTATIONS)
+    from fomaml.judge import describe, evaluate_run
+    from fomaml.run import load_run
 
     run, learner = load_run(
         config.run,
@@ -89,9 +89,21 @@ def _evaluate(config: EvaluateConfig) -> None:
         device=config.device,
         test_tasks=config.tasks,
         test_steps=config.steps,
+        test_query_shots=config.query_shots,
+        test_augment=config.test_augment,
     )
-    result = evaluate_run(run, learner, config.statistics, config.seed)
+    result = evaluate_run(run, learner, config.statistics, config.seed, config.part)
     print(json.dumps(result, indent=2) if config.json else describe(result).rstrip())
+
+
+def _presets(config: PresetsConfig) -> None:
+    if config.json:
+        print(json.dumps({name: preset._asdict() for name, preset in PRESETS.items()}, indent=2))
+        return
+    lines = [["preset", "aims at, %", "batch norm", "source", "what it is"]]
+    lines += [[name, p.aim, p.statistics, p.source, p.summary] for name, p in PRESETS.items()]
+    print(align(lines, left=True))
+    print("\nfomaml train --preset NAME --data-root FOLDER; --json tells every setting")
 
 
 def _compare(config: CompareConfig) -> None:

@@ -23,14 +23,16 @@ from torch import nn
 from fomaml.algorithms import FOMAML, MAML
 from fomaml.build import NAMES, build_learner, build_model, build_optimizer, open_data, with_image
 from fomaml.checkpoint import load_weights, save_weights, write_text
-from fomaml.config import CompareConfig, TrainConfig, expand, to_json
+from fomaml.commands import CompareConfig, expand
+from fomaml.config import TrainConfig, to_json
 from fomaml.engines import choose, meta_gradient
 from fomaml.errors import InputError
 from fomaml.evaluate import estimate, evaluate
+from fomaml.judge import protocol
 from fomaml.learner import MetaLearner
 from fomaml.objectives import Implicit
 from fomaml.report import align, figure
-from fomaml.run import circumstances, claim, protocol
+from fomaml.run import circumstances, claim
 from fomaml.tasks import Task, one
 from fomaml.train import check_width, cosine, train
 

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fomaml.data.augment import turned
 from fomaml.data.source import ClassSource
 from fomaml.errors import InputError, positive
 from fomaml.tasks import Examples, Task, one
@@ -26,20 +27,40 @@ class Episodes:
     task are drawn without replacement and numbered 0 … ways - 1 in random order; support and query
     never share an example.
 
+    turns: each class of a task is turned as a whole by 0, 90, 180 or 270 degrees, drawn anew in each task
+        (as in the code of Finn et al. 2017, for training and test). The classes and examples drawn are
+        the same as without. `augment.rotated` is the other way: there, two turns of one class can meet in a task.
+
     Shapes of one task: support inputs (ways · shots, ...), query inputs (ways · query_shots, ...),
     targets int64. Examples are ordered by class. Tensors live where the source's inputs do.
 
     Raises:
         InputError: fewer classes than ways, or a class with fewer than shots + query_shots
-            examples (the message names it), or a number that is not positive.
+            examples (the message names it), or a number that is not positive, or turns of what is no
+            square image.
     """
 
-    def __init__(self, source: ClassSource, *, ways: int, shots: int, query_shots: int, seed: int = 0):
+    def __init__(
+        self,
+        source: ClassSource,
+        *,
+        ways: int,
+        shots: int,
+        query_shots: int,
+        seed: int = 0,
+        turns: bool = False,
+    ):
         self.source = source
         self.ways = positive("ways", ways, integer=True)
         self.shots = positive("shots", shots, integer=True)
         self.query_shots = positive("query_shots", query_shots, integer=True)
         self.seed = seed
+        self.turns = turns
+        shape = tuple(source.inputs.shape[1:])
+        if turns and (len(shape) != 3 or shape[1] != shape[2]):
+            raise InputError(
+                f"turns by 90 degrees need square images (channels, side, side), but the inputs have shape {shape}"
+            )
         if len(source) < ways:
             raise InputError(f"{ways} ways need {ways} classes, but there are {len(source)}")
         drawn = shots + query_shots
@@ -56,12 +77,11 @@ class Episodes:
     def batch(self, start: int, tasks: int) -> Task:
         """Tasks start … start + tasks - 1, with a leading axis (tasks, ...)."""
         drawn = self.shots + self.query_shots
-        randoms = np.empty((tasks, len(self.source) + 2 * self.ways * drawn))
+        parts = [len(self.source), self.ways * drawn, self.ways * drawn, self.ways if self.turns else 0]
+        randoms = np.empty((tasks, sum(parts)))
         for row in range(tasks):
             randoms[row] = generator(self.seed, start + row).random(randoms.shape[1])
-        for_classes, for_examples, for_order = np.split(
-            randoms, [len(self.source), len(self.source) + self.ways * drawn], axis=1
-        )
+        for_classes, for_examples, for_order, for_turns = np.split(randoms, np.cumsum(parts)[:-1], axis=1)
         classes = for_classes.argsort(axis=1)[:, : self.ways]  # (tasks, ways)
         rows = _distinct(
             self.source.counts.numpy()[classes],
@@ -71,11 +91,19 @@ class Episodes:
         rows = torch.from_numpy(rows + self.source.offsets.numpy()[classes][..., None])
         targets = torch.arange(self.ways).view(1, -1, 1).expand(rows.shape)
         split = [self.shots, self.query_shots]
-        return Task(*map(self._examples, rows.split(split, dim=2), targets.split(split, dim=2)))
+        quarters = torch.from_numpy((4 * for_turns).astype(np.int64)) if self.turns else None  # (tasks, ways)
+        return Task(
+            *(
+                self._examples(own, labels, quarters)
+                for own, labels in zip(rows.split(split, dim=2), targets.split(split, dim=2))
+            )
+        )
 
-    def _examples(self, rows: Tensor, targets: Tensor) -> Examples:
-        inputs = self.source.take(rows.flatten(1))
-        return Examples(inputs, targets.flatten(1).contiguous().to(inputs.device))
+    def _examples(self, rows: Tensor, targets: Tensor, quarters: Tensor | None) -> Examples:
+        inputs = self.source.take(rows)  # (tasks, ways, examples, ...)
+        if quarters is not None:
+            inputs = turned(inputs, quarters)
+        return Examples(inputs.flatten(1, 2), targets.flatten(1).contiguous().to(inputs.device))
 
 
 def _distinct(counts: np.ndarray, randoms: np.ndarray, order: np.ndarray) -> np.ndarray:

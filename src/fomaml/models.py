@@ -145,13 +145,13 @@ class MLP(nn.Sequential):
 
 
 class _Conv(nn.Sequential):
-    """One convolution, its batch norm, ReLU and, without a stride, a 2×2 max-pool."""
+    """One convolution, its batch norm, ReLU and, without a stride, a 2×2 max-pool; norm: of `BatchNorm`."""
 
-    def __init__(self, channels_in: int, channels: int, stride: int, scale: bool):
+    def __init__(self, channels_in: int, channels: int, stride: int, norm: dict):
         pool = [nn.MaxPool2d(2)] if stride == 1 else []
         super().__init__(
             nn.Conv2d(channels_in, channels, 3, stride=stride, padding=1),
-            BatchNorm(channels, scale=scale),
+            BatchNorm(channels, **norm),
             nn.ReLU(),
             *pool,
         )
@@ -161,16 +161,17 @@ class Conv4(nn.Module):
     """Four blocks of [3×3 convolution, batch norm, ReLU, 2×2 max-pool] and a linear head (Vinyals et al. 2016).
 
     Inputs (examples, channels, height, width), outputs (examples, outputs). With 28×28 images and 64
-    channels the head is 64 → outputs; with 84×84 and 32 channels, 800 → outputs.
+    channels the head is 64 → outputs; with 84×84 and 32 channels, 800 → outputs. norm: further arguments
+    of `BatchNorm`: scale, statistics, steps.
     """
 
-    def __init__(self, outputs: int, *, channels: int = 64, image: Sequence[int] = (1, 28, 28), scale=True):
+    def __init__(self, outputs: int, *, channels: int = 64, image: Sequence[int] = (1, 28, 28), **norm):
         super().__init__()
         in_channels, height, width = image
         if min(height, width) < 16:
             raise InputError(f"Conv4 halves its images four times: {height}x{width} is less than 16x16")
         widths = [in_channels] + [channels] * 4
-        self.body = nn.Sequential(*(_Conv(i, o, 1, scale) for i, o in itertools.pairwise(widths)))
+        self.body = nn.Sequential(*(_Conv(i, o, 1, norm) for i, o in itertools.pairwise(widths)))
         self.head = nn.Linear(channels * (height // 16) * (width // 16), outputs)
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -180,17 +181,34 @@ class Conv4(nn.Module):
 class Conv4Strided(nn.Module):
     """The Omniglot network of Finn et al. 2017, section 5.2: four stride-2 convolutions, mean over space, linear head.
 
-    Inputs (examples, channels, height, width), outputs (examples, outputs).
+    Inputs (examples, channels, height, width), outputs (examples, outputs). norm: further arguments of
+    `BatchNorm`: scale, statistics, steps.
     """
 
-    def __init__(self, outputs: int, *, channels: int = 64, in_channels: int = 1, scale=True):
+    def __init__(self, outputs: int, *, channels: int = 64, in_channels: int = 1, **norm):
         super().__init__()
         widths = [in_channels] + [channels] * 4
-        self.body = nn.Sequential(*(_Conv(i, o, 2, scale) for i, o in itertools.pairwise(widths)))
+        self.body = nn.Sequential(*(_Conv(i, o, 2, norm) for i, o in itertools.pairwise(widths)))
         self.head = nn.Linear(channels, outputs)
 
     def forward(self, inputs: Tensor) -> Tensor:
         return self.head(self.body(inputs).mean((2, 3)))
+
+
+class Conv4StridedFlat(nn.Module):
+    """The Omniglot network of Reptile's code (Nichol et al. 2018): as `Conv4Strided`, but all of the last map, 2×2
+    of 28×28 images, goes to the head. Arguments of `Conv4`.
+    """
+
+    def __init__(self, outputs: int, *, channels: int = 64, image: Sequence[int] = (1, 28, 28), **norm):
+        super().__init__()
+        in_channels, height, width = image
+        widths = [in_channels] + [channels] * 4
+        self.body = nn.Sequential(*(_Conv(i, o, 2, norm) for i, o in itertools.pairwise(widths)))
+        self.head = nn.Linear(channels * -(-height // 16) * -(-width // 16), outputs)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.head(self.body(inputs).flatten(1))
 
 
 class WithContext(nn.Module):

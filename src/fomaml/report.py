@@ -36,11 +36,12 @@ def _cell(result: dict, label: str, metric: str) -> str:
     return ""
 
 
-def align(lines: list[list[str]]) -> str:
-    """Cells as text in columns, the first line the heading."""
+def align(lines: list[list[str]], left: bool = False) -> str:
+    """Cells as text in columns, the first line the heading; all but the first column to the right, or not."""
     widths = [max(map(len, column)) for column in zip(*lines)]
+    flush = str.ljust if left else str.rjust
     text = [
-        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:]))])
+        "  ".join([line[0].ljust(widths[0]), *(flush(c, w) for c, w in zip(line[1:], widths[1:]))])
         for line in lines
     ]
     return "\n".join([text[0], "─" * len(text[0]), *text[1:]])

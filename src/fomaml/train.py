@@ -41,8 +41,11 @@ def train(
     start: int = 0,
     schedule: Callable[[int], float] | None = None,
     measure_every: int = 1,
+    clip: float | None = None,
     engine: str = "auto",
     tasks_at_once: int | None = None,
+    compile: bool = False,
+    autocast: torch.dtype | None = None,
 ) -> Iterator[Record]:
     """Meta-train `learner` in place on episodes start · meta_batch_size … (Finn et al. 2017, algorithm 1).
 
@@ -53,6 +56,8 @@ def train(
     optimizer: over the learner's parameters; its step sizes at this call are the meta_lr.
     schedule: iteration (from 0) → factor of the meta_lr.
     measure_every: on every so-many-th iteration, and the last, the record has `before` and `after`.
+    clip: the largest norm of the whole meta-gradient; a longer one is scaled down to it.
+    engine, tasks_at_once, compile, autocast: see `meta_gradient`.
 
     Raises:
         InputError: counts that are not positive, outputs narrower than the number of ways, or a
@@ -67,11 +72,15 @@ def train(
         tasks = episodes.batch(iteration * meta_batch_size, meta_batch_size)
         measured = (iteration + 1) % measure_every == 0 or iteration + 1 == iterations
         before = score_before(learner, tasks, engine, tasks_at_once) if measured else None
-        result = meta_gradient(learner, tasks, engine=engine, tasks_at_once=tasks_at_once)
+        result = meta_gradient(
+            learner, tasks, engine=engine, tasks_at_once=tasks_at_once, compile=compile, autocast=autocast
+        )
         for group in optimizer.param_groups if schedule is not None else ():
             # "initial_lr" as torch's schedulers keep it: saved with the optimiser, so a run resumes with it
             group["lr"] = group.setdefault("initial_lr", group["lr"]) * schedule(iteration)
         result.apply_to(learner)
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(learner.meta_parameters().values(), clip)
         optimizer.step()
         optimizer.zero_grad()
         learner.update_statistics(tasks)
@@ -90,6 +99,11 @@ def train(
 def cosine(iterations: int) -> Callable[[int], float]:
     """A schedule from 1 to 0 along half a cosine (Loshchilov & Hutter 2017, eq. 5, one period)."""
     return lambda iteration: 0.5 * (1 + math.cos(math.pi * iteration / iterations))
+
+
+def linear(iterations: int) -> Callable[[int], float]:
+    """A schedule from 1 to 0 along a line: Reptile's (Nichol et al. 2018, section 6.1)."""
+    return lambda iteration: 1 - iteration / iterations
 
 
 def scores(outputs: Tensor, targets: Tensor, losses: Tensor) -> Tensor:

@@ -17,6 +17,18 @@ def rotated(source: ClassSource) -> ClassSource:
     return source.joined(turns)
 
 
+def turned(inputs: Tensor, quarters: Tensor) -> Tensor:
+    """Each class of each task turned as a whole, by as many times 90 degrees as `quarters` says.
+
+    inputs: (tasks, ways, examples, channels, side, side). quarters: (tasks, ways), 0 … 3.
+    """
+    found = torch.empty_like(inputs)
+    for k in range(4):
+        chosen = (quarters == k).to(inputs.device)
+        found[chosen] = torch.rot90(inputs[chosen], k, dims=(-2, -1))
+    return found
+
+
 def warped(source: ClassSource, classes: int, *, examples: int = 200, seed: int = 0) -> ClassSource:
     """The rotated classes, filled up to `classes` with pseudo-characters.
 

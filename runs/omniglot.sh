@@ -1,0 +1,24 @@
+#!/bin/sh
+# One figure of docs/results.md: train, or go on with a run that was killed, then judge and keep its weights.
+# The omniglot_*.sh beside it call it: sh runs/omniglot.sh NAME [options of fomaml train]
+# Environment: OMNIGLOT, the folder of the archives (else the user's cache, or a download); OUT, where run directories
+# go (out); PYTHON (.venv/bin/python); OMP_NUM_THREADS (1).
+set -eu
+name=$1
+shift
+cd "$(dirname "$0")/.."
+python=${PYTHON:-.venv/bin/python}
+run=${OUT:-out}/$name
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+
+fomaml() {
+    "$python" -c "from fomaml.cli import main; main()" "$@"
+}
+
+if [ ! -f "$run/config.json" ]; then
+    fomaml train "$@" --no-baselines --out "$run" ${OMNIGLOT:+--data-root "$OMNIGLOT"}
+elif [ ! -f "$run/result.json" ]; then
+    fomaml train --resume "$run"
+fi
+"$python" runs/omniglot_keep.py "$run" --to "docs/results/$name" ${OMNIGLOT:+--data-root "$OMNIGLOT"}
+"$python" runs/omniglot_table.py

@@ -1,0 +1,74 @@
+"""Judge a finished Omniglot run by every protocol, and keep what is small of it for docs/results/."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from fomaml.checkpoint import write_text
+from fomaml.config import to_json
+from fomaml.errors import InputError
+from fomaml.judge import evaluate_run
+from fomaml.run import circumstances, load_config, load_run
+
+
+@dataclass(frozen=True)
+class Options:
+    """Evaluate a finished run with 1 and 15 query images per class and those of its own test, by the statistics it
+    was trained with and by those of the support set alone, and copy it without its data's path.
+    """
+
+    run: tyro.conf.Positional[Path]
+    """The run directory."""
+    to: Path
+    """The folder to write."""
+    tasks: int = 1000
+    """The number of test tasks."""
+    seed: int = 1
+    """The seed of the test tasks: others than those of the run's own result."""
+    data_root: Path | None = None
+    """The folder of Omniglot's archives; by default the run's."""
+
+
+FILES = ("weights.safetensors", "result.json", "result.txt", "metrics.jsonl")
+
+
+def main(options: Options) -> None:
+    if missing := [name for name in FILES if not (options.run / name).exists()]:
+        raise InputError(f"{options.run} has no {missing[0]}: is the run finished?")
+    config = load_config(options.run)
+    found = []
+    for query_shots in dict.fromkeys((config.test_query_shots, 1, 15)):
+        changed, learner = load_run(
+            options.run,
+            data_root=options.data_root,
+            test_tasks=options.tasks,
+            test_query_shots=query_shots,
+        )
+        result = evaluate_run(changed, learner, "both", options.seed)
+        for each in (result, result["inductive"]):
+            protocol = each["protocol"]
+            said = f"{100 * each['accuracy']:.2f} ± {100 * each['interval']:.2f} %"
+            print(f"{protocol['query_shots']} query, {protocol['batch_statistics']}: {said}", flush=True)
+        found.append(result)
+    options.to.mkdir(parents=True, exist_ok=True)
+    for name in FILES:
+        shutil.copyfile(options.run / name, options.to / name)
+    kept = dataclasses.replace(config, data_root=None, out=None)
+    write_text(options.to / "config.json", to_json(kept))
+    facts = {"seed": options.seed, **circumstances(), "evaluations": found}
+    write_text(options.to / "evaluations.json", json.dumps(facts, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Options))
+    except InputError as error:
+        print(f"fomaml: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

@@ -1,0 +1,85 @@
+"""The Omniglot table of docs/results.md, out of the folders that runs/omniglot_keep.py kept."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from fomaml.checkpoint import write_text
+from fomaml.errors import InputError
+from fomaml.presets import PRESETS
+from fomaml.report import duration
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+BEGIN, END = "<!-- omniglot: begin -->", "<!-- omniglot: end -->"
+HEADING = (
+    *("run", "published", "measured, published protocol", "the same, inductive", "15 query a class"),
+    *("15 query a class, inductive", "seed", "iterations", "wall time", "command"),
+)
+
+
+def main(docs: Path = DOCS) -> None:
+    """Rewrite what stands between the two marks of results.md."""
+    page = docs / "results.md"
+    text = page.read_text(encoding="utf-8")
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise InputError(f"{page} needs the marks {BEGIN} and {END} once each")
+    before, rest = text.split(BEGIN)
+    after = rest.split(END)[1]
+    write_text(page, f"{before}{BEGIN}\n{table(docs / 'results')}{END}{after}")
+
+
+def table(folder: Path) -> str:
+    """A row for each kept run; the runs of one number of ways and shots one after the other."""
+    kept = []
+    for path in sorted(folder.glob("*/evaluations.json")):
+        config, result, judged = (
+            json.loads((path.parent / f"{name}.json").read_text(encoding="utf-8"))
+            for name in ("config", "result", "evaluations")
+        )
+        kept.append((config["ways"], config["shots"], path.parent.name, config, result, judged))
+    lines = [f"| {' | '.join(HEADING)} |", "|" + "---|" * len(HEADING)]
+    for *_, name, config, result, judged in sorted(kept, key=lambda run: run[:3]):
+        lines.append(row(name, config, result, judged))
+    return "\n".join(lines) + "\n"
+
+
+def row(name: str, config: dict, result: dict, judged: dict) -> str:
+    """One row: published beside measured by the published protocol, then by others."""
+    preset = PRESETS.get(config["preset"] or "")
+    by_query = {found["protocol"]["query_shots"]: found for found in judged["evaluations"]}
+    own, many = by_query[config["test_query_shots"]], by_query[15]
+    if preset and preset.statistics == "inductive":
+        own = {**own["inductive"], "inductive": own["inductive"]}
+    weights = result["weights"]
+    iterations = f"{result['iterations']}"
+    if weights["kept"] != "last":
+        iterations += f", best at {weights['iteration']}"
+    spent = duration(result["training_seconds"] + result["validation_seconds"])
+    cores = result["machine"].rpartition(", ")[2]
+    cells = [
+        f"{config['ways']}-way {config['shots']}-shot, [{name}](results/{name})",
+        f"{preset.aim} ({preset.source})" if preset else "",
+        f"{figure(own)} {own['protocol']['batch_statistics']}, {own['tasks']} tasks",
+        figure(own["inductive"]),
+        f"{figure(many)} {many['protocol']['batch_statistics']}",
+        figure(many["inductive"]),
+        f"{config['seed']}, tasks {judged['seed']}",
+        iterations,
+        f"{spent}, {result['threads']} thread{'s' * (result['threads'] > 1)} of {cores}",
+        f"`sh runs/{name}.sh`",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def figure(result: dict) -> str:
+    return f"{100 * result['accuracy']:.2f} ± {100 * result['interval']:.2f}"
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        print(f"fomaml: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

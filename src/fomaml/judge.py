@@ -1,0 +1,199 @@
+"""What a trained learner is worth: evaluated beside baselines on the same unseen tasks, and told in words."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fomaml.build import NAMES, Data, build_model, for_test, head_name, open_data
+from fomaml.config import TrainConfig
+from fomaml.data.source import ClassSource
+from fomaml.errors import InputError
+from fomaml.evaluate import estimate, evaluate, fine_tune, nearest_centroid, pretrain
+from fomaml.learner import MetaLearner
+from fomaml.models import BatchNorm
+from fomaml.report import table, verdict
+
+
+def judge(config: TrainConfig, learner: MetaLearner, data: Data, say=lambda line: None) -> dict:
+    """Evaluate a trained learner, and the baselines, on the same unseen tasks."""
+    say(f"evaluating on {config.test_tasks} unseen tasks")
+    tasks = config.test_tasks
+    name = NAMES[config.algorithm]
+    found = evaluate(for_test(config, learner), data.test, tasks=tasks, at_steps=config.test_steps)
+    rows = [_row(f"{name}, {_steps(steps)}", found[steps], steps=steps) for steps in found]
+    headline = found[config.test_steps[-1]]
+    differences = []
+    for label, scores, facts in baselines(config, data, say) if config.baselines else ():
+        rows.append(_row(label, scores, **facts))
+        paired = estimate(headline - scores)
+        differences.append({"to": label, "mean": paired.mean, "interval": paired.interval})
+    return summary(config, learner, data, found, rows, differences)
+
+
+def summary(config, learner, data, found, rows=None, differences=(), inductive=False) -> dict:
+    """The result as JSON-able facts: the headline figure, the protocol, the rows and the paired differences."""
+    steps = max(found)
+    name = NAMES[config.algorithm]
+    headline = estimate(found[steps])
+    metric = "loss" if config.source == "sinusoid" else "accuracy"
+    facts = protocol(config, data, learner) | {"inner_steps": steps}
+    if inductive:
+        facts["batch_statistics"] = "inductive"
+    if rows is None:
+        rows = [_row(f"{name}, {_steps(k)}", scores, steps=k) for k, scores in found.items()]
+    return {
+        metric: headline.mean,
+        "interval": headline.interval,
+        "tasks": len(found[steps]),
+        "protocol": facts,
+        "name": name,
+        "steps": steps,
+        "metric": metric,
+        "rows": rows,
+        "differences": list(differences),
+    }
+
+
+def protocol(config: TrainConfig, data: Data, learner: MetaLearner) -> dict:
+    """What an accuracy is an accuracy of."""
+    return {
+        "data": data.name,
+        "question": config.question or config.split,
+        "ways": None if config.source == "sinusoid" else config.ways,
+        "shots": config.shots,
+        "query_shots": config.test_query_shots,
+        "test_augment": config.test_augment,
+        "model": config.model,
+        "batch_statistics": "transductive" if _is_transductive(learner) else "inductive",
+    }
+
+
+def baselines(config: TrainConfig, data: Data, say):
+    """(label, scores, facts) of each baseline on the test tasks, step size and count tuned on training classes."""
+    if config.source == "sinusoid":
+        return
+    counts = {"tasks": config.test_tasks, "tuning_tasks": min(config.test_tasks, 50)}
+    say("baseline: the same network from a random start")
+    tuned = fine_tune(lambda n: build_model(config, 1000 + n), data.tuning, data.test, **counts)
+    yield "random start, support set only", tuned.scores, _facts(tuned)
+    learned = {"pretrained classifier, fine-tuned": data.own_classes}
+    if config.augment != "none":
+        learned["pretrained on augmented, fine-tuned"] = data.classes
+    for label, classes in learned.items():
+        say(f"baseline: the same network pretrained as a classifier of {len(classes)} classes")
+        model = pretrained(config, classes)
+        tuned = fine_tune(model, data.tuning, data.test, **counts)
+        yield label, tuned.scores, _facts(tuned)
+    yield "nearest centroid of the pixels", nearest_centroid(data.test, tasks=config.test_tasks), {}
+
+
+def pretrained(config: TrainConfig, classes: ClassSource) -> nn.Module:
+    """The run's network as an ordinary classifier of these classes has learned it, with a head of zeros: the
+    classifier's own head means nothing under new labels.
+    """
+    model = build_model(config)
+    owner, _, last = head_name(model).rpartition(".")
+    owner = model.get_submodule(owner)
+    head = getattr(owner, last)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        setattr(owner, last, nn.Linear(head.in_features, len(classes)).to(head.weight))
+    pretrain(model, classes, seed=config.seed)
+    setattr(owner, last, head)
+    return model
+
+
+def evaluate_run(
+    config: TrainConfig,
+    learner: MetaLearner,
+    statistics: str = "own",
+    seed: int | None = None,
+    part: str = "test",
+) -> dict:
+    """Evaluate a loaded run on unseen tasks; statistics and part as in `EvaluateConfig`.
+
+    With "both" the result is that of the model's own statistics, the other one stands under "inductive", and
+    "warning" says so where the paired difference is larger than its interval.
+
+    Raises:
+        InputError: no data, or no validation classes in them.
+    """
+    data = open_data(config, test_seed=seed)
+    if part == "validation":
+        if data.validation is None:
+            raise InputError(f"{data.unvalidated}; take --part test")
+        data = data._replace(test=data.validation)
+
+    def run(inductive: bool) -> dict[int, Tensor]:
+        return evaluate(
+            for_test(config, learner),
+            data.test,
+            tasks=config.test_tasks,
+            at_steps=config.test_steps,
+            inductive=inductive,
+        )
+
+    found = run(statistics == "inductive")
+    result = summary(config, learner, data, found, inductive=statistics == "inductive")
+    result |= {"part": part, "seed": config.seed if seed is None else seed}
+    if statistics == "both":
+        other = run(True)
+        paired = estimate(found[result["steps"]] - other[result["steps"]])
+        result["inductive"] = summary(config, learner, data, other, inductive=True)
+        result["difference"] = paired._asdict()
+        if abs(paired.mean) > paired.interval:
+            result["warning"] = (
+                "query examples inform each other: with statistics of the support set alone the accuracy is "
+                f"{100 * paired.mean:.1f} ± {100 * paired.interval:.1f} points lower"
+            )
+    return result
+
+
+def describe(result: dict) -> str:
+    """The result as text: what was measured, the table, the verdict."""
+    protocol = result["protocol"]
+    ways = f"{protocol['ways']}-way " if protocol["ways"] else ""
+    heading = f"{ways}{protocol['shots']}-shot"
+    turns = ", each class turned at random" if protocol.get("test_augment") == "turns" else ""
+    queries = f"{protocol['query_shots']} query {'example' if protocol['query_shots'] == 1 else 'examples'}"
+    part = "validation" if result.get("part") == "validation" else "unseen"
+    lines = [
+        f"{', '.join(filter(None, (protocol['data'], protocol['question'])))}, {heading}, "
+        f"{result['tasks']} {part} tasks, {queries}{' per class' if ways else ''}{turns}, "
+        f"{protocol['batch_statistics']}",
+        "",
+        table([(heading, result)]),
+    ]
+    if result["differences"]:
+        lines += ["", verdict(result)]
+    if "inductive" in result:
+        lines += ["", describe(result["inductive"])]
+    if "warning" in result:
+        lines.append(f"warning: {result['warning']}")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _row(label: str, scores, **facts) -> dict:
+    found = estimate(scores)
+    return {"label": label, "mean": found.mean, "interval": found.interval, **facts}
+
+
+def _facts(tuned) -> dict:
+    return {"inner_lr": tuned.inner_lr, "steps": tuned.steps}
+
+
+def _steps(steps: int) -> str:
+    return {0: "before adaptation", 1: "after 1 step"}.get(steps, f"after {steps} steps")
+
+
+def _is_transductive(learner: MetaLearner) -> bool:
+    """Whether a layer normalises the query set by statistics of its own, so that its examples inform each other."""
+
+    def mixes(layer: nn.Module) -> bool:
+        if isinstance(layer, BatchNorm):
+            return layer.statistics == "batch"
+        native = isinstance(layer, nn.modules.batchnorm._BatchNorm)
+        return native and (layer.training or not layer.track_running_stats)
+
+    return any(map(mixes, learner.model.modules()))

@@ -1,0 +1,136 @@
+"""Published settings by name, for `fomaml train --preset NAME`. No torch: only what differs from paper to paper.
+
+A preset sets defaults: any option that is given beside it wins, and config.json records both the preset's name
+and every value. To add one, add an entry to PRESETS; its settings are names of options in config.py.
+
+Traps of the original MAML code (github.com/cbfinn/maml) that the settings below spell out:
+
+- norm_parameters "shift", adapt "no-norm": its batch norm has β but no γ; β is meta-learned and does not adapt.
+- norm_statistics "batch": its batch norm takes batch statistics always, at test too: the figures are transductive.
+- query_shots, test_query_shots: K query images per class, so one at 1-shot. With more of them, batch statistics
+  over the query set tell more, and the interval is smaller.
+- augment "turns", test_augment "turns": each class of a task is turned by a random multiple of 90 degrees, at
+  test too. Ports take "rotations" (Santoro et al. 2016), four classes of each, and mostly none at test.
+- inner_loss: the original divides the loss by the shots and *sums* it over the N·K examples, so that its printed
+  α acts as N times α on a mean: 0.4 as 2.0 at 5-way. inner_loss "summed" is that reading, "mean" takes α as
+  printed. The presets of MAML and FOMAML take "mean": measured with first order at 5-way 1-shot, "summed" is far
+  behind for the first thousands of iterations (docs/LOG.md); --inner-loss summed beside the preset is the other.
+- resize "nearest": it asks Pillow for Lanczos, but Pillow takes the nearest pixel of a 1-bit image.
+
+What no option spells out: the original starts its head from small random weights (here: zeros), its batch norm
+has ε = 1e-3 (here 1e-5), its "same" padding is uneven under strides, and which characters its shuffle left for
+test cannot be known (see data/omniglot.py).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Preset(NamedTuple):
+    """settings: options by name. aim: the published accuracy in %. source: of the figure. summary: one line.
+    statistics: of batch norm behind the figure, transductive or inductive.
+    """
+
+    settings: dict
+    aim: str
+    source: str
+    summary: str
+    statistics: str = "transductive"
+
+
+ORIGINAL = {
+    "source": "omniglot",
+    "split": "maml",
+    "resize": "nearest",
+    "augment": "turns",
+    "test_augment": "turns",
+    "model": "conv4-strided",
+    "channels": 64,
+    "norm_statistics": "batch",
+    "norm_parameters": "shift",
+    "adapt": "no-norm",
+    "inner_loss": "mean",
+    "meta_lr": 1e-3,
+    "schedule": "constant",
+    "iterations": 60_000,
+    "validation_tasks": 300,
+    "test_steps": (0, 1, 5, 10),
+}
+# Finn et al. 2017, appendix A.1.
+BY_WAYS = {
+    5: {"inner_lr": 0.4, "inner_steps": 1, "meta_batch_size": 32},
+    20: {"inner_lr": 0.1, "inner_steps": 5, "meta_batch_size": 16},
+}
+# Nichol et al. 2018, appendix A: "Reptile hyperparameters for the Omniglot comparison". Their published code has
+# further commands with other values. Its inner Adam keeps its second moments from task to task; here each task
+# starts afresh. Its test classifies one query image at a time beside the support set, without "transduction":
+# here that is `fomaml evaluate --statistics inductive`, the support set's statistics alone.
+REPTILE = {
+    "source": "omniglot",
+    "algorithm": "reptile",
+    "split": "maml",
+    "augment": "rotations",
+    "model": "conv4-strided-flat",
+    "channels": 64,
+    "norm_statistics": "batch",
+    "norm_parameters": "scale-shift",
+    "inner_optimizer": "adam",
+    "inner_momentum": 0.0,
+    "train_shots": 10,
+    "query_shots": 1,
+    "test_query_shots": 1,
+    "meta_lr": 1.0,
+    "schedule": "linear",
+    "meta_batch_size": 5,
+    "validation_tasks": 300,
+    "test_steps": (0, 5, 50),
+}
+REPTILE_BY_WAYS = {
+    5: {
+        "inner_lr": 1e-3,
+        "inner_steps": 5,
+        "inner_batch_size": 10,
+        "test_inner_batch_size": 5,
+        "iterations": 100_000,
+    },
+    20: {
+        "inner_lr": 5e-4,
+        "inner_steps": 10,
+        "inner_batch_size": 20,
+        "test_inner_batch_size": 10,
+        "iterations": 200_000,
+    },
+}
+TASKS = ((5, 1), (5, 5), (20, 1), (20, 5))
+AIMS = {
+    "fomaml": ("98.3 ± 0.5", "99.2 ± 0.2", "89.4 ± 0.5", "97.9 ± 0.1"),
+    "maml": ("98.7 ± 0.4", "99.9 ± 0.1", "95.8 ± 0.3", "98.9 ± 0.2"),
+    "reptile": ("95.39 ± 0.09", "98.90 ± 0.10", "88.14 ± 0.15", "96.65 ± 0.33"),
+}
+
+
+def _published() -> dict[str, Preset]:
+    found = {}
+    for algorithm, title, source in (
+        ("fomaml", "FOMAML as the Reptile paper measured it", "Nichol et al. 2018"),
+        ("maml", "MAML, second order", "Finn et al. 2017"),
+        ("reptile", "Reptile without transduction", "Nichol et al. 2018"),
+    ):
+        for (ways, shots), aim in zip(TASKS, AIMS[algorithm]):
+            settings = {"ways": ways, "shots": shots}
+            if algorithm == "reptile":
+                settings |= REPTILE | REPTILE_BY_WAYS[ways]
+            else:
+                settings |= ORIGINAL | BY_WAYS[ways] | {"algorithm": algorithm}
+                settings |= {"query_shots": shots, "test_query_shots": shots}
+            name = f"{algorithm}-omniglot-{ways}w{shots}s"
+            statistics = "inductive" if algorithm == "reptile" else "transductive"
+            found[name] = Preset(settings, aim, source, f"{title}, {ways}-way {shots}-shot", statistics)
+    return found
+
+
+# Found by experiment (docs/LOG.md): first order, to reach or pass what second order published.
+BEST: dict[str, Preset] = {}
+
+PRESETS: dict[str, Preset] = {**_published(), **BEST}

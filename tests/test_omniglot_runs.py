@@ -1,0 +1,187 @@
+"""The scripts behind the Omniglot figures, on a small Omniglot: keep, table, plot, and one command for each preset."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import characters
+from fomaml.cli import main
+from fomaml.errors import InputError
+from fomaml.presets import PRESETS
+from runs import omniglot_keep, omniglot_plot, omniglot_table
+
+RUNS = Path(omniglot_keep.__file__).parent
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return characters.write(tmp_path_factory.mktemp("omniglot"))
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    characters.shrink(monkeypatch)
+
+
+def trained(root, out, preset="fomaml-omniglot-5w1s", *options):
+    quick = ["--iterations", "2", "--meta-batch-size", "1", "--test-tasks", "2", "--validation-tasks", "2"]
+    steps = ["--channels", "4", "--test-steps", "0", "1", "--no-baselines", "--validate-every", "1"]
+    arguments = ["--preset", preset, "--data-root", root, "--out", out, *quick, *steps, *options]
+    main(["train", *map(str, arguments)])
+    return out
+
+
+def keep(run, to, **options):
+    omniglot_keep.main(omniglot_keep.Options(run, to, tasks=3, **options))
+    return to
+
+
+def test_a_kept_run_is_judged_by_every_protocol_and_works_from_a_fresh_clone(root, tmp_path, capsys):
+    run = trained(root, tmp_path / "run", "fomaml-omniglot-5w5s")
+    kept = keep(run, tmp_path / "docs" / "results" / "name", seed=4)
+    judged = json.loads((kept / "evaluations.json").read_text())
+    found = [each["protocol"] for each in judged["evaluations"]]
+    assert [each["query_shots"] for each in found] == [5, 1, 15]
+    assert {each["batch_statistics"] for each in found} == {"transductive"}
+    assert all(e["inductive"]["protocol"]["batch_statistics"] == "inductive" for e in judged["evaluations"])
+    for path in kept.iterdir():
+        assert str(tmp_path).encode() not in path.read_bytes(), path.name  # no path of this machine
+    assert sum(path.stat().st_size for path in kept.iterdir()) < 500_000
+    for path in run.iterdir():  # only what was kept is left
+        path.unlink()
+    capsys.readouterr()
+    options = ["--query-shots", "15", "--statistics", "both", "--tasks", "3", "--seed", "4", "--json"]
+    main(["evaluate", str(kept), "--data-root", str(root), *options])
+    again = json.loads(capsys.readouterr().out)
+    assert again == judged["evaluations"][2]
+
+
+def test_evaluation_takes_protocols_of_its_own(root, tmp_path, capsys):
+    run = trained(root, tmp_path / "run")
+    capsys.readouterr()
+    main(["evaluate", str(run), "--test-augment", "none", "--query-shots", "2", "--statistics", "inductive"])
+    said = capsys.readouterr().out
+    assert said.startswith(
+        "Omniglot, maml, 5-way 1-shot, 2 unseen tasks, 2 query examples per class, inductive\n"
+    )
+    main(["evaluate", str(run)])
+    text = "2 unseen tasks, 1 query example per class, each class turned at random, transductive\n"
+    assert text in capsys.readouterr().out
+
+
+def test_an_unfinished_run_is_not_kept(root, tmp_path):
+    run = trained(root, tmp_path / "run")
+    (run / "result.json").unlink()
+    with pytest.raises(InputError, match=r"has no result.json: is the run finished\?"):
+        keep(run, tmp_path / "to")
+    assert not (tmp_path / "to").exists()
+
+
+def test_the_table_sets_published_beside_measured(root, tmp_path):
+    docs = tmp_path / "docs"
+    for name in ("reptile-omniglot-5w1s", "fomaml-omniglot-5w1s"):
+        run = trained(root, tmp_path / name, name, "--seed", "3")
+        keep(run, docs / "results" / f"omniglot_{name}")
+    page = docs / "results.md"
+    page.write_text(f"before\n{omniglot_table.BEGIN}\nold\n{omniglot_table.END}\nafter\n")
+    omniglot_table.main(docs)
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(lines) == 4 and len({line.count("|") for line in lines}) == 1
+    for line, name in zip(lines[2:], ("fomaml-omniglot-5w1s", "reptile-omniglot-5w1s")):
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        folder = docs / "results" / f"omniglot_{name}"
+        own, many = json.loads((folder / "evaluations.json").read_text())["evaluations"]
+        published = own if name.startswith("fomaml") else own["inductive"]
+        assert cells[0] == f"5-way 1-shot, [omniglot_{name}](results/omniglot_{name})"
+        assert cells[1] == f"{PRESETS[name].aim} (Nichol et al. 2018)"
+        assert cells[2].startswith(f"{100 * published['accuracy']:.2f} ± {100 * published['interval']:.2f} ")
+        assert PRESETS[name].statistics in cells[2]
+        assert cells[4].startswith(f"{100 * many['accuracy']:.2f} ± ")
+        assert cells[6] == "3, tasks 1" and cells[7].startswith("2, best at ")
+        assert cells[9] == f"`sh runs/omniglot_{name}.sh`"
+    omniglot_table.main(docs)
+    assert page.read_text() == text
+    page.write_text("no marks")
+    with pytest.raises(InputError, match="needs the marks"):
+        omniglot_table.main(docs)
+
+
+def test_the_page_has_the_marks_of_the_table():
+    text = (omniglot_table.DOCS / "results.md").read_text(encoding="utf-8")
+    assert text.count(omniglot_table.BEGIN) == text.count(omniglot_table.END) == 1
+
+
+def test_the_plot_is_of_validations(root, tmp_path):
+    run = trained(root, tmp_path / "run")
+    points = omniglot_plot.curve(run)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert len(points) == 2
+    assert points == [
+        (r["seconds"], 100 * r["validation"], 100 * r["interval"]) for r in lines if "validation" in r
+    ]
+    pytest.importorskip("matplotlib")
+    image = tmp_path / "plot.png"
+    omniglot_plot.main(omniglot_plot.Options((f"{run}:FOMAML", str(run)), image, floor=0))
+    assert image.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_that_cannot_be_plotted_is_named(tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="No such file or directory, expected the metrics of a run"):
+        omniglot_plot.curve(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"iteration": 1, "seconds": 2.0}\n')
+    with pytest.raises(InputError, match="holds no validation; train with --validate-every N"):
+        omniglot_plot.curve(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text("{")
+    with pytest.raises(InputError, match="holds no metrics of a run"):
+        omniglot_plot.curve(tmp_path)
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    with pytest.raises(InputError, match='no matplotlib, which draws the plot; pip install "fomaml'):
+        omniglot_plot.main(omniglot_plot.Options((str(tmp_path),)))
+
+
+def test_every_preset_has_a_command_of_its_own():
+    for name in PRESETS:
+        algorithm, _, task = name.split("-")
+        path = RUNS / f"omniglot_{algorithm}_{task}.sh"
+        command = path.read_text().splitlines()[-1]
+        assert command == f'exec sh "$(dirname "$0")/omniglot.sh" {path.stem} --preset {name} --seed 0'
+
+
+CALLED = """#!/bin/sh
+echo "$@" >> "$CALLS"
+"""
+
+
+def test_the_shared_script_trains_then_goes_on_then_only_judges(tmp_path):
+    """With a Python that only says what it was asked."""
+    python, calls, out = tmp_path / "python", tmp_path / "calls", tmp_path / "out put"
+    python.write_text(CALLED)
+    python.chmod(0o755)
+    run = out / "omniglot_fomaml_5w1s"
+    run.mkdir(parents=True)
+    environment = os.environ | {"PYTHON": str(python), "CALLS": str(calls), "OUT": str(out)}
+
+    def asked(**more):
+        calls.write_text("")
+        command = ["sh", str(RUNS / "omniglot_fomaml_5w1s.sh")]
+        subprocess.run(command, check=True, env=environment | more, cwd=tmp_path)
+        return [line.partition("main() ")[2] or line for line in calls.read_text().splitlines()]
+
+    keep = f"runs/omniglot_keep.py {run} --to docs/results/omniglot_fomaml_5w1s"
+    train = f"train --preset fomaml-omniglot-5w1s --seed 0 --no-baselines --out {run}"
+    assert asked(OMNIGLOT="a b") == [
+        f"{train} --data-root a b",
+        f"{keep} --data-root a b",
+        "runs/omniglot_table.py",
+    ]
+    environment.pop("OMNIGLOT", None)
+    assert asked() == [train, keep, "runs/omniglot_table.py"]
+    (run / "config.json").write_text("")
+    assert asked() == [f"train --resume {run}", keep, "runs/omniglot_table.py"]
+    (run / "result.json").write_text("")
+    assert asked() == [keep, "runs/omniglot_table.py"]

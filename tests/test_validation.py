@@ -1,0 +1,343 @@
+"""Validation while training: the best weights are kept, training stops on request, and a kill changes nothing."""
+
+import json
+import time
+
+import pytest
+import torch
+
+import characters
+from fomaml import checkpoint, run
+from fomaml.cli import main
+from fomaml.config import TrainConfig
+from fomaml.errors import InputError
+from fomaml.evaluate import Estimate
+from fomaml.resolve import resolve
+from fomaml.run import train_run
+from fomaml.validate import Best
+from test_cli import refused
+
+OPTIONS = {
+    "source": "omniglot",
+    "model": "conv4-strided",
+    "channels": 4,
+    "ways": 3,
+    "query_shots": 2,
+    "inner_steps": 1,
+    "meta_batch_size": 2,
+    "iterations": 8,
+    "schedule": "constant",
+    "validate_every": 2,
+    "validation_tasks": 5,
+    "checkpoint_every": 3,
+    "test_tasks": 4,
+    "test_steps": (0, 1),
+    "baselines": False,
+}
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return characters.write(tmp_path_factory.mktemp("omniglot"))
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    characters.shrink(monkeypatch)
+
+
+def settings(root, **options):
+    return resolve(TrainConfig(**{**OPTIONS, "data_root": root, **options}))
+
+
+def quiet(config, out, **options):
+    return train_run(config, out, say=lambda line: None, **options)
+
+
+def finds(monkeypatch, accuracies):
+    """Let the validations find these accuracies, by iteration."""
+    found = lambda config, learner, data: Estimate(accuracies[learner.iteration + 1], 0.01)  # noqa: E731
+    monkeypatch.setattr(run, "validate", found)
+
+
+def weights(path):
+    tensors, _ = checkpoint.load_tensors(path)
+    return torch.cat([tensor.flatten() for tensor in tensors.values()])
+
+
+def records(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_run(a, b):
+    """Bit for bit, but for the time it took."""
+    names = sorted(path.name for path in a.iterdir())
+    assert names == sorted(path.name for path in b.iterdir())
+    for name in names:
+        if name.endswith(".safetensors") or name == "result.txt":
+            assert (a / name).read_bytes() == (b / name).read_bytes(), name
+    one, other = ([{**record, "seconds": 0} for record in records(out)] for out in (a, b))
+    assert one == other
+    one, other = (json.loads((out / "result.json").read_text()) for out in (a, b))
+    for result in (one, other):
+        for name in ("training_seconds", "validation_seconds", "date", "commit"):
+            del result[name]
+    assert one == other
+
+
+# --- which weights --------------------------------------------------------------------------------
+
+
+def test_the_best_weights_are_the_runs_and_the_last_are_kept_beside(root, tmp_path, monkeypatch):
+    finds(monkeypatch, {2: 0.5, 4: 0.7, 6: 0.6, 8: 0.7})  # of equals the earlier one
+    result = quiet(settings(root), tmp_path / "a")
+    assert result["weights"] == {
+        "kept": "best by validation",
+        "iteration": 4,
+        "accuracy": 0.7,
+        "interval": 0.01,
+        "validation_tasks": 5,
+    }
+    assert result["iterations"] == 8
+    assert json.loads((tmp_path / "a" / "result.json").read_text())["weights"] == result["weights"]
+    finds(monkeypatch, {2: 0.1, 4: 0.2})
+    shorter = quiet(settings(root, iterations=4), tmp_path / "b")
+    assert torch.equal(weights(tmp_path / "a/weights.safetensors"), weights(tmp_path / "b/last.safetensors"))
+    assert shorter["rows"] == result["rows"]  # the best were judged, not the last
+    finds(monkeypatch, {2: 0.1, 4: 0.1, 6: 0.1, 8: 0.2})
+    quiet(settings(root), tmp_path / "c")
+    assert torch.equal(weights(tmp_path / "c/weights.safetensors"), weights(tmp_path / "a/last.safetensors"))
+    assert not torch.equal(
+        weights(tmp_path / "a/weights.safetensors"), weights(tmp_path / "a/last.safetensors")
+    )
+
+
+def test_without_validation_the_last_weights_are_the_runs(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "validate", lambda *_: pytest.fail("validated"))
+    result = quiet(settings(root, validate_every=0), tmp_path / "a")
+    assert result["weights"] == {"kept": "last", "iteration": 8}
+    assert not (tmp_path / "a" / "last.safetensors").exists()
+
+
+def test_validation_does_not_touch_the_training(root, tmp_path):
+    quiet(settings(root), tmp_path / "a")
+    quiet(settings(root, validate_every=0), tmp_path / "b")
+    assert torch.equal(weights(tmp_path / "a/last.safetensors"), weights(tmp_path / "b/weights.safetensors"))
+
+
+def test_a_validation_is_an_evaluation_on_the_validation_classes(root, tmp_path, capsys):
+    """The record of the best is what `evaluate --part validation` finds."""
+    config = settings(root, test_query_shots=3, test_augment="turns")
+    found = quiet(config, tmp_path / "a")["weights"]
+    for part, same in (("validation", True), ("test", False)):
+        main(["evaluate", str(tmp_path / "a"), "--part", part, "--tasks", "5", "--json"])
+        result = json.loads(capsys.readouterr().out)
+        assert ((result["accuracy"], result["interval"]) == (found["accuracy"], found["interval"])) == same
+        assert result["protocol"]["query_shots"] == 3 and result["part"] == part
+
+
+def test_metrics_hold_the_validations_and_seconds_of_training_alone(root, tmp_path, monkeypatch):
+    def slow(config, learner, data):
+        time.sleep(0.5)
+        return Estimate(0.25, 0.125)
+
+    monkeypatch.setattr(run, "validate", slow)
+    began = time.perf_counter()
+    result = quiet(settings(root), tmp_path / "a")
+    whole = time.perf_counter() - began
+    lines = [record for record in records(tmp_path / "a") if "validation" in record]
+    assert [record["iteration"] for record in lines] == [2, 4, 6, 8]
+    assert all((record["validation"], record["interval"]) == (0.25, 0.125) for record in lines)
+    seconds = [record["seconds"] for record in records(tmp_path / "a")]
+    assert seconds == sorted(seconds) and seconds[0] > 0
+    assert result["validation_seconds"] >= 2
+    assert seconds[-1] <= whole - 2 + 0.01
+    assert result["training_seconds"] == pytest.approx(seconds[-1], abs=0.06)
+
+
+def test_the_last_iteration_is_validated_whatever_the_interval(root, tmp_path):
+    quiet(settings(root, iterations=5, validate_every=3), tmp_path / "a")
+    assert [r["iteration"] for r in records(tmp_path / "a") if "validation" in r] == [3, 5]
+
+
+def test_by_default_a_tenth_of_the_iterations(root, tmp_path):
+    quiet(settings(root, iterations=20, validate_every=None), tmp_path / "a")
+    assert [r["iteration"] for r in records(tmp_path / "a") if "validation" in r] == list(range(2, 21, 2))
+    assert json.loads((tmp_path / "a" / "config.json").read_text())["validate_every"] == 2
+
+
+# --- stopping early -------------------------------------------------------------------------------
+
+
+def test_training_stops_after_so_many_validations_without_a_better_one(root, tmp_path, monkeypatch):
+    finds(monkeypatch, {2: 0.5, 4: 0.4, 6: 0.6, 8: 0.6, 10: 0.1, 12: 0.9})
+    result = quiet(settings(root, iterations=12, patience=2), tmp_path / "a")
+    assert result["iterations"] == 10 and result["weights"]["iteration"] == 6
+    assert records(tmp_path / "a")[-1]["iteration"] == 10
+    result = quiet(settings(root, iterations=12, patience=3), tmp_path / "b")
+    assert result["iterations"] == 12 and result["weights"]["iteration"] == 12
+
+
+def test_best_counts_what_was_not_better():
+    best = Best()
+    assert best.beaten_by(Estimate(0.0, 0.1), 5)  # the first one is the best, even if it is 0
+    assert [best.beaten_by(Estimate(0.0, 0.1), i) for i in (10, 15)] == [False, False]
+    assert (best.iteration, best.waited) == (5, 2)
+    assert best.beaten_by(Estimate(0.1, 0.2), 20)
+    assert best == Best(0.1, 0.2, 20, 0)
+
+
+# --- killed and resumed ---------------------------------------------------------------------------
+
+RESUMED = {
+    "plain": {},
+    "learned rates, all options": {
+        "learn_rates": "per-step",
+        "inner_steps": 2,
+        "multi_step_iterations": 5,
+        "weight_decay": 0.01,
+        "clip": 0.1,
+        "schedule": "cosine",
+        "augment": "turns",
+        "adapt": "no-norm",
+        "norm_parameters": "shift",
+    },
+    "running statistics": {"norm_statistics": "per-step", "schedule": "linear"},
+    "reptile": {"algorithm": "reptile", "inner_optimizer": "adam", "inner_batch_size": 2, "train_shots": 3},
+    "proto": {"algorithm": "proto-maml", "train_ways": 5, "learn_rates": "per-step"},
+}
+
+
+@pytest.mark.parametrize("case", RESUMED)
+def test_a_killed_run_ends_bit_for_bit_as_the_uninterrupted_one(case, root, tmp_path):
+    config = settings(root, **RESUMED[case])
+    quiet(config, tmp_path / "whole")
+    for killed_after in (1, 5, 7):
+
+        def die(record, seconds, killed_after=killed_after):
+            if record.iteration == killed_after:
+                raise Killed
+
+        out = tmp_path / f"killed{killed_after}"
+        with pytest.raises(Killed):
+            quiet(config, out, watch=die)
+        main(["train", "--resume", str(out)])
+        assert_same_run(tmp_path / "whole", out)
+
+
+WHERE = {  # and in which of the calls
+    "as the best weights are written": ("save_weights", (1, 2)),
+    "as the last weights are written": ("save_weights", (3,)),
+    "between the best weights and the checkpoint": ("save_state", (1, 3)),
+    "in a validation": ("validate", (1, 2, 5)),
+    "in the last evaluation": ("judge", (1,)),
+    "before the result was written": ("circumstances", (1,)),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "nth"), [pytest.param(n, i, id=f"{w} {i}") for w, (n, each) in WHERE.items() for i in each]
+)
+def test_it_does_not_matter_where_it_was_killed(name, nth, root, tmp_path, monkeypatch):
+    accuracies = {2: 0.3, 4: 0.5, 6: 0.4, 8: 0.45, 10: 0.2, 12: 0.9}
+    finds(monkeypatch, accuracies)
+    config = settings(root, iterations=12, patience=3)
+    quiet(config, tmp_path / "whole")
+    assert json.loads((tmp_path / "whole" / "result.json").read_text())["iterations"] == 10
+    real, calls = getattr(run, name), []
+
+    def die(*args, **options):
+        calls.append(1)
+        if len(calls) == nth:
+            raise Killed
+        return real(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, name, die)
+        with pytest.raises(Killed):
+            quiet(config, tmp_path / "killed")
+    quiet(run.load_config(tmp_path / "killed"), tmp_path / "killed", resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_a_run_that_was_stopped_early_does_not_go_on(root, tmp_path, monkeypatch):
+    """It was killed after its patience was over, before it was judged."""
+    finds(monkeypatch, {2: 0.5, 4: 0.4})
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "judge", lambda *_: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            quiet(settings(root, patience=1), tmp_path / "a")
+    result = quiet(settings(root, patience=1), tmp_path / "a", resume=True)
+    assert result["iterations"] == 4
+
+
+def test_the_clock_goes_on_where_it_was(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "validate", lambda *_: (time.sleep(0.2), Estimate(0.5, 0.1))[1])
+    config = settings(root, iterations=6)
+
+    def die(record, seconds):
+        if record.iteration == 5:
+            time.sleep(0.3)  # lost
+            raise Killed
+
+    with pytest.raises(Killed):
+        quiet(config, tmp_path / "a", watch=die)
+    before = records(tmp_path / "a")[-2]["seconds"]
+    result = quiet(config, tmp_path / "a", resume=True)
+    seconds = [record["seconds"] for record in records(tmp_path / "a")]
+    assert seconds == sorted(seconds) and seconds[-1] > before
+    assert 0.6 <= result["validation_seconds"] < 0.8  # three, over two processes
+
+
+def test_a_finished_run_cannot_be_resumed_or_trained_over(root, tmp_path):
+    quiet(settings(root, iterations=2), tmp_path / "a")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()}
+    with pytest.raises(InputError, match="is finished; see "):
+        quiet(settings(root, iterations=2), tmp_path / "a", resume=True)
+    with pytest.raises(InputError, match="already holds a run"):
+        quiet(settings(root, iterations=2), tmp_path / "a")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()} == before
+
+
+def test_no_second_process_trains_in_a_run_directory(root, tmp_path):
+    config = settings(root, iterations=2)
+
+    def intrude(record, seconds):
+        with pytest.raises(InputError) as error:
+            quiet(config, tmp_path / "a", resume=True)
+        assert (
+            str(error.value) == f"another process trains in {tmp_path / 'a'}; wait for it, or stop it first"
+        )
+
+    quiet(config, tmp_path / "a", watch=intrude)
+    quiet(config, tmp_path / "b")
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
+# --- no validation classes ------------------------------------------------------------------------
+
+
+def test_a_source_without_validation_classes_says_so_when_asked(root, tmp_path, capsys):
+    base = ["train", "omniglot", "--data-root", root, "--split", "background-evaluation"]
+    quick = ["--iterations", "1", "--meta-batch-size", "1", "--test-tasks", "2", "--no-baselines"]
+    base += [*quick, "--channels", "4", "--out"]
+    for option in ("--validate-every", "--patience"):
+        said = refused(capsys, [*base, tmp_path / "a", option, "5"])
+        assert said == f"Omniglot has no validation classes; give no {option}, or other data"
+        assert not (tmp_path / "a").exists()
+    main([str(argument) for argument in [*base, tmp_path / "a"]])
+    assert "no validation: Omniglot has no validation classes" in capsys.readouterr().out
+    said = refused(capsys, ["evaluate", tmp_path / "a", "--part", "validation"])
+    assert said == "Omniglot has no validation classes; take --part test"
+
+
+def test_too_few_validation_classes_are_told(root, tmp_path):
+    config = settings(root, ways=21, validate_every=None, iterations=1, test_query_shots=19)
+    assert quiet(config, tmp_path / "a")["weights"]["kept"] == "best by validation"
+    characters_left = {"ways": 22, "algorithm": "zero-head"}
+    with pytest.raises(InputError, match="22 ways need 22 classes, but there are 21"):
+        quiet(settings(root, **characters_left), tmp_path / "b")
