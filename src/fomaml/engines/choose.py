@@ -99,7 +99,7 @@ def choose(learner: MetaLearner, tasks: Task) -> tuple[str, str]:
     784-256-10 MLP, second order and Reptile); batched otherwise.
     """
     device = tasks.support.inputs.device.type
-    if _is_convolutional(learner.model) and device == "cpu":
+    if _is_convolutional(learner) and device == "cpu":
         return "loop", "convolutions on a CPU"
     vmaps, factors = _tried(learner, tasks)
     if not vmaps:
@@ -138,9 +138,8 @@ def _at_once(learner: MetaLearner, tasks: Task, engine: str, tasks_at_once: int 
     if engine == "loop":
         return 1
     size = count(tasks) if tasks_at_once is None else min(tasks_at_once, count(tasks))
-    if tasks_at_once is None and tasks.support.inputs.device.type == "cpu" and _is_convolutional(learner.model):
-        # measured on strided convolutions: 8 or 16 at once 1.2 times as fast as 32, which leave the cache
-        size = min(size, 8)
+    if size > 8 and tasks_at_once is None and _is_convolutional(learner) and tasks.support.inputs.device.type == "cpu":
+        size = 8  # measured on strided convolutions: 8 or 16 at once 1.2 times as fast as 32, which leave the cache
     return min(size, _fits.get(learner, size))
 
 
@@ -159,7 +158,7 @@ def _found(learner, tasks, engine, size, compile, autocast) -> tuple[Sequence[st
         size = next(n for n in range(size, 0, -1) if number % n == 0)  # one shape, compiled once
         function = compiled.function(learner, next(chunks(tasks, size)), find, (engine, ways, autocast, number))
         if function is not None:
-            return function.names, map(function, chunks(tasks, size))
+            return function.names, function.map(chunks(tasks, size))
     return list(learner.meta_parameters()), map(find, chunks(tasks, size))
 
 
@@ -196,5 +195,10 @@ def _runs(engine, learner: MetaLearner, tasks: Task) -> bool:
     return True
 
 
-def _is_convolutional(model: nn.Module) -> bool:
-    return any(isinstance(m, nn.modules.conv._ConvNd) for m in model.modules())
+def _is_convolutional(learner: MetaLearner) -> bool:
+    if learner not in _convolutional:
+        _convolutional[learner] = any(isinstance(m, nn.modules.conv._ConvNd) for m in learner.model.modules())
+    return _convolutional[learner]
+
+
+_convolutional: WeakKeyDictionary[MetaLearner, bool] = WeakKeyDictionary()

@@ -60,7 +60,7 @@ def accumulate(names: Sequence[str], found: Iterable[Found], engine: str) -> Met
     rest = []
     for chunk in found:
         # not in place: autograd may hand two parameters the same tensor
-        gradients = [total + gradient for total, gradient in zip(gradients, chunk.gradients)]
+        gradients = torch._foreach_add(gradients, chunk.gradients)
         rest.append(chunk[1:])
     if rest:
         seen = map(torch.cat, zip(seen, *rest))

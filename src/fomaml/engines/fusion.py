@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from fomaml.engines.kernels import NAMES, norm_relu_pool, norm_relu_pool_backward
+from fomaml.engines.kernels import NAMES, channels_last, norm_relu_pool, norm_relu_pool_backward
 
 aten = torch.ops.aten
 SAME = (aten.alias.default, aten.detach.default)
@@ -23,8 +23,11 @@ def convolutional(graph: Graph) -> bool:
     return any(node.target is aten.convolution.default and node.meta["val"].dim() == 4 for node in graph.nodes)
 
 
-def rewrite(module: GraphModule) -> GraphModule:
-    """The same function with its images channels-last and its blocks fused; in place."""
+def rewrite(module: GraphModule) -> set[int]:
+    """Fuse the blocks of a traced function and make its images channels-last, in place.
+
+    Returns the numbers of the arguments that it now takes channels-last.
+    """
     graph = module.graph
     for node in list(graph.nodes):
         if node.target in SAME:
@@ -35,14 +38,16 @@ def rewrite(module: GraphModule) -> GraphModule:
         block = _block(node)
         if block is not None:
             _fuse(graph, block)
-    _channels_last(graph)
+    for node in graph.nodes:
+        _subtract_scaled(node)
+    reordered = _channels_last(graph)
     for node in graph.nodes:
         if node.target is aten.view.default:
             node.target = aten.reshape.default  # another order of the pixels may not have that view
     graph.eliminate_dead_code()
     graph.lint()
     module.recompile()
-    return module
+    return reordered
 
 
 class _Block(NamedTuple):
@@ -109,29 +114,35 @@ def _fuse(graph: Graph, block: _Block) -> None:
     last.replace_all_uses_with(outputs, delete_user_cb=lambda user: user is not fused)
 
 
-def _channels_last(graph: Graph) -> None:
-    """Reorder once what goes into convolutions from outside; all others keep the order of their inputs."""
-    nodes = [node for node in graph.nodes if node.target is aten.convolution.default]
-    done: dict[Node, Node] = {}
-    for node in nodes:
+def _channels_last(graph: Graph) -> set[int]:
+    """Reorder what goes into convolutions from outside; all else keeps the order of its inputs.
+
+    Returns the numbers of the arguments that are to be given so; views of arguments are reordered in the graph.
+    """
+    numbers = {node: i for i, node in enumerate(n for n in graph.nodes if n.op == "placeholder")}
+    found, done = set(), set()
+    for node in [node for node in graph.nodes if node.target is aten.convolution.default]:
         for argument in node.args[:2]:
-            if argument in done or argument.meta["val"].dim() != 4 or _computed(argument):
+            if argument in done or argument.meta["val"].dim() != 4:
                 continue
-            with graph.inserting_after(argument):
-                # a copy: with one channel `contiguous` leaves strides that convolutions take for the other order
-                done[argument] = ordered = graph.call_function(
-                    aten._to_copy.default, (argument,), {"memory_format": torch.channels_last}
-                )
+            done.add(argument)
+            if argument in numbers:
+                found.add(numbers[argument])
+            elif argument.target is aten.select.int and argument.args[0] in numbers:
+                with graph.inserting_after(argument):
+                    ordered = graph.call_function(channels_last, (argument,))
                 ordered.meta["val"] = argument.meta["val"]
-    for argument, ordered in done.items():
-        argument.replace_all_uses_with(ordered, delete_user_cb=lambda user, ordered=ordered: user is not ordered)
+                argument.replace_all_uses_with(ordered, delete_user_cb=lambda user, ordered=ordered: user is not ordered)
+    return found
 
 
-def _computed(node: Node) -> bool:
-    """Whether a node is more than a view of an argument."""
-    while node.op == "call_function" and node.target is aten.select.int:
-        node = node.args[0]
-    return node.op != "placeholder"
+def _subtract_scaled(node: Node) -> None:
+    """φ - α g as one operation."""
+    if node.target is not aten.sub.Tensor or node.kwargs:
+        return
+    left, right = node.args
+    if getattr(right, "target", None) is aten.mul.Tensor and isinstance(right.args[1], float | int):
+        node.args, node.kwargs = (left, right.args[0]), {"alpha": right.args[1]}
 
 
 def _parts(node: Node) -> dict[int, Node]:

@@ -65,6 +65,11 @@ def _processor() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
+def channels_last(images: Tensor) -> Tensor:
+    """A copy in that order of memory; with one channel `contiguous` keeps strides that convolutions take for the other."""
+    return images.to(memory_format=torch.channels_last)
+
+
 def norm_relu_pool(
     inputs: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, pool: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -1,0 +1,85 @@
+"""Rewrites batched matrix products of a traced meta-gradient that are one product in truth.
+
+In the first inner step all tasks share their weights, and the meta-gradient of a weight is a sum over tasks: either
+way one large product does what many small ones did, and no stack of results is written.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+
+aten = torch.ops.aten
+
+
+def rewrite(module: GraphModule) -> None:
+    """Replace such products in a traced function, in place."""
+    graph = module.graph
+    for node in list(graph.nodes):
+        if node.target is aten.bmm.default:
+            _shared(graph, node)
+        elif node.target is aten.sum.dim_IntList:
+            _summed(graph, node)
+    graph.eliminate_dead_code()
+    graph.lint()
+    module.recompile()
+
+
+def _shared(graph: Graph, product: Node) -> None:
+    """(tasks, rows, in) times one matrix for all tasks."""
+    left, right = product.args
+    value, weight = _value(left), _value(right)
+    if weight.shape[0] == 1 or weight.stride(0) != 0 or not value.is_contiguous():
+        return
+    rows = value.shape[0] * value.shape[1]
+    with graph.inserting_before(product):
+        flat = _call(graph, aten.view.default, left, [rows, value.shape[2]])
+        matrix = _call(graph, aten.select.int, right, 0, 0)
+        result = _call(graph, aten.mm.default, flat, matrix)
+        result = _call(graph, aten.view.default, result, list(_value(product).shape))
+    product.replace_all_uses_with(result)
+
+
+def _summed(graph: Graph, total: Node) -> None:
+    """The sum over tasks of products (tasks, out, rows) times (tasks, rows, in)."""
+    if list(total.args[1]) != [0]:
+        return
+    turned, product = False, total.args[0]
+    while product.target in (aten.view.default, aten.transpose.int) and len(product.users) == 1:
+        if product.target is aten.transpose.int:
+            if product.args[1:] != (1, 2):
+                return
+            turned = not turned
+        elif _value(product).shape != _value(product.args[0]).shape:
+            return
+        product = product.args[0]
+    if product.target is not aten.bmm.default or len(product.users) != 1:
+        return
+    left, right = product.args
+    columns, value = _value(left).mT, _value(right)
+    if not columns.is_contiguous() or not value.is_contiguous():
+        return
+    with graph.inserting_before(total):
+        flipped = _call(graph, aten.transpose.int, left, 1, 2)
+        left = _call(graph, aten.view.default, flipped, [prod(columns.shape[:2]), columns.shape[2]])
+        right = _call(graph, aten.view.default, right, [prod(value.shape[:2]), value.shape[2]])
+        first, second = (right, left) if turned else (left, right)
+        result = _call(graph, aten.mm.default, _call(graph, aten.t.default, first), second)
+        result = _call(graph, aten.view.default, result, list(_value(total).shape))
+    total.replace_all_uses_with(result)
+
+
+def _call(graph: Graph, operator, *arguments) -> Node:
+    """A node, with what it gives in its meta data as for a traced one."""
+    node = graph.call_function(operator, arguments)
+    node.meta["val"] = operator(*(_value(a) if isinstance(a, Node) else a for a in arguments))
+    return node
+
+
+def _value(node: Node) -> Tensor:
+    """What a node gives, without data: its shape and strides."""
+    value = node.meta["val"]
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")

@@ -1,0 +1,47 @@
+"""Tasks side by side on a CPU: each on a thread of its own beats all threads on one task, which wait for each other."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+
+def side_by_side(function: Callable, items: Iterable) -> Iterator:
+    """`map(function, items)`, at most as many at a time as torch has threads, each with one thread.
+
+    function: must release the interpreter's lock for most of its time, as torch's operators do.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1:
+        yield from map(function, items)
+        return
+    pool = _pool(threads)
+    under_way: deque = deque()
+    for item in items:
+        under_way.append(pool.submit(function, item))
+        if len(under_way) > threads:
+            yield under_way.popleft().result()
+    while under_way:
+        yield under_way.popleft().result()
+
+
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """A pool whose every thread computes alone."""
+    together = threading.Barrier(threads + 1)
+
+    def begin():
+        torch.set_num_threads(1)  # of this thread, and of those to come: set back below
+        together.wait()
+
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="fomaml", initializer=begin)
+    for _ in range(threads):
+        pool.submit(int)
+    together.wait()
+    torch.set_num_threads(threads)
+    return pool
