@@ -407,6 +407,12 @@ ALGORITHMS |= {
         "query loss as objective",
         {"layer-norm", "regression"}.__contains__,
     ),
+    "imaml-damped": Algorithm(
+        lambda m, c: iMAML(m, LR, STEPS, c, strength=2.0, cg_steps=60, damping=4.0),
+        lambda m, t, c: reference.imaml(m, t, c, LR, STEPS, 2.0, damping=4.0),
+        "query loss as objective",
+        {"layer-norm", "regression"}.__contains__,
+    ),
     "cavia": Algorithm(
         lambda m, c: CAVIA(m, LR, STEPS, c),
         lambda m, t, c: reference.cavia(m, t, c, LR, STEPS, "context"),
