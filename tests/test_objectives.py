@@ -45,7 +45,9 @@ def test_equals_a_direct_solution(eigenvalues, stacked):
     """Of an indefinite system too: short of the inner minimum I + H/λ may be one."""
     matrices, right = systems(eigenvalues)
     expected = torch.linalg.solve(matrices, right)
-    found = solve(matrices, right, 10) if stacked else torch.stack(list(map(solve, matrices, right, [10] * 3)))
+    found = (
+        solve(matrices, right, 10) if stacked else torch.stack(list(map(solve, matrices, right, [10] * 3)))
+    )
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
 
 
