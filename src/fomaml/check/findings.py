@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 LOOP, INPLACE = "engine='loop'", "compute a new tensor in forward, and use that"
-READ = "read parameters in forward, as self.weight, not from a list or cache; keep no state on self"
+READ = "read parameters in forward, as self.weight, not from a list or cache; keep no state on self; no checkpointing"
 SDPA = "with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH): around it, or first order"
+FIRST = "first order"
 CUDNN = "with torch.backends.cudnn.flags(enabled=False): around it, or first order"
 DOUBLE = "first order; torch.autograd.gradgradcheck finds the layer whose double backward is wrong"
 # part of torch's message: (the reason in plain words, the cure)
@@ -20,6 +21,10 @@ REASONS = {
     "rnn_backward": ("the fused recurrent kernel has no double backward", CUDNN),
     "Batching rule not": ("vmap has no rule for one of its operations; recurrent layers have none", LOOP),
     "setup_context": ("vmap does not take its autograd.Function", f"{LOOP}, or write setup_context"),
+    "may have escaped": (
+        "its forward runs again in the backward pass, when a task's parameters are gone",
+        "no torch.utils.checkpoint",
+    ),
     "inplace arithmetic": (
         "its forward writes in place into what all tasks share",
         f"{LOOP}, or torch.stack",

@@ -62,7 +62,10 @@ class Trial(NamedTuple):
         learner = self.learner(first_order)
         before = snapshot(learner.model.state_dict())
         torch.manual_seed(self.seed)
-        gradients = meta_gradient(learner, self.tasks, engine=engine).gradients
+        found = meta_gradient(learner, self.tasks, engine=engine).gradients
+        gradients = {
+            name: gradient.to_dense() for name, gradient in found.items()
+        }  # of nn.Embedding(sparse=True)
         return gradients, [n for n, t in learner.model.state_dict().items() if differ(t, before[n])]
 
 

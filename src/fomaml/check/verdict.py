@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fomaml.check.findings import (
     DOUBLE,
+    FIRST,
     INPLACE,
     LOOP,
     READ,
@@ -137,6 +138,8 @@ def _engines(own: Trial, trial: Trial, exact: Trial, expected: dict[str, Tensor]
         for engine in ENGINES if first_order else ("loop", "batched"):
             finding = _engine(own, trial, wide, engine, first_order, judge)
             levels[engine, first_order] = finding.level
+            if finding.cure == LOOP and levels["loop", first_order] == "refused":
+                finding = finding._replace(cure="" if first_order else FIRST)
             wrong = finding.level == "wrong"
             yield finding._replace(cure=finding.cure or cure) if wrong else finding
             cure = cure if wrong or engine != "loop" else LOOP
@@ -158,7 +161,8 @@ def _engine(own: Trial, trial: Trial, exact: Trial, engine: str, first_order: bo
             trial._replace(inner_steps=1).gradient(engine, first_order)
         gradients, moved = exact.gradient(engine, first_order)
     except Exception as error:
-        plain = short(error), "" if isinstance(error, InputError) or engine == "loop" else LOOP
+        cure = LOOP if engine != "loop" else "" if first_order else FIRST
+        plain = short(error), "" if isinstance(error, InputError) else cure
         text, cure = next((known for part, known in REASONS.items() if part in str(error)), plain)
         return Finding("refused", f"{what}{when}: {text}", cure)
     if moved:
