@@ -262,8 +262,8 @@ def cavia(model, task, criterion, lr, steps, context, first_order=True) -> Answe
     )
 
 
-def imaml(model, task, criterion, lr, steps, strength) -> Answer:
-    """(I + H/λ)⁻¹ ∇L(φ_K; query), with the Hessian as a matrix and an exact solution."""
+def imaml(model, task, criterion, lr, steps, strength, damping=0.0) -> Answer:
+    """(I + H/(λ + damping))⁻¹ ∇L(φ_K; query), with the Hessian as a matrix and an exact solution."""
     theta = leaves(model)
     sizes = [p.numel() for p in theta.values()]
     shell = Shell(model)
@@ -287,5 +287,6 @@ def imaml(model, task, criterion, lr, steps, strength) -> Answer:
     outputs = shell(unflatten(flat), task.query.inputs)
     loss = criterion(outputs, task.query.targets)
     (right,) = torch.autograd.grad(loss, flat)
-    solved = torch.linalg.solve(torch.eye(len(flat), dtype=flat.dtype) + hessian / strength, right)
+    matrix = torch.eye(len(flat), dtype=flat.dtype) + hessian / (strength + damping)
+    solved = torch.linalg.solve(matrix, right)
     return Answer(unflatten(solved), loss.detach(), torch.stack(losses), outputs.detach())

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from fomaml.check import Finding, Report, check
 from fomaml.cli import main
@@ -418,6 +419,50 @@ def test_token_inputs():
     assert report_on(Tokens, (7,), vocabulary=11).exit_status == 0
 
 
+class Embedded(nn.Module):
+    def __init__(self, embedding):
+        super().__init__()
+        self.embedding, self.head = embedding, nn.Linear(6, 5)
+
+    def forward(self, inputs):
+        hidden = self.embedding(inputs)
+        return self.head(hidden.mean(1) if hidden.dim() == 3 else hidden)
+
+
+@pytest.mark.parametrize(
+    ("options", "batched"), [({"sparse": True}, "refused"), ({"padding_idx": 0}, "ok")], ids=str
+)
+def test_sparse_and_padded_embeddings(options, batched):
+    report = report_on(lambda: Embedded(nn.Embedding(11, 6, **options)), (3,), vocabulary=11)
+    found = {f.what.split(":")[0]: f.level for f in report.findings}
+    assert found["first order, loop"] == "ok" and found["first order, batched"] == batched
+    assert report.exit_status == 0
+
+
+def test_the_cure_is_not_an_engine_that_refuses_too():
+    report = report_on(lambda: Embedded(nn.EmbeddingBag(11, 6)), (3,), vocabulary=11)
+    found = [f for f in report.findings if f.level == "refused"]
+    assert [f.what.split(":")[0] for f in found] == ["second order, loop", "second order, batched"]
+    assert {f.cure for f in found} == {"first order"}
+
+
+class Recomputed(Plain):
+    """The backward pass runs forward again, after the adapted parameters were taken out."""
+
+    def forward(self, inputs):
+        hidden = checkpoint(lambda x: self.into(x).tanh(), inputs, use_reentrant=False)
+        return self.head(hidden)
+
+
+def test_checkpointing_is_told():
+    found = {f.what.split(":")[0]: f for f in report_on(Recomputed).findings}
+    assert (
+        found["first order, loop"].level == "wrong" and "no checkpointing" in found["first order, loop"].cure
+    )
+    assert found["first order, batched"].level == "refused"
+    assert found["first order, batched"].cure == "no torch.utils.checkpoint"
+
+
 def test_bfloat16_modules_are_compared_in_float64():
     assert any("equals the plain reference" in f.what for f in report_on(lambda: Plain().bfloat16()).findings)
 
@@ -523,6 +568,7 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "broken.py").write_text("import nothing_of_that_name\n")
     (tmp_path / "two.py").write_text(
         "from torch import nn\nclass A(nn.Module): pass\nclass B(nn.Module): pass\n"
+        "def build(): return nn.Linear(6, 5)\n"
     )
     (tmp_path / "none.py").write_text("from torch import nn\n")
     (tmp_path / "made.py").write_text(
@@ -594,7 +640,7 @@ def test_the_command_as_json(folder, capsys):
         (["nets:number"], "nets:number must give an nn.Module, not a int"),
         (["nets:fails"], "nets:fails could not be built: RuntimeError: no weights here"),
         (["nets:Needs"], "nets:Needs could not be built: TypeError: Needs.__init__() missing 1 required"),
-        (["two.py"], "which module of two.py? Name one, two.py:NAME; there are: A, B"),
+        (["two.py"], "which module of two.py? Name one, two.py:NAME; there are: A, B, build"),
         (
             ["none.py"],
             "which module of none.py? Name one, none.py:NAME; there are: none that needs no arguments",

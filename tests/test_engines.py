@@ -133,6 +133,17 @@ class Attention(nn.Module):
         return self.head((tokens + weights @ self.value(tokens)).mean(-2))
 
 
+class Padded(nn.Module):
+    """An embedding whose padding never learns: torch's vmap knows that of the first task alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.head = nn.Embedding(3, 5, padding_idx=1), nn.Linear(5, 4)
+
+    def forward(self, inputs):
+        return self.head(self.table((inputs * 2).clamp(-1, 1).round().long() + 1).mean(-2).tanh())
+
+
 def conv_group_norm():
     return nn.Sequential(
         nn.Conv2d(1, 6, 3, stride=2), nn.GroupNorm(2, 6), nn.ReLU(), nn.Flatten(), nn.Linear(54, 4)
@@ -173,6 +184,7 @@ MODULES = {
     "autoencoder": (Autoencoder, (6,), F.cross_entropy),
     "gated": (Gated, (6,), F.cross_entropy),
     "attention": (Attention, (12,), F.cross_entropy),
+    "padded": (Padded, (6,), F.cross_entropy),
     "no-bias": (no_bias, (6,), F.cross_entropy),
     "twice": (Twice, (6,), F.cross_entropy),
     "regression": (regression, (1,), F.mse_loss),
@@ -404,6 +416,12 @@ ALGORITHMS |= {
     "imaml": Algorithm(
         lambda m, c: iMAML(m, LR, STEPS, c, strength=5.0, cg_steps=60),
         lambda m, t, c: reference.imaml(m, t, c, LR, STEPS, 5.0),
+        "query loss as objective",
+        {"layer-norm", "regression"}.__contains__,
+    ),
+    "imaml-damped": Algorithm(
+        lambda m, c: iMAML(m, LR, STEPS, c, strength=2.0, cg_steps=60, damping=4.0),
+        lambda m, t, c: reference.imaml(m, t, c, LR, STEPS, 2.0, damping=4.0),
         "query loss as objective",
         {"layer-norm", "regression"}.__contains__,
     ),

@@ -95,10 +95,15 @@ def iMAML(
     *,
     strength: float = 2.0,
     cg_steps: int = 5,
+    damping: float = 0.0,
     **choices,
 ) -> MetaLearner:
-    """Implicit MAML: proximal inner problem of strength λ, implicit gradient (Rajeswaran et al. 2019, algorithm 1)."""
-    return FOMAML(model, inner_lr, inner_steps, criterion, objective=Implicit(strength, cg_steps), **choices)
+    """Implicit MAML: proximal inner problem of strength λ, implicit gradient (Rajeswaran et al. 2019, algorithm 1).
+
+    `damping` keeps it stable where the inner loop ends short of its minimum, see `Implicit`.
+    """
+    objective = Implicit(strength, cg_steps, damping)
+    return FOMAML(model, inner_lr, inner_steps, criterion, objective=objective, **choices)
 
 
 def CAVIA(

@@ -32,7 +32,8 @@ def load_module(name: str, seed: int = 0) -> nn.Module:
     try:
         factory = operator.attrgetter(attribute or _only(namespace, source))(namespace)
     except AttributeError:
-        near = difflib.get_close_matches(attribute, vars(namespace), 4, 0)
+        names = [name for name in vars(namespace) if not name.startswith("__")]
+        near = difflib.get_close_matches(attribute, names, 4, 0)
         raise InputError(f"{source} has no {attribute!r}; the nearest names: {', '.join(near)}") from None
     try:
         module = factory if isinstance(factory, nn.Module) else factory()
@@ -72,9 +73,8 @@ def _only(namespace, source: str) -> str:
                 classes.append(name)
             elif inspect.isfunction(value) and name != "main" and _needs_nothing(value):
                 others.append(name)
-    for names in (classes, others):
-        if len(names) == 1:
-            return names[0]
+    if len(classes or others) == 1:
+        return (classes or others)[0]
     there = ", ".join(classes + others) or "none that needs no arguments"
     raise InputError(f"which module of {source}? Name one, {source}:NAME; there are: {there}")
 

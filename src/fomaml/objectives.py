@@ -87,14 +87,21 @@ class Implicit:
     λ/2 ‖φ - θ‖²; the answer is exact only as far as the inner loop has reached its minimum. All
     meta-learned parameters must adapt, else an `InputError`. One Hessian-vector product a conjugate gradient
     step, no inner graph.
+
+    strength: λ of the inner problem. damping: solve with H/(λ + damping) instead, as the paper's code does; 0 is
+        eq. 6. Short of the minimum H has negative curvature, which eq. 6 magnifies hundreds of times at a
+        small λ; and it takes from the meta-gradient what says that θ has become too steep for the inner loop.
     """
 
     strength: float
     cg_steps: int = 5
+    damping: float = 0.0
 
     def __post_init__(self):
         positive("the proximal strength λ", self.strength)
         positive("cg_steps", self.cg_steps, integer=True)
+        if self.damping != 0:
+            positive("the damping of the implicit gradient, if not 0,", self.damping)
 
     def __call__(self, problem) -> Outcome:
         still = set(problem.learner.meta_learned) - set(problem.start)
@@ -116,38 +123,37 @@ class Implicit:
             curved = torch.autograd.grad(
                 slope, values, vector, retain_graph=True, allow_unused=True, materialize_grads=True
             )
-            return [v + c / self.strength for v, c in zip(vector, curved)]
+            return [v + c / (self.strength + self.damping) for v, c in zip(vector, curved)]
 
-        solved = conjugate_gradients(product, right, self.cg_steps, lead=int(problem.stacked))
+        solved = conjugate_gradients(product, right, self.cg_steps, int(problem.stacked))
         scalar = sum((value * problem.start[name]).sum() for name, value in zip(point, solved))
         return Outcome(scalar, losses.detach(), outputs.detach(), support_losses)
 
 
-def conjugate_gradients(product, right, steps: int, lead: int) -> list[Tensor]:
-    """Solve A x = right after `steps` steps from zero, for lists of tensors; one system per task if `lead` is 1.
+def conjugate_gradients(product, right, steps: int, lead: int = 0) -> list[Tensor]:
+    """Solve A x = right by `steps` steps from zero, for lists of tensors; one system per task if `lead` is 1.
 
-    product: x → A x, A symmetric positive definite.
+    product: x → A x, A symmetric. Negative curvature is followed to where the residual vanishes, as A asks for.
     """
 
     def dot(a, b):
         return sum((x * y).flatten(lead).sum(-1) if x.dim() > lead else x * y for x, y in zip(a, b))
 
-    def along(scale, a):
-        return [scale.view(scale.shape + (1,) * (x.dim() - lead)) * x for x in a]
+    def plus(a, scale, b):
+        return [x + scale.view(scale.shape + (1,) * (y.dim() - lead)) * y for x, y in zip(a, b)]
+
+    def ratio(a, b):  # 0 / 0 is a system that is solved already: leave it as it is
+        return torch.where(b != 0, a / b.where(b != 0, 1.0), 0.0)
 
     solution = [torch.zeros_like(r) for r in right]
     residual = direction = list(right)
     square = dot(residual, residual)
     for _ in range(steps):
         image = product(direction)
-        curvature = dot(direction, image)
-        # a system that is solved already has a zero direction: leave it as it is
-        size = torch.where(curvature > 0, square / curvature.where(curvature > 0, 1.0), 0.0)
-        solution = [x + d for x, d in zip(solution, along(size, direction))]
-        residual = [r - d for r, d in zip(residual, along(size, image))]
+        size = ratio(square, dot(direction, image))
+        solution, residual = plus(solution, size, direction), plus(residual, -size, image)
         following = dot(residual, residual)
-        ratio = torch.where(square > 0, following / square.where(square > 0, 1.0), 0.0)
-        direction = [r + d for r, d in zip(residual, along(ratio, direction))]
+        direction = plus(residual, ratio(following, square), direction)
         square = following
     return solution
 

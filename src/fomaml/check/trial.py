@@ -1,0 +1,164 @@
+"""A module to be tried: copies of it, random tasks of the shapes it takes, the dtype it is judged in."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fomaml.algorithms import FOMAML
+from fomaml.check.findings import Finding
+from fomaml.engines import meta_gradient
+from fomaml.errors import InputError, positive
+from fomaml.load import short
+from fomaml.tasks import Examples, Task, count, one
+
+
+class Trial(NamedTuple):
+    """A module that is only ever copied, tasks for it, and how to learn them."""
+
+    model: nn.Module
+    tasks: Task
+    criterion: Callable[[Tensor, Tensor], Tensor]
+    inner_lr: float
+    inner_steps: int
+    seed: int
+    random: bool = False
+
+    def copy(self, name: str = "", value: Tensor | None = None) -> nn.Module:
+        """A copy, with a value written into the parameter `name`."""
+        model = copy.deepcopy(self.model)
+        if name:
+            with torch.no_grad():
+                model.get_parameter(name).copy_(value)
+        return model
+
+    def outputs(
+        self, model: Callable[[Tensor], Tensor], inputs: Tensor | None = None, seed: int = 0
+    ) -> Tensor:
+        torch.manual_seed(self.seed + seed)
+        return model(self.tasks.support.inputs[0] if inputs is None else inputs)
+
+    def each(self) -> Iterator[Task]:
+        return (one(self.tasks, index) for index in range(count(self.tasks)))
+
+    def is_random(self) -> bool:
+        return differ(self.outputs(self.copy()), self.outputs(self.copy(), seed=1))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(iter(learned(self.model).values())).dtype
+
+    def learner(self, first_order: bool = True):
+        choices = {"criterion": self.criterion, "first_order": first_order}
+        return FOMAML(self.copy(), self.inner_lr, self.inner_steps, **choices)
+
+    def gradient(self, engine: str, first_order: bool) -> tuple[dict[str, Tensor], list[str]]:
+        """The meta-gradient, and the names of what computing it changed in the meta-model."""
+        learner = self.learner(first_order)
+        before = snapshot(learner.model.state_dict())
+        torch.manual_seed(self.seed)
+        found = meta_gradient(learner, self.tasks, engine=engine).gradients
+        gradients = {
+            name: gradient.to_dense() for name, gradient in found.items()
+        }  # of nn.Embedding(sparse=True)
+        return gradients, [n for n, t in learner.model.state_dict().items() if differ(t, before[n])]
+
+
+def draw_inputs(model: nn.Module, shape: tuple[int, ...], vocabulary: int | None) -> Tensor:
+    parameters = list(model.parameters())
+    if any(isinstance(p, nn.parameter.UninitializedParameter) for p in parameters):
+        raise InputError("the module has lazy parameters without a shape; run it once on a batch before")
+    floating = [p for p in parameters if p.is_floating_point() and p.requires_grad]
+    if not floating:
+        raise InputError("the module has no parameter that requires gradients: there is nothing to learn")
+    if vocabulary is None:
+        return torch.randn(shape).to(floating[0])
+    return torch.randint(positive("vocabulary", vocabulary, integer=True), shape).to(floating[0].device)
+
+
+def first_outputs(model: nn.Module, inputs: Tensor) -> Tensor:
+    """The outputs of the module as it is; InputError unless it runs and returns one tensor, a row per example."""
+    given = f"{str(inputs.dtype)[6:]} inputs {tuple(inputs.shape)}"
+    try:
+        outputs = copy.deepcopy(model)(inputs)
+    except Exception as error:
+        raise InputError(f"the module does not run on {given}: {short(error)}") from None
+    if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
+        kind = f"{outputs.dtype} tensor" if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise InputError(f"the module must return one floating tensor, not a {kind}")
+    if outputs.shape[:1] != inputs.shape[:1]:
+        raise InputError(f"{given} gave outputs {tuple(outputs.shape)}; expected {len(inputs)} rows")
+    return outputs
+
+
+def draw_tasks(inputs: list[Tensor], outputs: Tensor, ways: int):
+    """Tasks of these inputs and their criterion, by the kind of the outputs."""
+    if is_regression(outputs):
+        targets = [torch.randn(*i.shape[:2], *outputs.shape[1:]).to(outputs) for i in inputs]
+        return Task(*map(Examples, inputs, targets)), F.mse_loss
+    width = min(ways, outputs.shape[1])
+    targets = [(torch.arange(i.shape[1], device=i.device) % width).expand(i.shape[:2]) for i in inputs]
+    return Task(*map(Examples, inputs, targets)), F.cross_entropy
+
+
+def is_regression(outputs: Tensor) -> bool:
+    return outputs.dim() != 2 or outputs.shape[1] < 2
+
+
+def widened(trial: Trial) -> tuple[Trial, list[Finding]]:
+    """The trial in float64, or as it is and a note where the module does not take that."""
+    try:
+        exact = trial._replace(model=trial.copy().double(), tasks=trial.tasks.to(dtype=torch.float64))
+        dtype = exact.outputs(exact.copy()).dtype
+        if dtype != torch.float64:
+            raise TypeError(f"its outputs stay {dtype}")
+        return exact, []
+    except Exception as error:
+        what = f"does not run in float64, so compared in {str(trial.dtype)[6:]}, more loosely: {short(error)}"
+        return trial, [Finding("note", what)]
+
+
+def drops(module: nn.Module) -> bool:
+    """Whether a layer draws a dropout mask; recurrent and attention layers hold the rate themselves."""
+    rate = getattr(module, _rate(module), 0.0)
+    return module.training and isinstance(rate, float) and rate > 0
+
+
+def _rate(module: nn.Module) -> str:
+    return "p" if isinstance(module, nn.modules.dropout._DropoutNd) else "dropout"
+
+
+def without_dropout(model: nn.Module) -> nn.Module:
+    """A copy with all rates at 0; not in eval mode, which changes other things too."""
+    model = copy.deepcopy(model)
+    for module in filter(drops, model.modules()):
+        setattr(module, _rate(module), 0.0)
+    return model
+
+
+def learned(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def snapshot(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+def plain_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that modules hold, themselves or in a list, neither as parameters nor as buffers."""
+    for prefix, module in model.named_modules():
+        for name, value in vars(module).items():
+            for held in value if isinstance(value, (list, tuple)) else [value]:
+                if isinstance(held, Tensor) and not isinstance(held, nn.Parameter):
+                    yield f"{prefix}.{name}".lstrip("."), held
+
+
+def differ(a: Tensor, b: Tensor, tolerance: float = 1e-6) -> bool:
+    return a.shape != b.shape or not torch.allclose(
+        a, b.to(a), rtol=tolerance, atol=tolerance, equal_nan=True
+    )

@@ -1,0 +1,173 @@
+"""The check itself: tries a module on every engine in both orders, against the slow twin."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fomaml.check.findings import (
+    DOUBLE,
+    FIRST,
+    INPLACE,
+    LOOP,
+    READ,
+    REASONS,
+    Finding,
+    Report,
+    listed,
+    of_kinds,
+    plural,
+)
+from fomaml.check.slow import reference, relative_error, second_order
+from fomaml.check.structure import (
+    kinds_of_layers,
+    randomness_of_forward,
+    state_of_forward,
+    unreached,
+    unread,
+    width_for_ways,
+)
+from fomaml.check.trial import (
+    Trial,
+    draw_inputs,
+    draw_tasks,
+    drops,
+    first_outputs,
+    plain_tensors,
+    widened,
+    without_dropout,
+)
+from fomaml.engines import ENGINES
+from fomaml.engines.choose import choose
+from fomaml.errors import InputError, positive
+from fomaml.load import short
+from fomaml.tasks import chunks
+
+TASKS = 2
+# The largest relative error of a gradient that counts as rounding; a float64 module may compute parts in float32.
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-2}
+
+
+def check(
+    model: nn.Module,
+    shape: Sequence[int],
+    *,
+    vocabulary: int | None = None,
+    ways: int = 5,
+    shots: int = 2,
+    query_shots: int = 3,
+    inner_steps: int = 3,
+    inner_lr: float = 0.01,
+    seed: int = 0,
+    name: str | None = None,
+) -> Report:
+    """Try a module, in the mode it is in, on two random tasks. It is copied, never changed.
+
+    FOMAML's gradient is compared with a plain loop in float64, dropout off; second order with central
+    differences of that loop's query loss in random directions, by their median, as a direction may cross
+    a kink of a ReLU or of a max-pool.
+
+    shape: of one input. Inputs are normal random numbers (examples, *shape) of the module's dtype or,
+        with a vocabulary, int64 below it. Outputs that are not (examples, at least 2) make it a regression.
+    name: of the module, for the heading.
+
+    Raises:
+        InputError: numbers that are not positive, or a module that does not run on this shape.
+    """
+    counts = {"ways": ways, "shots": shots, "query_shots": query_shots, "inner_steps": inner_steps}
+    for what, number in [*counts.items(), *(("a size of the input", size) for size in shape)]:
+        positive(what, number, integer=True)
+    mode = "train" if model.training else "eval"
+    heading = f"{name or type(model).__name__} in {mode} mode, inputs {tuple(shape)}, {ways}-way {shots}-shot"
+    heading += f", {plural(inner_steps, 'inner step')} of {positive('inner_lr', inner_lr):g}"
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(seed)
+        stale = [name for name, tensor in plain_tensors(model) if tensor.grad_fn is not None]
+        if stale:  # such a module cannot even be copied
+            return Report(heading, list(of_kinds({"stale": stale})))
+        inputs = [draw_inputs(model, (TASKS, ways * n, *shape), vocabulary) for n in (shots, query_shots)]
+        outputs = first_outputs(model, inputs[0][0])
+        learning = *draw_tasks(inputs, outputs, ways), inner_lr, inner_steps, seed
+        trial = Trial(without_dropout(model), *learning)
+        trial = trial._replace(random=trial.is_random())
+        return Report(heading, list(_findings(Trial(model, *learning), trial, outputs, ways)))
+
+
+def _findings(own: Trial, trial: Trial, outputs: Tensor, ways: int) -> Iterator[Finding]:
+    """own: the module as it is. trial: with dropout off."""
+    parameters = list(own.model.parameters())
+    count = f"{sum(p.numel() for p in parameters):,} parameters"
+    yield Finding("ok", f"{count} in {plural(len(parameters), 'tensor')}")
+    yield width_for_ways(outputs, ways)
+    yield from of_kinds(kinds_of_layers(own))
+    if not outputs.isfinite().all():
+        yield Finding("wrong", "the outputs are not finite; nothing else was tried", "look at the forward")
+    elif not outputs.requires_grad:
+        yield Finding(
+            "wrong", "no gradient reaches any parameter", "no torch.no_grad or .detach() in forward"
+        )
+    else:
+        yield from state_of_forward(trial)
+        yield from randomness_of_forward(trial)
+        exact, note = widened(trial)
+        yield from note
+        expected, reached = reference(exact)
+        yield from of_kinds(unreached(exact, reached))
+        yield from _engines(own, trial, exact, expected)
+
+
+def _engines(own: Trial, trial: Trial, exact: Trial, expected: dict[str, Tensor]) -> Iterator[Finding]:
+    """Each engine in both orders, and which of them `engine="auto"` takes."""
+
+    def first(gradients: dict[str, Tensor]) -> tuple[str, str]:
+        error = relative_error(gradients, expected)
+        if error <= TOLERANCE.get(exact.dtype, 0.1):
+            size = f"to {error:.0e}" if error else "bit for bit"
+            return "ok", f"equals the plain reference {size} in {str(exact.dtype)[6:]}"
+        return "wrong", f"differs from the plain reference by {error:.1g}{unread(exact)}"
+
+    # finite differences are slow, and two steps of one task hold all there is to get wrong
+    brief = exact._replace(tasks=next(chunks(exact.tasks, 1)), inner_steps=min(2, exact.inner_steps))
+    levels = {}
+    for first_order, wide, judge in ((True, exact, first), (False, brief, second_order(brief))):
+        cure = READ if first_order or levels["loop", True] == "wrong" else DOUBLE
+        for engine in ENGINES if first_order else ("loop", "batched"):
+            finding = _engine(own, trial, wide, engine, first_order, judge)
+            levels[engine, first_order] = finding.level
+            if finding.cure == LOOP and levels["loop", first_order] == "refused":
+                finding = finding._replace(cure="" if first_order else FIRST)
+            wrong = finding.level == "wrong"
+            yield finding._replace(cure=finding.cure or cure) if wrong else finding
+            cure = cure if wrong or engine != "loop" else LOOP
+    name, why = choose(trial.learner(), trial.tasks)
+    level = levels[name, True]
+    if level in ("ok", "note"):
+        yield Finding("ok", f"engine='auto' takes {name!r}: {why}")
+    elif levels["loop", True] in ("ok", "note"):
+        yield Finding(level, f"engine='auto' takes {name!r}, see above", LOOP)
+
+
+def _engine(own: Trial, trial: Trial, exact: Trial, engine: str, first_order: bool, judge) -> Finding:
+    """Run it in the module's own dtype, with dropout and without; judge the gradient in the wider one."""
+    what, when = f"{'first' if first_order else 'second'} order, {engine}", ""
+    try:
+        own._replace(inner_steps=1).gradient(engine, first_order)
+        if any(map(drops, own.model.modules())):
+            when = " with dropout off"
+            trial._replace(inner_steps=1).gradient(engine, first_order)
+        gradients, moved = exact.gradient(engine, first_order)
+    except Exception as error:
+        cure = LOOP if engine != "loop" else "" if first_order else FIRST
+        plain = short(error), "" if isinstance(error, InputError) else cure
+        text, cure = next((known for part, known in REASONS.items() if part in str(error)), plain)
+        return Finding("refused", f"{what}{when}: {text}", cure)
+    if moved:
+        return Finding("wrong", f"{what}: a task's steps change the meta-model's {listed(moved)}", INPLACE)
+    if exact.random and engine != "loop":
+        return Finding("note", f"{what}: runs, not compared (random)")
+    level, text = judge(gradients)
+    return Finding(level, f"{what}: {text}")
