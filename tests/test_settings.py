@@ -32,7 +32,7 @@ def small(monkeypatch):
 
 
 def settings(**options):
-    return resolve(TrainConfig(**{"source": "omniglot", "model": "conv4-strided", "channels": 4, **options}))
+    return resolve(TrainConfig(**{"source": "omniglot", "model": "conv4-strided", "channels": (4,), **options}))
 
 
 def built(config):
@@ -56,7 +56,7 @@ def test_every_value_of_a_preset_is_recorded_and_any_option_beside_it_wins(name)
     assert config.preset == name
     for option, value in PRESETS[name].settings.items():
         assert getattr(config, option) == value
-    other = {"inner_lr": 0.123, "channels": 8, "iterations": 7, "query_shots": 3, "augment": "rotations"}
+    other = {"inner_lr": 0.123, "channels": (8,), "iterations": 7, "query_shots": 3, "augment": "rotations"}
     changed = resolve(TrainConfig(preset=name, **other))
     for option, value in {**vars(config), **other}.items():
         assert getattr(changed, option) == value

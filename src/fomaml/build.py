@@ -282,7 +282,7 @@ def head_name(model: nn.Module) -> str:
 def _convolutions(config: TrainConfig) -> dict:
     """The arguments of the convolutional networks, those of their batch norms included."""
     return {
-        "channels": config.channels,
+        "channels": config.channels[0] if len(config.channels) == 1 else config.channels,
         "scale": config.norm_parameters == "scale-shift",
         "statistics": config.norm_statistics,
         "steps": config.inner_steps if config.norm_statistics == "per-step" else None,

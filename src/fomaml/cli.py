@@ -76,8 +76,9 @@ def _evaluate(config: EvaluateConfig) -> None:
         check_steps(config.steps)
     known("statistics", config.statistics, STATISTICS)
     known("part", config.part, PARTS)
-    if config.query_shots is not None:
-        positive("query_shots", config.query_shots, integer=True)
+    for name in ("ways", "shots", "query_shots"):
+        if getattr(config, name) is not None:
+            positive(name, getattr(config, name), integer=True)
     if config.test_augment is not None:
         known("test augment", config.test_augment, TEST_AUGMENTATIONS)
     from fomaml.judge import describe, evaluate_run
@@ -89,6 +90,8 @@ def _evaluate(config: EvaluateConfig) -> None:
         device=config.device,
         test_tasks=config.tasks,
         test_steps=config.steps,
+        ways=config.ways,
+        shots=config.shots,
         test_query_shots=config.query_shots,
         test_augment=config.test_augment,
     )

@@ -106,8 +106,8 @@ class TrainConfig:
     model: str | None = None
     """mlp (784-256-10 on images, 1-40-40-1 on sinusoids; the default), conv4, conv4-strided (mean over space) or
     conv4-strided-flat (Reptile's)."""
-    channels: int | None = None
-    """The channels of each convolution (64 by default)."""
+    channels: tuple[int, ...] | None = None
+    """The channels of the convolutions: one number for all (64 by default), or one for each of the four."""
     norm_statistics: str | None = None
     """What batch norm normalises by: batch (the default; transductive), support, running or per-step."""
     norm_parameters: str | None = None
@@ -217,7 +217,7 @@ def from_json(text: str, origin: str) -> TrainConfig:
         values = {**PLAIN, **json.loads(text)}  # a run from before an option was there
         for name in ("out", "data_root", "resume"):
             values[name] = values.get(name) and Path(values[name])
-        for name in ("test_steps", "image", "image_size"):
+        for name in ("test_steps", "image", "image_size", "channels"):
             values[name] = values[name] and tuple(values[name])
         for name, other in FOLLOWING:
             values.setdefault(name, values.get(other))

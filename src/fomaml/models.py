@@ -157,22 +157,30 @@ class _Conv(nn.Sequential):
         )
 
 
+def _widths(channels: int | Sequence[int]) -> list[int]:
+    """The channels of the four convolutions: one number for all, or one for each."""
+    widths = [channels] * 4 if isinstance(channels, int) else list(channels)
+    if len(widths) != 4:
+        raise InputError(f"channels must be one number or four, one for each convolution, got {widths}")
+    return widths
+
+
 class Conv4(nn.Module):
     """Four blocks of [3×3 convolution, batch norm, ReLU, 2×2 max-pool] and a linear head (Vinyals et al. 2016).
 
     Inputs (examples, channels, height, width), outputs (examples, outputs). With 28×28 images and 64
     channels the head is 64 → outputs; with 84×84 and 32 channels, 800 → outputs. norm: further arguments
-    of `BatchNorm`: scale, statistics, steps.
+    of `BatchNorm`: scale, statistics, steps. channels: of all convolutions, or of each of the four.
     """
 
-    def __init__(self, outputs: int, *, channels: int = 64, image: Sequence[int] = (1, 28, 28), **norm):
+    def __init__(self, outputs: int, *, channels: int | Sequence[int] = 64, image: Sequence[int] = (1, 28, 28), **norm):
         super().__init__()
         in_channels, height, width = image
         if min(height, width) < 16:
             raise InputError(f"Conv4 halves its images four times: {height}x{width} is less than 16x16")
-        widths = [in_channels] + [channels] * 4
+        widths = [in_channels, *_widths(channels)]
         self.body = nn.Sequential(*(_Conv(i, o, 1, norm) for i, o in itertools.pairwise(widths)))
-        self.head = nn.Linear(channels * (height // 16) * (width // 16), outputs)
+        self.head = nn.Linear(widths[-1] * (height // 16) * (width // 16), outputs)
 
     def forward(self, inputs: Tensor) -> Tensor:
         return self.head(self.body(inputs).flatten(1))
@@ -182,14 +190,14 @@ class Conv4Strided(nn.Module):
     """The Omniglot network of Finn et al. 2017, section 5.2: four stride-2 convolutions, mean over space, linear head.
 
     Inputs (examples, channels, height, width), outputs (examples, outputs). norm: further arguments of
-    `BatchNorm`: scale, statistics, steps.
+    `BatchNorm`: scale, statistics, steps. channels: of all convolutions, or of each of the four.
     """
 
-    def __init__(self, outputs: int, *, channels: int = 64, in_channels: int = 1, **norm):
+    def __init__(self, outputs: int, *, channels: int | Sequence[int] = 64, in_channels: int = 1, **norm):
         super().__init__()
-        widths = [in_channels] + [channels] * 4
+        widths = [in_channels, *_widths(channels)]
         self.body = nn.Sequential(*(_Conv(i, o, 2, norm) for i, o in itertools.pairwise(widths)))
-        self.head = nn.Linear(channels, outputs)
+        self.head = nn.Linear(widths[-1], outputs)
 
     def forward(self, inputs: Tensor) -> Tensor:
         return self.head(self.body(inputs).mean((2, 3)))
@@ -200,12 +208,12 @@ class Conv4StridedFlat(nn.Module):
     of 28×28 images, goes to the head. Arguments of `Conv4`.
     """
 
-    def __init__(self, outputs: int, *, channels: int = 64, image: Sequence[int] = (1, 28, 28), **norm):
+    def __init__(self, outputs: int, *, channels: int | Sequence[int] = 64, image: Sequence[int] = (1, 28, 28), **norm):
         super().__init__()
         in_channels, height, width = image
-        widths = [in_channels] + [channels] * 4
+        widths = [in_channels, *_widths(channels)]
         self.body = nn.Sequential(*(_Conv(i, o, 2, norm) for i, o in itertools.pairwise(widths)))
-        self.head = nn.Linear(channels * -(-height // 16) * -(-width // 16), outputs)
+        self.head = nn.Linear(widths[-1] * -(-height // 16) * -(-width // 16), outputs)
 
     def forward(self, inputs: Tensor) -> Tensor:
         return self.head(self.body(inputs).flatten(1))

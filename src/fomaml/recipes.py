@@ -47,7 +47,7 @@ PLAIN = {
     "ways": 5,
     "resize": "lanczos",
     "test_augment": "none",
-    "channels": 64,
+    "channels": (64,),
     "norm_statistics": "batch",
     "norm_parameters": "scale-shift",
     "adapt": "all",

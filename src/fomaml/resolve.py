@@ -25,7 +25,7 @@ KNOWN = {
     "autocast": names.PRECISIONS,
 }
 COUNTS = (
-    *("ways", "query_shots", "train_ways", "train_shots", "test_query_shots", "channels", "inner_steps"),
+    *("ways", "query_shots", "train_ways", "train_shots", "test_query_shots", "inner_steps"),
     *("meta_batch_size", "iterations", "validation_tasks", "test_tasks", "checkpoint_every"),
 )
 OPTIONAL_COUNTS = (
@@ -76,6 +76,10 @@ def resolve(config: TrainConfig) -> TrainConfig:
         known(name.replace("_", " "), getattr(config, name), allowed)
     for name in COUNTS:
         positive(name, getattr(config, name), integer=True)
+    if len(config.channels) not in (1, 4):
+        raise InputError(f"--channels takes one number or four, one for each convolution, got {list(config.channels)}")
+    for channels in config.channels:
+        positive("channels", channels, integer=True)
     for name in OPTIONAL_COUNTS:
         if getattr(config, name) is not None:
             positive(name, getattr(config, name), integer=True)
@@ -134,7 +138,9 @@ def _check_algorithm(config: TrainConfig) -> None:
     if config.model == "mlp":
         for name in ("channels", "norm_statistics", "norm_parameters", "adapt"):
             if getattr(config, name) != PLAIN[name]:
-                option = f"--{name.replace('_', '-')} {getattr(config, name)}"
+                value = getattr(config, name)
+                value = " ".join(map(str, value)) if isinstance(value, tuple) else value
+                option = f"--{name.replace('_', '-')} {value}"
                 raise InputError(f"the model mlp has no convolutions and no batch norm: no {option}")
     if config.inner_loss == "summed" and config.train_ways != config.ways:
         raise InputError("--inner-loss summed is N times the mean: give no --train-ways beside it")

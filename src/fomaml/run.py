@@ -30,7 +30,7 @@ from fomaml.build import (
     with_image,
 )
 from fomaml.checkpoint import load_progress, load_state, load_weights, save_state, save_weights, write_text
-from fomaml.config import TrainConfig, from_json, to_json
+from fomaml.config import CLASSIFIERS, TrainConfig, from_json, to_json
 from fomaml.engines import choose
 from fomaml.errors import InputError
 from fomaml.judge import describe, judge
@@ -267,7 +267,13 @@ def load_run(run: Path, **changes) -> tuple[TrainConfig, MetaLearner]:
     Raises:
         InputError: the directory holds no finished run, or a damaged one.
     """
-    config = load_config(run)
-    config = dataclasses.replace(config, **{k: v for k, v in changes.items() if v is not None})
-    learner = build_learner(config, build_model(config))
+    own = load_config(run)
+    config = dataclasses.replace(own, **{k: v for k, v in changes.items() if v is not None})
+    if config.ways != own.ways and own.algorithm not in CLASSIFIERS:
+        raise InputError(
+            f"the run in {run} learned a head for {own.ways} ways, got --ways {config.ways}; only a head made of "
+            f"classes takes any number ({', '.join(CLASSIFIERS)})"
+        )
+    like = dataclasses.replace(own, device=config.device)  # the network as it was trained, whatever the tasks
+    learner = build_learner(like, build_model(like))
     return config, load_weights(run / "weights.safetensors", learner)
