@@ -172,7 +172,7 @@ def test_the_settings_of_an_older_run_are_what_they_were():
 
 
 def test_the_models_options_reach_the_model():
-    model, _ = built(settings(channels=6, norm_parameters="shift", norm_statistics="per-step", inner_steps=2))
+    model, _ = built(settings(channels=(6,), norm_parameters="shift", norm_statistics="per-step", inner_steps=2))
     assert isinstance(model, Conv4Strided) and model.head.in_features == 6
     norms = [m for m in model.modules() if isinstance(m, BatchNorm)]
     assert all(m.weight is None and m.statistics == "per-step" and len(m.mean) == 3 for m in norms)
