@@ -49,7 +49,7 @@ def function(learner: MetaLearner, tasks: Task, find: Find, facts: tuple) -> Com
         except Exception as error:  # the compilers' errors have no common base
             known[key] = None
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            if tasks.support.inputs.device.type == "cpu" and kernels.compiler() is None:
+            if tasks.support.inputs.device.type == "cpu" and not kernels.compiler():
                 reason = "there is no C++ compiler on this machine"
             warnings.warn(f"compile=True runs uncompiled: {reason}", RuntimeWarning, stacklevel=4)
     return known[key]

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -18,14 +19,16 @@ from torch import Tensor
 from fomaml.data.download import user_cache
 
 SOURCE = Path(__file__).with_name("norm_relu_pool.cpp")
-FLAGS = ("-O3", "-march=native", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-std=c++17", "-shared", "-fPIC")
+FAST = ("-O3", "-march=native", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math")
+FLAGS = (*FAST, "-std=c++17", "-shared", "-fPIC")
 NAMES = {torch.float32: "float32", torch.float64: "float64"}
 COMPILERS = ("c++", "g++", "clang++")
+DIGEST = hashlib.sha256().digest_size
 
 
-def compiler() -> str | None:
-    """The machine's C++ compiler: $CXX, or the first of the usual names."""
-    return os.environ.get("CXX") or next(filter(shutil.which, COMPILERS), None)
+def compiler() -> list[str]:
+    """The command of the machine's C++ compiler, empty if there is none: $CXX, or the first of the usual names."""
+    return shlex.split(os.environ.get("CXX", "")) or list(filter(shutil.which, COMPILERS))[:1]
 
 
 @functools.cache
@@ -35,25 +38,45 @@ def library() -> ctypes.CDLL:
     Raises:
         RuntimeError: no compiler, or it fails; the message says why.
     """
-    build = [compiler(), *FLAGS]
-    if build[0] is None:
+    command = compiler()
+    if not command:
         raise RuntimeError("there is no C++ compiler on this machine")
-    facts = [SOURCE.read_text(encoding="utf-8"), *build, platform.machine(), _processor()]
+    facts = [SOURCE.read_text(encoding="utf-8"), *command, *FLAGS, platform.machine(), _processor()]
     name = f"norm_relu_pool-{hashlib.sha256(' '.join(facts).encode()).hexdigest()[:16]}.so"
     for folder in (user_cache(), Path(tempfile.gettempdir()) / f"fomaml-{os.getuid()}"):
         path = folder / name
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if not path.exists():
-                temporary = path.with_name(f".{name}.{os.getpid()}")
-                done = subprocess.run([*build, "-o", str(temporary), str(SOURCE)], capture_output=True, text=True)
-                if done.returncode:
-                    raise RuntimeError(f"{build[0]} failed: {(done.stderr.strip() or 'no message').splitlines()[0]}")
-                os.replace(temporary, path)
-            return ctypes.CDLL(str(path))
+            if folder.stat().st_uid != os.getuid():
+                raise PermissionError(f"{folder} belongs to somebody else")
+            kept = path.read_bytes() if path.exists() else b""
+            code = kept[:-DIGEST]
+            if not kept or hashlib.sha256(code).digest() != kept[-DIGEST:]:  # none yet, or a damaged one
+                _build(command, path)
         except OSError as error:  # a folder that takes no files: the next one
             reason = error
+            continue
+        try:
+            return ctypes.CDLL(str(path))
+        except OSError as error:
+            raise RuntimeError(f"{command[0]} made something that does not load: {error}") from None
     raise RuntimeError(f"the kernels could not be kept: {reason}")
+
+
+def _build(command: list[str], path: Path) -> None:
+    """Build the kernels in a file of its own beside `path` and move it there whole, its digest at the end."""
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as folder:
+        temporary = Path(folder) / path.name
+        try:
+            build = [*command, *FLAGS, "-o", str(temporary), str(SOURCE)]
+            done = subprocess.run(build, capture_output=True, text=True)
+        except OSError as error:
+            raise RuntimeError(f"{command[0]} failed: {error}") from None
+        if done.returncode:
+            raise RuntimeError(f"{command[0]} failed: {(done.stderr.strip() or 'no message').splitlines()[0]}")
+        code = temporary.read_bytes()
+        temporary.write_bytes(code + hashlib.sha256(code).digest())  # the loader does not mind what follows
+        os.replace(temporary, path)
 
 
 def _processor() -> str:
@@ -66,7 +89,9 @@ def _processor() -> str:
 
 
 def channels_last(images: Tensor) -> Tensor:
-    """A copy in that order of memory; with one channel `contiguous` keeps strides that convolutions take for the other."""
+    """The images in that order of memory; with one channel `contiguous` keeps strides that convolutions take for the
+    other.
+    """
     return images.to(memory_format=torch.channels_last)
 
 
@@ -84,7 +109,8 @@ def norm_relu_pool(
     outputs = torch.empty(size, dtype=inputs.dtype, memory_format=torch.channels_last)
     won = torch.empty_like(outputs) if pool else outputs
     mean, deviation = inputs.new_empty(channels), inputs.new_empty(channels)
-    pointers = _pointers(inputs, _flat(gamma), _flat(beta), outputs, won, mean, deviation)
+    gamma, beta = _flat(gamma), _flat(beta)  # held until the kernel is done: it gets bare addresses
+    pointers = _pointers(inputs, gamma, beta, outputs, won, mean, deviation)
     sizes = _sizes(images, height, width, channels)
     kernel = getattr(library(), f"forward_{NAMES[inputs.dtype]}")
     kernel(*pointers, *sizes, ctypes.c_double(eps), ctypes.c_int(pool))
@@ -106,7 +132,8 @@ def norm_relu_pool_backward(
     images, channels, height, width = inputs.shape
     by_inputs = torch.empty_like(inputs)
     by_gamma, by_beta = torch.empty_like(mean), torch.empty_like(mean)
-    pointers = _pointers(slope, inputs, outputs, won, _flat(gamma), mean, deviation, by_inputs, by_gamma, by_beta)
+    gamma = _flat(gamma)
+    pointers = _pointers(slope, inputs, outputs, won, gamma, mean, deviation, by_inputs, by_gamma, by_beta)
     kernel = getattr(library(), f"backward_{NAMES[inputs.dtype]}")
     kernel(*pointers, *_sizes(images, height, width, channels), ctypes.c_int(pool))
     return by_inputs, by_gamma, by_beta
