@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fomaml.engines import fusion, kernels, products
@@ -42,7 +43,9 @@ def function(learner: MetaLearner, tasks: Task, find: Find, facts: tuple) -> Com
     known = _functions.setdefault(learner, {})
     order = learner.first_order(learner.iteration) if callable(learner.first_order) else learner.first_order
     like = tuple((tensor.shape, tensor.dtype, tensor.device) for part in tasks for tensor in part)
-    key = (facts, order, learner.training, like)
+    modes = tuple(module.training for module in learner.modules())
+    kinds = tuple((parameter.dtype, parameter.device) for parameter in learner.parameters())
+    key = (facts, order, learner.inner_steps, modes, kinds, like)
     if key not in known:
         try:
             known[key] = Compiled(learner, tasks, find)
@@ -81,8 +84,10 @@ class Compiled:
             with torch.enable_grad():
                 graph = make_fx(flat)(*state, *examples)
             on_cpu = tasks.support.inputs.device.type == "cpu"
-            self._fused = on_cpu and fusion.convolutional(graph.graph)
-            if self._fused:
+            fused = on_cpu and fusion.convolutional(graph.graph)
+            # random numbers are drawn in the order of the tasks
+            self._side_by_side = fused and not any(map(_draws, graph.graph.nodes))
+            if fused:
                 kernels.library()
                 self._channels_last = fusion.rewrite(graph)
                 self._run = graph
@@ -97,7 +102,7 @@ class Compiled:
     def map(self, chunks: Iterable[Task]) -> Iterator[Found]:
         """What is found for each chunk, at the learner's present state."""
         run = partial(self._call, self._state())
-        return side_by_side(run, chunks) if self._fused else map(run, chunks)
+        return side_by_side(run, chunks) if self._side_by_side else map(run, chunks)
 
     def _call(self, state: list[Tensor], tasks: Task) -> Found:
         with torch.no_grad():
@@ -109,6 +114,11 @@ class Compiled:
         for number in self._channels_last:
             state[number] = kernels.channels_last(state[number])
         return state
+
+
+def _draws(node: Node) -> bool:
+    """Whether a node draws random numbers."""
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def _tensors(tasks: Task) -> list[Tensor]:

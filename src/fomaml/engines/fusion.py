@@ -10,6 +10,7 @@ import operator
 from typing import NamedTuple
 
 import torch
+from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
 
 from fomaml.engines.kernels import NAMES, channels_last, norm_relu_pool, norm_relu_pool_backward
@@ -26,14 +27,19 @@ def convolutional(graph: Graph) -> bool:
 def rewrite(module: GraphModule) -> set[int]:
     """Fuse the blocks of a traced function and make its images channels-last, in place.
 
-    Returns the numbers of the arguments that it now takes channels-last.
+    Returns the numbers of the arguments that it now takes channels-last. A function that depends on the order of
+    its tensors in memory stays as it is.
     """
     graph = module.graph
     for node in list(graph.nodes):
         if node.target in SAME:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
+    _out_of_place(graph)
     graph.eliminate_dead_code()
+    if any(node.target is aten.as_strided.default or _writes(node) for node in graph.nodes):
+        module.recompile()
+        return set()
     for node in graph.nodes:
         block = _block(node)
         if block is not None:
@@ -48,6 +54,40 @@ def rewrite(module: GraphModule) -> set[int]:
     graph.lint()
     module.recompile()
     return reordered
+
+
+def _out_of_place(graph: Graph) -> None:
+    """Make an operation in place, as `nn.ReLU(inplace=True)`, an ordinary one where nothing else sees what it wrote."""
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        if not _writes(node):
+            continue
+        written = node.args[0]
+        name, overload = node.target._schema.name.split("::")[1], node.target._overloadname
+        ordinary = getattr(getattr(aten, name.removesuffix("_"), None), overload, None)
+        tensors = [a for a in node.args if isinstance(a, Node)]
+        if (
+            ordinary is None
+            or not name.endswith("_")
+            or written.op != "call_function"
+            or _is_view(written)
+            or any(order[u] > order[node] or (u is not node and _is_view(u)) for u in written.users)
+            or any(a.meta["val"].dtype != node.meta["val"].dtype for a in tensors)  # the result's might be another
+        ):
+            continue
+        node.target = ordinary
+
+
+def _writes(node: Node) -> bool:
+    return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
+
+
+def _is_view(node: Node) -> bool:
+    """Whether a node shares memory with an argument of its."""
+    if node.target is operator.getitem:
+        return _is_view(node.args[0])
+    returns = node.target._schema.returns if isinstance(node.target, OpOverload) else []
+    return any(value.alias_info is not None for value in returns)
 
 
 class _Block(NamedTuple):
@@ -88,9 +128,8 @@ def _block(norm: Node) -> _Block | None:
     if pool is not None:
         spread = [u for u in relu.users if u.target is aten.max_pool2d_with_indices_backward.default]
         inside = {pool, *passes, *spread}
-        if set(relu.users) != inside or [slope] != (spread or [None]) or _indices_used(pool, spread):
-            pool = None
-        elif spread and set(spread[0].users) != set(passes):
+        seen = set(relu.users) != inside or _indices_used(pool, spread)
+        if seen or [slope] != (spread or [None]) or (spread and set(spread[0].users) != set(passes)):
             pool = None
         elif spread:
             slope = spread[0].args[0]
@@ -132,7 +171,7 @@ def _channels_last(graph: Graph) -> set[int]:
                 with graph.inserting_after(argument):
                     ordered = graph.call_function(channels_last, (argument,))
                 ordered.meta["val"] = argument.meta["val"]
-                argument.replace_all_uses_with(ordered, delete_user_cb=lambda user, ordered=ordered: user is not ordered)
+                argument.replace_all_uses_with(ordered, delete_user_cb=lambda user, new=ordered: user is not new)
     return found
 
 
