@@ -45,17 +45,20 @@ def function(learner: MetaLearner, tasks: Task, find: Find, facts: tuple) -> Com
     like = tuple((tensor.shape, tensor.dtype, tensor.device) for part in tasks for tensor in part)
     modes = tuple(module.training for module in learner.modules())
     kinds = tuple((parameter.dtype, parameter.device) for parameter in learner.parameters())
-    key = (facts, order, learner.inner_steps, modes, kinds, like)
+    sizes = tuple(getattr(learner.inner_lr, "sizes", {}).items())
+    parts = (learner.optimizer, learner.objective, learner.criterion, learner.start)
+    numbers = (learner.inner_steps, learner.inner_batch_size)
+    key = (facts, order, numbers, sizes, modes, kinds, like, *map(id, parts))
     if key not in known:
         try:
-            known[key] = Compiled(learner, tasks, find)
+            known[key] = Compiled(learner, tasks, find), parts  # held, so that their ids stay theirs
         except Exception as error:  # the compilers' errors have no common base
-            known[key] = None
+            known[key] = None, parts
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             if tasks.support.inputs.device.type == "cpu" and not kernels.compiler():
                 reason = "there is no C++ compiler on this machine"
             warnings.warn(f"compile=True runs uncompiled: {reason}", RuntimeWarning, stacklevel=4)
-    return known[key]
+    return known[key][0]
 
 
 class Compiled:
@@ -143,4 +146,4 @@ def _slot(module: nn.Module, name: str) -> tuple[dict[str, Tensor], str]:
     return (owner._parameters if last in owner._parameters else owner._buffers), last
 
 
-_functions: WeakKeyDictionary[MetaLearner, dict[tuple, Compiled | None]] = WeakKeyDictionary()
+_functions: WeakKeyDictionary[MetaLearner, dict[tuple, tuple[Compiled | None, tuple]]] = WeakKeyDictionary()

@@ -6,7 +6,7 @@ import functools
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import torch
 
@@ -22,12 +22,15 @@ def side_by_side(function: Callable, items: Iterable) -> Iterator:
         return
     pool = _pool(threads)
     under_way: deque = deque()
-    for item in items:
-        under_way.append(pool.submit(function, item))
-        if len(under_way) > threads:
+    try:
+        for item in items:
+            under_way.append(pool.submit(function, item))
+            if len(under_way) > threads:
+                yield under_way.popleft().result()
+        while under_way:
             yield under_way.popleft().result()
-    while under_way:
-        yield under_way.popleft().result()
+    finally:  # after an error nothing runs on, and nothing holds memory
+        wait([future for future in under_way if not future.cancel()])
 
 
 @functools.cache
@@ -36,6 +39,7 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     together = threading.Barrier(threads + 1)
 
     def begin():
+        torch.get_num_threads()  # a thread's first question sets its number to that of all: ask before setting it
         torch.set_num_threads(1)  # of this thread, and of those to come: set back below
         together.wait()
 
