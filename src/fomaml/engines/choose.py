@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fomaml.engines import batched, compiled, factored, loop
-from fomaml.engines.common import Found, MetaGradient, accumulate, curves, differentiate
+from fomaml.engines.common import Found, MetaGradient, accumulate, curves, differentiate, out_of_memory
 from fomaml.errors import InputError, positive
 from fomaml.learner import MetaLearner
 from fomaml.tasks import Task, chunks, count, one
@@ -48,7 +48,7 @@ def meta_gradient(
             names, found = _found(learner, tasks, engine, size, compile, autocast)
             return accumulate(names, found, engine)
         except (IndexError, RuntimeError) as error:
-            if size == 1 or not _out_of_memory(error):
+            if size == 1 or not out_of_memory(error):
                 check_outputs(learner, tasks)  # the likeliest reason, told in words
                 raise
         size = _fits[learner] = (size + 1) // 2
@@ -160,11 +160,6 @@ def _found(learner, tasks, engine, size, compile, autocast) -> tuple[Sequence[st
         if function is not None:
             return function.names, function.map(chunks(tasks, size))
     return list(learner.meta_parameters()), map(find, chunks(tasks, size))
-
-
-def _out_of_memory(error: Exception) -> bool:
-    text = str(error)
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in text or "can't allocate memory" in text
 
 
 _chosen: WeakKeyDictionary[MetaLearner, dict[tuple, str]] = WeakKeyDictionary()

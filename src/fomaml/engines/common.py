@@ -67,6 +67,11 @@ def accumulate(names: Sequence[str], found: Iterable[Found], engine: str) -> Met
     return MetaGradient(dict(zip(names, gradients)), *seen, engine)
 
 
+def out_of_memory(error: Exception) -> bool:
+    text = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in text or "can't allocate memory" in text
+
+
 def curves(
     problems: Iterable[Problem], at_steps: Sequence[int], inductive: bool
 ) -> list[tuple[Tensor, Tensor]]:

@@ -18,19 +18,19 @@ from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fomaml.engines import fusion, kernels, products
-from fomaml.engines.common import Found
+from fomaml.engines.common import Found, out_of_memory
 from fomaml.engines.threads import side_by_side
 from fomaml.errors import InputError
 from fomaml.learner import MetaLearner
 from fomaml.objectives import MultiStepLoss
-from fomaml.tasks import Examples, Task
+from fomaml.tasks import Examples, Task, count
 
 Find = Callable[[Task], Found]
 
 
 def function(learner: MetaLearner, tasks: Task, find: Find, facts: tuple) -> Compiled | None:
     """`find` compiled for chunks of this shape, the same function at every call; None if it cannot be compiled,
-    which a warning has then said.
+    which a warning has then said. Where several tasks are out of memory, that error goes through.
 
     find: what `differentiate` finds for a chunk of tasks. facts: what it depends on beside the learner and
         the shapes.
@@ -53,6 +53,8 @@ def function(learner: MetaLearner, tasks: Task, find: Find, facts: tuple) -> Com
         try:
             known[key] = Compiled(learner, tasks, find), parts  # held, so that their ids stay theirs
         except Exception as error:  # the compilers' errors have no common base
+            if count(tasks) > 1 and out_of_memory(error):
+                raise  # fewer tasks at once may do
             known[key] = None, parts
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             if tasks.support.inputs.device.type == "cpu" and not kernels.compiler():

@@ -154,7 +154,7 @@ class FactoredProblem(Problem):
         rates = self.learner.inner_lr(0)
         kept: dict[int, tuple] = {}
         before = _random_state(support.inputs)
-        buffers = {name: buffer.clone() for name, buffer in self.buffers.items()}
+        versions = [buffer._version for buffer in self.buffers.values()]
         for step in itertools.count():
             with torch.enable_grad():
                 point = {n: p.detach().requires_grad_() for n, p in dense.items()}
@@ -167,9 +167,9 @@ class FactoredProblem(Problem):
                 for (name, p), g in zip(dense.items(), gradients)
             }
             if not changes:
-                same = _random_state(support.inputs) == before and all(
-                    torch.equal(buffer, buffers[name]) for name, buffer in self.buffers.items()
-                )
+                # whether a buffer was written, not whether it changed: its values are not known in a trace
+                written = versions != [buffer._version for buffer in self.buffers.values()]
+                same = _random_state(support.inputs) == before and not written
                 constant = {
                     i
                     for i, a in enumerate(inputs)

@@ -45,12 +45,12 @@ def _shared(graph: Graph, product: Node) -> None:
 
 def _summed(graph: Graph, total: Node) -> None:
     """The sum over tasks of products (tasks, out, rows) times (tasks, rows, in)."""
-    if list(total.args[1]) != [0]:
+    if list(total.args[1]) != [0] or total.kwargs:
         return
     turned, product = False, total.args[0]
     while product.target in (aten.view.default, aten.transpose.int) and len(product.users) == 1:
         if product.target is aten.transpose.int:
-            if product.args[1:] != (1, 2):
+            if {axis % 3 for axis in product.args[1:]} != {1, 2}:
                 return
             turned = not turned
         elif _value(product).shape != _value(product.args[0]).shape:
