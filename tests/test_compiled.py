@@ -697,15 +697,20 @@ DENSE = [
     "padded",
 ]
 STACKED = [
-    *((algorithm, module, "batched") for module in DENSE for algorithm in ("fomaml", "maml", "reptile")),
-    *(("fomaml", module, engine) for module in DENSE for engine in ("factored", "batched-2", "factored-2")),
     *(
-        (algorithm, "layer-norm", "batched")
-        for algorithm in ALGORITHMS
-        if ALGORITHMS[algorithm].modules("layer-norm") and "imaml" not in algorithm
+        ("fomaml", module, execution)
+        for module in DENSE
+        for execution in ("batched", "factored", "factored-2")
     ),
+    *(
+        ("maml", module, "batched")
+        for module in ("user", "twins", "gated", "attention", "regression", "twice")
+    ),
+    *(("reptile", module, "batched") for module in ("user", "drift", "layer-norm")),
+    *((name, "mlp", "batched") for name, row in ALGORITHMS.items() if row.modules("mlp")),
     *((algorithm, "context", "batched") for algorithm in ("cavia", "cavia-second")),
     *((algorithm, "mlp", "factored") for algorithm in ("anil", "boil", "by-name")),
+    ("maml", "mlp", "batched-2"),
 ]
 
 

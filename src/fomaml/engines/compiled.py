@@ -13,6 +13,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -86,7 +88,8 @@ class Compiled:
 
         state, examples = self._state(), _tensors(tasks)
         with torch.random.fork_rng(devices=[]), torch.no_grad():
-            with torch.enable_grad():
+            # one fake mode: by itself make_fx makes another for each node, which took more than half of its time
+            with torch.enable_grad(), tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True))):
                 graph = make_fx(flat)(*state, *examples)
             on_cpu = tasks.support.inputs.device.type == "cpu"
             fused = on_cpu and fusion.convolutional(graph.graph)
@@ -99,7 +102,7 @@ class Compiled:
             else:
                 products.rewrite(graph)
                 for node in graph.graph.nodes:
-                    node.meta.pop("val", None)  # of several fake modes, which the compiler would not mix
+                    node.meta.pop("val", None)  # of a fake mode that is not the compiler's
                 options = {"cpp_wrapper": True} if on_cpu else {}  # calls between kernels in C++: 1.1 times faster on F
                 self._run = torch._inductor.compile(graph, [*state, *examples], options)
             self._call(self._state(), tasks)
