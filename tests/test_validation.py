@@ -20,7 +20,7 @@ from test_cli import refused
 OPTIONS = {
     "source": "omniglot",
     "model": "conv4-strided",
-    "channels": 4,
+    "channels": (4,),
     "ways": 3,
     "query_shots": 2,
     "inner_steps": 1,
