@@ -63,7 +63,10 @@ def main(options: Options) -> None:
         for each in (result, result["inductive"]):
             protocol = each["protocol"]
             said = f"{100 * each['accuracy']:.2f} ± {100 * each['interval']:.2f} %"
-            print(f"{ways}-way {shots}-shot, {protocol['query_shots']} query, {protocol['batch_statistics']}: {said}", flush=True)
+            print(
+                f"{ways}-way {shots}-shot, {protocol['query_shots']} query, {protocol['batch_statistics']}: {said}",
+                flush=True,
+            )
         found.append(result)
     options.to.mkdir(parents=True, exist_ok=True)
     for name in FILES:

@@ -38,7 +38,9 @@ def table(folder: Path) -> str:
             json.loads((path.parent / f"{name}.json").read_text(encoding="utf-8"))
             for name in ("config", "result", "evaluations")
         )
-        settings = {(found["protocol"]["ways"], found["protocol"]["shots"]) for found in judged["evaluations"]}
+        settings = {
+            (found["protocol"]["ways"], found["protocol"]["shots"]) for found in judged["evaluations"]
+        }
         kept += [(*setting, path.parent.name, config, result, judged) for setting in settings]
     lines = [f"| {' | '.join(HEADING)} |", "|" + "---|" * len(HEADING)]
     for run in sorted(kept, key=lambda run: run[:3]):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from contextlib import nullcontext
 from fnmatch import fnmatchcase
 from itertools import islice
 

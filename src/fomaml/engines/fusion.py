@@ -88,9 +88,7 @@ def _block(norm: Node) -> _Block | None:
     if pool is not None:
         spread = [u for u in relu.users if u.target is aten.max_pool2d_with_indices_backward.default]
         inside = {pool, *passes, *spread}
-        if set(relu.users) != inside or [slope] != (spread or [None]) or _indices_used(pool, spread):
-            pool = None
-        elif spread and set(spread[0].users) != set(passes):
+        if set(relu.users) != inside or [slope] != (spread or [None]) or _indices_used(pool, spread) or (spread and set(spread[0].users) != set(passes)):
             pool = None
         elif spread:
             slope = spread[0].args[0]
