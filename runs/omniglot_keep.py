@@ -28,6 +28,8 @@ class Options:
     """The run directory."""
     to: Path
     """The folder to write."""
+    also: tuple[str, ...] = ()
+    """Further tasks to judge the run on, such as 5w1s; for heads that do not depend on the ways."""
     tasks: int = 1000
     """The number of test tasks."""
     seed: int = 1
@@ -44,18 +46,27 @@ def main(options: Options) -> None:
         raise InputError(f"{options.run} has no {missing[0]}: is the run finished?")
     config = load_config(options.run)
     found = []
-    for query_shots in dict.fromkeys((config.test_query_shots, 1, 15)):
+    settings = [(config.ways, config.shots, query) for query in (config.test_query_shots, 1, 15)]
+    for setting in options.also:
+        ways, shots = map(int, setting.removesuffix("s").split("w"))
+        settings += [(ways, shots, query) for query in (shots, 15)]
+    for ways, shots, query_shots in dict.fromkeys(settings):
         changed, learner = load_run(
             options.run,
             data_root=options.data_root,
             test_tasks=options.tasks,
+            ways=ways,
+            shots=shots,
             test_query_shots=query_shots,
         )
         result = evaluate_run(changed, learner, "both", options.seed)
         for each in (result, result["inductive"]):
             protocol = each["protocol"]
             said = f"{100 * each['accuracy']:.2f} ± {100 * each['interval']:.2f} %"
-            print(f"{protocol['query_shots']} query, {protocol['batch_statistics']}: {said}", flush=True)
+            print(
+                f"{ways}-way {shots}-shot, {protocol['query_shots']} query, {protocol['batch_statistics']}: {said}",
+                flush=True,
+            )
         found.append(result)
     options.to.mkdir(parents=True, exist_ok=True)
     for name in FILES:

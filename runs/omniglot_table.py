@@ -38,18 +38,29 @@ def table(folder: Path) -> str:
             json.loads((path.parent / f"{name}.json").read_text(encoding="utf-8"))
             for name in ("config", "result", "evaluations")
         )
-        kept.append((config["ways"], config["shots"], path.parent.name, config, result, judged))
+        settings = {
+            (found["protocol"]["ways"], found["protocol"]["shots"]) for found in judged["evaluations"]
+        }
+        kept += [(*setting, path.parent.name, config, result, judged) for setting in settings]
     lines = [f"| {' | '.join(HEADING)} |", "|" + "---|" * len(HEADING)]
-    for *_, name, config, result, judged in sorted(kept, key=lambda run: run[:3]):
-        lines.append(row(name, config, result, judged))
+    for run in sorted(kept, key=lambda run: run[:3]):
+        lines.append(row(*run))
     return "\n".join(lines) + "\n"
 
 
-def row(name: str, config: dict, result: dict, judged: dict) -> str:
-    """One row: published beside measured by the published protocol, then by others."""
-    preset = PRESETS.get(config["preset"] or "")
-    by_query = {found["protocol"]["query_shots"]: found for found in judged["evaluations"]}
-    own, many = by_query[config["test_query_shots"]], by_query[15]
+def row(ways: int, shots: int, name: str, config: dict, result: dict, judged: dict) -> str:
+    """One row: published beside measured by the published protocol, then by others.
+
+    Tasks of other ways or shots than the run's own have K query images a class, and stand beside second-order MAML.
+    """
+    is_own = (ways, shots) == (config["ways"], config["shots"])
+    preset = PRESETS.get((config["preset"] or "") if is_own else f"maml-omniglot-{ways}w{shots}s")
+    by_query = {
+        found["protocol"]["query_shots"]: found
+        for found in judged["evaluations"]
+        if (found["protocol"]["ways"], found["protocol"]["shots"]) == (ways, shots)
+    }
+    own, many = by_query[config["test_query_shots"] if is_own else shots], by_query[15]
     if preset and preset.statistics == "inductive":
         own = {**own["inductive"], "inductive": own["inductive"]}
     weights = result["weights"]
@@ -59,7 +70,7 @@ def row(name: str, config: dict, result: dict, judged: dict) -> str:
     spent = duration(result["training_seconds"] + result["validation_seconds"])
     cores = result["machine"].rpartition(", ")[2]
     cells = [
-        f"{config['ways']}-way {config['shots']}-shot, [{name}](results/{name})",
+        f"{ways}-way {shots}-shot, [{name}](results/{name})",
         f"{preset.aim} ({preset.source})" if preset else "",
         f"{figure(own)} {own['protocol']['batch_statistics']}, {own['tasks']} tasks",
         figure(own["inductive"]),

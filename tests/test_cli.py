@@ -103,7 +103,19 @@ def test_baselines_stand_on_the_same_tasks(digits, tmp_path, capsys):
     headline = result["rows"][4]["mean"]
     for row, difference in zip(result["rows"][5:], result["differences"]):
         assert difference["mean"] == pytest.approx(headline - row["mean"])
-    main(["train", "mnist", "--data-root", str(digits), "--out", str(tmp_path / "again"), *QUICK, "--shots", "5"])
+    main(
+        [
+            "train",
+            "mnist",
+            "--data-root",
+            str(digits),
+            "--out",
+            str(tmp_path / "again"),
+            *QUICK,
+            "--shots",
+            "5",
+        ]
+    )
     assert json.loads((tmp_path / "again" / "result.json").read_text())["rows"] == result["rows"]
     assert labels[2] == "nearest centroid of the pixels" and result["rows"][-1]["mean"] > 0.9
     printed = capsys.readouterr().out

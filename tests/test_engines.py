@@ -556,17 +556,28 @@ def test_the_change_of_a_layer_is_kept_as_factors_and_then_dense():
 
 
 @pytest.mark.parametrize(
-    ("build", "shape", "shots", "expected"),
+    ("build", "shape", "shots", "expected", "compiled"),
     [
-        (partial(Conv4, 4, channels=8, image=(1, 16, 16)), (1, 16, 16), 1, "loop"),
-        (partial(MLP, 784, 256, 4), (784,), 1, "factored"),
-        (partial(MLP, 1, 40, 40, 4), (1,), 20, "batched"),
-        (partial(nn.LSTMCell, 6, 4), (6,), 1, "loop"),
+        (partial(Conv4, 4), (1, 28, 28), 1, "loop", "loop"),
+        (partial(Conv4, 4, channels=8, image=(1, 16, 16)), (1, 16, 16), 1, "batched", "loop"),
+        (partial(MLP, 784, 256, 4), (784,), 1, "factored", "factored"),
+        (partial(MLP, 784, 256, 4), (784,), 100, "loop", "batched"),
+        (partial(MLP, 1, 40, 40, 4), (1,), 20, "batched", "batched"),
+        (partial(nn.TransformerEncoderLayer, 32, 2, 64, 0.0, batch_first=True), (40, 32), 1, "batched", "batched"),
+        (partial(nn.LSTMCell, 6, 4), (6,), 1, "loop", "loop"),
+        (partial(nn.Embedding, 6, 4, sparse=True), (), 1, "loop", "loop"),
     ],
 )
-def test_choose_names_the_engine_and_the_reason(build, shape, shots, expected):
-    learner = FOMAML(build().double(), LR, STEPS)
-    name, reason = choose(learner, draw(shape, F.cross_entropy, shots=shots))
+def test_choose_names_the_engine_and_the_reason(build, shape, shots, expected, compiled):
+    def criterion(outputs, targets):
+        return (outputs[0] if isinstance(outputs, tuple) else outputs).square().mean()
+
+    learner = FOMAML(build().double(), LR, STEPS, criterion)
+    tasks = draw(shape, F.cross_entropy, shots=shots)
+    if isinstance(learner.model, nn.Embedding):
+        tasks = tasks._replace(**{part: Examples(e.targets, e.targets) for part, e in tasks._asdict().items()})
+    assert choose(learner, tasks, compile=True)[0] == compiled
+    name, reason = choose(learner, tasks)
     assert name == expected
     assert reason and "\n" not in reason
 
@@ -574,7 +585,7 @@ def test_choose_names_the_engine_and_the_reason(build, shape, shots, expected):
 def test_auto_is_the_engine_of_choose():
     model, tasks, criterion = example("conv4")
     result = meta_gradient(FOMAML(model, LR, STEPS, criterion), tasks)
-    assert result.engine == "loop"
+    assert result.engine == choose(FOMAML(model, LR, STEPS, criterion), tasks)[0] == "batched"
     assert_agrees(result, answer("fomaml", "conv4"), 1e-12)
 
 

@@ -159,6 +159,19 @@ def test_any_order_of_the_inputs(order, pool):
     assert torch.equal(inputs, before)
 
 
+@POOL
+@pytest.mark.parametrize(("height", "width"), [(6, 6), (7, 5), (2, 3)])
+def test_derivatives_in_the_place_of_the_inputs_are_the_same(height, width, pool):
+    inputs = channels_last(torch.randn(3, 5, height, width, dtype=torch.float64))
+    gamma, beta = affine(5)
+    outputs, *kept = norm_relu_pool(inputs, gamma, beta, EPS, pool)
+    slope = torch.randn_like(outputs)
+    expected = norm_relu_pool_backward(slope, outputs, *kept, gamma, pool)
+    found = norm_relu_pool_backward(slope, outputs, *kept, gamma, pool, True)
+    assert found[0].data_ptr() == inputs.data_ptr()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected))
+
+
 @pytest.mark.parametrize("shape", [(3, 1, 4, 4), (3, 4, 1, 1), (1, 4, 4, 4), (1, 1, 4, 4)])
 def test_shapes_whose_order_is_ambiguous(shape):
     """With one channel or one pixel `is_contiguous` holds for both orders, whatever the strides."""

@@ -72,6 +72,23 @@ def test_evaluation_takes_protocols_of_its_own(root, tmp_path, capsys):
     assert text in capsys.readouterr().out
 
 
+def test_a_run_whose_head_is_made_of_classes_is_judged_at_other_ways_and_shots(root, tmp_path):
+    run = trained(root, tmp_path / "run", "best-omniglot", "--ways", "5", "--train-ways", "8")
+    folder = keep(run, tmp_path / "results" / "omniglot_best", also=("3w2s",))
+    judged = json.loads((folder / "evaluations.json").read_text())["evaluations"]
+    tasks = [tuple(found["protocol"][k] for k in ("ways", "shots", "query_shots")) for found in judged]
+    assert tasks == [(5, 1, 1), (5, 1, 15), (3, 2, 2), (3, 2, 15)]
+    rows = omniglot_table.table(tmp_path / "results").splitlines()[2:]
+    assert [row.split(", ")[0] for row in rows] == ["| 3-way 2-shot", "| 5-way 1-shot"]
+
+
+def test_a_head_of_so_many_ways_takes_no_other(root, tmp_path, capsys):
+    run = trained(root, tmp_path / "run")
+    with pytest.raises(SystemExit):
+        main(["evaluate", str(run), "--ways", "4"])
+    assert "learned a head for 5 ways, got --ways 4" in capsys.readouterr().err
+
+
 def test_an_unfinished_run_is_not_kept(root, tmp_path):
     run = trained(root, tmp_path / "run")
     (run / "result.json").unlink()
@@ -146,10 +163,10 @@ def test_a_run_that_cannot_be_plotted_is_named(tmp_path, monkeypatch):
 
 def test_every_preset_has_a_command_of_its_own():
     for name in PRESETS:
-        algorithm, _, task = name.split("-")
-        path = RUNS / f"omniglot_{algorithm}_{task}.sh"
+        algorithm, _, *task = name.split("-")
+        path = RUNS / f"{'_'.join(['omniglot', algorithm, *task])}.sh"
         command = path.read_text().splitlines()[-1]
-        assert command == f'exec sh "$(dirname "$0")/omniglot.sh" {path.stem} --preset {name} --seed 0'
+        assert f'exec sh "$(dirname "$0")/omniglot.sh" {path.stem} --preset {name} --seed 0' in command
 
 
 CALLED = """#!/bin/sh

@@ -173,7 +173,9 @@ class Conv4(nn.Module):
     of `BatchNorm`: scale, statistics, steps. channels: of all convolutions, or of each of the four.
     """
 
-    def __init__(self, outputs: int, *, channels: int | Sequence[int] = 64, image: Sequence[int] = (1, 28, 28), **norm):
+    def __init__(
+        self, outputs: int, *, channels: int | Sequence[int] = 64, image: Sequence[int] = (1, 28, 28), **norm
+    ):
         super().__init__()
         in_channels, height, width = image
         if min(height, width) < 16:
@@ -208,7 +210,9 @@ class Conv4StridedFlat(nn.Module):
     of 28×28 images, goes to the head. Arguments of `Conv4`.
     """
 
-    def __init__(self, outputs: int, *, channels: int | Sequence[int] = 64, image: Sequence[int] = (1, 28, 28), **norm):
+    def __init__(
+        self, outputs: int, *, channels: int | Sequence[int] = 64, image: Sequence[int] = (1, 28, 28), **norm
+    ):
         super().__init__()
         in_channels, height, width = image
         widths = [in_channels, *_widths(channels)]

@@ -77,7 +77,9 @@ def resolve(config: TrainConfig) -> TrainConfig:
     for name in COUNTS:
         positive(name, getattr(config, name), integer=True)
     if len(config.channels) not in (1, 4):
-        raise InputError(f"--channels takes one number or four, one for each convolution, got {list(config.channels)}")
+        raise InputError(
+            f"--channels takes one number or four, one for each convolution, got {list(config.channels)}"
+        )
     for channels in config.channels:
         positive("channels", channels, integer=True)
     for name in OPTIONAL_COUNTS:

@@ -97,7 +97,9 @@ def _train(
     """
     optimizer = build_optimizer(config, learner)
     engine, why = (
-        choose(learner, data.train.batch(0, 1)) if config.engine == "auto" else (config.engine, "as asked")
+        choose(learner, data.train.batch(0, 1), config.compile)
+        if config.engine == "auto"
+        else (config.engine, "as asked")
     )
     say(f"engine: {engine} ({why})")
     say(_validation(config, data))

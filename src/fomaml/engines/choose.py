@@ -9,11 +9,12 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from fomaml.engines import batched, compiled, factored, loop
 from fomaml.engines.common import Found, MetaGradient, accumulate, curves, differentiate, out_of_memory
 from fomaml.errors import InputError, positive
-from fomaml.learner import MetaLearner
+from fomaml.learner import MetaLearner, Problem
 from fomaml.tasks import Task, chunks, count, one
 
 ENGINES = {"loop": loop.problem, "batched": batched.problem, "factored": factored.problem}
@@ -41,7 +42,7 @@ def meta_gradient(
         InputError: an unknown engine, one that does not take this learner, or outputs narrower than
             the number of classes.
     """
-    engine = _engine(learner, tasks, engine)
+    engine = _engine(learner, tasks, engine, compile)
     size = _at_once(learner, tasks, engine, tasks_at_once)
     while True:
         try:
@@ -90,41 +91,46 @@ def check_outputs(learner: MetaLearner, tasks: Task, ways: int | None = None) ->
         )
 
 
-def choose(learner: MetaLearner, tasks: Task) -> tuple[str, str]:
+def choose(learner: MetaLearner, tasks: Task, compile: bool = False) -> tuple[str, str]:
     """The name of the engine for this learner and these tasks, and the reason in one line.
 
-    Factored where Linear layers hold most of the adapted parameters and the support set is well below
-    their width; the loop for convolutions on a CPU, where vmap makes grouped convolutions of them
-    (measured 2.5-3.3 times slower on Conv4), and for other wide layers there (1.3-1.8 times slower on a
-    784-256-10 MLP, second order and Reptile); batched otherwise.
+    A rule and no probe: engines round differently, and a run must end the same however busy the machine was.
+    Measured on a CPU: vmap makes grouped convolutions of convolutions, 2.5-3.3 times slower than the loop on
+    Conv4, but on small strided ones the loop's overhead weighs more (2 times slower). Compiled, convolutions take
+    the loop's fused kernels, tasks side by side. The factored engine pays where few vectors go through wide
+    Linear layers; other wide layers take the loop (1.3-1.8 times faster than vmap on a 784-256-10 MLP,
+    second order and Reptile), or, compiled, vmap.
     """
     device = tasks.support.inputs.device.type
     if _is_convolutional(learner) and device == "cpu":
-        return "loop", "convolutions on a CPU"
-    vmaps, factors = _tried(learner, tasks)
+        if compile:
+            return "loop", "convolutions on a CPU, compiled"
+        flops = _flops(learner, tasks)
+        if flops > 5e7 or not _tried(learner, tasks)[0]:
+            return "loop", f"convolutions on a CPU, {flops / 1e6:.0f} million operations a task"
+        return "batched", f"small convolutions, {flops / 1e6:.0f} million operations a task"
+    vmaps, vectors = _tried(learner, tasks)
     if not vmaps:
         return "loop", "something in the model that vmap does not take"
     own = dict(learner.model.named_parameters())
-    if factored.refusal(learner) is None:
-        linear = [own[n] for n in factored.linear_weights(learner)]
-        shots = tasks.support.targets.shape[1]
-        wide = sum(w.numel() for w in linear if min(w.shape) > 2 * shots or w.shape[1] > 8 * shots)
-        if 2 * wide > sum(own[n].numel() for n in learner.adapted) and factors:
-            return "factored", f"linear layers much wider than the {shots} support examples"
+    wide = [own[n] for n, rows in vectors.items() if min(own[n].shape) > 2 * rows or own[n].shape[1] > 8 * rows]
+    large = sum(w.numel() for w in wide)  # below 20 000 the bookkeeping costs more: 1.2 times on a 1-40-40-1 MLP
+    if large > max(20_000, sum(own[n].numel() for n in learner.adapted) / 2):
+        return "factored", f"linear layers much wider than the {max(vectors.values())} vectors of a support set"
     if device != "cpu":
         return "batched", f"one kernel for all tasks on {device}"
-    if max(own[n].numel() for n in learner.adapted) > 100_000:
+    if max(own[n].numel() for n in learner.adapted) > 100_000 and not compile:
         return "loop", "wide layers on a CPU, which the factored engine does not take here"
-    return "batched", "small dense layers"
+    return "batched", "dense layers, compiled" if compile else "small dense layers"
 
 
-def _engine(learner: MetaLearner, tasks: Task, engine: str) -> str:
+def _engine(learner: MetaLearner, tasks: Task, engine: str, compile: bool = False) -> str:
     """The engine's name; the choice of "auto" is remembered for the shapes of the tasks."""
     if engine == "auto":
         chosen = _chosen.setdefault(learner, {})
-        like = tasks.support.inputs.shape, tasks.query.inputs.shape, tasks.support.inputs.device
+        like = tasks.support.inputs.shape, tasks.query.inputs.shape, tasks.support.inputs.device, compile
         if like not in chosen:
-            chosen[like], _ = choose(learner, tasks)
+            chosen[like], _ = choose(learner, tasks, compile)
         return chosen[like]
     if engine not in ENGINES:
         raise InputError(f"unknown engine {engine!r}; there are: auto, {', '.join(ENGINES)}")
@@ -166,28 +172,37 @@ _chosen: WeakKeyDictionary[MetaLearner, dict[tuple, str]] = WeakKeyDictionary()
 _fits: WeakKeyDictionary[MetaLearner, int] = WeakKeyDictionary()
 
 
-def _tried(learner: MetaLearner, tasks: Task) -> tuple[bool, bool]:
-    """Whether vmap takes the model, and whether its Linear weights are used in linear layers only; found out by a
-    forward pass, once per learner.
+def _tried(learner: MetaLearner, tasks: Task) -> tuple[bool, dict[str, int]]:
+    """Whether vmap takes the learner, and, where the factored engine does, how many vectors of a support set go
+    through each Linear weight; found out on two tasks, once per learner.
     """
     if learner not in _known:
-        vmaps = _runs(batched, learner, tasks)
-        factors = vmaps and factored.refusal(learner) is None and _runs(factored, learner, tasks)
-        _known[learner] = vmaps, factors
+        pair = next(chunks(tasks, 2))
+        vmaps = _works(learner, batched, pair) is not None
+        problem = _works(learner, factored, pair) if vmaps and factored.refusal(learner) is None else None
+        _known[learner] = vmaps, {} if problem is None else factored.rows(problem)
     return _known[learner]
 
 
-_known: WeakKeyDictionary[MetaLearner, tuple[bool, bool]] = WeakKeyDictionary()
+_known: WeakKeyDictionary[MetaLearner, tuple[bool, dict[str, int]]] = WeakKeyDictionary()
 
 
-def _runs(engine, learner: MetaLearner, tasks: Task) -> bool:
+def _works(learner: MetaLearner, engine, tasks: Task) -> Problem | None:
+    """A problem of this engine whose gradient could be computed, if it could."""
     try:
-        problem = engine.problem(learner, next(chunks(tasks, 2)))
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            problem.query(problem.start)
+        with torch.random.fork_rng(devices=[]):
+            differentiate(learner, engine.problem(learner, tasks), count(tasks))
+            return engine.problem(learner, tasks)
     except (InputError, RuntimeError):
-        return False
-    return True
+        return None
+
+
+def _flops(learner: MetaLearner, tasks: Task) -> int:
+    """The floating-point operations of the model on one task's query set."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), torch.random.fork_rng(devices=[]):
+        problem = loop.problem(learner, next(chunks(tasks, 1)))
+        problem.query(problem.start)
+    return counter.get_total_flops()
 
 
 def _is_convolutional(learner: MetaLearner) -> bool:

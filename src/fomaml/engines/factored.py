@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from fomaml.adapt import SGD
 from fomaml.errors import InputError
-from fomaml.learner import MetaLearner, Problem
+from fomaml.learner import MetaLearner, Problem, open_attention
 from fomaml.objectives import QueryLoss
 from fomaml.tasks import Task
 
@@ -214,10 +214,22 @@ class FactoredProblem(Problem):
             return self.learner.criterion(outputs, examples.targets), outputs, record
 
         axes = (0, 0, 0, 0, 0, None if support is None else 0)
-        losses, outputs, record = torch.func.vmap(one_task, axes, randomness="different")(
-            dense, changes, self.buffers, examples, kept, support
-        )
+        with open_attention(examples.inputs):
+            losses, outputs, record = torch.func.vmap(one_task, axes, randomness="different")(
+                dense, changes, self.buffers, examples, kept, support
+            )
         return losses, outputs, (calls, *record)
+
+
+def rows(problem: FactoredProblem) -> dict[str, int]:
+    """By Linear weight, the number of vectors of one task's support set that go through it."""
+    with torch.no_grad():
+        support = problem.task.support
+        _, _, (calls, inputs, *_) = problem._forward(problem.start.dense, {}, problem.fixed, support, {}, 0)
+    found = dict.fromkeys(calls, 0)
+    for name, a in zip(calls, inputs):
+        found[name] += a[0].numel() // a.shape[-1]
+    return found
 
 
 def _product(products, inputs, call, change):

@@ -147,7 +147,9 @@ def _fuse(graph: Graph, block: _Block) -> None:
     outputs.meta["val"] = last.meta["val"]
     if backward is not None:
         with graph.inserting_before(backward):
-            arguments = (slope, outputs, *kept, gamma, pool is not None)
+            # into the place of the convolution's outputs, if nothing else reads them: fresh pages cost more than sums
+            ours = inputs.target is aten.convolution.default and set(inputs.users) <= {norm, backward, fused}
+            arguments = (slope, outputs, *kept, gamma, pool is not None, ours)
             derivatives = graph.call_function(norm_relu_pool_backward, arguments)
         backward.replace_all_uses_with(derivatives)
     last.replace_all_uses_with(outputs, delete_user_cb=lambda user: user is not fused)

@@ -126,11 +126,12 @@ def norm_relu_pool_backward(
     deviation: Tensor,
     gamma: Tensor | None,
     pool: bool,
+    overwrite: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The derivatives by inputs, γ and β, given those by the outputs."""
+    """The derivatives by inputs, γ and β, given those by the outputs; `overwrite`: into the place of the inputs."""
     slope = slope.contiguous(memory_format=torch.channels_last)
     images, channels, height, width = inputs.shape
-    by_inputs = torch.empty_like(inputs)
+    by_inputs = inputs if overwrite else torch.empty_like(inputs)
     by_gamma, by_beta = torch.empty_like(mean), torch.empty_like(mean)
     gamma = _flat(gamma)
     pointers = _pointers(slope, inputs, outputs, won, gamma, mean, deviation, by_inputs, by_gamma, by_beta)

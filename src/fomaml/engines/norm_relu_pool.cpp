@@ -1,6 +1,7 @@
 // Batch norm by batch statistics, ReLU and, if asked for, a 2x2 max-pool, in as few passes over memory as there can be.
 //
 // Images lie channels-last: x[pixel * channels + channel]. One thread: the caller runs tasks in parallel.
+// by_x may be x itself: each element is read before it is written.
 // forward saves, for backward, the input that won each pooling window, so that the sums of backward read a quarter.
 #include <cstddef>
 #include <vector>
@@ -156,7 +157,6 @@ void backward(const T* slope, const T* x, const T* y, const T* peak, const T* ga
         if (by_gamma) by_gamma[c] = static_cast<T>(sums.total_second[c] * rstd[c]);
         if (by_beta) by_beta[c] = static_cast<T>(sums.total_first[c]);
     }
-    if (!by_x) return;
     const T* __restrict scale = slopes.data();
     const T* __restrict tilt = tilts.data();
     const T* __restrict level = levels.data();
@@ -164,8 +164,8 @@ void backward(const T* slope, const T* x, const T* y, const T* peak, const T* ga
         for (std::ptrdiff_t i = 0; i < images * height * width; ++i) {
             const T* __restrict g = slope + i * channels;
             const T* __restrict out = y + i * channels;
-            const T* __restrict in = x + i * channels;
-            T* __restrict to = by_x + i * channels;
+            const T* in = x + i * channels;
+            T* to = by_x + i * channels;
 #pragma omp simd
             for (std::ptrdiff_t c = 0; c < channels; ++c)
                 to[c] = scale[c] * (out[c] <= 0 ? T(0) : g[c]) + (tilt[c] * in[c] + level[c]);
@@ -193,14 +193,14 @@ void backward(const T* slope, const T* x, const T* y, const T* peak, const T* ga
             if (i % 2) continue;
             for (std::ptrdiff_t j = 0; j < columns; ++j) {
                 const std::ptrdiff_t corner = at + 2 * j * channels, below = corner + width * channels;
-                const T* __restrict a = x + corner;
-                const T* __restrict b = a + channels;
-                const T* __restrict d = x + below;
-                const T* __restrict e = d + channels;
-                T* __restrict to_a = by_x + corner;
-                T* __restrict to_b = to_a + channels;
-                T* __restrict to_d = by_x + below;
-                T* __restrict to_e = to_d + channels;
+                const T* a = x + corner;
+                const T* b = a + channels;
+                const T* d = x + below;
+                const T* e = d + channels;
+                T* to_a = by_x + corner;
+                T* to_b = to_a + channels;
+                T* to_d = by_x + below;
+                T* to_e = to_d + channels;
                 const std::ptrdiff_t window = ((n * rows + i / 2) * columns + j) * channels;
                 const T* __restrict g = slope + window;
                 const T* __restrict out = y + window;
