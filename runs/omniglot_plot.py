@@ -33,6 +33,7 @@ def main(options: Options) -> None:
     for label, points in lines.items():
         seconds, accuracies, intervals = zip(*points)
         axes.errorbar(seconds, accuracies, yerr=intervals, label=label, capsize=2, marker="o", markersize=3)
+    axes.set_xscale("log")
     axes.set_xlabel("seconds of training")
     axes.set_ylabel("validation accuracy in %, ± 95 % interval")
     axes.set_ylim(options.floor, 100)
