@@ -259,7 +259,7 @@ def untouched(monkeypatch):
 
 def graph(learner):
     """The one compiled graph of a learner."""
-    [(made, _)] = compiled._functions[learner].values()
+    [(made, _)] = compiled._functions[learner][0].values()
     return made._run.graph
 
 
@@ -390,7 +390,7 @@ def assert_current(learner, tasks, **options):
 
 
 def made(learner):
-    return len(compiled._functions[learner])
+    return len(compiled._functions[learner][0])
 
 
 @pytest.fixture(params=["loop", "batched"])

@@ -563,7 +563,13 @@ def test_the_change_of_a_layer_is_kept_as_factors_and_then_dense():
         (partial(MLP, 784, 256, 4), (784,), 1, "factored", "factored"),
         (partial(MLP, 784, 256, 4), (784,), 100, "loop", "batched"),
         (partial(MLP, 1, 40, 40, 4), (1,), 20, "batched", "batched"),
-        (partial(nn.TransformerEncoderLayer, 32, 2, 64, 0.0, batch_first=True), (40, 32), 1, "batched", "batched"),
+        (
+            partial(nn.TransformerEncoderLayer, 32, 2, 64, 0.0, batch_first=True),
+            (40, 32),
+            1,
+            "batched",
+            "batched",
+        ),
         (partial(nn.LSTMCell, 6, 4), (6,), 1, "loop", "loop"),
         (partial(nn.Embedding, 6, 4, sparse=True), (), 1, "loop", "loop"),
     ],
@@ -575,7 +581,9 @@ def test_choose_names_the_engine_and_the_reason(build, shape, shots, expected, c
     learner = FOMAML(build().double(), LR, STEPS, criterion)
     tasks = draw(shape, F.cross_entropy, shots=shots)
     if isinstance(learner.model, nn.Embedding):
-        tasks = tasks._replace(**{part: Examples(e.targets, e.targets) for part, e in tasks._asdict().items()})
+        tasks = tasks._replace(
+            **{part: Examples(e.targets, e.targets) for part, e in tasks._asdict().items()}
+        )
     assert choose(learner, tasks, compile=True)[0] == compiled
     name, reason = choose(learner, tasks)
     assert name == expected

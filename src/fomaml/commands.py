@@ -65,7 +65,7 @@ class EvaluateConfig:
     steps: tuple[int, ...] | None = None
     """The numbers of inner steps, the last one for the headline figure; by default those of the run."""
     ways: int | None = None
-    """N, the classes of a task, where the head does not depend on them (zero-head, proto-maml); by default the run's."""
+    """N, the classes of a task, where the head is made of them (zero-head, proto-maml); by default the run's."""
     shots: int | None = None
     """K, the support examples per class (or per sinusoid); by default the run's."""
     query_shots: int | None = None

@@ -113,10 +113,17 @@ def choose(learner: MetaLearner, tasks: Task, compile: bool = False) -> tuple[st
     if not vmaps:
         return "loop", "something in the model that vmap does not take"
     own = dict(learner.model.named_parameters())
-    wide = [own[n] for n, rows in vectors.items() if min(own[n].shape) > 2 * rows or own[n].shape[1] > 8 * rows]
-    large = sum(w.numel() for w in wide)  # below 20 000 the bookkeeping costs more: 1.2 times on a 1-40-40-1 MLP
+    wide = [
+        own[n] for n, rows in vectors.items() if min(own[n].shape) > 2 * rows or own[n].shape[1] > 8 * rows
+    ]
+    large = sum(
+        w.numel() for w in wide
+    )  # below 20 000 the bookkeeping costs more: 1.2 times on a 1-40-40-1 MLP
     if large > max(20_000, sum(own[n].numel() for n in learner.adapted) / 2):
-        return "factored", f"linear layers much wider than the {max(vectors.values())} vectors of a support set"
+        return (
+            "factored",
+            f"linear layers much wider than the {max(vectors.values())} vectors of a support set",
+        )
     if device != "cpu":
         return "batched", f"one kernel for all tasks on {device}"
     if max(own[n].numel() for n in learner.adapted) > 100_000 and not compile:
@@ -144,7 +151,12 @@ def _at_once(learner: MetaLearner, tasks: Task, engine: str, tasks_at_once: int 
     if engine == "loop":
         return 1
     size = count(tasks) if tasks_at_once is None else min(tasks_at_once, count(tasks))
-    if size > 8 and tasks_at_once is None and _is_convolutional(learner) and tasks.support.inputs.device.type == "cpu":
+    if (
+        size > 8
+        and tasks_at_once is None
+        and _is_convolutional(learner)
+        and tasks.support.inputs.device.type == "cpu"
+    ):
         size = 8  # measured on strided convolutions: 8 or 16 at once 1.2 times as fast as 32, which leave the cache
     return min(size, _fits.get(learner, size))
 
@@ -162,7 +174,9 @@ def _found(learner, tasks, engine, size, compile, autocast) -> tuple[Sequence[st
 
     if compile:
         size = next(n for n in range(size, 0, -1) if number % n == 0)  # one shape, compiled once
-        function = compiled.function(learner, next(chunks(tasks, size)), find, (engine, ways, autocast, number))
+        function = compiled.function(
+            learner, next(chunks(tasks, size)), find, (engine, ways, autocast, number)
+        )
         if function is not None:
             return function.names, function.map(chunks(tasks, size))
     return list(learner.meta_parameters()), map(find, chunks(tasks, size))

@@ -46,7 +46,9 @@ def differentiate(learner: MetaLearner, problem: Problem, tasks: int) -> Found:
     """The part of one problem in the meta-gradient of `tasks` tasks."""
     outcome = learner.objective(problem)
     parameters = list(learner.meta_parameters().values())
-    gradients = torch.autograd.grad(outcome.scalar / tasks, parameters, allow_unused=True, materialize_grads=True)
+    gradients = torch.autograd.grad(
+        outcome.scalar / tasks, parameters, allow_unused=True, materialize_grads=True
+    )
     _, losses, outputs, support_losses = outcome
     if problem.stacked:
         return Found(list(gradients), losses, support_losses.T, outputs)
@@ -69,7 +71,11 @@ def accumulate(names: Sequence[str], found: Iterable[Found], engine: str) -> Met
 
 def out_of_memory(error: Exception) -> bool:
     text = str(error)
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in text or "can't allocate memory" in text
+    return (
+        isinstance(error, torch.OutOfMemoryError)
+        or "out of memory" in text
+        or "can't allocate memory" in text
+    )
 
 
 def curves(

@@ -41,12 +41,16 @@ def function(learner: MetaLearner, tasks: Task, find: Find, facts: tuple) -> Com
         InputError: the multi-step loss, whose weights change at every iteration.
     """
     if isinstance(learner.objective, MultiStepLoss):
-        raise InputError("compile=True does not take the multi-step loss: its weights change at every iteration")
-    known = _functions.setdefault(learner, {})
+        raise InputError(
+            "compile=True does not take the multi-step loss: its weights change at every iteration"
+        )
+    if learner not in _functions:
+        _functions[learner] = {}, tuple(learner.modules())[1:], tuple(learner.parameters())
+    known, modules, parameters = _functions[learner]
     order = learner.first_order(learner.iteration) if callable(learner.first_order) else learner.first_order
     like = tuple((tensor.shape, tensor.dtype, tensor.device) for part in tasks for tensor in part)
-    modes = tuple(module.training for module in learner.modules())
-    kinds = tuple((parameter.dtype, parameter.device) for parameter in learner.parameters())
+    modes = tuple([module.training for module in modules])
+    kinds = tuple([parameter.dtype for parameter in parameters])
     sizes = tuple(getattr(learner.inner_lr, "sizes", {}).items())
     parts = (learner.optimizer, learner.objective, learner.criterion, learner.start)
     numbers = (learner.inner_steps, learner.inner_batch_size)
@@ -103,7 +107,9 @@ class Compiled:
                 products.rewrite(graph)
                 for node in graph.graph.nodes:
                     node.meta.pop("val", None)  # of a fake mode that is not the compiler's
-                options = {"cpp_wrapper": True} if on_cpu else {}  # calls between kernels in C++: 1.1 times faster on F
+                options = (
+                    {"cpp_wrapper": True} if on_cpu else {}
+                )  # calls between kernels in C++: 1.1 times faster on F
                 self._run = torch._inductor.compile(graph, [*state, *examples], options)
             self._call(self._state(), tasks)
 
@@ -151,4 +157,6 @@ def _slot(module: nn.Module, name: str) -> tuple[dict[str, Tensor], str]:
     return (owner._parameters if last in owner._parameters else owner._buffers), last
 
 
-_functions: WeakKeyDictionary[MetaLearner, dict[tuple, tuple[Compiled | None, tuple]]] = WeakKeyDictionary()
+# By learner: what was compiled for it, the modules in it and its parameters, kept since walking through them
+# would take a tenth of a small compiled meta-gradient.
+_functions: WeakKeyDictionary[MetaLearner, tuple[dict, tuple, tuple]] = WeakKeyDictionary()

@@ -21,7 +21,9 @@ SAME = (aten.alias.default, aten.detach.default)
 
 def convolutional(graph: Graph) -> bool:
     """Whether there are convolutions of images in a traced function."""
-    return any(node.target is aten.convolution.default and node.meta["val"].dim() == 4 for node in graph.nodes)
+    return any(
+        node.target is aten.convolution.default and node.meta["val"].dim() == 4 for node in graph.nodes
+    )
 
 
 def rewrite(module: GraphModule) -> set[int]:
@@ -72,7 +74,9 @@ def _out_of_place(graph: Graph) -> None:
             or written.op != "call_function"
             or _is_view(written)
             or any(order[u] > order[node] or (u is not node and _is_view(u)) for u in written.users)
-            or any(a.meta["val"].dtype != node.meta["val"].dtype for a in tensors)  # the result's might be another
+            or any(
+                a.meta["val"].dtype != node.meta["val"].dtype for a in tensors
+            )  # the result's might be another
         ):
             continue
         node.target = ordinary
@@ -173,7 +177,9 @@ def _channels_last(graph: Graph) -> set[int]:
                 with graph.inserting_after(argument):
                     ordered = graph.call_function(channels_last, (argument,))
                 ordered.meta["val"] = argument.meta["val"]
-                argument.replace_all_uses_with(ordered, delete_user_cb=lambda user, new=ordered: user is not new)
+                argument.replace_all_uses_with(
+                    ordered, delete_user_cb=lambda user, new=ordered: user is not new
+                )
     return found
 
 
@@ -204,9 +210,14 @@ def _is_backward(node: Node | None, slope: Node, inputs: Node, parts: dict[int, 
 
 def _halves(pool: Node) -> bool:
     """Whether a max-pool is of 2×2 windows that touch."""
-    _, kernel, stride, padding, dilation, ceil = (*pool.args, *([], [0, 0], [1, 1], False)[len(pool.args) - 2 :])
+    _, kernel, stride, padding, dilation, ceil = (
+        *pool.args,
+        *([], [0, 0], [1, 1], False)[len(pool.args) - 2 :],
+    )
     stride = stride or kernel
-    return [*kernel] == [*stride] == [2, 2] and not any(padding) and all(d == 1 for d in dilation) and not ceil
+    return (
+        [*kernel] == [*stride] == [2, 2] and not any(padding) and all(d == 1 for d in dilation) and not ceil
+    )
 
 
 def _indices_used(pool: Node, spread: list[Node]) -> bool:

@@ -73,7 +73,9 @@ def _build(command: list[str], path: Path) -> None:
         except OSError as error:
             raise RuntimeError(f"{command[0]} failed: {error}") from None
         if done.returncode:
-            raise RuntimeError(f"{command[0]} failed: {(done.stderr.strip() or 'no message').splitlines()[0]}")
+            raise RuntimeError(
+                f"{command[0]} failed: {(done.stderr.strip() or 'no message').splitlines()[0]}"
+            )
         code = temporary.read_bytes()
         temporary.write_bytes(code + hashlib.sha256(code).digest())  # the loader does not mind what follows
         os.replace(temporary, path)
