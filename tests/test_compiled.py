@@ -18,7 +18,7 @@ import reference
 import test_engines
 from fomaml.adapt import SGD
 from fomaml.algorithms import FOMAML, MAML, Reptile, iMAML
-from fomaml.engines import compiled, meta_gradient, products
+from fomaml.engines import compiled, meta_gradient, products, stacked
 from fomaml.engines.choose import ENGINES
 from fomaml.engines.kernels import norm_relu_pool, norm_relu_pool_backward
 from fomaml.engines.threads import side_by_side
@@ -227,6 +227,16 @@ CONVOLUTIONS = {
         1,
     ),
     "plain": (lambda: headed(36, nn.Conv2d(2, 4, 3), RELU, POOL), (2, 8, 8), 0),
+    "wide": (
+        lambda: headed(
+            32,
+            *block(2, 16, RELU, padding=1),
+            *block(16, 48, RELU, bias=False),
+            *block(48, 32, RELU, stride=2),
+        ),
+        (2, 6, 5),
+        3,
+    ),
     "norm-first": (lambda: headed(36, nn.BatchNorm2d(2), RELU, nn.Conv2d(2, 4, 3), POOL), (2, 8, 8), 1),
     "tied": (Tied, (2, 6, 6), 3),
     "frozen": (frozen_conv, (2, 12, 12), 2),
@@ -263,10 +273,14 @@ def graph(learner):
     return made._run.graph
 
 
+def targets(learner):
+    """How often each function stands in the compiled graph."""
+    return Counter(node.target for node in graph(learner).nodes)
+
+
 def fused(learner):
-    """How often each kernel stands in the rewritten graph."""
-    targets = Counter(node.target for node in graph(learner).nodes)
-    return targets[norm_relu_pool], targets[norm_relu_pool_backward]
+    found = targets(learner)
+    return found[norm_relu_pool], found[norm_relu_pool_backward]
 
 
 def unchanged(model):
@@ -286,19 +300,20 @@ def two_blocks():
     return model
 
 
+@pytest.mark.parametrize("engine", ["loop", "batched"])
 @pytest.mark.parametrize("algorithm", [n for n, row in ALGORITHMS.items() if row.modules("conv4-strided")])
-def test_every_algorithm_agrees_with_the_reference(algorithm, monkeypatch):
+def test_every_algorithm_agrees_with_the_reference(algorithm, engine, monkeypatch):
     monkeypatch.setitem(MODULES, "conv4-strided", (two_blocks, (1, 7, 7), F.cross_entropy))
     monkeypatch.setattr(test_engines, "STEPS", 2)  # tracing takes long: a millisecond per operation
     model, tasks, criterion = example("conv4-strided")
     learner = ALGORITHMS[algorithm].learner(model, criterion)
     if isinstance(learner.objective, MultiStepLoss):
         with pytest.raises(InputError, match=r"compile=True does not take the multi-step loss"):
-            meta_gradient(learner, tasks, engine="loop", compile=True)
+            meta_gradient(learner, tasks, engine=engine, compile=True)
         return
     expected = answer.__wrapped__(algorithm, "conv4-strided")
     check = unchanged(model)
-    assert_agrees(meta_gradient(learner, tasks, engine="loop", compile=True), expected, 1e-10)
+    assert_agrees(meta_gradient(learner, tasks, engine=engine, compile=True), expected, 1e-10)
     check()
     assert fused(learner)[0] > 0
 
@@ -318,17 +333,25 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("module", "algorithm"), CASES)
-def test_every_convolutional_module_agrees_with_the_reference(module, algorithm):
+@pytest.mark.parametrize(
+    ("module", "algorithm", "engine"),
+    [(*case, "loop") for case in CASES]
+    + [(*case, "batched") for case in CASES if case[1] == "fomaml" or case[0] in ("wide", "batch-norm")],
+)
+def test_every_convolutional_module_agrees_with_the_reference(module, algorithm, engine, monkeypatch):
+    untouched(monkeypatch)
     model, tasks, blocks = convolutional(module)
     preset, slow = SOME[algorithm]
     learner = preset(model, LR, 2)
     expected = slow_answer(slow, model, tasks)
     check = unchanged(model)
-    assert_agrees(meta_gradient(learner, tasks, engine="loop", compile=True), expected, 1e-10)
+    assert_agrees(meta_gradient(learner, tasks, engine=engine, compile=True), expected, 1e-10)
     check()
     if algorithm == "fomaml":
-        assert fused(learner) == (3 * blocks, 3 * blocks)  # two inner steps and the query set
+        stacks = engine == "batched" and module not in ("writes", "late", "pixels")
+        assert (stacked.convolution in targets(learner)) == stacks
+        if engine == "loop" or stacks:
+            assert fused(learner) == (3 * blocks, 3 * blocks)  # two inner steps and the query set
 
 
 def test_pools_are_fused_where_they_can_be():
@@ -650,15 +673,27 @@ def test_side_by_side_raises_what_the_function_raised_and_goes_on_afterwards(two
     assert list(side_by_side(work, range(2))) == [0, 1]
 
 
-def test_one_thread_and_two_give_the_same_bits():
+def test_the_caller_has_one_thread_while_tasks_run(two_threads):
+    """What it does between two results must not wake helpers that spin on the cores of the tasks."""
+    results = side_by_side(str, range(3))
+    assert [torch.get_num_threads() for _ in results] == [1, 1, 1]
+    assert torch.get_num_threads() == 2
+    results = side_by_side(str, range(3))
+    next(results)
+    results.close()  # left alone half way
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize("engine", ["loop", "batched"])
+def test_one_thread_and_two_give_the_same_bits(engine):
     model = Conv4(4, channels=4, image=(2, 16, 16))
     tasks = draw((2, 16, 16), F.cross_entropy, tasks=5).to(dtype=torch.float32)
     learner = FOMAML(model, 0.1, 2)
-    one = meta_gradient(learner, tasks, engine="loop", compile=True)
+    one = meta_gradient(learner, tasks, engine=engine, tasks_at_once=1, compile=True)
     torch.set_num_threads(2)
     try:
         for _ in range(3):
-            two = meta_gradient(learner, tasks, engine="loop", compile=True)
+            two = meta_gradient(learner, tasks, engine=engine, tasks_at_once=1, compile=True)
             assert all(torch.equal(one.gradients[n], two.gradients[n]) for n in one.gradients)
             assert all(torch.equal(a, b) for a, b in zip(one[1:4], two[1:4]))
         assert torch.get_num_threads() == 2

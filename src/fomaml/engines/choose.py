@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
@@ -96,19 +97,18 @@ def choose(learner: MetaLearner, tasks: Task, compile: bool = False) -> tuple[st
 
     A rule and no probe: engines round differently, and a run must end the same however busy the machine was.
     Measured on a CPU: vmap makes grouped convolutions of convolutions, 2.5-3.3 times slower than the loop on
-    Conv4, but on small strided ones the loop's overhead weighs more (2 times slower). Compiled, convolutions take
-    the loop's fused kernels, tasks side by side. The factored engine pays where few vectors go through wide
-    Linear layers; other wide layers take the loop (1.3-1.8 times faster than vmap on a 784-256-10 MLP,
-    second order and Reptile), or, compiled, vmap.
+    Conv4, but on small strided ones the loop's overhead weighs more (2 times slower). Compiled, both take fused
+    kernels, tasks side by side, and small convolutions are stacked without being grouped. The factored engine pays
+    where few vectors go through wide Linear layers; other wide layers take the loop (1.3-1.8 times faster than vmap
+    on a 784-256-10 MLP, second order and Reptile), or, compiled, vmap.
     """
     device = tasks.support.inputs.device.type
     if _is_convolutional(learner) and device == "cpu":
-        if compile:
-            return "loop", "convolutions on a CPU, compiled"
         flops = _flops(learner, tasks)
+        how = ", compiled" if compile else ""
         if flops > 5e7 or not _tried(learner, tasks)[0]:
-            return "loop", f"convolutions on a CPU, {flops / 1e6:.0f} million operations a task"
-        return "batched", f"small convolutions, {flops / 1e6:.0f} million operations a task"
+            return "loop", f"convolutions on a CPU, {flops / 1e6:.0f} million operations a task{how}"
+        return "batched", f"small convolutions, {flops / 1e6:.0f} million operations a task{how}"
     vmaps, vectors = _tried(learner, tasks)
     if not vmaps:
         return "loop", "something in the model that vmap does not take"
@@ -168,15 +168,16 @@ def _found(learner, tasks, engine, size, compile, autocast) -> tuple[Sequence[st
         ways = int(tasks.support.targets.max()) + 1
     device, number = tasks.support.inputs.device.type, count(tasks)
 
-    def find(chunk: Task) -> Found:
+    def find(chunk: Task, engine: str = engine) -> Found:
         with torch.autocast(device, autocast) if autocast is not None else nullcontext():
             return differentiate(learner, ENGINES[engine](learner, chunk, ways=ways), number)
 
     if compile:
         size = next(n for n in range(size, 0, -1) if number % n == 0)  # one shape, compiled once
-        function = compiled.function(
-            learner, next(chunks(tasks, size)), find, (engine, ways, autocast, number)
-        )
+        stacks = engine == "batched" and device == "cpu" and _is_convolutional(learner)
+        alone = partial(find, engine="loop") if stacks else None
+        facts = (engine, ways, autocast, number)
+        function = compiled.function(learner, next(chunks(tasks, size)), find, facts, alone)
         if function is not None:
             return function.names, function.map(chunks(tasks, size))
     return list(learner.meta_parameters()), map(find, chunks(tasks, size))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from functools import partial
 from weakref import WeakKeyDictionary
 
@@ -16,26 +17,29 @@ from torch import Tensor, nn
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fomaml.engines import fusion, kernels, products
+from fomaml.engines import fusion, kernels, products, stacked
 from fomaml.engines.common import Found, out_of_memory
 from fomaml.engines.threads import side_by_side
 from fomaml.errors import InputError
 from fomaml.learner import MetaLearner
 from fomaml.objectives import MultiStepLoss
-from fomaml.tasks import Examples, Task, count
+from fomaml.tasks import Examples, Task, chunks, count
 
 Find = Callable[[Task], Found]
 
 
-def function(learner: MetaLearner, tasks: Task, find: Find, facts: tuple) -> Compiled | None:
+def function(
+    learner: MetaLearner, tasks: Task, find: Find, facts: tuple, alone: Find | None = None
+) -> Compiled | None:
     """`find` compiled for chunks of this shape, the same function at every call; None if it cannot be compiled,
     which a warning has then said. Where several tasks are out of memory, that error goes through.
 
     find: what `differentiate` finds for a chunk of tasks. facts: what it depends on beside the learner and
         the shapes.
+    alone: finds the same for a chunk of one task; given where convolutions on a CPU are to be stacked.
 
     Raises:
         InputError: the multi-step loss, whose weights change at every iteration.
@@ -57,7 +61,7 @@ def function(learner: MetaLearner, tasks: Task, find: Find, facts: tuple) -> Com
     key = (facts, order, numbers, sizes, modes, kinds, like, *map(id, parts))
     if key not in known:
         try:
-            known[key] = Compiled(learner, tasks, find), parts  # held, so that their ids stay theirs
+            known[key] = Compiled(learner, tasks, find, alone), parts  # held, so that their ids stay theirs
         except Exception as error:  # the compilers' errors have no common base
             if count(tasks) > 1 and out_of_memory(error):
                 raise  # fewer tasks at once may do
@@ -70,48 +74,71 @@ def function(learner: MetaLearner, tasks: Task, find: Find, facts: tuple) -> Com
 
 
 class Compiled:
-    """A compiled `find`. names: the meta-parameters' names, in the order of the gradients."""
+    """A compiled `find`; see `function`. names: the meta-parameters' names, in the order of the gradients."""
 
-    def __init__(self, learner: MetaLearner, tasks: Task, find: Find):
+    def __init__(self, learner: MetaLearner, tasks: Task, find: Find, alone: Find | None = None):
         self.names = list(learner.meta_parameters())
         holder = _Holder(learner)
         tensors = dict(holder.named_parameters()) | dict(holder.named_buffers())
         learned = {name for name, tensor in tensors.items() if tensor.requires_grad}
         self._slots = [_slot(holder, name) for name in tensors]
         self._channels_last: set[int] = set()
+        self._side_by_side = False
 
-        def flat(*arguments: Tensor) -> list[Tensor]:
-            values, examples = arguments[: len(tensors)], arguments[len(tensors) :]
-            state = {
-                name: value.detach().requires_grad_() if name in learned else value
-                for name, value in zip(tensors, values)
-            }
-            chunk = Task(Examples(*examples[:2]), Examples(*examples[2:]))
-            gradients, *seen = functional_call(holder, state, (chunk, find))
-            return [*(gradient.detach() for gradient in gradients), *seen]
+        def trace(find: Find, tasks: Task) -> GraphModule:
+            def flat(*arguments: Tensor) -> list[Tensor]:
+                values, examples = arguments[: len(tensors)], arguments[len(tensors) :]
+                state = {
+                    name: value.detach().requires_grad_() if name in learned else value
+                    for name, value in zip(tensors, values)
+                }
+                chunk = Task(Examples(*examples[:2]), Examples(*examples[2:]))
+                gradients, *seen = functional_call(holder, state, (chunk, find))
+                return [*(gradient.detach() for gradient in gradients), *seen]
 
-        state, examples = self._state(), _tensors(tasks)
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
             # one fake mode: by itself make_fx makes another for each node, which took more than half of its time
             with torch.enable_grad(), tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True))):
-                graph = make_fx(flat)(*state, *examples)
-            on_cpu = tasks.support.inputs.device.type == "cpu"
-            fused = on_cpu and fusion.convolutional(graph.graph)
-            # random numbers are drawn in the order of the tasks
-            self._side_by_side = fused and not any(map(_draws, graph.graph.nodes))
-            if fused:
-                kernels.library()
-                self._channels_last = fusion.rewrite(graph)
-                self._run = graph
-            else:
-                products.rewrite(graph)
-                for node in graph.graph.nodes:
-                    node.meta.pop("val", None)  # of a fake mode that is not the compiler's
-                options = (
-                    {"cpp_wrapper": True} if on_cpu else {}
-                )  # calls between kernels in C++: 1.1 times faster on F
-                self._run = torch._inductor.compile(graph, [*state, *examples], options)
+                return make_fx(flat)(*self._state(), *_tensors(tasks))
+
+        on_cpu = tasks.support.inputs.device.type == "cpu"
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            self._run = None if alone is None else self._stacked(trace, alone, tasks)
+            if self._run is None:
+                graph = trace(find, tasks)
+                self._run = graph if on_cpu and self._fuse(graph) else self._induced(graph, tasks, on_cpu)
             self._call(self._state(), tasks)
+
+    def _fuse(self, graph: GraphModule) -> bool:
+        """Rewrite a function with convolutions, if it is one."""
+        if not fusion.convolutional(graph.graph):
+            return False
+        kernels.library()
+        # random numbers are drawn in the order of the tasks
+        self._side_by_side = not any(map(_draws, graph.graph.nodes))
+        self._channels_last = fusion.rewrite(graph)
+        return True
+
+    def _stacked(self, trace: Callable, alone: Find, tasks: Task) -> GraphModule | None:
+        """The function of one task, stacked; None where that cannot be."""
+        single = next(chunks(tasks, 1))
+        graph = trace(alone, single)
+        if self._fuse(graph) and self._side_by_side:
+            state = self._state()
+            with suppress(InputError, RuntimeError):
+                return stacked.lift(
+                    graph, [*state, *_tensors(single)], len(state), len(self.names), count(tasks)
+                )
+        self._channels_last, self._side_by_side = set(), False
+        return None
+
+    def _induced(self, graph: GraphModule, tasks: Task, on_cpu: bool) -> Callable:
+        """The function by `torch.compile`'s backend."""
+        products.rewrite(graph)
+        for node in graph.graph.nodes:
+            node.meta.pop("val", None)  # of a fake mode that is not the compiler's
+        # calls between kernels in C++: 1.1 times faster on F
+        options = {"cpp_wrapper": True} if on_cpu else {}
+        return torch._inductor.compile(graph, [*self._state(), *_tensors(tasks)], options)
 
     def map(self, chunks: Iterable[Task]) -> Iterator[Found]:
         """What is found for each chunk, at the learner's present state."""

@@ -39,7 +39,7 @@ def rewrite(module: GraphModule) -> set[int]:
             graph.erase_node(node)
     _out_of_place(graph)
     graph.eliminate_dead_code()
-    if any(node.target is aten.as_strided.default or _writes(node) for node in graph.nodes):
+    if any(node.target is aten.as_strided.default or writes(node) for node in graph.nodes):
         module.recompile()
         return set()
     for node in graph.nodes:
@@ -47,22 +47,28 @@ def rewrite(module: GraphModule) -> set[int]:
         if block is not None:
             _fuse(graph, block)
     for node in graph.nodes:
+        _forget_moves(node)
         _subtract_scaled(node)
     reordered = _channels_last(graph)
-    for node in graph.nodes:
-        if node.target is aten.view.default:
-            node.target = aten.reshape.default  # another order of the pixels may not have that view
+    reshape_views(graph)
     graph.eliminate_dead_code()
     graph.lint()
     module.recompile()
     return reordered
 
 
+def reshape_views(graph: Graph) -> None:
+    """Another order of the pixels may not have the views that were traced."""
+    for node in graph.nodes:
+        if node.target is aten.view.default:
+            node.target = aten.reshape.default
+
+
 def _out_of_place(graph: Graph) -> None:
     """Make an operation in place, as `nn.ReLU(inplace=True)`, an ordinary one where nothing else sees what it wrote."""
     order = {node: i for i, node in enumerate(graph.nodes)}
     for node in graph.nodes:
-        if not _writes(node):
+        if not writes(node):
             continue
         written = node.args[0]
         name, overload = node.target._schema.name.split("::")[1], node.target._overloadname
@@ -82,7 +88,8 @@ def _out_of_place(graph: Graph) -> None:
         node.target = ordinary
 
 
-def _writes(node: Node) -> bool:
+def writes(node: Node) -> bool:
+    """Whether a node changes an argument in place."""
     return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
 
 
@@ -181,6 +188,18 @@ def _channels_last(graph: Graph) -> set[int]:
                     ordered, delete_user_cb=lambda user, new=ordered: user is not new
                 )
     return found
+
+
+def _forget_moves(norm: Node) -> None:
+    """A batch norm whose running statistics nothing reads need not move them; vmap does not take those that do."""
+    if norm.target is aten.native_batch_norm.default:
+        first, training = 3, norm.args[5]
+    elif norm.target is aten.native_batch_norm_backward.default:
+        first, training = 3, norm.args[7]
+    else:
+        return
+    if training and all(s is None or _only_moved(s) for s in norm.args[first : first + 2]):
+        norm.args = (*norm.args[:first], None, None, *norm.args[first + 2 :])
 
 
 def _subtract_scaled(node: Node) -> None:

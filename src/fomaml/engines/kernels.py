@@ -11,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from fomaml.data.download import user_cache
 
-SOURCE = Path(__file__).with_name("norm_relu_pool.cpp")
+SOURCES = [Path(__file__).with_name(name) for name in ("norm_relu_pool.cpp", "convolution.cpp")]
 FAST = ("-O3", "-march=native", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math")
 FLAGS = (*FAST, "-std=c++17", "-shared", "-fPIC")
 NAMES = {torch.float32: "float32", torch.float64: "float64"}
@@ -41,8 +42,14 @@ def library() -> ctypes.CDLL:
     command = compiler()
     if not command:
         raise RuntimeError("there is no C++ compiler on this machine")
-    facts = [SOURCE.read_text(encoding="utf-8"), *command, *FLAGS, platform.machine(), _processor()]
-    name = f"norm_relu_pool-{hashlib.sha256(' '.join(facts).encode()).hexdigest()[:16]}.so"
+    facts = [
+        *(source.read_text(encoding="utf-8") for source in SOURCES),
+        *command,
+        *FLAGS,
+        platform.machine(),
+        _processor(),
+    ]
+    name = f"kernels-{hashlib.sha256(' '.join(facts).encode()).hexdigest()[:16]}.so"
     for folder in (user_cache(), Path(tempfile.gettempdir()) / f"fomaml-{os.getuid()}"):
         path = folder / name
         try:
@@ -68,7 +75,7 @@ def _build(command: list[str], path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as folder:
         temporary = Path(folder) / path.name
         try:
-            build = [*command, *FLAGS, "-o", str(temporary), str(SOURCE)]
+            build = [*command, *FLAGS, "-o", str(temporary), *map(str, SOURCES)]
             done = subprocess.run(build, capture_output=True, text=True)
         except OSError as error:
             raise RuntimeError(f"{command[0]} failed: {error}") from None
@@ -102,21 +109,22 @@ def norm_relu_pool(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Batch norm by the statistics of the batch (Ioffe & Szegedy 2015), ReLU and, with `pool`, a 2×2 max-pool.
 
-    inputs: (examples, channels, height, width), float32 or float64. Returns the outputs, channels-last, and what
+    inputs: (examples, channels, height, width), float32 or float64, or with a leading axis of tasks, each a batch of
+    its own; γ and β (channels,) or (tasks, channels). Returns the outputs, channels-last, and what
     `norm_relu_pool_backward` wants: the inputs channels-last, those that won their windows, mean, 1 / deviation.
     """
-    inputs = inputs.contiguous(memory_format=torch.channels_last)
-    images, channels, height, width = inputs.shape
-    size = (images, channels, height // 2, width // 2) if pool else inputs.shape
-    outputs = torch.empty(size, dtype=inputs.dtype, memory_format=torch.channels_last)
+    inputs = pixels_first(inputs)
+    *batch, height, width, channels = inputs.shape
+    size = (*batch, height // 2, width // 2, channels) if pool else inputs.shape
+    outputs = inputs.new_empty(size)
     won = torch.empty_like(outputs) if pool else outputs
-    mean, deviation = inputs.new_empty(channels), inputs.new_empty(channels)
+    mean, deviation = inputs.new_empty(2, *batch[:-1], channels)
     gamma, beta = _flat(gamma), _flat(beta)  # held until the kernel is done: it gets bare addresses
     pointers = _pointers(inputs, gamma, beta, outputs, won, mean, deviation)
-    sizes = _sizes(images, height, width, channels)
     kernel = getattr(library(), f"forward_{NAMES[inputs.dtype]}")
-    kernel(*pointers, *sizes, ctypes.c_double(eps), ctypes.c_int(pool))
-    return outputs, inputs, won, mean, deviation
+    sizes = (*_batch(batch), height, width, channels, *map(_step, (gamma, beta)), pool)
+    kernel(*pointers, _sizes(*sizes), ctypes.c_double(eps))
+    return images(outputs), images(inputs), images(won), mean, deviation
 
 
 def norm_relu_pool_backward(
@@ -131,24 +139,111 @@ def norm_relu_pool_backward(
     overwrite: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The derivatives by inputs, γ and β, given those by the outputs; `overwrite`: into the place of the inputs."""
-    slope = slope.contiguous(memory_format=torch.channels_last)
-    images, channels, height, width = inputs.shape
+    slope, outputs, inputs, won = map(pixels_first, (slope, outputs, inputs, won))
+    *batch, height, width, channels = inputs.shape
     by_inputs = inputs if overwrite else torch.empty_like(inputs)
     by_gamma, by_beta = torch.empty_like(mean), torch.empty_like(mean)
     gamma = _flat(gamma)
     pointers = _pointers(slope, inputs, outputs, won, gamma, mean, deviation, by_inputs, by_gamma, by_beta)
     kernel = getattr(library(), f"backward_{NAMES[inputs.dtype]}")
-    kernel(*pointers, *_sizes(images, height, width, channels), ctypes.c_int(pool))
-    return by_inputs, by_gamma, by_beta
+    kernel(*pointers, _sizes(*_batch(batch), height, width, channels, _step(gamma), 0, pool))
+    return images(by_inputs), by_gamma, by_beta
+
+
+def convolution(
+    inputs: Tensor, weights: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int]
+) -> Tensor:
+    """Convolutions of few pixels, task by task (convolution.cpp); `takes` says which.
+
+    inputs: (tasks, examples, channels, height, width). weights: (tasks, outputs, channels, rows, columns) or, for
+    all tasks the same, (outputs, channels, rows, columns); bias likewise. Outputs are channels-last.
+    """
+    inputs, weights, bias = pixels_first(inputs), pixels_first(weights), _flat(bias)
+    sizes, size = _convolution_sizes(inputs, weights, bias, stride, padding)
+    outputs = inputs.new_empty(size)
+    kernel = getattr(library(), f"convolve_{NAMES[inputs.dtype]}")
+    kernel(*_pointers(inputs, weights, bias, outputs), sizes)
+    return images(outputs)
+
+
+def convolution_backward(
+    slope: Tensor,
+    inputs: Tensor,
+    weights: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    wanted: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The derivatives by inputs, weights and bias of each task, those that are `wanted`, given those by the outputs."""
+    slope, inputs, weights = map(pixels_first, (slope, inputs, weights))
+    sizes, _ = _convolution_sizes(inputs, weights, None, stride, padding)
+    tasks, outputs = len(inputs), slope.shape[-1]
+    by_inputs = torch.empty_like(inputs) if wanted[0] else None
+    by_weights = weights.new_empty(tasks, *weights.shape[-4:]) if wanted[1] else None
+    by_bias = slope.new_empty(tasks, outputs) if wanted[2] else None
+    kernel = getattr(library(), f"convolve_backward_{NAMES[inputs.dtype]}")
+    kernel(*_pointers(slope, inputs, weights, by_inputs, by_weights, by_bias), sizes)
+    return *(None if found is None else images(found) for found in (by_inputs, by_weights)), by_bias
+
+
+def takes(
+    inputs: Tensor, weights: Tensor, stride: Sequence[int], padding: Sequence[int], by_inputs: bool = False
+) -> bool:
+    """Whether `convolution` takes these, and is faster than torch's; by_inputs: for the derivatives by the inputs."""
+    if inputs.dtype not in NAMES:
+        return False
+    _, (_, images, height, width, _) = _convolution_sizes(
+        *map(pixels_first, (inputs, weights)), None, stride, padding
+    )
+    narrow = _is_narrow(weights) and not by_inputs
+    return images * height * width <= 1000 and (inputs.shape[-3] % 16 == 0 or narrow)
+
+
+def pixels_first(tensor: Tensor) -> Tensor:
+    """(..., channels, height, width) as contiguous (..., height, width, channels): no copy if it is channels-last."""
+    return tensor.movedim(-3, -1).contiguous()
+
+
+def images(tensor: Tensor) -> Tensor:
+    """Back from `pixels_first`, in the same memory."""
+    return tensor.movedim(-1, -3)
+
+
+def _is_narrow(weights: Tensor) -> bool:
+    """Whether vectors run over the outputs, as there are too few channels."""
+    outputs, channels, rows, columns = weights.shape[-4:]
+    return channels % 16 != 0 and outputs % 16 == 0 and channels * rows * columns <= 64
+
+
+def _convolution_sizes(inputs, weights, bias, stride, padding) -> tuple[ctypes.Array, tuple[int, ...]]:
+    """What convolution.cpp wants to know, and the shape of the outputs; all with pixels first."""
+    tasks, examples, height, width, channels = inputs.shape
+    outputs, rows, columns, _ = weights.shape[-4:]
+    down = (height + 2 * padding[0] - rows) // stride[0] + 1
+    across = (width + 2 * padding[1] - columns) // stride[1] + 1
+    steps = (weights[0].numel() if weights.dim() == 5 else 0, _step(bias))
+    narrow = _is_narrow(images(weights))
+    sizes = (examples, height, width, channels, outputs, rows, columns, *stride, *padding)
+    return _sizes(tasks, *steps, narrow, *sizes), (tasks, examples, down, across, outputs)
 
 
 def _flat(vector: Tensor | None) -> Tensor | None:
     return None if vector is None else vector.contiguous()
 
 
+def _batch(batch: Sequence[int]) -> tuple[int, int]:
+    """Tasks and examples."""
+    return (1, batch[0]) if len(batch) == 1 else (batch[0], batch[1])
+
+
+def _step(vector: Tensor | None) -> int:
+    """From one task's vector to the next."""
+    return vector.shape[-1] if vector is not None and vector.dim() == 2 else 0
+
+
 def _pointers(*tensors: Tensor | None) -> list[ctypes.c_void_p]:
     return [ctypes.c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in tensors]
 
 
-def _sizes(*sizes: int) -> list[ctypes.c_longlong]:
-    return [ctypes.c_longlong(size) for size in sizes]
+def _sizes(*sizes: int) -> ctypes.Array:
+    return (ctypes.c_longlong * len(sizes))(*sizes)

@@ -224,18 +224,29 @@ void backward(const T* slope, const T* x, const T* y, const T* peak, const T* ga
 
 }  // namespace
 
+// sizes: tasks, images of a task, height, width, channels, from one task's gamma to the next, the same for beta, pool
 #define ENTRY(NAME, T)                                                                                              \
     extern "C" void forward_##NAME(const T* x, const T* gamma, const T* beta, T* y, T* peak, T* mean, T* rstd,      \
-                                   long long images, long long height, long long width, long long channels,        \
-                                   double eps, int pool) {                                                         \
-        forward<T>(x, gamma, beta, y, peak, mean, rstd, images, height, width, channels, eps, pool);                \
+                                   const long long* sizes, double eps) {                                           \
+        const long long images = sizes[1], height = sizes[2], width = sizes[3], channels = sizes[4];               \
+        const long long in = images * height * width * channels;                                                  \
+        const long long out = sizes[7] ? images * (height / 2) * (width / 2) * channels : in;                      \
+        for (long long t = 0; t < sizes[0]; ++t)                                                                   \
+            forward<T>(x + t * in, gamma ? gamma + t * sizes[5] : nullptr, beta ? beta + t * sizes[6] : nullptr,     \
+                       y + t * out, peak + t * out, mean + t * channels, rstd + t * channels, images, height, width, \
+                       channels, eps, sizes[7]);                                                                   \
     }                                                                                                              \
     extern "C" void backward_##NAME(const T* slope, const T* x, const T* y, const T* peak, const T* gamma,          \
                                     const T* mean, const T* rstd, T* by_x, T* by_gamma, T* by_beta,                \
-                                    long long images, long long height, long long width, long long channels,       \
-                                    int pool) {                                                                    \
-        backward<T>(slope, x, y, peak, gamma, mean, rstd, by_x, by_gamma, by_beta, images, height, width, channels, \
-                    pool);                                                                                         \
+                                    const long long* sizes) {                                                      \
+        const long long images = sizes[1], height = sizes[2], width = sizes[3], channels = sizes[4];               \
+        const long long in = images * height * width * channels;                                                  \
+        const long long out = sizes[7] ? images * (height / 2) * (width / 2) * channels : in;                      \
+        for (long long t = 0; t < sizes[0]; ++t)                                                                   \
+            backward<T>(slope + t * out, x + t * in, y + t * out, peak + t * out,                                    \
+                        gamma ? gamma + t * sizes[5] : nullptr, mean + t * channels, rstd + t * channels,            \
+                        by_x + t * in, by_gamma + t * channels, by_beta + t * channels, images, height, width,       \
+                        channels, sizes[7]);                                                                       \
     }
 
 ENTRY(float32, float)

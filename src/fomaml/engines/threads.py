@@ -15,6 +15,9 @@ def side_by_side(function: Callable, items: Iterable) -> Iterator:
     """`map(function, items)`, at most as many at a time as torch has threads, each with one thread.
 
     function: must release the interpreter's lock for most of its time, as torch's operators do.
+
+    Until the last result is taken the caller's own operators have one thread too: OpenMP's helpers go on spinning for
+    milliseconds after an operator that used them, and took half of the cores from the tasks.
     """
     threads = torch.get_num_threads()
     if threads == 1:
@@ -22,6 +25,7 @@ def side_by_side(function: Callable, items: Iterable) -> Iterator:
         return
     pool = _pool(threads)
     under_way: deque = deque()
+    torch.set_num_threads(1)
     try:
         for item in items:
             under_way.append(pool.submit(function, item))
@@ -31,6 +35,7 @@ def side_by_side(function: Callable, items: Iterable) -> Iterator:
             yield under_way.popleft().result()
     finally:  # after an error nothing runs on, and nothing holds memory
         wait([future for future in under_way if not future.cancel()])
+        torch.set_num_threads(threads)
 
 
 @functools.cache

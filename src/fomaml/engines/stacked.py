@@ -1,0 +1,251 @@
+"""A traced meta-gradient of one task, made one of a stack of tasks whose kernels go through them one by one.
+
+vmap makes one grouped convolution of the tasks' convolutions, slow on a CPU. Here it goes over the graph that
+`fusion.py` has rewritten, and convolutions and blocks become calls of the kernels: a fraction of the calls of a loop,
+which hold small tasks up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from fomaml.engines import fusion, kernels
+
+aten = torch.ops.aten
+
+
+def lift(module: GraphModule, inputs: Sequence[Tensor], shared: int, summed: int, tasks: int) -> GraphModule:
+    """The rewritten function of one task as a function of `tasks` of them.
+
+    inputs: of the function of one task. shared: so many of them, the first, are the same for all tasks; the others and
+    the results have a leading axis of length one. summed: so many of the results, the first, are summed over tasks.
+
+    Raises:
+        RuntimeError: vmap does not take something in it, or it writes in place.
+    """
+    if any(map(fusion.writes, module.graph.nodes)):
+        raise RuntimeError("the function writes in place")
+
+    def lifted(*arguments: Tensor) -> list[Tensor]:
+        def alone(*examples: Tensor) -> list[Tensor]:
+            own = (example[None] for example in examples)
+            return list(_Interpreter(module).run(*arguments[:shared], *own, enable_io_processing=False))
+
+        found = torch.vmap(alone)(*arguments[shared:])
+        return [*(each.sum(0) for each in found[:summed]), *(each.flatten(0, 1) for each in found[summed:])]
+
+    stacks = [example.expand(tasks, *example.shape[1:]).contiguous() for example in inputs[shared:]]
+    result = make_fx(lifted, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs[:shared], *stacks)
+    functions = {operator._opoverload: function for operator, function in _OPERATORS.values()}
+    for node in result.graph.nodes:
+        node.target = functions.get(node.target, node.target)
+    fusion.reshape_views(result.graph)
+    result.graph.eliminate_dead_code()
+    result.graph.lint()
+    result.recompile()
+    return result
+
+
+class _Interpreter(Interpreter):
+    """Calls operators that vmap knows how to stack in the place of kernels and convolutions."""
+
+    def call_function(self, target, args, kwargs):
+        if target is kernels.channels_last:
+            return args[0]
+        convolutions = (aten.convolution.default, aten.convolution_backward.default)
+        if target in convolutions and args[1].dim() != 4:  # not of images
+            return super().call_function(target, args, kwargs)
+        if target is aten.convolution_backward.default:
+            slope, inputs, weights, _, *kind, mask = args
+            by_inputs = _OPERATORS["by_inputs"][0](slope, inputs, weights, *kind) if mask[0] else None
+            if not any(mask[1:]):
+                return by_inputs, None, None
+            return by_inputs, *_OPERATORS["by_weights"][0](slope, inputs, weights, *kind)
+        target = _OPERATORS[target][0] if target in _OPERATORS else target
+        return super().call_function(target, args, kwargs)
+
+
+def convolution(
+    inputs: Tensor,
+    weights: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """`aten.convolution` of each task; weights and bias of each or of all."""
+    kind = (stride, padding, dilation, transposed, output_padding, groups)
+    if _is_plain(*kind) and kernels.takes(inputs, weights, stride, padding):
+        return kernels.convolution(inputs, weights, bias, stride, padding)
+    alone = [
+        aten.convolution(
+            image, weight, None if bias is None else bias[task if bias.dim() == 2 else ...], *kind
+        )
+        for task, (image, weight) in enumerate(_pairs(inputs, weights))
+    ]
+    return _stack(alone)
+
+
+def by_inputs(
+    slope: Tensor,
+    inputs: Tensor,
+    weights: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """The derivatives of `convolution` by its inputs."""
+    kind = (stride, padding, dilation, transposed, output_padding, groups)
+    if _is_plain(*kind) and kernels.takes(inputs, weights, stride, padding, by_inputs=True):
+        return kernels.convolution_backward(slope, inputs, weights, stride, padding, (True, False, False))[0]
+    return _stack(
+        aten.convolution_backward(kernels.channels_last(own), *pair, None, *kind, (True, False, False))[0]
+        for own, pair in zip(slope, _pairs(inputs, weights))
+    )
+
+
+def by_weights(
+    slope: Tensor,
+    inputs: Tensor,
+    weights: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+) -> tuple[Tensor, Tensor]:
+    """The derivatives of `convolution` by its weights and its bias, of each task."""
+    kind = (stride, padding, dilation, transposed, output_padding, groups)
+    if _is_plain(*kind) and kernels.takes(inputs, weights, stride, padding):
+        return kernels.convolution_backward(slope, inputs, weights, stride, padding, (False, True, True))[1:]
+    channels = [slope.shape[2]]
+    alone = [
+        aten.convolution_backward(kernels.channels_last(own), *pair, channels, *kind, (False, True, True))[1:]
+        for own, pair in zip(slope, _pairs(inputs, weights))
+    ]
+    return _stack([each[0] for each in alone]), torch.stack([each[1] for each in alone])
+
+
+def _is_plain(stride, padding, dilation, transposed, output_padding, groups) -> bool:
+    return not transposed and groups == 1 and all(d == 1 for d in dilation)
+
+
+def _pairs(inputs: Tensor, weights: Tensor):
+    """Each task's images and weights, channels-last."""
+    weights = weights if weights.dim() == inputs.dim() else weights.expand(len(inputs), *weights.shape)
+    return (
+        (kernels.channels_last(image), kernels.channels_last(weight))
+        for image, weight in zip(inputs, weights)
+    )
+
+
+def _stack(images) -> Tensor:
+    """Stacked, channels-last."""
+    return kernels.images(torch.stack([kernels.pixels_first(own) for own in images]))
+
+
+def _empty(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """Without data, channels-last as what the kernels give."""
+    return kernels.pixels_first(like.new_empty(shape)).movedim(-1, -3)
+
+
+def _like_convolution(inputs, weights, bias, *kind) -> Tensor:
+    weight = weights[0] if weights.dim() == inputs.dim() else weights
+    alone = aten.convolution(inputs[0], weight, None, *kind)
+    return _empty(inputs, (len(inputs), *alone.shape))
+
+
+def _like_by_inputs(slope, inputs, weights, *kind) -> Tensor:
+    return _empty(inputs, inputs.shape)
+
+
+def _like_by_weights(slope, inputs, weights, *kind) -> tuple[Tensor, Tensor]:
+    return _empty(inputs, (len(inputs), *weights.shape[-4:])), slope.new_empty(slope.shape[0], slope.shape[2])
+
+
+def _like_norm(inputs, gamma, beta, eps, pool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    tasks, images, channels, height, width = inputs.shape
+    shape = (tasks, images, channels, height // 2, width // 2) if pool else inputs.shape
+    vector = (tasks, channels)
+    return (
+        *(_empty(inputs, size) for size in (shape, inputs.shape, shape)),
+        inputs.new_empty(vector),
+        inputs.new_empty(vector),
+    )
+
+
+def _like_norm_backward(slope, outputs, inputs, won, mean, deviation, gamma, pool, overwrite):
+    return _empty(inputs, inputs.shape), torch.empty_like(mean), torch.empty_like(mean)
+
+
+def _operator(function: Callable, like: Callable, stacked: int, types: str):
+    """An operator that `torch.vmap` stacks: its first so many arguments always, other tensors where they differ.
+
+    like: what it gives, without data. Never run by itself: `lift` puts the function in its place.
+    """
+    operator = torch.library.custom_op(
+        f"fomaml::{function.__name__}", function, mutates_args=(), schema=types
+    )
+
+    @operator.register_fake
+    def without_data(first, *others):
+        if first.dim() != 5:
+            raise RuntimeError(f"{function.__name__}: images that are the same for all tasks")
+        return like(first, *others)
+
+    def rule(info, axes, *arguments):
+        arguments = [
+            argument.movedim(axis, 0) if isinstance(argument, Tensor) and axis is not None else argument
+            for argument, axis in zip(arguments, axes)
+        ]
+        for i in range(stacked):
+            if axes[i] is None:
+                arguments[i] = arguments[i].expand(info.batch_size, *arguments[i].shape)
+        found = operator(*arguments)
+        return found, 0 if isinstance(found, Tensor) else (0,) * len(found)
+
+    operator.register_vmap(rule)
+    return operator, function
+
+
+_KIND = "SymInt[] stride, SymInt[] padding, SymInt[] dilation, bool transposed, SymInt[] output_padding, SymInt groups"
+_OPERATORS = {
+    aten.convolution.default: _operator(
+        convolution, _like_convolution, 1, f"(Tensor inputs, Tensor weights, Tensor? bias, {_KIND}) -> Tensor"
+    ),
+    "by_inputs": _operator(
+        by_inputs, _like_by_inputs, 2, f"(Tensor slope, Tensor inputs, Tensor weights, {_KIND}) -> Tensor"
+    ),
+    "by_weights": _operator(
+        by_weights,
+        _like_by_weights,
+        2,
+        f"(Tensor slope, Tensor inputs, Tensor weights, {_KIND}) -> (Tensor, Tensor)",
+    ),
+    kernels.norm_relu_pool: _operator(
+        kernels.norm_relu_pool,
+        _like_norm,
+        1,
+        "(Tensor inputs, Tensor? gamma, Tensor? beta, float eps, bool pool)"
+        " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    ),
+    kernels.norm_relu_pool_backward: _operator(
+        kernels.norm_relu_pool_backward,
+        _like_norm_backward,
+        6,
+        "(Tensor slope, Tensor outputs, Tensor inputs, Tensor won, Tensor mean, Tensor deviation, Tensor? gamma,"
+        " bool pool, bool overwrite) -> (Tensor, Tensor, Tensor)",
+    ),
+}
