@@ -19,7 +19,9 @@ from torch import Tensor
 
 from fomaml.data.download import user_cache
 
-SOURCES = [Path(__file__).with_name(name) for name in ("norm_relu_pool.cpp", "convolution.cpp")]
+SOURCES = [
+    Path(__file__).with_name(name) for name in ("norm_relu_pool.cpp", "convolution.cpp", "vectors.cpp")
+]
 FAST = ("-O3", "-march=native", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math")
 FLAGS = (*FAST, "-std=c++17", "-shared", "-fPIC")
 NAMES = {torch.float32: "float32", torch.float64: "float64"}
@@ -199,6 +201,36 @@ def takes(
     return images * height * width <= 1000 and (inputs.shape[-3] % 16 == 0 or narrow)
 
 
+def sums(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Each tensor's sum over its first axis, the tasks."""
+    if not all(tensor.dtype == tensors[0].dtype and _is_stack(tensor) for tensor in tensors):
+        return [tensor.sum(0) for tensor in tensors]
+    found = [tensor.new_empty_strided(tensor.shape[1:], tensor.stride()[1:]) for tensor in tensors]
+    lengths = _sizes(*(tensor.numel() for tensor in found))
+    kernel = getattr(library(), f"sums_{NAMES[tensors[0].dtype]}")
+    kernel(_array(tensors), _array(found), lengths, *map(ctypes.c_longlong, (len(tensors), len(tensors[0]))))
+    return found
+
+
+def subtract(lefts: Sequence[Tensor], rights: Sequence[Tensor], scale: float) -> list[Tensor]:
+    """left - scale · right of each pair; right (tasks, ...), left the same or of all tasks."""
+    if not all(
+        one.dtype == two.dtype == rights[0].dtype
+        and _is_stack(two)
+        and len(two) == len(rights[0])
+        and (one.shape, one.stride()) in ((two.shape, two.stride()), (two.shape[1:], two.stride()[1:]))
+        for one, two in zip(lefts, rights)
+    ):
+        return [torch.sub(one, two, alpha=scale) for one, two in zip(lefts, rights)]
+    found = [torch.empty_like(right) for right in rights]
+    lengths = [right[0].numel() for right in rights]
+    steps = [length if one.dim() == two.dim() else 0 for one, two, length in zip(lefts, rights, lengths)]
+    kernel = getattr(library(), f"subtract_{NAMES[rights[0].dtype]}")
+    numbers = (*map(ctypes.c_longlong, (len(rights), len(rights[0]))), ctypes.c_double(scale))
+    kernel(*map(_array, (lefts, rights, found)), _sizes(*lengths), _sizes(*steps), *numbers)
+    return found
+
+
 def pixels_first(tensor: Tensor) -> Tensor:
     """(..., channels, height, width) as contiguous (..., height, width, channels): no copy if it is channels-last."""
     return tensor.movedim(-3, -1).contiguous()
@@ -225,6 +257,23 @@ def _convolution_sizes(inputs, weights, bias, stride, padding) -> tuple[ctypes.A
     narrow = _is_narrow(images(weights))
     sizes = (examples, height, width, channels, outputs, rows, columns, *stride, *padding)
     return _sizes(tasks, *steps, narrow, *sizes), (tasks, examples, down, across, outputs)
+
+
+def _is_stack(tensor: Tensor) -> bool:
+    """Whether the numbers of one task after the other fill the tensor's memory, in any order of the other axes."""
+    if tensor.dtype not in NAMES or not tensor.dim():
+        return False
+    length = 1
+    for stride, size in sorted(zip(tensor.stride()[1:], tensor.shape[1:])):
+        if size != 1 and stride != length:
+            return False
+        length *= size
+    return tensor.stride(0) == length
+
+
+def _array(tensors: Sequence[Tensor]) -> ctypes.Array:
+    """Their addresses."""
+    return (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
 
 
 def _flat(vector: Tensor | None) -> Tensor | None:

@@ -7,11 +7,12 @@ which hold small tasks up.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Interpreter
+from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fomaml.engines import fusion, kernels
@@ -41,14 +42,68 @@ def lift(module: GraphModule, inputs: Sequence[Tensor], shared: int, summed: int
 
     stacks = [example.expand(tasks, *example.shape[1:]).contiguous() for example in inputs[shared:]]
     result = make_fx(lifted, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs[:shared], *stacks)
-    functions = {operator._opoverload: function for operator, function in _OPERATORS.values()}
+    functions = {made._opoverload: function for made, function in _OPERATORS.values()}
     for node in result.graph.nodes:
         node.target = functions.get(node.target, node.target)
     fusion.reshape_views(result.graph)
+    _erase_identities(result.graph)
+    _sum_together(result.graph)
+    _subtract_together(result.graph)
     result.graph.eliminate_dead_code()
     result.graph.lint()
     result.recompile()
     return result
+
+
+def _erase_identities(graph: Graph) -> None:
+    """Axes moved to where they are."""
+    for node in list(graph.nodes):
+        if node.target is aten.permute.default and [*node.args[1]] == [*range(len(node.args[1]))]:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+
+
+def _sum_together(graph: Graph) -> None:
+    """The sums over tasks that are results as one call."""
+    [results] = graph.output_node().args
+    found = [
+        node
+        for node in dict.fromkeys(results)
+        if node.target is aten.sum.dim_IntList and node.args[1:] == ([0],)
+    ]
+    with graph.inserting_before(graph.output_node()):
+        _call_together(graph, kernels.sums, found, ([node.args[0] for node in found],))
+
+
+def _subtract_together(graph: Graph) -> None:
+    """Runs of φ - α g as one call each."""
+    run: list[Node] = []
+    for node in list(graph.nodes):
+        steps = node.target is aten.sub.Tensor and "alpha" in node.kwargs
+        if run and (
+            any(argument in run for argument in node.all_input_nodes)
+            or (steps and node.kwargs != run[0].kwargs)
+        ):
+            _subtract_run(graph, run)
+            run = []
+        if steps:
+            run.append(node)
+    _subtract_run(graph, run)
+
+
+def _subtract_run(graph: Graph, run: list[Node]) -> None:
+    if run:
+        lefts, rights = map(list, zip(*(node.args for node in run)))
+        with graph.inserting_after(run[-1]):
+            _call_together(graph, kernels.subtract, run, (lefts, rights, run[0].kwargs["alpha"]))
+
+
+def _call_together(graph: Graph, function: Callable, nodes: list[Node], arguments: tuple) -> None:
+    """What several nodes do, by one call that gives a list."""
+    found = graph.call_function(function, arguments)
+    with graph.inserting_after(found):
+        for i, node in reversed([*enumerate(nodes)]):
+            node.replace_all_uses_with(graph.call_function(operator.getitem, (found, i)))
 
 
 class _Interpreter(Interpreter):
@@ -195,11 +250,9 @@ def _operator(function: Callable, like: Callable, stacked: int, types: str):
 
     like: what it gives, without data. Never run by itself: `lift` puts the function in its place.
     """
-    operator = torch.library.custom_op(
-        f"fomaml::{function.__name__}", function, mutates_args=(), schema=types
-    )
+    made = torch.library.custom_op(f"fomaml::{function.__name__}", function, mutates_args=(), schema=types)
 
-    @operator.register_fake
+    @made.register_fake
     def without_data(first, *others):
         if first.dim() != 5:
             raise RuntimeError(f"{function.__name__}: images that are the same for all tasks")
@@ -213,11 +266,11 @@ def _operator(function: Callable, like: Callable, stacked: int, types: str):
         for i in range(stacked):
             if axes[i] is None:
                 arguments[i] = arguments[i].expand(info.batch_size, *arguments[i].shape)
-        found = operator(*arguments)
+        found = made(*arguments)
         return found, 0 if isinstance(found, Tensor) else (0,) * len(found)
 
-    operator.register_vmap(rule)
-    return operator, function
+    made.register_vmap(rule)
+    return made, function
 
 
 _KIND = "SymInt[] stride, SymInt[] padding, SymInt[] dilation, bool transposed, SymInt[] output_padding, SymInt groups"

@@ -1,0 +1,47 @@
+// What a stack of tasks does to all its parameters at once: one call instead of one for each tensor.
+#include <cstddef>
+
+namespace {
+
+template <typename T>
+void sums(const T* const* from, T* const* to, const long long* lengths, long long tensors, long long tasks) {
+    for (long long i = 0; i < tensors; ++i) {
+        const long long n = lengths[i];
+        T* __restrict out = to[i];
+        for (long long k = 0; k < n; ++k) out[k] = from[i][k];
+        for (long long t = 1; t < tasks; ++t) {
+            const T* __restrict in = from[i] + t * n;
+            for (long long k = 0; k < n; ++k) out[k] += in[k];
+        }
+    }
+}
+
+// to = left - scale · right; left of each task, or with a step of 0 of all
+template <typename T>
+void subtract(const T* const* left, const T* const* right, T* const* to, const long long* lengths, const long long* steps,
+              long long tensors, long long tasks, double scale) {
+    const T by = static_cast<T>(scale);
+    for (long long i = 0; i < tensors; ++i)
+        for (long long t = 0; t < tasks; ++t) {
+            const T* __restrict a = left[i] + t * steps[i];
+            const T* __restrict b = right[i] + t * lengths[i];
+            T* __restrict out = to[i] + t * lengths[i];
+            for (long long k = 0; k < lengths[i]; ++k) out[k] = a[k] - by * b[k];
+        }
+}
+
+}  // namespace
+
+#define ENTRY(NAME, T)                                                                                                 \
+    extern "C" void sums_##NAME(const T* const* from, T* const* to, const long long* lengths, long long tensors,       \
+                                long long tasks) {                                                                     \
+        sums<T>(from, to, lengths, tensors, tasks);                                                                    \
+    }                                                                                                                  \
+    extern "C" void subtract_##NAME(const T* const* left, const T* const* right, T* const* to,                         \
+                                    const long long* lengths, const long long* steps, long long tensors,               \
+                                    long long tasks, double scale) {                                                   \
+        subtract<T>(left, right, to, lengths, steps, tensors, tasks, scale);                                           \
+    }
+
+ENTRY(float32, float)
+ENTRY(float64, double)
