@@ -509,7 +509,8 @@ def test_sums_over_tasks(dtype):
     for own in (tensors, [*tensors, torch.randn(7, 3, dtype=dtype).t()], [torch.randn(3, dtype=dtype)]):
         for found, tensor in zip(kernels.sums(own), own, strict=True):
             torch.testing.assert_close(found, tensor.sum(0))
-    assert kernels.sums(tensors)[1].stride() == tensors[1].stride()[1:]
+    if dtype in kernels.NAMES:
+        assert kernels.sums(tensors)[1].stride() == tensors[1].stride()[1:]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
