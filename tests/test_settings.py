@@ -141,6 +141,10 @@ def test_an_unknown_preset_lists_those_there_are():
         ({"clip": 0.0}, "clip must be a positive finite number, got 0.0"),
         ({"weight_decay": -1.0}, "weight_decay must be 0 or more and below inf, got -1.0"),
         ({"inner_momentum": 1.0}, "inner_momentum must be 0 or more and below 1, got 1.0"),
+        ({"jitter": -0.1}, "jitter must be 0 or more and below 1, got -0.1"),
+        ({"jitter": 1.0}, "jitter must be 0 or more and below 1, got 1.0"),
+        ({"source": "sinusoid", "channels": None, "model": None, "jitter": 0.1},
+         "the source sinusoid has no classes: jitter must be 0, got 0.1"),
         ({"patience": 0}, "patience must be a whole number of 1 or more, got 0"),
         ({"validate_every": -1}, "validate_every must be a whole number of 1 or more, got -1"),
         ({"validate_every": 0, "patience": 2}, "--patience counts validations: give --validate-every 1 or more"),
@@ -278,6 +282,13 @@ def test_rotations_and_turns_are_two_things(augment, root):
     assert data.train.turns == (augment == "turns")
     assert data.test.turns and data.validation.turns
     assert not open_data(settings(augment=augment, data_root=root)).test.turns
+
+
+def test_jitter_is_of_training_alone(root):
+    data = open_data(settings(jitter=0.2, data_root=root))
+    assert data.train.jitter == 0.2
+    assert data.test.jitter == data.validation.jitter == data.tuning.jitter == 0
+    assert open_data(settings(data_root=root)).train.jitter == 0
 
 
 def test_the_filter_reaches_the_images(root):

@@ -1,9 +1,9 @@
-"""Classes turned as a whole, anew in each task: the rotations of the original MAML code."""
+"""What is done to images anew in each task: classes turned as a whole, each image moved a little."""
 
 import pytest
 import torch
 
-from fomaml.data.augment import turned
+from fomaml.data.augment import jittered, turned
 from fomaml.data.source import ClassSource
 from fomaml.episodes import Episodes
 from fomaml.errors import InputError
@@ -74,3 +74,51 @@ def test_only_square_images_turn(shape):
     text = "turns by 90 degrees need square images (channels, side, side), but the inputs have shape"
     assert str(error.value) == f"{text} {shape}"
     Episodes(own, **SIZES)[0]
+
+
+# --- jitter -----------------------------------------------------------------------------------------
+
+
+def test_jitter_moves_an_image_as_its_random_numbers_say():
+    image = torch.zeros(1, 1, 9, 9)
+    image[0, 0, 4, 4] = 1
+    still = torch.full((1, 6), 0.5)
+    torch.testing.assert_close(jittered(image, still, 0.5), image)
+    right = still.clone()
+    right[0, 2] = 17 / 18  # 8/9 of the half, and 4/9 of half an image are two of nine pixels
+    torch.testing.assert_close(jittered(image, right, 1.0), image.roll(-2, -1), rtol=0, atol=1e-5)
+    wide = image.roll(2, -1)
+    stretched = still.clone()
+    stretched[0, 0] = 1.0  # twice the distance from the middle is seen
+    torch.testing.assert_close(jittered(wide, stretched, 1.0), image.roll(1, -1), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("turns", [False, True])
+def test_jitter_moves_each_image_by_itself_and_little(turns):
+    own = source(side=12)
+    options = {**SIZES, "seed": 3, "turns": turns}
+    plain, moved = (Episodes(own, **options, jitter=jitter).batch(0, 20) for jitter in (0.0, 0.05))
+    for part in ("support", "query"):
+        before, after = getattr(plain, part), getattr(moved, part)
+        assert torch.equal(before.targets, after.targets)
+        changes = (before.inputs - after.inputs).flatten(2).abs().mean(-1)
+        assert (changes > 0).all() and (changes < 0.2).all()  # two images here differ by 1/3
+        assert len(changes.flatten().unique()) == changes.numel()
+
+
+def test_jitter_is_a_function_of_the_seed_and_the_index():
+    own = source()
+    first = Episodes(own, **SIZES, seed=3, jitter=0.1)
+    again = Episodes(own, **SIZES, seed=3, jitter=0.1)
+    batch = first.batch(4, 3)
+    for i in range(3):
+        torch.testing.assert_close(one(batch, i).query.inputs, again[4 + i].query.inputs)
+    assert not torch.equal(first[4].query.inputs, first[5].query.inputs)
+
+
+def test_only_images_are_jittered():
+    own = ClassSource(torch.zeros(24, 3), torch.arange(3).repeat_interleave(8))
+    with pytest.raises(
+        InputError, match=r"^jitter needs images \(channels, height, width\), but the inputs have"
+    ):
+        Episodes(own, **SIZES, jitter=0.1)

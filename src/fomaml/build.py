@@ -113,7 +113,7 @@ def open_data(config: TrainConfig, test_seed: int | None = None, allow_download:
         except InputError as error:
             unvalidated = f"the validation classes do not suffice: {error}"
     return Data(
-        Episodes(many, seed=seeds[0], turns=config.augment == "turns", **training),
+        Episodes(many, seed=seeds[0], turns=config.augment == "turns", jitter=config.jitter, **training),
         Episodes(train_source, seed=seeds[1], **testing),
         Episodes(test_source, seed=seeds[2], **testing),
         train_source,

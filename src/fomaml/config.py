@@ -96,6 +96,9 @@ class TrainConfig:
     """Further training classes made of the given ones: none, rotations (each class turned by 90, 180 and 270 degrees
     is a further one), turns (each class of a task is turned by a random one of these, anew in each task) or warps
     (600 pseudo-characters)."""
+    jitter: float | None = None
+    """Move each training image by a small random affine map of this strength: 0 for none (the default), 0.1 for up to
+    6 degrees and 10 % of stretch."""
     test_augment: str | None = None
     """The same for validation and test tasks: none (the default) or turns."""
 

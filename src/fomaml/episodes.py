@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fomaml.data.augment import turned
+from fomaml.data.augment import jittered, turned
 from fomaml.data.source import ClassSource
 from fomaml.errors import InputError, positive
 from fomaml.tasks import Examples, Task, one
@@ -30,14 +30,15 @@ class Episodes:
     turns: each class of a task is turned as a whole by 0, 90, 180 or 270 degrees, drawn anew in each task
         (as in the code of Finn et al. 2017, for training and test). The classes and examples drawn are
         the same as without. `augment.rotated` is the other way: there, two turns of one class can meet in a task.
+    jitter: the strength of a small random affine map of each image, see `augment.jittered`; 0 for none.
 
     Shapes of one task: support inputs (ways · shots, ...), query inputs (ways · query_shots, ...),
     targets int64. Examples are ordered by class. Tensors live where the source's inputs do.
 
     Raises:
         InputError: fewer classes than ways, or a class with fewer than shots + query_shots
-            examples (the message names it), or a number that is not positive, or turns of what is no
-            square image.
+            examples (the message names it), or a number that is not positive, turns of what is no
+            square image, or jitter of what is no image.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Episodes:
         query_shots: int,
         seed: int = 0,
         turns: bool = False,
+        jitter: float = 0.0,
     ):
         self.source = source
         self.ways = positive("ways", ways, integer=True)
@@ -56,7 +58,12 @@ class Episodes:
         self.query_shots = positive("query_shots", query_shots, integer=True)
         self.seed = seed
         self.turns = turns
+        self.jitter = jitter
         shape = tuple(source.inputs.shape[1:])
+        if jitter and len(shape) != 3:
+            raise InputError(
+                f"jitter needs images (channels, height, width), but the inputs have shape {shape}"
+            )
         if turns and (len(shape) != 3 or shape[1] != shape[2]):
             raise InputError(
                 f"turns by 90 degrees need square images (channels, side, side), but the inputs have shape {shape}"
@@ -77,11 +84,17 @@ class Episodes:
     def batch(self, start: int, tasks: int) -> Task:
         """Tasks start … start + tasks - 1, with a leading axis (tasks, ...)."""
         drawn = self.shots + self.query_shots
-        parts = [len(self.source), self.ways * drawn, self.ways * drawn, self.ways if self.turns else 0]
+        examples = self.ways * drawn
+        parts = [
+            *(len(self.source), examples, examples),
+            *(self.ways if self.turns else 0, 6 * examples if self.jitter else 0),
+        ]
         randoms = np.empty((tasks, sum(parts)))
         for row in range(tasks):
             randoms[row] = generator(self.seed, start + row).random(randoms.shape[1])
-        for_classes, for_examples, for_order, for_turns = np.split(randoms, np.cumsum(parts)[:-1], axis=1)
+        for_classes, for_examples, for_order, for_turns, for_jitter = np.split(
+            randoms, np.cumsum(parts)[:-1], axis=1
+        )
         classes = for_classes.argsort(axis=1)[:, : self.ways]  # (tasks, ways)
         rows = _distinct(
             self.source.counts.numpy()[classes],
@@ -92,17 +105,23 @@ class Episodes:
         targets = torch.arange(self.ways).view(1, -1, 1).expand(rows.shape)
         split = [self.shots, self.query_shots]
         quarters = torch.from_numpy((4 * for_turns).astype(np.int64)) if self.turns else None  # (tasks, ways)
+        maps = torch.from_numpy(for_jitter).view(tasks, self.ways, -1, 6)  # (tasks, ways, drawn or 0, 6)
+        maps = maps.split(split, dim=2) if self.jitter else (None, None)
         return Task(
             *(
-                self._examples(own, labels, quarters)
-                for own, labels in zip(rows.split(split, dim=2), targets.split(split, dim=2))
+                self._examples(own, labels, quarters, own_maps)
+                for own, labels, own_maps in zip(rows.split(split, dim=2), targets.split(split, dim=2), maps)
             )
         )
 
-    def _examples(self, rows: Tensor, targets: Tensor, quarters: Tensor | None) -> Examples:
+    def _examples(
+        self, rows: Tensor, targets: Tensor, quarters: Tensor | None, maps: Tensor | None
+    ) -> Examples:
         inputs = self.source.take(rows)  # (tasks, ways, examples, ...)
         if quarters is not None:
             inputs = turned(inputs, quarters)
+        if maps is not None:
+            inputs = jittered(inputs, maps, self.jitter)
         return Examples(inputs.flatten(1, 2), targets.flatten(1).contiguous().to(inputs.device))
 
 

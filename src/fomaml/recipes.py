@@ -46,6 +46,7 @@ PLAIN = {
     "algorithm": "fomaml",
     "ways": 5,
     "resize": "lanczos",
+    "jitter": 0.0,
     "test_augment": "none",
     "channels": (64,),
     "norm_statistics": "batch",

@@ -90,7 +90,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
             positive(name, getattr(config, name))
     if config.validate_every:
         positive("validate_every", config.validate_every, integer=True)
-    for name, most in (("inner_momentum", 1), ("weight_decay", math.inf)):
+    for name, most in (("inner_momentum", 1), ("weight_decay", math.inf), ("jitter", 1)):
         if not 0 <= getattr(config, name) < most:
             raise InputError(f"{name} must be 0 or more and below {most}, got {getattr(config, name)}")
     check_steps(config.test_steps)
@@ -115,7 +115,7 @@ def _check_source(config: TrainConfig, kind: str) -> None:
         raise InputError(f"the source sinusoid goes with the model mlp, got {config.model!r}")
     if config.algorithm in names.CLASSIFIERS:
         raise InputError(f"the algorithm {config.algorithm} needs classes: the source sinusoid has none")
-    for name, plain in (("augment", "none"), ("test_augment", "none"), ("inner_loss", "mean")):
+    for name, plain in (("augment", "none"), ("jitter", 0), ("test_augment", "none"), ("inner_loss", "mean")):
         if getattr(config, name) != plain:
             raise InputError(
                 f"the source sinusoid has no classes: {name} must be {plain}, got {getattr(config, name)!r}"

@@ -29,6 +29,20 @@ def turned(inputs: Tensor, quarters: Tensor) -> Tensor:
     return found
 
 
+def jittered(inputs: Tensor, randoms: Tensor, strength: float) -> Tensor:
+    """Each image under a small random affine map of its own, with zeros around it.
+
+    inputs: (..., channels, height, width). randoms: (..., 6) in [0, 1). In coordinates from -1 to 1 the map is
+    x → (I + s·U)x + s·u/2 with s the strength, the entries of U and u uniform in [-1, 1]: with 0.1 up to some 6
+    degrees, 10 % of stretch or shear, and a twentieth of half the image of shift.
+    """
+    changes = strength * (2 * randoms.to(inputs) - 1).view(-1, 2, 3)
+    maps = changes * changes.new_tensor([1, 1, 0.5]) + torch.eye(2, 3).to(changes)
+    images = inputs.flatten(0, -4)
+    grid = F.affine_grid(maps, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, align_corners=False).view(inputs.shape)
+
+
 def warped(source: ClassSource, classes: int, *, examples: int = 200, seed: int = 0) -> ClassSource:
     """The rotated classes, filled up to `classes` with pseudo-characters.
 
