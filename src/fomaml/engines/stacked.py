@@ -71,15 +71,17 @@ def _sum_together(graph: Graph) -> None:
         for node in dict.fromkeys(results)
         if node.target is aten.sum.dim_IntList and node.args[1:] == ([0],)
     ]
-    with graph.inserting_before(graph.output_node()):
-        _call_together(graph, kernels.sums, found, ([node.args[0] for node in found],))
+    if found:
+        with graph.inserting_before(graph.output_node()):
+            _call_together(graph, kernels.sums, found, ([node.args[0] for node in found],))
 
 
 def _subtract_together(graph: Graph) -> None:
     """Runs of φ - α g as one call each."""
     run: list[Node] = []
     for node in list(graph.nodes):
-        steps = node.target is aten.sub.Tensor and "alpha" in node.kwargs
+        tensors = all(isinstance(argument, Node) for argument in node.args)
+        steps = node.target is aten.sub.Tensor and "alpha" in node.kwargs and tensors
         if run and (
             any(argument in run for argument in node.all_input_nodes)
             or (steps and node.kwargs != run[0].kwargs)
