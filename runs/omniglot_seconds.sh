@@ -19,6 +19,6 @@ train() { # name, minutes, options: stopped after so many minutes
 
 train maml 7 --preset maml-omniglot-5w1s --validate-every 100
 train reptile 7 --preset reptile-omniglot-5w1s --validate-every 500
-train proto-maml 7 --preset best-omniglot --ways 5 --test-augment turns --iterations 1200 --validate-every 100
+train proto-maml 7 --preset best-omniglot --ways 5 --test-augment turns --jitter 0 --iterations 1200 --validate-every 100
 "$python" runs/omniglot_plot.py "$kept/fomaml:FOMAML" "$kept/maml:MAML" "$kept/reptile:Reptile" \
     "$kept/proto-maml:fo-Proto-MAML, best-omniglot" --floor 60 --out docs/results/omniglot_seconds.png
