@@ -105,8 +105,9 @@ class Episodes:
         targets = torch.arange(self.ways).view(1, -1, 1).expand(rows.shape)
         split = [self.shots, self.query_shots]
         quarters = torch.from_numpy((4 * for_turns).astype(np.int64)) if self.turns else None  # (tasks, ways)
-        maps = torch.from_numpy(for_jitter).view(tasks, self.ways, -1, 6)  # (tasks, ways, drawn or 0, 6)
-        maps = maps.split(split, dim=2) if self.jitter else (None, None)
+        maps = (None, None)
+        if self.jitter:
+            maps = torch.from_numpy(for_jitter).view(tasks, self.ways, drawn, 6).split(split, dim=2)
         return Task(
             *(
                 self._examples(own, labels, quarters, own_maps)
