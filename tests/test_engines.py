@@ -559,7 +559,7 @@ def test_the_change_of_a_layer_is_kept_as_factors_and_then_dense():
     ("build", "shape", "shots", "expected", "compiled"),
     [
         (partial(Conv4, 4), (1, 28, 28), 1, "loop", "loop"),
-        (partial(Conv4, 4, channels=8, image=(1, 16, 16)), (1, 16, 16), 1, "batched", "loop"),
+        (partial(Conv4, 4, channels=8, image=(1, 16, 16)), (1, 16, 16), 1, "batched", "batched"),
         (partial(MLP, 784, 256, 4), (784,), 1, "factored", "factored"),
         (partial(MLP, 784, 256, 4), (784,), 100, "loop", "batched"),
         (partial(MLP, 1, 40, 40, 4), (1,), 20, "batched", "batched"),
