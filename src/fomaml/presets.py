@@ -12,9 +12,10 @@ Traps of the original MAML code (github.com/cbfinn/maml) that the settings below
 - augment "turns", test_augment "turns": each class of a task is turned by a random multiple of 90 degrees, at
   test too. Ports take "rotations" (Santoro et al. 2016), four classes of each, and mostly none at test.
 - inner_loss: the original divides the loss by the shots and *sums* it over the N·K examples, so that its printed
-  α acts as N times α on a mean: 0.4 as 2.0 at 5-way. inner_loss "summed" is that reading, "mean" takes α as
-  printed. The presets of MAML and FOMAML take "mean": measured with first order at 5-way 1-shot, "summed" is far
-  behind for the first thousands of iterations (docs/LOG.md); --inner-loss summed beside the preset is the other.
+  α acts as N times α on a mean: 0.4 as 2.0 at 5-way, 0.1 as 2.0 at 20-way. inner_loss "summed" is that reading,
+  "mean" takes α as printed. The presets of MAML and FOMAML take "mean" at 5 ways, where "summed" is far behind for the
+  first thousands of iterations, and "summed" at 20, where "mean" hardly learns (docs/LOG.md, measured with first
+  order at 1 shot); --inner-loss beside the preset is the other.
 - resize "nearest": it asks Pillow for Lanczos, but Pillow takes the nearest pixel of a 1-bit image.
 
 What no option spells out: the original starts its head from small random weights (here: zeros), its batch norm
@@ -50,7 +51,6 @@ ORIGINAL = {
     "norm_statistics": "batch",
     "norm_parameters": "shift",
     "adapt": "no-norm",
-    "inner_loss": "mean",
     "meta_lr": 1e-3,
     "schedule": "constant",
     "iterations": 60_000,
@@ -59,8 +59,8 @@ ORIGINAL = {
 }
 # Finn et al. 2017, appendix A.1.
 BY_WAYS = {
-    5: {"inner_lr": 0.4, "inner_steps": 1, "meta_batch_size": 32},
-    20: {"inner_lr": 0.1, "inner_steps": 5, "meta_batch_size": 16},
+    5: {"inner_lr": 0.4, "inner_steps": 1, "inner_loss": "mean", "meta_batch_size": 32},
+    20: {"inner_lr": 0.1, "inner_steps": 5, "inner_loss": "summed", "meta_batch_size": 16},
 }
 # Nichol et al. 2018, appendix A: "Reptile hyperparameters for the Omniglot comparison". Their published code has
 # further commands with other values. Its inner Adam keeps its second moments from task to task; here each task
