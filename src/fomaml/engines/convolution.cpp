@@ -2,8 +2,8 @@
 //
 // Images lie channels-last, x[image][row][column][channel], and weights w[out][row][column][in]: in a padded image each
 // row of a patch is then one run of numbers, and so is the same row of each weight. Every product is made of tiles that
-// stay in registers. At the sizes of a task's support set this is 1.5 to 4 times as fast as convolutions that set
-// themselves up at each call. One thread: the caller runs tasks in parallel.
+// stay in registers. For a few small images this is up to four times as fast as convolutions that set themselves up
+// at each call (docs/LOG.md). One thread: the caller runs tasks in parallel.
 #include <algorithm>
 #include <cstddef>
 #include <cstring>
@@ -136,7 +136,7 @@ void forward_wide(const T* padded, const std::vector<Size>& at, const T* w, cons
     }
 }
 
-constexpr Size MANY = 100;
+constexpr Size MANY = 100;  // pixels of a task from which on turning its weights pays
 constexpr int ROWS = 6;  // of a tile; with 4 vectors a row it fills 24 of 32 registers
 
 // acc[r] += sum over k of a[r][k * step] · b(k), b(k) a row of VECTORS vectors
@@ -291,7 +291,6 @@ void forward(const T* x, const T* w, const T* bias, T* y, Size tasks, Size w_ste
     std::vector<T> padded, turned;
     std::vector<Size> at;
     places(s, at);
-    // turning the weights pays for many pixels
     const bool turns = narrow || (s.outputs % Lanes<T>::L == 0 && (s.pixels() >= MANY || !w_step));
     for (Size t = 0; t < tasks; ++t) {
         pad(x + t * s.images * s.height * s.width * s.channels, s, padded);

@@ -192,14 +192,8 @@ def _channels_last(graph: Graph) -> set[int]:
 
 def _forget_moves(norm: Node) -> None:
     """A batch norm whose running statistics nothing reads need not move them; vmap does not take those that do."""
-    if norm.target is aten.native_batch_norm.default:
-        first, training = 3, norm.args[5]
-    elif norm.target is aten.native_batch_norm_backward.default:
-        first, training = 3, norm.args[7]
-    else:
-        return
-    if training and all(s is None or _only_moved(s) for s in norm.args[first : first + 2]):
-        norm.args = (*norm.args[:first], None, None, *norm.args[first + 2 :])
+    if _trains(norm) and all(s is None or _only_moved(s) for s in norm.args[3:5]):
+        norm.args = (*norm.args[:3], None, None, *norm.args[5:])
 
 
 def _subtract_scaled(node: Node) -> None:
@@ -246,8 +240,10 @@ def _indices_used(pool: Node, spread: list[Node]) -> bool:
 
 def _only_moved(statistics: Node) -> bool:
     """Whether running statistics are nothing but moved by batch norms that do not read them."""
-    return all(
-        user.target in (aten.native_batch_norm.default, aten.native_batch_norm_backward.default)
-        and user.args[5 if user.target is aten.native_batch_norm.default else 7]
-        for user in statistics.users
-    )
+    return all(map(_trains, statistics.users))
+
+
+def _trains(node: Node) -> bool:
+    """Whether this is a batch norm by the statistics of the batch, or the derivative of one."""
+    place = {aten.native_batch_norm.default: 5, aten.native_batch_norm_backward.default: 7}.get(node.target)
+    return place is not None and bool(node.args[place])

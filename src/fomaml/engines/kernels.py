@@ -195,7 +195,7 @@ def takes(
     if inputs.dtype not in NAMES:
         return False
     _, (_, images, height, width, _) = _convolution_sizes(
-        *map(pixels_first, (inputs, weights)), None, stride, padding
+        inputs.movedim(-3, -1), weights.movedim(-3, -1), None, stride, padding
     )
     narrow = _is_narrow(weights) and not by_inputs
     return images * height * width <= 1000 and (inputs.shape[-3] % 16 == 0 or narrow)

@@ -119,29 +119,18 @@ class _Interpreter(Interpreter):
             return super().call_function(target, args, kwargs)
         if target is aten.convolution_backward.default:
             slope, inputs, weights, _, *kind, mask = args
-            by_inputs = _OPERATORS["by_inputs"][0](slope, inputs, weights, *kind) if mask[0] else None
+            first = _OPERATORS[by_inputs][0](slope, inputs, weights, *kind) if mask[0] else None
             if not any(mask[1:]):
-                return by_inputs, None, None
-            return by_inputs, *_OPERATORS["by_weights"][0](slope, inputs, weights, *kind)
+                return first, None, None
+            return first, *_OPERATORS[by_weights][0](slope, inputs, weights, *kind)
         target = _OPERATORS[target][0] if target in _OPERATORS else target
         return super().call_function(target, args, kwargs)
 
 
-def convolution(
-    inputs: Tensor,
-    weights: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    transposed: bool,
-    output_padding: Sequence[int],
-    groups: int,
-) -> Tensor:
-    """`aten.convolution` of each task; weights and bias of each or of all."""
-    kind = (stride, padding, dilation, transposed, output_padding, groups)
-    if _is_plain(*kind) and kernels.takes(inputs, weights, stride, padding):
-        return kernels.convolution(inputs, weights, bias, stride, padding)
+def convolution(inputs: Tensor, weights: Tensor, bias: Tensor | None, *kind) -> Tensor:
+    """`aten.convolution` of each task, kind its arguments from stride on; weights and bias of each or of all."""
+    if _takes(inputs, weights, kind):
+        return kernels.convolution(inputs, weights, bias, *kind[:2])
     alone = [
         aten.convolution(
             image, weight, None if bias is None else bias[task if bias.dim() == 2 else ...], *kind
@@ -151,42 +140,20 @@ def convolution(
     return _stack(alone)
 
 
-def by_inputs(
-    slope: Tensor,
-    inputs: Tensor,
-    weights: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    transposed: bool,
-    output_padding: Sequence[int],
-    groups: int,
-) -> Tensor:
+def by_inputs(slope: Tensor, inputs: Tensor, weights: Tensor, *kind) -> Tensor:
     """The derivatives of `convolution` by its inputs."""
-    kind = (stride, padding, dilation, transposed, output_padding, groups)
-    if _is_plain(*kind) and kernels.takes(inputs, weights, stride, padding, by_inputs=True):
-        return kernels.convolution_backward(slope, inputs, weights, stride, padding, (True, False, False))[0]
+    if _takes(inputs, weights, kind, by_inputs=True):
+        return kernels.convolution_backward(slope, inputs, weights, *kind[:2], (True, False, False))[0]
     return _stack(
         aten.convolution_backward(kernels.channels_last(own), *pair, None, *kind, (True, False, False))[0]
         for own, pair in zip(slope, _pairs(inputs, weights))
     )
 
 
-def by_weights(
-    slope: Tensor,
-    inputs: Tensor,
-    weights: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    transposed: bool,
-    output_padding: Sequence[int],
-    groups: int,
-) -> tuple[Tensor, Tensor]:
+def by_weights(slope: Tensor, inputs: Tensor, weights: Tensor, *kind) -> tuple[Tensor, Tensor]:
     """The derivatives of `convolution` by its weights and its bias, of each task."""
-    kind = (stride, padding, dilation, transposed, output_padding, groups)
-    if _is_plain(*kind) and kernels.takes(inputs, weights, stride, padding):
-        return kernels.convolution_backward(slope, inputs, weights, stride, padding, (False, True, True))[1:]
+    if _takes(inputs, weights, kind):
+        return kernels.convolution_backward(slope, inputs, weights, *kind[:2], (False, True, True))[1:]
     channels = [slope.shape[2]]
     alone = [
         aten.convolution_backward(kernels.channels_last(own), *pair, channels, *kind, (False, True, True))[1:]
@@ -195,8 +162,11 @@ def by_weights(
     return _stack([each[0] for each in alone]), torch.stack([each[1] for each in alone])
 
 
-def _is_plain(stride, padding, dilation, transposed, output_padding, groups) -> bool:
-    return not transposed and groups == 1 and all(d == 1 for d in dilation)
+def _takes(inputs: Tensor, weights: Tensor, kind: tuple, by_inputs: bool = False) -> bool:
+    """Whether the kernels take this convolution."""
+    stride, padding, dilation, transposed, _, groups = kind
+    is_plain = not transposed and groups == 1 and all(d == 1 for d in dilation)
+    return is_plain and kernels.takes(inputs, weights, stride, padding, by_inputs)
 
 
 def _pairs(inputs: Tensor, weights: Tensor):
@@ -215,7 +185,7 @@ def _stack(images) -> Tensor:
 
 def _empty(like: Tensor, shape: Sequence[int]) -> Tensor:
     """Without data, channels-last as what the kernels give."""
-    return kernels.pixels_first(like.new_empty(shape)).movedim(-1, -3)
+    return kernels.images(kernels.pixels_first(like.new_empty(shape)))
 
 
 def _like_convolution(inputs, weights, bias, *kind) -> Tensor:
@@ -280,10 +250,10 @@ _OPERATORS = {
     aten.convolution.default: _operator(
         convolution, _like_convolution, 1, f"(Tensor inputs, Tensor weights, Tensor? bias, {_KIND}) -> Tensor"
     ),
-    "by_inputs": _operator(
+    by_inputs: _operator(
         by_inputs, _like_by_inputs, 2, f"(Tensor slope, Tensor inputs, Tensor weights, {_KIND}) -> Tensor"
     ),
-    "by_weights": _operator(
+    by_weights: _operator(
         by_weights,
         _like_by_weights,
         2,
