@@ -12,7 +12,7 @@ from pathlib import Path
 import tyro
 
 from fomaml.checkpoint import write_text
-from fomaml.config import to_json
+from fomaml.config import TrainConfig, to_json
 from fomaml.errors import InputError
 from fomaml.judge import evaluate_run
 from fomaml.run import circumstances, load_config, load_run
@@ -21,7 +21,8 @@ from fomaml.run import circumstances, load_config, load_run
 @dataclass(frozen=True)
 class Options:
     """Evaluate a finished run with 1 and 15 query images per class and those of its own test, by the statistics it
-    was trained with and by those of the support set alone, and copy it without its data's path.
+    was trained with and by those of the support set alone, and with copies of each image where asked for, and copy it
+    without its data's path.
     """
 
     run: tyro.conf.Positional[Path]
@@ -30,6 +31,10 @@ class Options:
     """The folder to write."""
     also: tuple[str, ...] = ()
     """Further tasks to judge the run on, such as 5w1s; for heads that do not depend on the ways."""
+    copies: int = 1
+    """Judge K query images per class also with so many copies of each image, after the inner steps of training."""
+    jitter: float | None = None
+    """What moves these copies; by default the jitter of the run's training."""
     tasks: int = 1000
     """The number of test tasks."""
     seed: int = 1
@@ -45,29 +50,7 @@ def main(options: Options) -> None:
     if missing := [name for name in FILES if not (options.run / name).exists()]:
         raise InputError(f"{options.run} has no {missing[0]}: is the run finished?")
     config = load_config(options.run)
-    found = []
-    settings = [(config.ways, config.shots, query) for query in (config.test_query_shots, 1, 15)]
-    for setting in options.also:
-        ways, shots = map(int, setting.removesuffix("s").split("w"))
-        settings += [(ways, shots, query) for query in (shots, 15)]
-    for ways, shots, query_shots in dict.fromkeys(settings):
-        changed, learner = load_run(
-            options.run,
-            data_root=options.data_root,
-            test_tasks=options.tasks,
-            ways=ways,
-            shots=shots,
-            test_query_shots=query_shots,
-        )
-        result = evaluate_run(changed, learner, "both", options.seed)
-        for each in (result, result["inductive"]):
-            protocol = each["protocol"]
-            said = f"{100 * each['accuracy']:.2f} ± {100 * each['interval']:.2f} %"
-            print(
-                f"{ways}-way {shots}-shot, {protocol['query_shots']} query, {protocol['batch_statistics']}: {said}",
-                flush=True,
-            )
-        found.append(result)
+    found = [judged(options, changes) for changes in settings(options, config)]
     options.to.mkdir(parents=True, exist_ok=True)
     for name in FILES:
         shutil.copyfile(options.run / name, options.to / name)
@@ -75,6 +58,41 @@ def main(options: Options) -> None:
     write_text(options.to / "config.json", to_json(kept))
     facts = {"seed": options.seed, **circumstances(), "evaluations": found}
     write_text(options.to / "evaluations.json", json.dumps(facts, indent=2) + "\n")
+
+
+def settings(options: Options, config: TrainConfig) -> list[dict]:
+    """What each evaluation changes of the run's settings."""
+    tasks = {(config.ways, config.shots): (config.test_query_shots, 1, 15)}
+    for name in options.also:
+        ways, shots = map(int, name.removesuffix("s").split("w"))
+        tasks[ways, shots] = (shots, 15)
+    copies = {
+        "test_copies": options.copies,
+        "test_jitter": options.jitter,
+        "test_steps": (config.inner_steps,),
+    }
+    found = []
+    for (ways, shots), queries in tasks.items():
+        own = {"ways": ways, "shots": shots, "test_tasks": options.tasks}
+        found += [own | {"test_query_shots": query} for query in dict.fromkeys(queries)]
+        if options.copies > 1:
+            found.append(own | {"test_query_shots": queries[0]} | copies)
+    return found
+
+
+def judged(options: Options, changes: dict) -> dict:
+    """The result of one evaluation, which is also printed."""
+    config, learner = load_run(options.run, data_root=options.data_root, **changes)
+    result = evaluate_run(config, learner, "both", options.seed)
+    for each in (result, result["inductive"]):
+        protocol = each["protocol"]
+        copies = f", {protocol['copies']} copies" if protocol["copies"] > 1 else ""
+        print(
+            f"{protocol['ways']}-way {protocol['shots']}-shot, {protocol['query_shots']} query{copies}, "
+            f"{protocol['batch_statistics']}: {100 * each['accuracy']:.2f} ± {100 * each['interval']:.2f} %",
+            flush=True,
+        )
+    return result
 
 
 if __name__ == "__main__":

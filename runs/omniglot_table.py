@@ -14,8 +14,8 @@ from fomaml.report import duration
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 BEGIN, END = "<!-- omniglot: begin -->", "<!-- omniglot: end -->"
 HEADING = (
-    *("run", "published", "measured, published protocol", "the same, inductive", "15 query a class"),
-    *("15 query a class, inductive", "seed", "iterations", "wall time", "command"),
+    *("run", "published", "measured, published protocol", "the same, inductive", "copies of each image"),
+    *("15 query a class", "15 query a class, inductive", "seed", "iterations", "wall time", "command"),
 )
 
 
@@ -55,11 +55,15 @@ def row(ways: int, shots: int, name: str, config: dict, result: dict, judged: di
     """
     is_own = (ways, shots) == (config["ways"], config["shots"])
     preset = PRESETS.get((config["preset"] or "") if is_own else f"maml-omniglot-{ways}w{shots}s")
-    by_query = {
-        found["protocol"]["query_shots"]: found
-        for found in judged["evaluations"]
-        if (found["protocol"]["ways"], found["protocol"]["shots"]) == (ways, shots)
-    }
+    by_query, copied = {}, ""
+    for found in judged["evaluations"]:
+        protocol = found["protocol"]
+        if (protocol["ways"], protocol["shots"]) != (ways, shots):
+            continue
+        if protocol.get("copies", 1) > 1:
+            copied = f"{figure(found)}, inductive {figure(found['inductive'])}; {protocol['copies']} copies"
+        else:
+            by_query[protocol["query_shots"]] = found
     own, many = by_query[config["test_query_shots"] if is_own else shots], by_query[15]
     if preset and preset.statistics == "inductive":
         own = {**own["inductive"], "inductive": own["inductive"]}
@@ -74,6 +78,7 @@ def row(ways: int, shots: int, name: str, config: dict, result: dict, judged: di
         f"{preset.aim} ({preset.source})" if preset else "",
         f"{figure(own)} {own['protocol']['batch_statistics']}, {own['tasks']} tasks",
         figure(own["inductive"]),
+        copied,
         f"{figure(many)} {many['protocol']['batch_statistics']}",
         figure(many["inductive"]),
         f"{config['seed']}, tasks {judged['seed']}",

@@ -74,6 +74,43 @@ def test_evaluate_equals_manual_adaptation(engine, tasks_at_once):
         assert torch.equal(tensor, before[name])
 
 
+def pixels(tasks=6, **options):
+    random = torch.Generator().manual_seed(0)
+    images = torch.rand(4, 1, 1, 8, 8, generator=random) + 0.7 * torch.rand(4, 6, 1, 8, 8, generator=random)
+    own = ClassSource(images.flatten(0, 1), torch.arange(4).repeat_interleave(6))
+    return Episodes(own, ways=3, shots=1, query_shots=2, seed=2, **options)
+
+
+def test_the_outputs_of_a_query_image_are_averaged_over_its_copies():
+    torch.manual_seed(0)
+    own = pixels(jitter=0.3, copies=3)
+    meta = FOMAML(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), 0.1, 2)
+    expected, of_one = [], []
+    for index in range(8):
+        task = own[index]
+        outputs = meta.adapt(task.support, steps=2)(task.query.inputs)
+        mean = torch.stack([outputs[copy::3] for copy in range(3)]).mean(0)
+        expected.append((mean.argmax(-1) == task.query.targets[::3]).double().mean())
+        of_one.append((outputs.argmax(-1) == task.query.targets).double().mean())
+    expected, of_one = torch.stack(expected), torch.stack(of_one)
+    assert not torch.equal(expected, of_one)
+    for tasks_at_once in (3, 100):
+        found = evaluate(meta, own, tasks=8, at_steps=[2], tasks_at_once=tasks_at_once)[2]
+        torch.testing.assert_close(found, expected.detach(), rtol=0, atol=1e-12)
+
+
+def test_the_baselines_see_the_same_copies():
+    own = pixels(jitter=0.3, copies=3)
+    found = nearest_centroid(own, tasks=5)
+    task = own[0]
+    centroids = task.support.inputs.flatten(1).unflatten(0, (3, 3)).mean(1)
+    distances = torch.cdist(task.query.inputs.flatten(1), centroids).unflatten(0, (6, 3)).mean(1)
+    assert found[0] == (distances.argmin(-1) == task.query.targets[::3]).double().mean()
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+    tuned = fine_tune(model, own, own, tasks=5, tuning_tasks=2, inner_lrs=(0.1,), at_steps=(2,))
+    assert torch.equal(tuned.scores, evaluate(FOMAML(model, 0.1, 2), own, tasks=5, at_steps=[2])[2])
+
+
 def test_evaluate_takes_each_number_of_steps_once():
     found = evaluate(learner(), episodes(), tasks=5, at_steps=(1, 1))
     assert found[1].shape == (5,)

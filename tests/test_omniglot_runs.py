@@ -73,12 +73,18 @@ def test_evaluation_takes_protocols_of_its_own(root, tmp_path, capsys):
 
 
 def test_a_run_whose_head_is_made_of_classes_is_judged_at_other_ways_and_shots(root, tmp_path):
-    run = trained(root, tmp_path / "run", "best-omniglot", "--ways", "5", "--train-ways", "8")
-    folder = keep(run, tmp_path / "results" / "omniglot_best", also=("3w2s",))
+    run = trained(
+        root, tmp_path / "run", "best-omniglot", "--ways", "5", "--train-ways", "8", "--jitter", "0.125"
+    )
+    folder = keep(run, tmp_path / "results" / "omniglot_best", also=("3w2s",), copies=2)
     judged = json.loads((folder / "evaluations.json").read_text())["evaluations"]
-    tasks = [tuple(found["protocol"][k] for k in ("ways", "shots", "query_shots")) for found in judged]
-    assert tasks == [(5, 1, 1), (5, 1, 15), (3, 2, 2), (3, 2, 15)]
+    tasks = [
+        tuple(found["protocol"][k] for k in ("ways", "shots", "query_shots", "copies")) for found in judged
+    ]
+    assert tasks == [(5, 1, 1, 1), (5, 1, 15, 1), (5, 1, 1, 2), (3, 2, 2, 1), (3, 2, 15, 1), (3, 2, 2, 2)]
+    assert judged[2]["protocol"]["jitter"] == 0.125 and [row["steps"] for row in judged[2]["rows"]] == [1]
     rows = omniglot_table.table(tmp_path / "results").splitlines()[2:]
+    assert all("; 2 copies |" in row for row in rows)
     assert [row.split(", ")[0] for row in rows] == ["| 3-way 2-shot", "| 5-way 1-shot"]
 
 
@@ -118,9 +124,9 @@ def test_the_table_sets_published_beside_measured(root, tmp_path):
         assert cells[1] == f"{PRESETS[name].aim} (Nichol et al. 2018)"
         assert cells[2].startswith(f"{100 * published['accuracy']:.2f} ± {100 * published['interval']:.2f} ")
         assert PRESETS[name].statistics in cells[2]
-        assert cells[4].startswith(f"{100 * many['accuracy']:.2f} ± ")
-        assert cells[6] == "3, tasks 1" and cells[7].startswith("2, best at ")
-        assert cells[9] == f"`sh runs/omniglot_{name}.sh`"
+        assert cells[4] == "" and cells[5].startswith(f"{100 * many['accuracy']:.2f} ± ")
+        assert cells[7] == "3, tasks 1" and cells[8].startswith("2, best at ")
+        assert cells[10] == f"`sh runs/omniglot_{name}.sh`"
     omniglot_table.main(docs)
     assert page.read_text() == text
     page.write_text("no marks")

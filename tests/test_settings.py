@@ -145,6 +145,11 @@ def test_an_unknown_preset_lists_those_there_are():
         ({"jitter": 1.0}, "jitter must be 0 or more and below 1, got 1.0"),
         ({"source": "sinusoid", "channels": None, "model": None, "jitter": 0.1},
          "the source sinusoid has no classes: jitter must be 0, got 0.1"),
+        ({"source": "sinusoid", "channels": None, "model": None, "test_copies": 2},
+         "the source sinusoid has no classes: test_copies must be 1, got 2"),
+        ({"test_copies": 0}, "test_copies must be a whole number of 1 or more, got 0"),
+        ({"test_copies": 2, "test_jitter": 1.0}, "test_jitter must be 0 or more and below 1, got 1.0"),
+        ({"test_jitter": 0.1}, "--test-jitter moves the copies of each image: give --test-copies, 2 or more"),
         ({"patience": 0}, "patience must be a whole number of 1 or more, got 0"),
         ({"validate_every": -1}, "validate_every must be a whole number of 1 or more, got -1"),
         ({"validate_every": 0, "patience": 2}, "--patience counts validations: give --validate-every 1 or more"),
@@ -289,6 +294,14 @@ def test_jitter_is_of_training_alone(root):
     assert data.train.jitter == 0.2
     assert data.test.jitter == data.validation.jitter == data.tuning.jitter == 0
     assert open_data(settings(data_root=root)).train.jitter == 0
+
+
+def test_copies_are_of_the_test_alone(root):
+    data = open_data(settings(jitter=0.2, test_copies=3, data_root=root))
+    for episodes in (data.test, data.validation, data.tuning):
+        assert (episodes.copies, episodes.jitter) == (3, 0.2)
+    assert data.train.copies == 1
+    assert open_data(settings(test_copies=2, test_jitter=0.1, data_root=root)).test.jitter == 0.1
 
 
 def test_the_filter_reaches_the_images(root):

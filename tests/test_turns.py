@@ -122,3 +122,31 @@ def test_only_images_are_jittered():
         InputError, match=r"^jitter needs images \(channels, height, width\), but the inputs have"
     ):
         Episodes(own, **SIZES, jitter=0.1)
+
+
+# --- copies -----------------------------------------------------------------------------------------
+
+
+def test_copies_are_the_image_as_it_is_and_then_moved():
+    own = source(side=12)
+    plain = Episodes(own, **SIZES, seed=3).batch(0, 5)
+    copied = Episodes(own, **SIZES, seed=3, jitter=0.05, copies=3).batch(0, 5)
+    for part in ("support", "query"):
+        before, after = getattr(plain, part), getattr(copied, part)
+        images = after.inputs.unflatten(1, (-1, 3))
+        assert torch.equal(images[:, :, 0], before.inputs)
+        for copy in (1, 2):
+            changes = (images[:, :, copy] - before.inputs).flatten(2).abs().mean(-1)
+            assert (changes > 0).all() and (changes < 0.2).all()
+        assert not torch.equal(images[:, :, 1], images[:, :, 2])
+        assert torch.equal(after.targets.unflatten(1, (-1, 3)), before.targets.unsqueeze(2).expand(-1, -1, 3))
+        assert after.targets.is_contiguous()
+
+
+def test_copies_need_jitter():
+    with pytest.raises(
+        InputError, match=r"^3 copies of each image are the same without jitter, got jitter 0.0$"
+    ):
+        Episodes(source(), **SIZES, copies=3)
+    with pytest.raises(InputError, match="copies must be"):
+        Episodes(source(), **SIZES, copies=0, jitter=0.1)

@@ -140,6 +140,27 @@ def test_a_validation_is_an_evaluation_on_the_validation_classes(root, tmp_path,
         assert result["protocol"]["query_shots"] == 3 and result["part"] == part
 
 
+def test_evaluate_takes_copies(root, tmp_path, capsys):
+    quiet(settings(root), tmp_path / "a")
+    base = ["evaluate", str(tmp_path / "a"), "--tasks", "5"]
+    main([*base, "--copies", "3", "--jitter", "0.125", "--json"])
+    protocol = json.loads(capsys.readouterr().out)["protocol"]
+    assert (protocol["copies"], protocol["jitter"]) == (3, 0.125)
+    main([*base, "--copies", "3", "--jitter", "0.125"])
+    assert "each image 3 times (jitter 0.125)" in capsys.readouterr().out
+    main([*base])
+    assert "times" not in capsys.readouterr().out
+    for options, message in (
+        (["--jitter", "0.1"], "--jitter moves the copies of each image: give --copies, 2 or more"),
+        (["--copies", "2"], "2 copies of each image are the same without jitter, got jitter 0.0"),
+        (["--copies", "0"], "copies must be a whole number of 1 or more, got 0"),
+        (["--copies", "2", "--jitter", "-1"], "jitter must be 0 or more and below 1, got -1.0"),
+    ):
+        with pytest.raises(SystemExit):
+            main([*base, *options])
+        assert message in " ".join(capsys.readouterr().err.split())
+
+
 def test_metrics_hold_the_validations_and_seconds_of_training_alone(root, tmp_path, monkeypatch):
     def slow(config, learner, data):
         time.sleep(0.5)

@@ -105,6 +105,8 @@ def open_data(config: TrainConfig, test_seed: int | None = None, allow_download:
         "shots": config.shots,
         "query_shots": config.test_query_shots,
         "turns": config.test_augment == "turns",
+        "copies": config.test_copies,
+        "jitter": config.test_jitter if config.test_copies > 1 else 0.0,
     }
     validation, unvalidated = None, f"{found.name} has no validation classes"
     if found.validation is not None:

@@ -19,7 +19,7 @@ from fomaml.config import PARTS, STATISTICS, TEST_AUGMENTATIONS, TrainConfig, ch
 from fomaml.errors import InputError, positive
 from fomaml.presets import PRESETS
 from fomaml.report import align, duration
-from fomaml.resolve import resolve
+from fomaml.resolve import check_below, resolve
 
 Command = (
     Annotated[TrainConfig, tyro.conf.subcommand("train")]
@@ -76,11 +76,13 @@ def _evaluate(config: EvaluateConfig) -> None:
         check_steps(config.steps)
     known("statistics", config.statistics, STATISTICS)
     known("part", config.part, PARTS)
-    for name in ("ways", "shots", "query_shots"):
+    for name in ("ways", "shots", "query_shots", "copies"):
         if getattr(config, name) is not None:
             positive(name, getattr(config, name), integer=True)
     if config.test_augment is not None:
         known("test augment", config.test_augment, TEST_AUGMENTATIONS)
+    if config.jitter is not None:
+        check_below("jitter", config.jitter, 1)
     from fomaml.judge import describe, evaluate_run
     from fomaml.run import load_run
 
@@ -94,7 +96,11 @@ def _evaluate(config: EvaluateConfig) -> None:
         shots=config.shots,
         test_query_shots=config.query_shots,
         test_augment=config.test_augment,
+        test_copies=config.copies,
+        test_jitter=config.jitter,
     )
+    if config.jitter is not None and run.test_copies == 1:
+        raise InputError("--jitter moves the copies of each image: give --copies, 2 or more")
     result = evaluate_run(run, learner, config.statistics, config.seed, config.part)
     print(json.dumps(result, indent=2) if config.json else describe(result).rstrip())
 

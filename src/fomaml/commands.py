@@ -72,6 +72,11 @@ class EvaluateConfig:
     """The query examples per class (or per sinusoid); by default those of the run's own test."""
     test_augment: str | None = None
     """none, or turns: each class of a task is turned by a random multiple of 90 degrees; by default as the run."""
+    copies: int | None = None
+    """Take each image so many times, as it is and moved by --jitter, and average a query image's outputs over them; by
+    default as the run."""
+    jitter: float | None = None
+    """The strength of the small random affine maps of --copies; by default as the run."""
     part: str = "test"
     """The classes: test, or validation, which the run's weights were selected by."""
     seed: int | None = None

@@ -41,6 +41,7 @@ FOLLOWING = (
     ("train_ways", "ways"),
     ("train_shots", "shots"),
     ("test_query_shots", "query_shots"),
+    ("test_jitter", "jitter"),
     ("test_inner_batch_size", "inner_batch_size"),
 )
 
@@ -101,6 +102,11 @@ class TrainConfig:
     6 degrees and 10 % of stretch."""
     test_augment: str | None = None
     """The same for validation and test tasks: none (the default) or turns."""
+    test_copies: int | None = None
+    """Take each image of a validation or test task so many times, as it is and moved by the test's jitter, and average
+    a query image's outputs over them (1 by default)."""
+    test_jitter: float | None = None
+    """The jitter of these copies; by default as in training."""
 
     # --- the model and its inner loop
     algorithm: str | None = None

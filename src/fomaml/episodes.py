@@ -31,14 +31,18 @@ class Episodes:
         (as in the code of Finn et al. 2017, for training and test). The classes and examples drawn are
         the same as without. `augment.rotated` is the other way: there, two turns of one class can meet in a task.
     jitter: the strength of a small random affine map of each image, see `augment.jittered`; 0 for none.
+    copies: each image stands so many times in its set, first as it is and then moved by jitter. The classes and
+        examples drawn are the same as without. For test-time augmentation: `evaluate` averages a query image's
+        outputs over its copies.
 
-    Shapes of one task: support inputs (ways · shots, ...), query inputs (ways · query_shots, ...),
-    targets int64. Examples are ordered by class. Tensors live where the source's inputs do.
+    Shapes of one task: support inputs (ways · shots · copies, ...), query inputs (ways · query_shots · copies, ...),
+    targets int64. Examples are ordered by class, an image's copies one after the other. Tensors live where
+    the source's inputs do.
 
     Raises:
         InputError: fewer classes than ways, or a class with fewer than shots + query_shots
             examples (the message names it), or a number that is not positive, turns of what is no
-            square image, or jitter of what is no image.
+            square image, or jitter of what is no image, or copies without jitter.
     """
 
     def __init__(
@@ -51,6 +55,7 @@ class Episodes:
         seed: int = 0,
         turns: bool = False,
         jitter: float = 0.0,
+        copies: int = 1,
     ):
         self.source = source
         self.ways = positive("ways", ways, integer=True)
@@ -59,6 +64,11 @@ class Episodes:
         self.seed = seed
         self.turns = turns
         self.jitter = jitter
+        self.copies = positive("copies", copies, integer=True)
+        if copies > 1 and not jitter:
+            raise InputError(
+                f"{copies} copies of each image are the same without jitter, got jitter {jitter}"
+            )
         shape = tuple(source.inputs.shape[1:])
         if jitter and len(shape) != 3:
             raise InputError(
@@ -87,7 +97,7 @@ class Episodes:
         examples = self.ways * drawn
         parts = [
             *(len(self.source), examples, examples),
-            *(self.ways if self.turns else 0, 6 * examples if self.jitter else 0),
+            *(self.ways if self.turns else 0, 6 * examples * self.copies if self.jitter else 0),
         ]
         randoms = np.empty((tasks, sum(parts)))
         for row in range(tasks):
@@ -107,7 +117,9 @@ class Episodes:
         quarters = torch.from_numpy((4 * for_turns).astype(np.int64)) if self.turns else None  # (tasks, ways)
         maps = (None, None)
         if self.jitter:
-            maps = torch.from_numpy(for_jitter).view(tasks, self.ways, drawn, 6).split(split, dim=2)
+            maps = (
+                torch.from_numpy(for_jitter).view(tasks, self.ways, drawn, self.copies, 6).split(split, dim=2)
+            )
         return Task(
             *(
                 self._examples(own, labels, quarters, own_maps)
@@ -122,7 +134,12 @@ class Episodes:
         if quarters is not None:
             inputs = turned(inputs, quarters)
         if maps is not None:
-            inputs = jittered(inputs, maps, self.jitter)
+            copies = inputs.unsqueeze(3).expand(*rows.shape, self.copies, *inputs.shape[3:])
+            moved = jittered(copies, maps, self.jitter)
+            if self.copies > 1:
+                moved[:, :, :, 0] = inputs
+            inputs = moved.flatten(2, 3)
+            targets = targets.repeat_interleave(self.copies, dim=2)
         return Examples(inputs.flatten(1, 2), targets.flatten(1).contiguous().to(inputs.device))
 
 

@@ -46,6 +46,8 @@ def evaluate(
     """Adapt to the first `tasks` episodes; per number of inner steps the (tasks,) float64 scores.
 
     A score is the accuracy in [0, 1], or the loss where targets are floating. `estimate` sums one up.
+    Of episodes with copies of each image, a query image's outputs are averaged over its copies (test-time augmentation;
+    Krizhevsky et al. 2012 average over crops).
     inductive: `BatchNorm` takes its statistics from the support set, so that query examples do not
     inform each other; otherwise from the query set as a whole (transductive).
 
@@ -55,10 +57,10 @@ def evaluate(
     check_width(learner, episodes)
     at_steps = sorted(set(at_steps))
     parts: dict[int, list[Tensor]] = {steps: [] for steps in at_steps}
-    for batch in _batches(episodes, tasks, tasks_at_once):
+    for batch in _batches(episodes, tasks, max(1, tasks_at_once // _copies(episodes))):
         found = curve(learner, batch, at_steps, inductive=inductive, engine=engine)
         for steps, (losses, outputs) in zip(at_steps, found):
-            parts[steps].append(scores(outputs, batch.query.targets, losses).double().cpu())
+            parts[steps].append(_scores(episodes, outputs, batch.query.targets, losses).double().cpu())
     return {steps: torch.cat(part) for steps, part in parts.items()}
 
 
@@ -69,8 +71,8 @@ def nearest_centroid(episodes, *, tasks: int = 1000, tasks_at_once: int = 100) -
         support, query = batch.support.inputs.flatten(2), batch.query.inputs.flatten(2)
         members = F.one_hot(batch.support.targets).to(support.dtype)  # (tasks, examples, ways)
         centroids = members.mT @ support / members.sum(1).unsqueeze(-1)
-        nearest = torch.cdist(query, centroids).argmin(-1)
-        found.append((nearest == batch.query.targets).double().mean(1).cpu())
+        nearness = -torch.cdist(query, centroids)
+        found.append(_scores(episodes, nearness, batch.query.targets).cpu())
     return torch.cat(found)
 
 
@@ -140,6 +142,18 @@ def pretrain(
     return model
 
 
+def _copies(episodes) -> int:
+    return getattr(episodes, "copies", 1)
+
+
+def _scores(episodes, outputs: Tensor, targets: Tensor, losses: Tensor | None = None) -> Tensor:
+    """`scores`, of outputs that are averaged over the copies of a query image."""
+    copies = _copies(episodes)
+    if copies > 1:
+        outputs, targets = outputs.unflatten(1, (-1, copies)).mean(2), targets[:, ::copies]
+    return scores(outputs, targets, losses)
+
+
 def _batches(episodes, tasks: int, tasks_at_once: int) -> Iterator[Task]:
     positive("tasks", tasks, integer=True)
     for start in range(0, tasks, tasks_at_once):
@@ -150,7 +164,8 @@ class _Slice:
     """Episodes from `start` on."""
 
     def __init__(self, episodes, start: int):
-        self.episodes, self.start, self.ways = episodes, start, episodes.ways
+        self.episodes, self.start = episodes, start
+        self.ways, self.copies = episodes.ways, _copies(episodes)
 
     def __getitem__(self, index: int) -> Task:
         return self.episodes[self.start + index]

@@ -64,6 +64,8 @@ def protocol(config: TrainConfig, data: Data, learner: MetaLearner) -> dict:
         "shots": config.shots,
         "query_shots": config.test_query_shots,
         "test_augment": config.test_augment,
+        "copies": config.test_copies,
+        "jitter": config.test_jitter if config.test_copies > 1 else 0.0,
         "model": config.model,
         "batch_statistics": "transductive" if _is_transductive(learner) else "inductive",
     }
@@ -156,6 +158,8 @@ def describe(result: dict) -> str:
     ways = f"{protocol['ways']}-way " if protocol["ways"] else ""
     heading = f"{ways}{protocol['shots']}-shot"
     turns = ", each class turned at random" if protocol.get("test_augment") == "turns" else ""
+    if protocol.get("copies", 1) > 1:
+        turns += f", each image {protocol['copies']} times (jitter {protocol['jitter']:g})"
     queries = f"{protocol['query_shots']} query {'example' if protocol['query_shots'] == 1 else 'examples'}"
     part = "validation" if result.get("part") == "validation" else "unseen"
     lines = [

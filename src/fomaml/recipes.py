@@ -48,6 +48,7 @@ PLAIN = {
     "resize": "lanczos",
     "jitter": 0.0,
     "test_augment": "none",
+    "test_copies": 1,
     "channels": (64,),
     "norm_statistics": "batch",
     "norm_parameters": "scale-shift",

@@ -25,7 +25,7 @@ KNOWN = {
     "autocast": names.PRECISIONS,
 }
 COUNTS = (
-    *("ways", "query_shots", "train_ways", "train_shots", "test_query_shots", "inner_steps"),
+    *("ways", "query_shots", "train_ways", "train_shots", "test_query_shots", "test_copies", "inner_steps"),
     *("meta_batch_size", "iterations", "validation_tasks", "test_tasks", "checkpoint_every"),
 )
 OPTIONAL_COUNTS = (
@@ -90,13 +90,32 @@ def resolve(config: TrainConfig) -> TrainConfig:
             positive(name, getattr(config, name))
     if config.validate_every:
         positive("validate_every", config.validate_every, integer=True)
-    for name, most in (("inner_momentum", 1), ("weight_decay", math.inf), ("jitter", 1)):
-        if not 0 <= getattr(config, name) < most:
-            raise InputError(f"{name} must be 0 or more and below {most}, got {getattr(config, name)}")
+    for name, most in (("inner_momentum", 1), ("weight_decay", math.inf), ("jitter", 1), ("test_jitter", 1)):
+        check_below(name, getattr(config, name), most)
+    if "test_jitter" in given and config.test_copies == 1:
+        raise InputError("--test-jitter moves the copies of each image: give --test-copies, 2 or more")
     check_steps(config.test_steps)
     _check_source(config, kind)
     _check_algorithm(config)
     return config
+
+
+def check_below(name: str, value: float, most: float) -> None:
+    """Raise `InputError` unless 0 ≤ value < most."""
+    if not 0 <= value < most:
+        raise InputError(f"{name} must be 0 or more and below {most}, got {value}")
+
+
+def check_classless(config: TrainConfig) -> None:
+    """Raise `InputError` where sinusoids are given an option of classes or images."""
+    if config.source != "sinusoid":
+        return
+    refused = {"augment": "none", "jitter": 0, "test_augment": "none", "test_copies": 1, "inner_loss": "mean"}
+    for name, plain in refused.items():
+        if getattr(config, name) != plain:
+            raise InputError(
+                f"the source sinusoid has no classes: {name} must be {plain}, got {getattr(config, name)!r}"
+            )
 
 
 def _check_source(config: TrainConfig, kind: str) -> None:
@@ -115,11 +134,7 @@ def _check_source(config: TrainConfig, kind: str) -> None:
         raise InputError(f"the source sinusoid goes with the model mlp, got {config.model!r}")
     if config.algorithm in names.CLASSIFIERS:
         raise InputError(f"the algorithm {config.algorithm} needs classes: the source sinusoid has none")
-    for name, plain in (("augment", "none"), ("jitter", 0), ("test_augment", "none"), ("inner_loss", "mean")):
-        if getattr(config, name) != plain:
-            raise InputError(
-                f"the source sinusoid has no classes: {name} must be {plain}, got {getattr(config, name)!r}"
-            )
+    check_classless(config)
 
 
 def _check_algorithm(config: TrainConfig) -> None:

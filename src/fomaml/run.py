@@ -35,6 +35,7 @@ from fomaml.engines import choose
 from fomaml.errors import InputError
 from fomaml.judge import describe, judge
 from fomaml.learner import MetaLearner
+from fomaml.resolve import check_classless
 from fomaml.train import Record, check_width, train
 from fomaml.validate import Best, is_due, validate, with_validation
 
@@ -276,6 +277,7 @@ def load_run(run: Path, **changes) -> tuple[TrainConfig, MetaLearner]:
             f"the run in {run} learned a head for {own.ways} ways, got --ways {config.ways}; only a head made of "
             f"classes takes any number ({', '.join(CLASSIFIERS)})"
         )
+    check_classless(config)
     like = dataclasses.replace(own, device=config.device)  # the network as it was trained, whatever the tasks
     learner = build_learner(like, build_model(like))
     return config, load_weights(run / "weights.safetensors", learner)
