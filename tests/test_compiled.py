@@ -18,10 +18,10 @@ import reference
 import test_engines
 from fomaml.adapt import SGD
 from fomaml.algorithms import FOMAML, MAML, Reptile, iMAML
-from fomaml.engines import compiled, meta_gradient, products, stacked
+from fomaml.engines import compiled, kernels, meta_gradient, products, stacked
 from fomaml.engines.choose import ENGINES
 from fomaml.engines.kernels import norm_relu_pool, norm_relu_pool_backward
-from fomaml.engines.threads import side_by_side
+from fomaml.engines.threads import one_by_one, side_by_side
 from fomaml.errors import InputError
 from fomaml.models import BatchNorm, Conv4, Conv4Strided
 from fomaml.objectives import MultiStepLoss
@@ -684,16 +684,64 @@ def test_the_caller_has_one_thread_while_tasks_run(two_threads):
     assert torch.get_num_threads() == 2
 
 
+def test_stacks_one_by_one_on_all_threads(two_threads):
+    memory, threads = kernels.Memory(), []
+
+    def work(i):
+        threads.append((torch.get_num_threads(), kernels._own.memory))
+        if i == 3:
+            raise ValueError("three")
+        return i
+
+    results = one_by_one(work, range(3), memory)
+    assert [(i, torch.get_num_threads()) for i in results] == [(0, 1), (1, 1), (2, 1)]
+    assert threads == [(1, memory)] * 3
+    assert torch.get_num_threads() == 2 and kernels._own.memory is None
+    results = one_by_one(work, range(9), memory)
+    next(results)
+    results.close()  # left alone half way
+    assert torch.get_num_threads() == 2 and kernels._own.memory is None
+    with pytest.raises(ValueError, match="three"):
+        list(one_by_one(work, range(9), memory))
+    assert torch.get_num_threads() == 2 and kernels._own.memory is None
+
+
+@pytest.mark.parametrize("at_once", [2, 5])
+def test_a_result_of_a_stack_is_not_written_over_by_the_next(at_once):
+    """Of a network whose outputs are what a kernel wrote."""
+
+    class Body(nn.Sequential):
+        def forward(self, inputs):
+            return super().forward(inputs).flatten(1)
+
+    model = Body(nn.Conv2d(2, 4, 3, stride=2), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 16, 3)).double()
+    tasks = draw((2, 8, 8), F.cross_entropy, tasks=10)
+    learner = FOMAML(model, LR, 1)
+    first = meta_gradient(learner, tasks, engine="batched", tasks_at_once=at_once, compile=True)
+    kept = [tensor.clone() for tensor in (*first.gradients.values(), *first[1:4])]
+    for _ in range(3):
+        meta_gradient(
+            learner,
+            tasks.map(lambda tensor: tensor.flip(0)),
+            engine="batched",
+            tasks_at_once=at_once,
+            compile=True,
+        )
+    found = (*first.gradients.values(), *first[1:4])
+    assert all(torch.equal(one, other) for one, other in zip(found, kept, strict=True))
+
+
+@pytest.mark.parametrize("at_once", [1, 5])
 @pytest.mark.parametrize("engine", ["loop", "batched"])
-def test_one_thread_and_two_give_the_same_bits(engine):
+def test_one_thread_and_two_give_the_same_bits(engine, at_once):
     model = Conv4(4, channels=4, image=(2, 16, 16))
     tasks = draw((2, 16, 16), F.cross_entropy, tasks=5).to(dtype=torch.float32)
     learner = FOMAML(model, 0.1, 2)
-    one = meta_gradient(learner, tasks, engine=engine, tasks_at_once=1, compile=True)
+    one = meta_gradient(learner, tasks, engine=engine, tasks_at_once=at_once, compile=True)
     torch.set_num_threads(2)
     try:
         for _ in range(3):
-            two = meta_gradient(learner, tasks, engine=engine, tasks_at_once=1, compile=True)
+            two = meta_gradient(learner, tasks, engine=engine, tasks_at_once=at_once, compile=True)
             assert all(torch.equal(one.gradients[n], two.gradients[n]) for n in one.gradients)
             assert all(torch.equal(a, b) for a, b in zip(one[1:4], two[1:4]))
         assert torch.get_num_threads() == 2

@@ -22,7 +22,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from fomaml.engines import fusion, kernels, products, stacked
 from fomaml.engines.common import Found, out_of_memory
-from fomaml.engines.threads import side_by_side
+from fomaml.engines.threads import one_by_one, side_by_side
 from fomaml.errors import InputError
 from fomaml.learner import MetaLearner
 from fomaml.objectives import MultiStepLoss
@@ -84,6 +84,7 @@ class Compiled:
         self._slots = [_slot(holder, name) for name in tensors]
         self._channels_last: set[int] = set()
         self._side_by_side = False
+        self._memory: kernels.Memory | None = None
 
         def trace(find: Find, tasks: Task) -> GraphModule:
             def flat(*arguments: Tensor) -> list[Tensor]:
@@ -125,9 +126,11 @@ class Compiled:
         if self._fuse(graph) and self._side_by_side:
             state = self._state()
             with suppress(InputError, RuntimeError):
-                return stacked.lift(
+                found = stacked.lift(
                     graph, [*state, *_tensors(single)], len(state), len(self.names), count(tasks)
                 )
+                self._memory = kernels.Memory() if count(tasks) > 1 else None
+                return found
         self._channels_last, self._side_by_side = set(), False
         return None
 
@@ -143,6 +146,8 @@ class Compiled:
     def map(self, chunks: Iterable[Task]) -> Iterator[Found]:
         """What is found for each chunk, at the learner's present state."""
         run = partial(self._call, self._state())
+        if self._memory is not None:
+            return one_by_one(run, chunks, self._memory)
         return side_by_side(run, chunks) if self._side_by_side else map(run, chunks)
 
     def _call(self, state: list[Tensor], tasks: Task) -> Found:

@@ -3,12 +3,14 @@
 // Images lie channels-last, x[image][row][column][channel], and weights w[out][row][column][in]: in a padded image each
 // row of a patch is then one run of numbers, and so is the same row of each weight. Every product is made of tiles that
 // stay in registers. For a few small images this is up to four times as fast as convolutions that set themselves up
-// at each call (docs/LOG.md). One thread: the caller runs tasks in parallel.
+// at each call (docs/LOG.md). Tasks are shared out among threads, each with its own scratch.
 #include <algorithm>
 #include <cstddef>
 #include <cstring>
 #include <type_traits>
 #include <vector>
+
+#include "crew.h"
 
 namespace {
 
@@ -173,27 +175,63 @@ inline void over_columns(Size columns, Body body) {
     for (; c + L <= columns; c += L) body(c, std::integral_constant<int, 1>());
 }
 
-// the derivatives by the padded images: slopes · weight, added where the patches were
+// Pixels of the images whose row and column leave the same remainders by the strides: the same weights reach them.
+struct Reached {
+    std::vector<Size> pixels;
+    std::vector<Size> weights;  // where in a patch
+    std::vector<Size> sources;  // for each weight, which output it reaches each pixel from; -1 for none
+};
+
+void reached(const Shape& s, std::vector<Reached>& found) {
+    for (Size y = 0; y < std::min(s.stride_y, s.height); ++y)
+        for (Size x = 0; x < std::min(s.stride_x, s.width); ++x) {
+            found.emplace_back();
+            Reached& own = found.back();
+            for (Size n = 0; n < s.images; ++n)
+                for (Size i = y; i < s.height; i += s.stride_y)
+                    for (Size j = x; j < s.width; j += s.stride_x) own.pixels.push_back((n * s.height + i) * s.width + j);
+            for (Size u = (y + s.pad_y) % s.stride_y; u < s.rows; u += s.stride_y)
+                for (Size v = (x + s.pad_x) % s.stride_x; v < s.columns; v += s.stride_x) {
+                    own.weights.push_back((u * s.columns + v) * s.channels);
+                    for (Size n = 0; n < s.images; ++n)
+                        for (Size i = y + s.pad_y - u; i < s.height + s.pad_y - u; i += s.stride_y)
+                            for (Size j = x + s.pad_x - v; j < s.width + s.pad_x - v; j += s.stride_x) {
+                                const Size down = i / s.stride_y, across = j / s.stride_x;
+                                const bool inside = i >= 0 && j >= 0 && down < s.out_height() && across < s.out_width();
+                                own.sources.push_back(inside ? (n * s.out_height() + down) * s.out_width() + across : -1);
+                            }
+                }
+        }
+}
+
+// the derivatives by the images: each pixel gathers from the outputs whose patches it is in
 template <typename T>
-void by_images(const T* slope, const T* w, const std::vector<Size>& at, T* padded, const Shape& s) {
+void by_images(const T* slope, const T* w, const std::vector<Reached>& classes, T* by_x, const Shape& s) {
     using V = typename Lanes<T>::V;
     constexpr int L = Lanes<T>::L;
-    const Size pixels = s.pixels(), patch = s.patch();
-    for (Size i = 0; i < s.rows; ++i)
-        over_columns<T>(s.run(), [&](Size c, auto vectors) {
+    static thread_local std::vector<T> nothing;
+    nothing.assign(s.outputs, T(0));
+    for (const Reached& own : classes) {
+        const Size count = own.pixels.size();
+        over_columns<T>(s.channels, [&](Size c, auto vectors) {
             constexpr int N = decltype(vectors)::value;
-            const T* from = w + i * s.run() + c;
-            for (Size p = 0; p < pixels; p += ROWS) {
-                const T* a[ROWS];
-                for (int r = 0; r < ROWS; ++r) a[r] = slope + std::min(p + r, pixels - 1) * s.outputs;
+            for (Size p = 0; p < count; p += ROWS) {
                 V acc[ROWS][N] = {};
-                outer<T, N>(a, 1, s.outputs, [=](Size o) { return from + o * patch; }, acc);
-                for (int r = 0; r < ROWS && p + r < pixels; ++r) {
-                    T* to = padded + at[p + r] + i * s.line() + c;
-                    for (int v = 0; v < N; ++v) *reinterpret_cast<V*>(to + v * L) += acc[r][v];
+                for (std::size_t k = 0; k < own.weights.size(); ++k) {
+                    const T* a[ROWS];
+                    for (int r = 0; r < ROWS; ++r) {
+                        const Size source = own.sources[k * count + std::min(p + r, count - 1)];
+                        a[r] = source < 0 ? nothing.data() : slope + source * s.outputs;
+                    }
+                    const T* from = w + own.weights[k] + c;
+                    outer<T, N>(a, 1, s.outputs, [=](Size o) { return from + o * s.patch(); }, acc);
                 }
+                for (int r = 0; r < ROWS && p + r < count; ++r)
+                    for (int v = 0; v < N; ++v)
+                        *reinterpret_cast<V*>(by_x + own.pixels[p + r] * s.channels + c + v * L) = acc[r][v];
             }
         });
+    }
 }
 
 // the derivatives by the weights: sums over pixels of slope ⊗ patch
@@ -288,31 +326,35 @@ void by_weights_narrow(const T* slope, const T* patch, T* by_w, const Shape& s) 
 template <typename T>
 void forward(const T* x, const T* w, const T* bias, T* y, Size tasks, Size w_step, Size bias_step, const Shape& s,
              bool narrow) {
-    std::vector<T> padded, turned;
+    std::vector<T> common;
     std::vector<Size> at;
     places(s, at);
     const bool turns = narrow || (s.outputs % Lanes<T>::L == 0 && (s.pixels() >= MANY || !w_step));
-    for (Size t = 0; t < tasks; ++t) {
+    if (turns && !w_step) turn(w, common, s);
+    crew::share(tasks, [&](Size t) {
+        static thread_local std::vector<T> padded, own_turned;
         pad(x + t * s.images * s.height * s.width * s.channels, s, padded);
         const T* own = bias ? bias + t * bias_step : nullptr;
         T* to = y + t * s.pixels() * s.outputs;
         if (turns) {
-            if (t == 0 || w_step) turn(w + t * w_step, turned, s);
-            forward_turned(padded.data(), at, turned.data(), own, to, s);
+            if (w_step) turn(w + t * w_step, own_turned, s);
+            forward_turned(padded.data(), at, w_step ? own_turned.data() : common.data(), own, to, s);
         } else {
             forward_wide(padded.data(), at, w + t * w_step, own, to, s);
         }
-    }
+    });
 }
 
 template <typename T>
 void backward(const T* slope, const T* x, const T* w, T* by_x, T* by_w, T* by_bias, Size tasks, Size w_step,
               const Shape& s, bool narrow) {
-    std::vector<T> padded, copied;
     std::vector<Size> at;
     places(s, at);
     const Size image = s.height * s.width * s.channels, pixels = s.pixels();
-    for (Size t = 0; t < tasks; ++t) {
+    std::vector<Reached> classes;
+    if (by_x) reached(s, classes);
+    crew::share(tasks, [&](Size t) {
+        static thread_local std::vector<T> padded, copied;
         const T* g = slope + t * pixels * s.outputs;
         if (by_w) {
             pad(x + t * s.images * image, s, padded);
@@ -331,19 +373,14 @@ void backward(const T* slope, const T* x, const T* w, T* by_x, T* by_w, T* by_bi
 #pragma omp simd
                 for (Size o = 0; o < s.outputs; ++o) to[o] += g[p * s.outputs + o];
         }
-        if (by_x) {
-            padded.assign(s.images * s.padded(), T(0));
-            by_images(g, w + t * w_step, at, padded.data(), s);
-            for (Size n = 0; n < s.images; ++n)
-                for (Size i = 0; i < s.height; ++i)
-                    std::memcpy(by_x + t * s.images * image + (n * s.height + i) * s.width * s.channels,
-                                padded.data() + n * s.padded() + (i + s.pad_y) * s.line() + s.pad_x * s.channels,
-                                s.width * s.channels * sizeof(T));
-        }
-    }
+        if (by_x) by_images(g, w + t * w_step, classes, by_x + t * s.images * image, s);
+    });
 }
 
 }  // namespace
+
+// the threads that the caller's kernels may use from now on
+extern "C" void use_threads(long long threads) { crew::hands = threads; }
 
 #define ENTRY(NAME, T)                                                                                             \
     extern "C" void convolve_##NAME(const T* x, const T* w, const T* bias, T* y, const long long* sizes) {         \

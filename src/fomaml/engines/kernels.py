@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
+import math
 import os
 import platform
 import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+import threading
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,8 +27,9 @@ from fomaml.data.download import user_cache
 SOURCES = [
     Path(__file__).with_name(name) for name in ("norm_relu_pool.cpp", "convolution.cpp", "vectors.cpp")
 ]
+HEADER = Path(__file__).with_name("crew.h")
 FAST = ("-O3", "-march=native", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math")
-FLAGS = (*FAST, "-std=c++17", "-shared", "-fPIC")
+FLAGS = (*FAST, "-std=c++17", "-shared", "-fPIC", "-pthread")
 NAMES = {torch.float32: "float32", torch.float64: "float64"}
 COMPILERS = ("c++", "g++", "clang++")
 DIGEST = hashlib.sha256().digest_size
@@ -45,7 +51,7 @@ def library() -> ctypes.CDLL:
     if not command:
         raise RuntimeError("there is no C++ compiler on this machine")
     facts = [
-        *(source.read_text(encoding="utf-8") for source in SOURCES),
+        *(source.read_text(encoding="utf-8") for source in (*SOURCES, HEADER)),
         *command,
         *FLAGS,
         platform.machine(),
@@ -99,6 +105,61 @@ def _processor() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
+@contextlib.contextmanager
+def sharing(threads: int, memory: Memory) -> Iterator[None]:
+    """The kernels that this thread calls share their tasks out to so many threads, and write into this memory."""
+    library().use_threads(ctypes.c_longlong(threads))
+    _own.memory = memory
+    try:
+        yield
+    finally:
+        _own.memory = None
+        library().use_threads(ctypes.c_longlong(1))
+
+
+class Memory:
+    """Keeps the memory of tensors that nobody holds any more for the next ones of the same size.
+
+    The system's own allocator gives large pieces back, and fresh pages cost more than the kernels that fill them.
+    """
+
+    ALIGNMENT = 64
+
+    def __init__(self):
+        self._free: defaultdict[int, list[tuple[np.ndarray, int]]] = defaultdict(list)
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A contiguous tensor; its memory comes back when it and all its views are gone."""
+        count = math.prod(shape)
+        free = self._free[count * dtype.itemsize]
+        if free:
+            block, offset = free.pop()
+        else:
+            block = np.empty(count * dtype.itemsize + self.ALIGNMENT, np.uint8)
+            offset = -block.ctypes.data % self.ALIGNMENT
+        lent = block.view(_Lent)
+        lent.give_back = functools.partial(free.append, (block, offset))
+        return torch.frombuffer(lent, dtype=dtype, count=count, offset=offset).view(shape)
+
+
+class _Lent(np.ndarray):
+    """A block while a tensor holds it."""
+
+    def __del__(self):
+        self.give_back()
+
+
+_own = threading.local()
+
+
+def _empty(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """For a kernel to write into, in the memory of `sharing`."""
+    memory = getattr(_own, "memory", None)
+    if memory is None or not math.prod(shape):
+        return like.new_empty(shape)
+    return memory.empty(shape, like.dtype)
+
+
 def channels_last(images: Tensor) -> Tensor:
     """The images in that order of memory; with one channel `contiguous` keeps strides that convolutions take for the
     other.
@@ -118,8 +179,8 @@ def norm_relu_pool(
     inputs = pixels_first(inputs)
     *batch, height, width, channels = inputs.shape
     size = (*batch, height // 2, width // 2, channels) if pool else inputs.shape
-    outputs = inputs.new_empty(size)
-    won = torch.empty_like(outputs) if pool else outputs
+    outputs = _empty(inputs, size)
+    won = _empty(inputs, size) if pool else outputs
     mean, deviation = inputs.new_empty(2, *batch[:-1], channels)
     gamma, beta = _flat(gamma), _flat(beta)  # held until the kernel is done: it gets bare addresses
     pointers = _pointers(inputs, gamma, beta, outputs, won, mean, deviation)
@@ -143,7 +204,7 @@ def norm_relu_pool_backward(
     """The derivatives by inputs, γ and β, given those by the outputs; `overwrite`: into the place of the inputs."""
     slope, outputs, inputs, won = map(pixels_first, (slope, outputs, inputs, won))
     *batch, height, width, channels = inputs.shape
-    by_inputs = inputs if overwrite else torch.empty_like(inputs)
+    by_inputs = inputs if overwrite else _empty(inputs, inputs.shape)
     by_gamma, by_beta = torch.empty_like(mean), torch.empty_like(mean)
     gamma = _flat(gamma)
     pointers = _pointers(slope, inputs, outputs, won, gamma, mean, deviation, by_inputs, by_gamma, by_beta)
@@ -162,7 +223,7 @@ def convolution(
     """
     inputs, weights, bias = pixels_first(inputs), pixels_first(weights), _flat(bias)
     sizes, size = _convolution_sizes(inputs, weights, bias, stride, padding)
-    outputs = inputs.new_empty(size)
+    outputs = _empty(inputs, size)
     kernel = getattr(library(), f"convolve_{NAMES[inputs.dtype]}")
     kernel(*_pointers(inputs, weights, bias, outputs), sizes)
     return images(outputs)
@@ -180,8 +241,8 @@ def convolution_backward(
     slope, inputs, weights = map(pixels_first, (slope, inputs, weights))
     sizes, _ = _convolution_sizes(inputs, weights, None, stride, padding)
     tasks, outputs = len(inputs), slope.shape[-1]
-    by_inputs = torch.empty_like(inputs) if wanted[0] else None
-    by_weights = weights.new_empty(tasks, *weights.shape[-4:]) if wanted[1] else None
+    by_inputs = _empty(inputs, inputs.shape) if wanted[0] else None
+    by_weights = _empty(weights, (tasks, *weights.shape[-4:])) if wanted[1] else None
     by_bias = slope.new_empty(tasks, outputs) if wanted[2] else None
     kernel = getattr(library(), f"convolve_backward_{NAMES[inputs.dtype]}")
     kernel(*_pointers(slope, inputs, weights, by_inputs, by_weights, by_bias), sizes)
@@ -222,7 +283,7 @@ def subtract(lefts: Sequence[Tensor], rights: Sequence[Tensor], scale: float) ->
         for one, two in zip(lefts, rights)
     ):
         return [torch.sub(one, two, alpha=scale) for one, two in zip(lefts, rights)]
-    found = [torch.empty_like(right) for right in rights]
+    found = [_empty(right, (right.numel(),)).as_strided(right.shape, right.stride()) for right in rights]
     lengths = [right[0].numel() for right in rights]
     steps = [length if one.dim() == two.dim() else 0 for one, two, length in zip(lefts, rights, lengths)]
     kernel = getattr(library(), f"subtract_{NAMES[rights[0].dtype]}")

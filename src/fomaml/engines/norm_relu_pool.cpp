@@ -1,10 +1,12 @@
 // Batch norm by batch statistics, ReLU and, if asked for, a 2x2 max-pool, in as few passes over memory as there can be.
 //
-// Images lie channels-last: x[pixel * channels + channel]. One thread: the caller runs tasks in parallel.
+// Images lie channels-last: x[pixel * channels + channel]. Tasks are shared out among threads.
 // by_x may be x itself: each element is read before it is written.
 // forward saves, for backward, the input that won each pooling window, so that the sums of backward read a quarter.
 #include <cstddef>
 #include <vector>
+
+#include "crew.h"
 
 namespace {
 
@@ -231,10 +233,11 @@ void backward(const T* slope, const T* x, const T* y, const T* peak, const T* ga
         const long long images = sizes[1], height = sizes[2], width = sizes[3], channels = sizes[4];               \
         const long long in = images * height * width * channels;                                                  \
         const long long out = sizes[7] ? images * (height / 2) * (width / 2) * channels : in;                      \
-        for (long long t = 0; t < sizes[0]; ++t)                                                                   \
+        crew::share(sizes[0], [&](std::ptrdiff_t t) {                                                              \
             forward<T>(x + t * in, gamma ? gamma + t * sizes[5] : nullptr, beta ? beta + t * sizes[6] : nullptr,     \
                        y + t * out, peak + t * out, mean + t * channels, rstd + t * channels, images, height, width, \
                        channels, eps, sizes[7]);                                                                   \
+        });                                                                                                        \
     }                                                                                                              \
     extern "C" void backward_##NAME(const T* slope, const T* x, const T* y, const T* peak, const T* gamma,          \
                                     const T* mean, const T* rstd, T* by_x, T* by_gamma, T* by_beta,                \
@@ -242,11 +245,12 @@ void backward(const T* slope, const T* x, const T* y, const T* peak, const T* ga
         const long long images = sizes[1], height = sizes[2], width = sizes[3], channels = sizes[4];               \
         const long long in = images * height * width * channels;                                                  \
         const long long out = sizes[7] ? images * (height / 2) * (width / 2) * channels : in;                      \
-        for (long long t = 0; t < sizes[0]; ++t)                                                                   \
+        crew::share(sizes[0], [&](std::ptrdiff_t t) {                                                              \
             backward<T>(slope + t * out, x + t * in, y + t * out, peak + t * out,                                    \
                         gamma ? gamma + t * sizes[5] : nullptr, mean + t * channels, rstd + t * channels,            \
                         by_x + t * in, by_gamma + t * channels, by_beta + t * channels, images, height, width,       \
                         channels, sizes[7]);                                                                       \
+        });                                                                                                        \
     }
 
 ENTRY(float32, float)

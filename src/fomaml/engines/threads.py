@@ -10,6 +10,23 @@ from concurrent.futures import ThreadPoolExecutor, wait
 
 import torch
 
+from fomaml.engines import kernels
+
+
+def one_by_one(function: Callable, items: Iterable, memory: kernels.Memory) -> Iterator:
+    """`map(function, items)`, each a stack of tasks whose kernels use as many threads as torch has.
+
+    Between kernels the interpreter runs once, not on all threads in turns. torch's own operators have one thread, as
+    below.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with kernels.sharing(threads, memory):
+            yield from map(function, items)
+    finally:
+        torch.set_num_threads(threads)
+
 
 def side_by_side(function: Callable, items: Iterable) -> Iterator:
     """`map(function, items)`, at most as many at a time as torch has threads, each with one thread.
