@@ -706,6 +706,18 @@ def test_stacks_one_by_one_on_all_threads(two_threads):
     assert torch.get_num_threads() == 2 and kernels._own.memory is None
 
 
+def test_the_memory_of_a_stack_does_not_grow_with_the_inner_steps():
+    def kept(steps):
+        learner = FOMAML(Conv4(4, channels=16, image=(2, 16, 16)), 0.1, steps)
+        tasks = draw((2, 16, 16), F.cross_entropy, tasks=6).to(dtype=torch.float32)
+        for _ in range(2):
+            meta_gradient(learner, tasks, engine="batched", compile=True)
+        [(function, _)] = compiled._functions[learner][0].values()
+        return sum(block.nbytes for free in function._memory._free.values() for block, _ in free)
+
+    assert kept(8) <= 1.05 * kept(2) > 0
+
+
 @pytest.mark.parametrize("at_once", [2, 5])
 def test_a_result_of_a_stack_is_not_written_over_by_the_next(at_once):
     """Of a network whose outputs are what a kernel wrote."""
