@@ -2,7 +2,8 @@
 # One figure of docs/results.md: train, or go on with a run that was killed, then judge and keep its weights.
 # The omniglot_*.sh beside it call it: sh runs/omniglot.sh NAME [options of fomaml train]
 # Environment: OMNIGLOT, the folder of the archives (else the user's cache, or a download); OUT, where run directories
-# go (out); PYTHON (.venv/bin/python); OMP_NUM_THREADS (1); ALSO, further tasks to judge the run on, such as 5w1s.
+# go (out); PYTHON (.venv/bin/python); OMP_NUM_THREADS (1); ALSO, further tasks to judge the run on, such as 5w1s;
+# COPIES of each image to judge it with, beside the plain tasks.
 set -eu
 name=$1
 shift
@@ -20,5 +21,6 @@ if [ ! -f "$run/config.json" ]; then
 elif [ ! -f "$run/result.json" ]; then
     fomaml train --resume "$run"
 fi
-"$python" runs/omniglot_keep.py "$run" --to "docs/results/$name" ${ALSO:+--also $ALSO} ${OMNIGLOT:+--data-root "$OMNIGLOT"}
+"$python" runs/omniglot_keep.py "$run" --to "docs/results/$name" ${ALSO:+--also $ALSO} \
+    ${COPIES:+--copies "$COPIES"} ${OMNIGLOT:+--data-root "$OMNIGLOT"}
 "$python" runs/omniglot_table.py

@@ -11,6 +11,7 @@
 #include <condition_variable>
 #include <cstddef>
 #include <mutex>
+#include <system_error>
 #include <thread>
 
 namespace crew {
@@ -24,7 +25,10 @@ class Crew {
     bool run(std::ptrdiff_t helpers, void (*work)(void*), void* context) {
         if (!free_.try_lock()) return false;
         work_ = work, context_ = context, wanted_ = helpers;
-        for (; hired_ < helpers; ++hired_) std::thread(&Crew::help, this, hired_).detach();
+        try {
+            for (; hired_ < helpers; ++hired_) std::thread(&Crew::help, this, hired_).detach();
+        } catch (const std::system_error&) {  // no more threads to be had: fewer hands then
+        }
         open_ = true;
         {
             std::lock_guard<std::mutex> guard(lock_);
