@@ -156,7 +156,7 @@ BEST: dict[str, Preset] = {
             "iterations": 32_000,
             "validate_every": 3200,
             "validation_tasks": 300,
-            "test_steps": (0, 1, 5),
+            "test_steps": (0, 1),
         },
         AIMS["maml"][2],
         "Finn et al. 2017",
