@@ -269,7 +269,7 @@ def untouched(monkeypatch):
 
 def graph(learner):
     """The one compiled graph of a learner."""
-    [(made, _)] = compiled._functions[learner][0].values()
+    [(made, _)] = compiled._watched[learner].known.values()
     return made._run.graph
 
 
@@ -413,7 +413,7 @@ def assert_current(learner, tasks, **options):
 
 
 def made(learner):
-    return len(compiled._functions[learner][0])
+    return len(compiled._watched[learner].known)
 
 
 @pytest.fixture(params=["loop", "batched"])
@@ -560,6 +560,87 @@ def test_forgets_learners_that_are_gone(engine, monkeypatch):
     del learner, model
     gc.collect()
     assert gone() is None
+
+
+CHANGES = {
+    "another layer": lambda model: setattr(model, "1", BatchNorm(4, statistics="support").double()),
+    "a policy": lambda model: setattr(model[1], "statistics", "support"),
+    "a constant of the norm": lambda model: setattr(model[1], "eps", 0.5),
+    "a slope": lambda model: setattr(model[2], "negative_slope", 0.7),
+    "an own attribute": lambda model: setattr(model[3], "power", 1.5),
+}
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.power, self.calls = 1.0, 0
+
+    def forward(self, inputs):
+        self.calls += 1
+        return inputs * self.power
+
+
+@pytest.mark.parametrize("engine", ["loop", "batched"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_module_is_compiled_again(change, engine, monkeypatch):
+    untouched(monkeypatch)
+    layers = [
+        nn.Conv2d(2, 4, 3),
+        BatchNorm(4),
+        nn.LeakyReLU(),
+        Scaled(),
+        nn.Flatten(),
+        nn.Linear(144, 4),
+    ]
+    model = nn.Sequential(*layers).double()
+    tasks = draw((2, 8, 8), F.cross_entropy, tasks=2)
+    learner = FOMAML(model, LR, 2)
+    before = meta_gradient(learner, tasks, engine=engine, compile=True)
+    function = compiled._watched[learner]
+    meta_gradient(learner, tasks, engine="loop")  # counts, which is no change
+    meta_gradient(learner, tasks, engine=engine, compile=True)
+    assert compiled._watched[learner] is function
+    CHANGES[change](model)
+    after = meta_gradient(learner, tasks, engine=engine, compile=True)
+    assert (before.query_losses - after.query_losses).abs().max() > 1e-6
+    assert_agrees(after, meta_gradient(FOMAML(model, LR, 2), tasks, engine="loop"), 1e-10)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("engine", ["loop", "batched"])
+def test_a_parameter_that_was_frozen_afterwards_is_named(engine, compile):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(128, 4)).double()
+    tasks = draw((2, 8, 8), F.cross_entropy, tasks=2)
+    learner = FOMAML(model, LR, 1)
+    meta_gradient(learner, tasks, engine=engine, compile=compile)
+    model[1].weight.requires_grad_(False)
+    with pytest.raises(
+        InputError, match=r"^the parameter 1.weight no longer requires a gradient: make a new"
+    ):
+        meta_gradient(learner, tasks, engine=engine, compile=compile)
+
+
+@pytest.mark.parametrize("engine", ["loop", "batched"])
+@pytest.mark.parametrize("first", [3, 16], ids=["torch's", "the kernel's"])
+def test_columns_of_one_channel(engine, first):
+    """torch 2.14 makes garbage of such convolutions when they are channels-last."""
+    model = nn.Sequential(
+        nn.Conv2d(1, first, (2, 3), stride=(1, 5)),
+        nn.ReLU(),
+        nn.Conv2d(first, 1, 1),
+        nn.Conv2d(1, 5, (2, 1)),
+        nn.Flatten(),
+        nn.Linear(50, 4),
+    )
+    for _ in range(3):
+        tasks = draw((1, 12, 5), F.cross_entropy, tasks=4).to(dtype=torch.float32)
+        learner = FOMAML(model, LR, 1)
+        found = meta_gradient(learner, tasks, engine=engine, compile=True)
+        expected = meta_gradient(FOMAML(model, LR, 1), tasks, engine="loop")
+        torch.testing.assert_close(found.query_losses, expected.query_losses, rtol=1e-4, atol=1e-5)
+        for name, gradient in expected.gradients.items():
+            torch.testing.assert_close(found.gradients[name], gradient, rtol=1e-3, atol=1e-4)
 
 
 # --- random numbers ---------------------------------------------------------------------------------
@@ -712,7 +793,7 @@ def test_the_memory_of_a_stack_does_not_grow_with_the_inner_steps():
         tasks = draw((2, 16, 16), F.cross_entropy, tasks=6).to(dtype=torch.float32)
         for _ in range(2):
             meta_gradient(learner, tasks, engine="batched", compile=True)
-        [(function, _)] = compiled._functions[learner][0].values()
+        [(function, _)] = compiled._watched[learner].known.values()
         return sum(block.nbytes for free in function._memory._free.values() for block, _ in free)
 
     assert kept(8) <= 1.05 * kept(2) > 0

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fomaml.errors import InputError
 from fomaml.learner import MetaLearner, Problem
 
 
@@ -44,10 +45,15 @@ class Found(NamedTuple):
 
 def differentiate(learner: MetaLearner, problem: Problem, tasks: int) -> Found:
     """The part of one problem in the meta-gradient of `tasks` tasks."""
+    parameters = learner.meta_parameters()
+    for name, parameter in parameters.items():
+        if not parameter.requires_grad:
+            raise InputError(
+                f"the parameter {name} no longer requires a gradient: make a new learner, or one with frozen={name!r}"
+            )
     outcome = learner.objective(problem)
-    parameters = list(learner.meta_parameters().values())
     gradients = torch.autograd.grad(
-        outcome.scalar / tasks, parameters, allow_unused=True, materialize_grads=True
+        outcome.scalar / tasks, list(parameters.values()), allow_unused=True, materialize_grads=True
     )
     _, losses, outputs, support_losses = outcome
     if problem.stacked:

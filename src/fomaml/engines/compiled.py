@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import partial
+from types import NoneType
 from weakref import WeakKeyDictionary
 
 import torch
@@ -48,20 +49,24 @@ def function(
         raise InputError(
             "compile=True does not take the multi-step loss: its weights change at every iteration"
         )
-    if learner not in _functions:
-        _functions[learner] = {}, tuple(learner.modules())[1:], tuple(learner.parameters())
-    known, modules, parameters = _functions[learner]
+    watched = _watched.get(learner)
+    if watched is None or watched.changed():
+        watched = _watched[learner] = Watched(learner)
+    known = watched.known
     order = learner.first_order(learner.iteration) if callable(learner.first_order) else learner.first_order
     like = tuple((tensor.shape, tensor.dtype, tensor.device) for part in tasks for tensor in part)
-    modes = tuple([module.training for module in modules])
-    kinds = tuple([parameter.dtype for parameter in parameters])
+    modes = tuple([module.training for module in watched.modules])
+    kinds = tuple([(parameter.dtype, parameter.requires_grad) for parameter in watched.parameters])
     sizes = tuple(getattr(learner.inner_lr, "sizes", {}).items())
     parts = (learner.optimizer, learner.objective, learner.criterion, learner.start)
     numbers = (learner.inner_steps, learner.inner_batch_size)
-    key = (facts, order, numbers, sizes, modes, kinds, like, *map(id, parts))
+    adapted = tuple(learner.adapted)
+    key = (facts, order, numbers, adapted, sizes, modes, kinds, like, *map(id, parts))
     if key not in known:
         try:
             known[key] = Compiled(learner, tasks, find, alone), parts  # held, so that their ids stay theirs
+        except InputError:
+            raise
         except Exception as error:  # the compilers' errors have no common base
             if count(tasks) > 1 and out_of_memory(error):
                 raise  # fewer tasks at once may do
@@ -71,6 +76,35 @@ def function(
                 reason = "there is no C++ compiler on this machine"
             warnings.warn(f"compile=True runs uncompiled: {reason}", RuntimeWarning, stacklevel=4)
     return known[key][0]
+
+
+class Watched:
+    """What was compiled for a learner, and its modules as they were then.
+
+    known: the functions by what they depend on. modules, parameters: kept since walking through them would take a tenth
+    of a small compiled meta-gradient.
+    """
+
+    def __init__(self, learner: MetaLearner):
+        self.known: dict[tuple, tuple] = {}
+        self.modules = tuple(learner.modules())[1:]
+        self.parameters = tuple(learner.parameters())
+        self._children = [(module._modules, dict(module._modules)) for module in learner.modules()]
+        self._settings = [
+            (vars(module), name, value)
+            for module in self.modules
+            for name, value in vars(module).items()
+            if name != "training" and isinstance(value, bool | float | str | tuple | NoneType)
+        ]
+
+    def changed(self) -> bool:
+        """Whether a module was replaced, or an attribute of one that is no tensor, module or count: what was traced
+        has them built in.
+        """
+        replaced = any(now != then for now, then in self._children)
+        return replaced or any(
+            own.get(name) is not value and own.get(name) != value for own, name, value in self._settings
+        )
 
 
 class Compiled:
@@ -189,6 +223,4 @@ def _slot(module: nn.Module, name: str) -> tuple[dict[str, Tensor], str]:
     return (owner._parameters if last in owner._parameters else owner._buffers), last
 
 
-# By learner: what was compiled for it, the modules in it and its parameters, kept since walking through them
-# would take a tenth of a small compiled meta-gradient.
-_functions: WeakKeyDictionary[MetaLearner, tuple[dict, tuple, tuple]] = WeakKeyDictionary()
+_watched: WeakKeyDictionary[MetaLearner, Watched] = WeakKeyDictionary()

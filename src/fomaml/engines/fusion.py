@@ -13,7 +13,14 @@ import torch
 from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
 
-from fomaml.engines.kernels import NAMES, channels_last, norm_relu_pool, norm_relu_pool_backward
+from fomaml.engines.kernels import (
+    NAMES,
+    channels_last,
+    misread,
+    norm_relu_pool,
+    norm_relu_pool_backward,
+    plain,
+)
 
 aten = torch.ops.aten
 SAME = (aten.alias.default, aten.detach.default)
@@ -33,6 +40,7 @@ def rewrite(module: GraphModule) -> set[int]:
     its tensors in memory stays as it is.
     """
     graph = module.graph
+    columns = [node for node in graph.nodes if _is_misread(node)]
     for node in list(graph.nodes):
         if node.target in SAME:
             node.replace_all_uses_with(node.args[0])
@@ -50,6 +58,8 @@ def rewrite(module: GraphModule) -> set[int]:
         _forget_moves(node)
         _subtract_scaled(node)
     reordered = _channels_last(graph)
+    for node in columns:
+        _in_plain_order(graph, node)
     reshape_views(graph)
     graph.eliminate_dead_code()
     graph.lint()
@@ -188,6 +198,19 @@ def _channels_last(graph: Graph) -> set[int]:
                     ordered, delete_user_cb=lambda user, new=ordered: user is not new
                 )
     return found
+
+
+def _is_misread(node: Node) -> bool:
+    return node.target is aten.convolution.default and misread(
+        node.args[0].meta["val"].shape, node.meta["val"].shape
+    )
+
+
+def _in_plain_order(graph: Graph, convolution: Node) -> None:
+    """Give a convolution its images and weights in the ordinary order of memory."""
+    with graph.inserting_before(convolution):
+        inputs, weights = (graph.call_function(plain, (argument,)) for argument in convolution.args[:2])
+    convolution.args = (inputs, weights, *convolution.args[2:])
 
 
 def _forget_moves(norm: Node) -> None:

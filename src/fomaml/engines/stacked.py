@@ -112,7 +112,7 @@ class _Interpreter(Interpreter):
     """Calls operators that vmap knows how to stack in the place of kernels and convolutions."""
 
     def call_function(self, target, args, kwargs):
-        if target is kernels.channels_last:
+        if target in (kernels.channels_last, kernels.plain):
             return args[0]
         convolutions = (aten.convolution.default, aten.convolution_backward.default)
         if target in convolutions and args[1].dim() != 4:  # not of images
@@ -131,11 +131,15 @@ def convolution(inputs: Tensor, weights: Tensor, bias: Tensor | None, *kind) -> 
     """`aten.convolution` of each task, kind its arguments from stride on; weights and bias of each or of all."""
     if _takes(inputs, weights, kind):
         return kernels.convolution(inputs, weights, bias, *kind[:2])
+    order = kernels.channels_last
+    if inputs.shape[2] == 1:
+        outputs = _like_convolution(inputs.to("meta"), weights.to("meta"), None, *kind)
+        order = kernels.plain if kernels.misread(inputs.shape, outputs.shape) else order
     alone = [
         aten.convolution(
             image, weight, None if bias is None else bias[task if bias.dim() == 2 else ...], *kind
         )
-        for task, (image, weight) in enumerate(_pairs(inputs, weights))
+        for task, (image, weight) in enumerate(_pairs(inputs, weights, order))
     ]
     return _stack(alone)
 
@@ -169,13 +173,10 @@ def _takes(inputs: Tensor, weights: Tensor, kind: tuple, by_inputs: bool = False
     return is_plain and kernels.takes(inputs, weights, stride, padding, by_inputs)
 
 
-def _pairs(inputs: Tensor, weights: Tensor):
-    """Each task's images and weights, channels-last."""
+def _pairs(inputs: Tensor, weights: Tensor, order: Callable[[Tensor], Tensor] = kernels.channels_last):
+    """Each task's images and weights, in this order of memory."""
     weights = weights if weights.dim() == inputs.dim() else weights.expand(len(inputs), *weights.shape)
-    return (
-        (kernels.channels_last(image), kernels.channels_last(weight))
-        for image, weight in zip(inputs, weights)
-    )
+    return ((order(image), order(weight)) for image, weight in zip(inputs, weights))
 
 
 def _stack(images) -> Tensor:
