@@ -622,6 +622,18 @@ def test_a_parameter_that_was_frozen_afterwards_is_named(engine, compile):
 
 
 @pytest.mark.parametrize("engine", ["loop", "batched"])
+def test_second_order_through_a_batch_norm_in_evaluation(engine, monkeypatch):
+    untouched(monkeypatch)
+    layers = [nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4).eval(), nn.GELU(), nn.Flatten(), nn.Linear(144, 4)]
+    learner = MAML(nn.Sequential(*layers).double(), LR, 2)
+    tasks = draw((2, 8, 8), F.cross_entropy, tasks=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = meta_gradient(learner, tasks, engine=engine, compile=True)
+    assert_agrees(found, meta_gradient(learner, tasks, engine="loop"), 1e-10)
+
+
+@pytest.mark.parametrize("engine", ["loop", "batched"])
 @pytest.mark.parametrize("first", [3, 16], ids=["torch's", "the kernel's"])
 def test_columns_of_one_channel(engine, first):
     """torch 2.14 makes garbage of such convolutions when they are channels-last."""

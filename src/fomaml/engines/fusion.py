@@ -10,7 +10,7 @@ import operator
 from typing import NamedTuple
 
 import torch
-from torch._ops import OpOverload
+from torch._ops import OpOverload, OpOverloadPacket
 from torch.fx import Graph, GraphModule, Node
 
 from fomaml.engines.kernels import (
@@ -81,8 +81,8 @@ def _out_of_place(graph: Graph) -> None:
         if not writes(node):
             continue
         written = node.args[0]
-        name, overload = node.target._schema.name.split("::")[1], node.target._overloadname
-        ordinary = getattr(getattr(aten, name.removesuffix("_"), None), overload, None)
+        name = node.target._schema.name.split("::")[1]
+        ordinary = _of_types(getattr(aten, name.removesuffix("_"), None), node.target)
         tensors = [a for a in node.args if isinstance(a, Node)]
         if (
             ordinary is None
@@ -96,6 +96,18 @@ def _out_of_place(graph: Graph) -> None:
         ):
             continue
         node.target = ordinary
+
+
+def _of_types(packet: OpOverloadPacket | None, like: OpOverload) -> OpOverload | None:
+    """The operator of this name that takes arguments of the same types and changes none; its overload may have another
+    name.
+    """
+    types = [argument.type for argument in like._schema.arguments]
+    for overload in () if packet is None else packet.overloads():
+        found = getattr(packet, overload)
+        if [a.type for a in found._schema.arguments] == types and not found._schema.is_mutable:
+            return found
+    return None
 
 
 def writes(node: Node) -> bool:
