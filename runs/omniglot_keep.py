@@ -12,10 +12,10 @@ from pathlib import Path
 import tyro
 
 from fomaml.checkpoint import write_text
-from fomaml.config import TrainConfig, to_json
+from fomaml.config import WEIGHTS, TrainConfig, known, to_json
 from fomaml.errors import InputError
 from fomaml.judge import evaluate_run
-from fomaml.run import circumstances, load_config, load_run
+from fomaml.run import circumstances, load_config, load_run, weights_file
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,8 @@ class Options:
     """The folder to write."""
     also: tuple[str, ...] = ()
     """Further tasks to judge the run on, such as 5w1s; for heads that do not depend on the ways."""
+    weights: str = "best"
+    """Keep the best weights by validation, or the last."""
     copies: int = 1
     """Judge K query images per class also with so many copies of each image, after the inner steps of training."""
     jitter: float | None = None
@@ -43,20 +45,23 @@ class Options:
     """The folder of Omniglot's archives; by default the run's."""
 
 
-FILES = ("weights.safetensors", "result.json", "result.txt", "metrics.jsonl")
+FILES = ("result.json", "result.txt", "metrics.jsonl")
 
 
 def main(options: Options) -> None:
-    if missing := [name for name in FILES if not (options.run / name).exists()]:
+    known("weights", options.weights, WEIGHTS)
+    needed = (*FILES, "weights.safetensors")
+    if missing := [name for name in needed if not (options.run / name).exists()]:
         raise InputError(f"{options.run} has no {missing[0]}: is the run finished?")
     config = load_config(options.run)
     found = [judged(options, changes) for changes in settings(options, config)]
     options.to.mkdir(parents=True, exist_ok=True)
     for name in FILES:
         shutil.copyfile(options.run / name, options.to / name)
+    shutil.copyfile(weights_file(options.run, options.weights), options.to / "weights.safetensors")
     kept = dataclasses.replace(config, data_root=None, out=None)
     write_text(options.to / "config.json", to_json(kept))
-    facts = {"seed": options.seed, **circumstances(), "evaluations": found}
+    facts = {"seed": options.seed, "weights": options.weights, **circumstances(), "evaluations": found}
     write_text(options.to / "evaluations.json", json.dumps(facts, indent=2) + "\n")
 
 
@@ -82,7 +87,7 @@ def settings(options: Options, config: TrainConfig) -> list[dict]:
 
 def judged(options: Options, changes: dict) -> dict:
     """The result of one evaluation, which is also printed."""
-    config, learner = load_run(options.run, data_root=options.data_root, **changes)
+    config, learner = load_run(options.run, options.weights, data_root=options.data_root, **changes)
     result = evaluate_run(config, learner, "both", options.seed)
     for each in (result, result["inductive"]):
         protocol = each["protocol"]

@@ -69,7 +69,7 @@ def row(ways: int, shots: int, name: str, config: dict, result: dict, judged: di
         own = {**own["inductive"], "inductive": own["inductive"]}
     weights = result["weights"]
     iterations = f"{result['iterations']}"
-    if weights["kept"] != "last":
+    if weights["kept"] != "last" and judged.get("weights") != "last":
         iterations += f", best at {weights['iteration']}"
     spent = duration(result["training_seconds"] + result["validation_seconds"])
     cores = result["machine"].rpartition(", ")[2]

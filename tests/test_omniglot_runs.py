@@ -95,6 +95,28 @@ def test_a_head_of_so_many_ways_takes_no_other(root, tmp_path, capsys):
     assert "learned a head for 5 ways, got --ways 4" in capsys.readouterr().err
 
 
+def test_the_last_weights_are_kept_where_asked_for(root, tmp_path, capsys):
+    run = trained(root, tmp_path / "run")
+    (run / "weights.safetensors").write_bytes(b"the best ones, which nobody reads")
+    folder = keep(run, tmp_path / "results" / "omniglot_last", weights="last")
+    assert (folder / "weights.safetensors").read_bytes() == (run / "last.safetensors").read_bytes()
+    assert json.loads((folder / "evaluations.json").read_text())["weights"] == "last"
+    [row] = omniglot_table.table(tmp_path / "results").splitlines()[2:]
+    assert "| 2 |" in row and "best at" not in row
+    capsys.readouterr()
+    main(["evaluate", str(run), "--weights", "last", "--json"])
+    last = json.loads(capsys.readouterr().out)["accuracy"]
+    main(["evaluate", str(folder), "--data-root", str(root), "--json"])
+    assert json.loads(capsys.readouterr().out)["accuracy"] == last
+    (run / "last.safetensors").unlink()
+    with pytest.raises(SystemExit):
+        main(["evaluate", str(run), "--weights", "last"])
+    assert "weights.safetensors is damaged" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["evaluate", str(run), "--weights", "first"])
+    assert "unknown weights 'first'; there are: best, last" in capsys.readouterr().err
+
+
 def test_an_unfinished_run_is_not_kept(root, tmp_path):
     run = trained(root, tmp_path / "run")
     (run / "result.json").unlink()

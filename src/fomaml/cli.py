@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fomaml.commands import CheckConfig, CompareConfig, EvaluateConfig, PresetsConfig, expand
-from fomaml.config import PARTS, STATISTICS, TEST_AUGMENTATIONS, TrainConfig, check_steps, known
+from fomaml.config import PARTS, STATISTICS, TEST_AUGMENTATIONS, WEIGHTS, TrainConfig, check_steps, known
 from fomaml.errors import InputError, positive
 from fomaml.presets import PRESETS
 from fomaml.report import align, duration
@@ -76,6 +76,7 @@ def _evaluate(config: EvaluateConfig) -> None:
         check_steps(config.steps)
     known("statistics", config.statistics, STATISTICS)
     known("part", config.part, PARTS)
+    known("weights", config.weights, WEIGHTS)
     for name in ("ways", "shots", "query_shots", "copies"):
         if getattr(config, name) is not None:
             positive(name, getattr(config, name), integer=True)
@@ -88,6 +89,7 @@ def _evaluate(config: EvaluateConfig) -> None:
 
     run, learner = load_run(
         config.run,
+        config.weights,
         data_root=config.data_root,
         device=config.device,
         test_tasks=config.tasks,

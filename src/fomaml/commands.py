@@ -77,6 +77,8 @@ class EvaluateConfig:
     default as the run."""
     jitter: float | None = None
     """The strength of the small random affine maps of --copies; by default as the run."""
+    weights: str = "best"
+    """best, by validation, or last; the same where the run had no validation."""
     part: str = "test"
     """The classes: test, or validation, which the run's weights were selected by."""
     seed: int | None = None

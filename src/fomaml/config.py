@@ -36,6 +36,7 @@ PRECISIONS = ("none", "bfloat16")
 ENGINES = ("auto", "loop", "batched", "factored")
 STATISTICS = ("own", "inductive", "both")
 PARTS = ("test", "validation")
+WEIGHTS = ("best", "last")
 # What follows another option where it is not given.
 FOLLOWING = (
     ("train_ways", "ways"),

@@ -264,8 +264,10 @@ def load_config(run: Path) -> TrainConfig:
         raise InputError(f"{run} holds no run (no config.json)") from None
 
 
-def load_run(run: Path, **changes) -> tuple[TrainConfig, MetaLearner]:
+def load_run(run: Path, weights: str = "best", **changes) -> tuple[TrainConfig, MetaLearner]:
     """The settings, with changes, and the trained learner of a run directory.
+
+    weights: "best" by validation, or "last"; a run without validation has one file, which is both.
 
     Raises:
         InputError: the directory holds no finished run, or a damaged one.
@@ -280,4 +282,10 @@ def load_run(run: Path, **changes) -> tuple[TrainConfig, MetaLearner]:
     check_classless(config)
     like = dataclasses.replace(own, device=config.device)  # the network as it was trained, whatever the tasks
     learner = build_learner(like, build_model(like))
-    return config, load_weights(run / "weights.safetensors", learner)
+    return config, load_weights(weights_file(run, weights), learner)
+
+
+def weights_file(run: Path, weights: str) -> Path:
+    """Where a run directory has its best or last weights."""
+    last = run / "last.safetensors"
+    return last if weights == "last" and last.exists() else run / "weights.safetensors"
