@@ -99,13 +99,14 @@ def _out_of_place(graph: Graph) -> None:
 
 
 def _of_types(packet: OpOverloadPacket | None, like: OpOverload) -> OpOverload | None:
-    """The operator of this name that takes arguments of the same types and changes none; its overload may have another
-    name.
-    """
-    types = [argument.type for argument in like._schema.arguments]
+    """The operator of this name that takes the same arguments and changes none; its overload may have another name."""
+
+    def types(operator: OpOverload) -> list[tuple]:
+        return [(argument.type, argument.default_value) for argument in operator._schema.arguments]
+
     for overload in () if packet is None else packet.overloads():
         found = getattr(packet, overload)
-        if [a.type for a in found._schema.arguments] == types and not found._schema.is_mutable:
+        if types(found) == types(like) and not found._schema.is_mutable:
             return found
     return None
 
