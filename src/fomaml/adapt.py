@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -18,6 +19,21 @@ from torch.func import functional_call
 from fomaml.errors import InputError
 
 Parameters = Mapping[str, Tensor]
+
+
+def call(model: nn.Module, state, args: tuple, kwargs: dict | None = None):
+    """`torch.func.functional_call`, after which the model has its own parameters again.
+
+    torch itself swaps those of a module that is reachable under two names twice, and puts the wrong ones back.
+    """
+    times = Counter(module for _, module in model.named_modules(remove_duplicate=False))
+    shared = [module for module, number in times.items() if number > 1]
+    own = [(slots, dict(slots)) for module in shared for slots in (module._parameters, module._buffers)]
+    try:
+        return functional_call(model, state, args, kwargs)
+    finally:
+        for slots, values in own:
+            slots.update(values)
 
 
 @dataclass(frozen=True)
@@ -148,7 +164,7 @@ class FastModel(nn.Module):
 
     def forward(self, *args, **kwargs):
         """The model's forward with the fast weights in place of its own."""
-        return functional_call(self._model[0], (self.weights, self._buffers_copy), args, kwargs)
+        return call(self._model[0], (self.weights, self._buffers_copy), args, kwargs)
 
     def step(self, loss: Tensor, lr: float | Mapping[str, float | Tensor]) -> None:
         """One step of gradient descent on `loss`, a scalar computed with this object.

@@ -11,12 +11,11 @@ from itertools import islice
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from fomaml import rates
-from fomaml.adapt import SGD, inner_loop, load
+from fomaml.adapt import SGD, call, inner_loop, load
 from fomaml.errors import InputError, positive
 from fomaml.models import BatchNorm, normalising, refuse_native
 from fomaml.objectives import Outcome, QueryLoss
@@ -261,7 +260,7 @@ class Problem:
         model, caught = self.learner.model, []
 
         def one_task(buffers, inputs):
-            functional_call(model, (self.meta, buffers), (inputs,))
+            call(model, (self.meta, buffers), (inputs,))
             return caught.pop()
 
         with model.get_submodule(module).register_forward_pre_hook(lambda _, args: caught.append(args[0])):
@@ -288,7 +287,7 @@ class Problem:
         def run(inputs, first=None):
             told = normalising(first=first, step=step, running=self.evaluating or None)
             with told, Padding() if padded else nullcontext():
-                return functional_call(self.learner.model, (parameters, buffers), (inputs,))
+                return call(self.learner.model, (parameters, buffers), (inputs,))
 
         if support is None:
             return run(inputs)

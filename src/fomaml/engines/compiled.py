@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.func import functional_call
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from fomaml.adapt import call
 from fomaml.engines import fusion, kernels, products, stacked
 from fomaml.engines.common import Found, out_of_memory
 from fomaml.engines.threads import one_by_one, side_by_side
@@ -128,7 +128,7 @@ class Compiled:
                     for name, value in zip(tensors, values)
                 }
                 chunk = Task(Examples(*examples[:2]), Examples(*examples[2:]))
-                gradients, *seen = functional_call(holder, state, (chunk, find))
+                gradients, *seen = call(holder, state, (chunk, find))
                 return [*(gradient.detach() for gradient in gradients), *seen]
 
             # one fake mode: by itself make_fx makes another for each node, which took more than half of its time
@@ -206,7 +206,7 @@ def _tensors(tasks: Task) -> list[Tensor]:
 
 
 class _Holder(nn.Module):
-    """Holds the learner so that `functional_call` can swap its state for the arguments of a trace."""
+    """Holds the learner so that `call` can swap its state for the arguments of a trace."""
 
     def __init__(self, learner: MetaLearner):
         super().__init__()

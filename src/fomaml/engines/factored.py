@@ -98,6 +98,7 @@ class _Linears(TorchFunctionMode):
         name = self.names.get(id(weight))
         if name is None:
             return self._other(function(*args, **kwargs), function, [inputs, bias])
+        self._other(inputs, function, [inputs, bias])
         call = len(self.calls)
         shared, product = self.kept.get(call, (None, None))
         if shared is None:
@@ -122,7 +123,9 @@ class _Linears(TorchFunctionMode):
 
     def _other(self, result, function, arguments):
         """The result of another function, unless it computes with a known weight: its change would be missed."""
-        if isinstance(result, Tensor):
+        if any(
+            isinstance(each, Tensor) for each in (result if isinstance(result, (list, tuple)) else [result])
+        ):
             flat = [a for part in arguments for a in (part if isinstance(part, (list, tuple)) else [part])]
             used = [self.names[id(a)] for a in flat if id(a) in self.names]
             if used:
