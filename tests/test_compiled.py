@@ -633,6 +633,23 @@ def test_second_order_through_a_batch_norm_in_evaluation(engine, monkeypatch):
     assert_agrees(found, meta_gradient(learner, tasks, engine="loop"), 1e-10)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch's own, under vmap
+@pytest.mark.parametrize("engine", ["loop", "batched"])
+def test_weight_norm_is_not_given_another_order(engine):
+    norm = nn.utils.parametrizations.weight_norm
+    layers = [
+        norm(nn.Conv2d(2, 16, 3)),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        norm(nn.Conv2d(16, 16, 3)),
+        nn.Flatten(),
+    ]
+    model = nn.Sequential(*layers, nn.Linear(256, 4)).double()
+    tasks = draw((2, 8, 8), F.cross_entropy, tasks=3)
+    found = meta_gradient(FOMAML(model, LR, 2), tasks, engine=engine, compile=True)
+    assert_agrees(found, meta_gradient(FOMAML(model, LR, 2), tasks, engine="loop"), 1e-10)
+
+
 @pytest.mark.parametrize("engine", ["loop", "batched"])
 @pytest.mark.parametrize("first", [3, 16], ids=["torch's", "the kernel's"])
 def test_columns_of_one_channel(engine, first):

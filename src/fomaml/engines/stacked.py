@@ -27,10 +27,11 @@ def lift(module: GraphModule, inputs: Sequence[Tensor], shared: int, summed: int
     the results have a leading axis of length one. summed: so many of the results, the first, are summed over tasks.
 
     Raises:
-        RuntimeError: vmap does not take something in it, or it writes in place.
+        RuntimeError: vmap does not take something in it, it writes in place, or its results depend on the order of
+            numbers in memory.
     """
-    if any(map(fusion.writes, module.graph.nodes)):
-        raise RuntimeError("the function writes in place")
+    if any(fusion.writes(node) or fusion.reads_memory(node) for node in module.graph.nodes):
+        raise RuntimeError("the function writes in place, or depends on the order of numbers in memory")
 
     def lifted(*arguments: Tensor) -> list[Tensor]:
         def alone(*examples: Tensor) -> list[Tensor]:
