@@ -70,7 +70,7 @@ def settings(options: Options, config: TrainConfig) -> list[dict]:
     tasks = {(config.ways, config.shots): (config.test_query_shots, 1, 15)}
     for name in options.also:
         ways, shots = map(int, name.removesuffix("s").split("w"))
-        tasks[ways, shots] = (shots, 15)
+        tasks[ways, shots] = (*tasks.get((ways, shots), ()), shots, 15)
     copies = {
         "test_copies": options.copies,
         "test_jitter": options.jitter,

@@ -98,7 +98,7 @@ class _Linears(TorchFunctionMode):
         name = self.names.get(id(weight))
         if name is None:
             return self._other(function(*args, **kwargs), function, [inputs, bias])
-        self._other(inputs, function, [inputs, bias])
+        self._refuse(function, [inputs, bias])
         call = len(self.calls)
         shared, product = self.kept.get(call, (None, None))
         if shared is None:
@@ -123,17 +123,22 @@ class _Linears(TorchFunctionMode):
 
     def _other(self, result, function, arguments):
         """The result of another function, unless it computes with a known weight: its change would be missed."""
-        if any(
-            isinstance(each, Tensor) for each in (result if isinstance(result, (list, tuple)) else [result])
-        ):
-            flat = [a for part in arguments for a in (part if isinstance(part, (list, tuple)) else [part])]
-            used = [self.names[id(a)] for a in flat if id(a) in self.names]
-            if used:
-                raise InputError(
-                    f"the factored engine does not take this model: {used[0]!r} is used outside of a linear layer "
-                    f"({getattr(function, '__name__', function)}); use engine='batched' or 'loop'"
-                )
+        if any(isinstance(each, Tensor) for each in _flat([result])):
+            self._refuse(function, arguments)
         return result
+
+    def _refuse(self, function, arguments) -> None:
+        used = [self.names[id(a)] for a in _flat(arguments) if id(a) in self.names]
+        if used:
+            raise InputError(
+                f"the factored engine does not take this model: {used[0]!r} is used outside of a linear layer "
+                f"({getattr(function, '__name__', function)}); use engine='batched' or 'loop'"
+            )
+
+
+def _flat(parts: list) -> list:
+    """The parts, and those of lists and tuples among them."""
+    return [each for part in parts for each in (part if isinstance(part, (list, tuple)) else [part])]
 
 
 def _linear_arguments(input, weight, bias=None):

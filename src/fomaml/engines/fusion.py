@@ -47,7 +47,7 @@ def rewrite(module: GraphModule) -> set[int]:
             graph.erase_node(node)
     _out_of_place(graph)
     graph.eliminate_dead_code()
-    if any(reads_memory(node) or writes(node) for node in graph.nodes):
+    if any(map(keeps_memory, graph.nodes)):
         module.recompile()
         return set()
     for node in graph.nodes:
@@ -111,14 +111,14 @@ def _of_types(packet: OpOverloadPacket | None, like: OpOverload) -> OpOverload |
     return None
 
 
-def reads_memory(node: Node) -> bool:
-    """Whether what a node finds depends on the order of its inputs in memory; weight norm (2.14) ignores strides."""
+def keeps_memory(node: Node) -> bool:
+    """Whether a node writes in place, or what it finds depends on the order of its inputs in memory: weight norm (2.14)
+    ignores strides.
+    """
     if not isinstance(node.target, OpOverload):
         return False
-    name = node.target._schema.name
-    return node.target is aten.as_strided.default or name.startswith(
-        ("aten::_weight_norm", "aten::linalg", "aten::_linalg")
-    )
+    dependent = node.target._schema.name.startswith(("aten::_weight_norm", "aten::linalg", "aten::_linalg"))
+    return dependent or node.target is aten.as_strided.default or writes(node)
 
 
 def writes(node: Node) -> bool:

@@ -30,7 +30,7 @@ def lift(module: GraphModule, inputs: Sequence[Tensor], shared: int, summed: int
         RuntimeError: vmap does not take something in it, it writes in place, or its results depend on the order of
             numbers in memory.
     """
-    if any(fusion.writes(node) or fusion.reads_memory(node) for node in module.graph.nodes):
+    if any(map(fusion.keeps_memory, module.graph.nodes)):
         raise RuntimeError("the function writes in place, or depends on the order of numbers in memory")
 
     def lifted(*arguments: Tensor) -> list[Tensor]:
