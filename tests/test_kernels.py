@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import platform
 import subprocess
 import sys
 import tempfile
@@ -455,6 +456,25 @@ def test_convolutions_agree_with_torch(images, window, stride, padding, channels
     without = kernels.convolution(inputs, weights, None, stride, padding)
     shift = bias[..., None, None] if shared else bias[:, None, :, None, None]
     torch.testing.assert_close(without + shift, found, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names of x86-64 processors")
+@pytest.mark.parametrize("processor", ["x86-64-v2", "x86-64-v3"])
+def test_narrower_vectors_agree_too(fresh, monkeypatch, processor):
+    if processor == "x86-64-v3" and not {"avx2", "fma"} <= set(kernels._processor().split()):
+        pytest.skip("this processor has no AVX2")
+    flags = [flag for flag in kernels.FLAGS if flag != "-march=native"]
+    monkeypatch.setattr(kernels, "FLAGS", (*flags, f"-march={processor}"))
+    for dtype in (torch.float32, torch.float64):
+        for shared in (False, True):
+            for channels, outputs in ((32, 64), (48, 16), (16, 5), (2, 48), (7, 32)):
+                for images, window, stride, padding in (
+                    ((5, 7, 7), (3, 3), (2, 2), (1, 1)),
+                    ((6, 12, 12), (1, 3), (1, 1), (0, 1)),
+                ):
+                    test_convolutions_agree_with_torch(
+                        images, window, stride, padding, channels, outputs, shared, dtype
+                    )
 
 
 def test_derivatives_that_are_not_wanted_are_left_out():

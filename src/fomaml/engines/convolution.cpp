@@ -16,19 +16,30 @@ namespace {
 
 using Size = std::ptrdiff_t;
 
+// A vector register of the processor that this is built for. Wider ones would live in memory, several times slower.
+#if defined(__AVX512F__)
+constexpr int BYTES = 64, REGISTERS = 32;
+#elif defined(__AVX__)
+constexpr int BYTES = 32, REGISTERS = 16;
+#elif defined(__aarch64__)
+constexpr int BYTES = 16, REGISTERS = 32;
+#else
+constexpr int BYTES = 16, REGISTERS = 16;
+#endif
+
 template <typename T>
 struct Lanes;
 template <>
 struct Lanes<float> {
-    typedef float V __attribute__((vector_size(64), aligned(4), may_alias));
-    typedef int I __attribute__((vector_size(64)));
-    static constexpr int L = 16;
+    typedef float V __attribute__((vector_size(BYTES), aligned(4), may_alias));
+    typedef int I __attribute__((vector_size(BYTES)));
+    static constexpr int L = BYTES / sizeof(float);
 };
 template <>
 struct Lanes<double> {
-    typedef double V __attribute__((vector_size(64), aligned(8), may_alias));
-    typedef long long I __attribute__((vector_size(64)));
-    static constexpr int L = 8;
+    typedef double V __attribute__((vector_size(BYTES), aligned(8), may_alias));
+    typedef long long I __attribute__((vector_size(BYTES)));
+    static constexpr int L = BYTES / sizeof(double);
 };
 
 struct Shape {
@@ -97,49 +108,51 @@ inline typename Lanes<T>::V sums(typename Lanes<T>::V* v) {
     return v[0];
 }
 
-// outputs[pixel][out] = bias + patch · weight, in tiles of 4 × 4 dot products
+constexpr int DOWN = 4, ACROSS = REGISTERS / 8;  // of a tile of dot products; it fills half of the registers
+
+// outputs[pixel][out] = bias + patch · weight, in tiles of dot products
 template <typename T>
 void forward_wide(const T* padded, const std::vector<Size>& at, const T* w, const T* bias, T* y, const Shape& s) {
     using V = typename Lanes<T>::V;
     constexpr int L = Lanes<T>::L;
     const Size pixels = s.pixels(), run = s.run(), patch = s.patch();
-    for (Size p = 0; p < pixels; p += 4) {
-        const T* a[4];
-        for (int r = 0; r < 4; ++r) a[r] = padded + at[std::min(p + r, pixels - 1)];
-        for (Size o = 0; o < s.outputs; o += 4) {
-            const T* b[4];
-            for (int c = 0; c < 4; ++c) b[c] = w + std::min(o + c, s.outputs - 1) * patch;
-            V acc[16] = {};
+    for (Size p = 0; p < pixels; p += DOWN) {
+        const T* a[DOWN];
+        for (int r = 0; r < DOWN; ++r) a[r] = padded + at[std::min(p + r, pixels - 1)];
+        for (Size o = 0; o < s.outputs; o += ACROSS) {
+            const T* b[ACROSS];
+            for (int c = 0; c < ACROSS; ++c) b[c] = w + std::min(o + c, s.outputs - 1) * patch;
+            V acc[DOWN * ACROSS] = {};
             for (Size i = 0; i < s.rows; ++i) {
                 const Size from = i * s.line(), with = i * run;
                 for (Size k = 0; k < run; k += L) {
-                    V left[4], right[4];
+                    V left[DOWN], right[ACROSS];
 #pragma GCC unroll 4
-                    for (int r = 0; r < 4; ++r) left[r] = *reinterpret_cast<const V*>(a[r] + from + k);
+                    for (int r = 0; r < DOWN; ++r) left[r] = *reinterpret_cast<const V*>(a[r] + from + k);
 #pragma GCC unroll 4
-                    for (int c = 0; c < 4; ++c) right[c] = *reinterpret_cast<const V*>(b[c] + with + k);
+                    for (int c = 0; c < ACROSS; ++c) right[c] = *reinterpret_cast<const V*>(b[c] + with + k);
 #pragma GCC unroll 4
-                    for (int r = 0; r < 4; ++r)
+                    for (int r = 0; r < DOWN; ++r)
 #pragma GCC unroll 4
-                        for (int c = 0; c < 4; ++c) acc[4 * r + c] += left[r] * right[c];
+                        for (int c = 0; c < ACROSS; ++c) acc[ACROSS * r + c] += left[r] * right[c];
                 }
             }
-            T found[16];
-#pragma GCC unroll 2
-            for (int g = 0; g < 16; g += L) {
+            T found[DOWN * ACROSS];
+#pragma GCC unroll 4
+            for (int g = 0; g < DOWN * ACROSS; g += L) {
                 const V sum = sums<T>(acc + g);
                 std::memcpy(found + g, &sum, sizeof sum);
             }
-            const Size rows = std::min<Size>(4, pixels - p), columns = std::min<Size>(4, s.outputs - o);
+            const Size rows = std::min<Size>(DOWN, pixels - p), columns = std::min<Size>(ACROSS, s.outputs - o);
             for (Size r = 0; r < rows; ++r)
                 for (Size c = 0; c < columns; ++c)
-                    y[(p + r) * s.outputs + o + c] = found[4 * r + c] + (bias ? bias[o + c] : T(0));
+                    y[(p + r) * s.outputs + o + c] = found[ACROSS * r + c] + (bias ? bias[o + c] : T(0));
         }
     }
 }
 
 constexpr Size MANY = 100;  // pixels of a task from which on turning its weights pays
-constexpr int ROWS = 6;  // of a tile; with 4 vectors a row it fills 24 of 32 registers
+constexpr int ROWS = 6, WIDTH = REGISTERS / 8;  // of a tile of vectors; it fills three quarters of the registers
 
 // acc[r] += sum over k of a[r][k * step] · b(k), b(k) a row of VECTORS vectors
 template <typename T, int VECTORS, typename B>
@@ -165,14 +178,12 @@ inline void outer(const T* const* a, Size step, Size count, B b, typename Lanes<
         for (int v = 0; v < VECTORS; ++v) acc[r][v] = sum[r][v];
 }
 
-// calls body<vectors>(first column) over columns, four vectors at a time and then what is left
-template <typename T, typename Body>
-inline void over_columns(Size columns, Body body) {
-    constexpr int L = Lanes<T>::L;
-    Size c = 0;
-    for (; c + 4 * L <= columns; c += 4 * L) body(c, std::integral_constant<int, 4>());
-    for (; c + 2 * L <= columns; c += 2 * L) body(c, std::integral_constant<int, 2>());
-    for (; c + L <= columns; c += L) body(c, std::integral_constant<int, 1>());
+// calls body<vectors>(first column) over columns, WIDTH vectors at a time and then what is left
+template <typename T, int VECTORS = WIDTH, typename Body>
+inline void over_columns(Size columns, Body body, Size c = 0) {
+    constexpr int STEP = VECTORS * Lanes<T>::L;
+    for (; c + STEP <= columns; c += STEP) body(c, std::integral_constant<int, VECTORS>());
+    if constexpr (VECTORS > 1) over_columns<T, VECTORS / 2>(columns, body, c);
 }
 
 // Pixels of the images whose row and column leave the same remainders by the strides: the same weights reach them.

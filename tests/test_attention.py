@@ -1,0 +1,113 @@
+"""torch's transformer layers: fused kernels of theirs have no second derivative, and no rule for vmap."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import reference
+from fomaml import FastModel
+from fomaml.algorithms import FOMAML, MAML, ProtoMAML, iMAML
+from fomaml.engines import meta_gradient
+from fomaml.engines.choose import curve
+from fomaml.tasks import Examples, Task
+
+LR, STEPS = 0.1, 2
+
+
+class Encoder(nn.Module):
+    """Inputs (examples, 5, 8); in evaluation mode its layer has a fused kernel of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, inputs):
+        return self.head(self.layer(inputs).mean(1))
+
+
+def made(training):
+    labels = torch.arange(3).repeat(2).expand(4, -1)
+    tasks = Task(*(Examples(torch.randn(4, 6, 5, 8).double(), labels) for _ in "ab"))
+    return Encoder().double().train(training), tasks
+
+
+def expected(algorithm, model, tasks):
+    with sdpa_kernel(SDPBackend.MATH):
+        return reference.over_tasks(
+            lambda m, t: algorithm(m, t, F.cross_entropy, dict.fromkeys(reference.learned(m), LR), STEPS),
+            model,
+            tasks,
+        )
+
+
+def assert_same(found, expected):
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("engine", ["loop", "batched", "auto"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("make, algorithm", [(FOMAML, reference.fomaml), (MAML, reference.maml)])
+def test_a_transformer_layer_in_either_order_and_mode(make, algorithm, training, engine, compile, recwarn):
+    model, tasks = made(training)
+    found = meta_gradient(make(model, LR, STEPS), tasks, engine=engine, compile=compile)
+    assert_same(found.gradients, expected(algorithm, model, tasks).gradients)
+    assert not [
+        str(w.message) for w in recwarn if "vmap" in str(w.message) or "batching rule" in str(w.message)
+    ]
+
+
+@pytest.mark.parametrize("engine", ["loop", "batched"])
+def test_the_implicit_gradient_differentiates_twice(engine):
+    model, tasks = made(True)
+    learner = iMAML(model, LR, STEPS, strength=5.0)
+    found = meta_gradient(learner, tasks, engine=engine)
+    with sdpa_kernel(SDPBackend.MATH):
+        by_hand = learner(tasks)
+        gradients = torch.autograd.grad(by_hand, list(model.parameters()))
+    assert_same(found.gradients, dict(zip(found.gradients, gradients)))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_start_from_features_of_a_transformer_layer(training):
+    model, tasks = made(training)
+    found = [
+        meta_gradient(ProtoMAML(model, LR, STEPS, head="head"), tasks, engine=engine).gradients
+        for engine in ("loop", "batched")
+    ]
+    assert_same(*found)
+
+
+def test_evaluation_batched_takes_no_task_after_the_other(recwarn):
+    model, tasks = made(False)
+    learner = FOMAML(model, LR, STEPS)
+    found, slow = (curve(learner, tasks, [0, 2], engine=engine) for engine in ("batched", "loop"))
+    for (losses, outputs), (others, same) in zip(found, slow):
+        torch.testing.assert_close(losses, others)
+        torch.testing.assert_close(outputs, same)
+    assert not [w for w in recwarn if "batching rule" in str(w.message)]
+
+
+def test_a_fast_model_differentiates_through_attention():
+    model, tasks = made(False)
+    fast = FastModel(model, first_order=False)
+    task = Task(*(Examples(*(tensor[0] for tensor in part)) for part in tasks))
+    for _ in range(STEPS):
+        fast.step(F.cross_entropy(fast(task.support.inputs), task.support.targets), LR)
+    F.cross_entropy(fast(task.query.inputs), task.query.targets).backward()
+    only = Task(*(Examples(*(tensor[:1] for tensor in part)) for part in tasks))
+    by_hand = expected(reference.maml, model, only)
+    assert_same({name: p.grad for name, p in model.named_parameters()}, by_hand.gradients)
+
+
+def test_the_users_choice_of_kernels_is_left():
+    model, tasks = made(True)
+    torch.backends.mha.set_fastpath_enabled(True)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        meta_gradient(FOMAML(model, LR, STEPS), tasks, engine="batched")
+        assert torch.backends.mha.get_fastpath_enabled()
+        assert torch.backends.cuda.flash_sdp_enabled() and not torch.backends.cuda.math_sdp_enabled()
