@@ -10,11 +10,13 @@ import copy
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fomaml.errors import InputError
 
@@ -34,6 +36,23 @@ def call(model: nn.Module, state, args: tuple, kwargs: dict | None = None):
     finally:
         for slots, values in own:
             slots.update(values)
+
+
+@contextmanager
+def open_attention(everywhere: bool) -> Iterator[None]:
+    """No fused layers, and, `everywhere`, no fused attention either.
+
+    Fused kernels have no second derivative, and for a CPU's flash attention vmap has no rule and takes one task after
+    the other. In evaluation mode torch's transformer layers do not see under vmap that their parameters are to be
+    differentiated.
+    """
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH) if everywhere else nullcontext():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
 
 
 @dataclass(frozen=True)
@@ -164,7 +183,8 @@ class FastModel(nn.Module):
 
     def forward(self, *args, **kwargs):
         """The model's forward with the fast weights in place of its own."""
-        return call(self._model[0], (self.weights, self._buffers_copy), args, kwargs)
+        with nullcontext() if self.first_order else open_attention(everywhere=True):
+            return call(self._model[0], (self.weights, self._buffers_copy), args, kwargs)
 
     def step(self, loss: Tensor, lr: float | Mapping[str, float | Tensor]) -> None:
         """One step of gradient descent on `loss`, a scalar computed with this object.

@@ -11,11 +11,10 @@ from itertools import islice
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from fomaml import rates
-from fomaml.adapt import SGD, call, inner_loop, load
+from fomaml.adapt import SGD, call, inner_loop, load, open_attention
 from fomaml.errors import InputError, positive
 from fomaml.models import BatchNorm, normalising, refuse_native
 from fomaml.objectives import Outcome, QueryLoss
@@ -265,7 +264,8 @@ class Problem:
 
         with model.get_submodule(module).register_forward_pre_hook(lambda _, args: caught.append(args[0])):
             run = torch.func.vmap(one_task, randomness="different") if self.stacked else one_task
-            return run(self.buffers, self.task.support.inputs)
+            with self._attention():
+                return run(self.buffers, self.task.support.inputs)
 
     def _losses(self, adapted, fixed, examples, support=None, step=0) -> tuple[Tensor, Tensor]:
         def one_task(adapted, buffers, examples, support):
@@ -273,11 +273,19 @@ class Problem:
             return self.learner.criterion(outputs, examples.targets), outputs
 
         arguments = (dict(adapted), self.buffers, examples, support)
-        if not self.stacked:
-            return one_task(*arguments)
         axes = (0, 0, 0, None if support is None else 0)
-        with open_attention(examples.inputs):
+        with self._attention():
+            if not self.stacked:
+                return one_task(*arguments)
             return torch.func.vmap(one_task, axes, randomness="different")(*arguments)
+
+    def _attention(self):
+        """Attention written out, where it is differentiated twice or under vmap; as it is elsewhere."""
+        twice = not self.first_order or getattr(self.learner.objective, "differentiates_twice", False)
+        if not (self.stacked or twice):
+            return nullcontext()
+        on_cpu = self.task.support.inputs.device.type == "cpu"
+        return open_attention(everywhere=twice or on_cpu)
 
     def _outputs(self, parameters, buffers, inputs, support, step) -> Tensor:
         """The model's outputs for the inputs of one task, batch norms told what they need to know."""
@@ -314,11 +322,6 @@ class Padding(TorchFunctionMode):
 
 def has_padding(model: nn.Module) -> bool:
     return any(isinstance(m, nn.Embedding) and m.padding_idx is not None for m in model.modules())
-
-
-def open_attention(inputs: Tensor):
-    """Attention written out: for a CPU's flash attention vmap has no rule and takes one task after the other."""
-    return sdpa_kernel(SDPBackend.MATH) if inputs.device.type == "cpu" else nullcontext()
 
 
 def minibatch(examples: Examples, size: int | None, step: int, stacked: bool) -> Examples:

@@ -96,6 +96,7 @@ class Implicit:
     strength: float
     cg_steps: int = 5
     damping: float = 0.0
+    differentiates_twice = True
 
     def __post_init__(self):
         positive("the proximal strength λ", self.strength)

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from fomaml.adapt import SGD
 from fomaml.errors import InputError
-from fomaml.learner import MetaLearner, Problem, open_attention
+from fomaml.learner import MetaLearner, Problem
 from fomaml.objectives import QueryLoss
 from fomaml.tasks import Task
 
@@ -222,7 +222,7 @@ class FactoredProblem(Problem):
             return self.learner.criterion(outputs, examples.targets), outputs, record
 
         axes = (0, 0, 0, 0, 0, None if support is None else 0)
-        with open_attention(examples.inputs):
+        with self._attention():
             losses, outputs, record = torch.func.vmap(one_task, axes, randomness="different")(
                 dense, changes, self.buffers, examples, kept, support
             )
