@@ -3,4 +3,4 @@
 # The last weights: the step size has come down to zero by then, and 300 validation tasks cannot tell them from the best.
 # Copies of each image at test are beside, not in, what stands against those figures.
 ALSO="5w1s 5w5s 20w5s" COPIES=8 WEIGHTS=last \
-    exec sh "$(dirname "$0")/omniglot.sh" omniglot_best --preset best-omniglot --seed 0 --autocast bfloat16
+    exec sh "$(dirname "$0")/omniglot.sh" omniglot_best --preset best-omniglot --seed 0 --autocast auto

@@ -32,7 +32,7 @@ LEARNED_RATES = ("none", "per-step", "elementwise")
 AUGMENTATIONS = ("none", "rotations", "turns", "warps")
 TEST_AUGMENTATIONS = ("none", "turns")
 SCHEDULES = ("constant", "cosine", "linear")
-PRECISIONS = ("none", "bfloat16")
+PRECISIONS = ("none", "bfloat16", "auto")
 ENGINES = ("auto", "loop", "batched", "factored")
 STATISTICS = ("own", "inductive", "both")
 PARTS = ("test", "validation")
@@ -189,7 +189,8 @@ class TrainConfig:
     compile: bool = False
     """Compile the meta-gradient: a minute or so at the start, faster steps after it."""
     autocast: str | None = None
-    """The precision of the forward passes in training: none (that of the weights; the default) or bfloat16."""
+    """The precision of the forward passes in training: none (that of the weights; the default), bfloat16, or auto
+    (bfloat16 where the device has instructions for it)."""
     seed: int = 0
     """The seed of weights and tasks."""
     device: str = "cpu"

@@ -26,8 +26,11 @@ from fomaml.build import (
     build_model,
     build_optimizer,
     build_schedule,
+    check_device,
+    has_bfloat16,
     open_data,
     with_image,
+    with_precision,
 )
 from fomaml.checkpoint import load_progress, load_state, load_weights, save_state, save_weights, write_text
 from fomaml.config import CLASSIFIERS, TrainConfig, from_json, to_json
@@ -59,7 +62,7 @@ def train_run(
             resume, a finished one.
     """
     data = open_data(config)
-    config = with_validation(with_image(config, data), data)
+    config = with_precision(with_validation(with_image(config, data), data))
     learner = build_learner(config, build_model(config))
     check_width(learner, data.test)
     if not resume:
@@ -103,6 +106,13 @@ def _train(
         else (config.engine, "as asked")
     )
     say(f"engine: {engine} ({why})")
+    if config.autocast != "none":
+        slow = (
+            ""
+            if has_bfloat16(check_device(config.device))
+            else ", which this device may only imitate, slowly"
+        )
+        say(f"forward passes in {config.autocast}{slow}")
     say(_validation(config, data))
     state, done, best, clock = out / "state.safetensors", 0, Best(), Clock()
     if state.exists():
