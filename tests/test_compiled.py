@@ -1,5 +1,6 @@
 """compile=True: rewritten meta-gradients against the slow loops of reference.py, and what a cache of them may miss."""
 
+import copy
 import gc
 import time
 import warnings
@@ -18,7 +19,7 @@ import reference
 import test_engines
 from fomaml.adapt import SGD
 from fomaml.algorithms import FOMAML, MAML, Reptile, iMAML
-from fomaml.engines import compiled, kernels, meta_gradient, products, stacked
+from fomaml.engines import compiled, fusion, kernels, meta_gradient, products, stacked
 from fomaml.engines.choose import ENGINES
 from fomaml.engines.kernels import norm_relu_pool, norm_relu_pool_backward
 from fomaml.engines.threads import one_by_one, side_by_side
@@ -650,22 +651,43 @@ def test_weight_norm_is_not_given_another_order(engine):
     assert_agrees(found, meta_gradient(FOMAML(model, LR, 2), tasks, engine="loop"), 1e-10)
 
 
-@pytest.mark.parametrize("engine", ["loop", "batched"])
-@pytest.mark.parametrize("first", [3, 16], ids=["torch's", "the kernel's"])
-def test_columns_of_one_channel(engine, first):
-    """torch 2.14 makes garbage of such convolutions when they are channels-last."""
-    model = nn.Sequential(
+def columns(first):
+    return [
         nn.Conv2d(1, first, (2, 3), stride=(1, 5)),
         nn.ReLU(),
         nn.Conv2d(first, 1, 1),
         nn.Conv2d(1, 5, (2, 1)),
-        nn.Flatten(),
-        nn.Linear(50, 4),
-    )
+    ]
+
+
+COLUMNS = {
+    "torch's": columns(3),
+    "the kernel's": columns(16),
+    "transposed": [nn.Conv2d(2, 3, (2, 5)), nn.ReLU(), nn.ConvTranspose2d(3, 1, (2, 1))],
+}
+
+
+@pytest.mark.parametrize("engine", ["loop", "batched"])
+@pytest.mark.parametrize("layers", COLUMNS.values(), ids=COLUMNS)
+def test_columns_of_one_channel(engine, layers, monkeypatch):
+    """torch 2.14 makes garbage of such convolutions when they are channels-last, on processors with AVX-512."""
+    ordered = []
+
+    def plain(images):
+        ordered.append(images.shape)
+        return kept(images)
+
+    kept = kernels.plain
+    monkeypatch.setattr(kernels, "plain", plain)
+    monkeypatch.setattr(fusion, "plain", plain)
+    channels = layers[0].in_channels
+    size = nn.Sequential(*layers)(torch.zeros(1, channels, 12, 5)).numel()
+    model = nn.Sequential(*copy.deepcopy(layers), nn.Flatten(), nn.Linear(size, 4))
     for _ in range(3):
-        tasks = draw((1, 12, 5), F.cross_entropy, tasks=4).to(dtype=torch.float32)
+        tasks = draw((channels, 12, 5), F.cross_entropy, tasks=4).to(dtype=torch.float32)
         learner = FOMAML(model, LR, 1)
         found = meta_gradient(learner, tasks, engine=engine, compile=True)
+        assert ordered
         expected = meta_gradient(FOMAML(model, LR, 1), tasks, engine="loop")
         torch.testing.assert_close(found.query_losses, expected.query_losses, rtol=1e-4, atol=1e-5)
         for name, gradient in expected.gradients.items():

@@ -224,16 +224,20 @@ def _channels_last(graph: Graph) -> set[int]:
 
 
 def _is_misread(node: Node) -> bool:
-    return node.target is aten.convolution.default and misread(
-        node.args[0].meta["val"].shape, node.meta["val"].shape
-    )
+    """Whether torch may make garbage of a node's convolution, which the derivative of a transposed one has inside."""
+    if node.target is aten.convolution.default:
+        return misread(node.args[0].meta["val"].shape, node.meta["val"].shape)
+    if node.target is aten.convolution_backward.default and node.args[7]:
+        return misread(node.args[0].meta["val"].shape, node.args[1].meta["val"].shape)
+    return False
 
 
-def _in_plain_order(graph: Graph, convolution: Node) -> None:
-    """Give a convolution its images and weights in the ordinary order of memory."""
-    with graph.inserting_before(convolution):
-        inputs, weights = (graph.call_function(plain, (argument,)) for argument in convolution.args[:2])
-    convolution.args = (inputs, weights, *convolution.args[2:])
+def _in_plain_order(graph: Graph, node: Node) -> None:
+    """Give a convolution or its derivative its images and weights in the ordinary order of memory."""
+    number = 2 if node.target is aten.convolution.default else 3
+    with graph.inserting_before(node):
+        ordered = [graph.call_function(plain, (argument,)) for argument in node.args[:number]]
+    node.args = (*ordered, *node.args[number:])
 
 
 def _forget_moves(norm: Node) -> None:

@@ -135,7 +135,7 @@ def convolution(inputs: Tensor, weights: Tensor, bias: Tensor | None, *kind) -> 
     order = kernels.channels_last
     if inputs.shape[2] == 1:
         outputs = _like_convolution(inputs.to("meta"), weights.to("meta"), None, *kind)
-        order = kernels.plain if kernels.misread(inputs.shape, outputs.shape) else order
+        order = _order(inputs, outputs)
     alone = [
         aten.convolution(
             image, weight, None if bias is None else bias[task if bias.dim() == 2 else ...], *kind
@@ -149,9 +149,12 @@ def by_inputs(slope: Tensor, inputs: Tensor, weights: Tensor, *kind) -> Tensor:
     """The derivatives of `convolution` by its inputs."""
     if _takes(inputs, weights, kind, by_inputs=True):
         return kernels.convolution_backward(slope, inputs, weights, *kind[:2], (True, False, False))[0]
+    order = (
+        _order(slope, inputs) if kind[3] else kernels.channels_last
+    )  # transposed: a convolution of the slope
     return _stack(
-        aten.convolution_backward(kernels.channels_last(own), *pair, None, *kind, (True, False, False))[0]
-        for own, pair in zip(slope, _pairs(inputs, weights))
+        aten.convolution_backward(order(own), *pair, None, *kind, (True, False, False))[0]
+        for own, pair in zip(slope, _pairs(inputs, weights, order))
     )
 
 
@@ -165,6 +168,11 @@ def by_weights(slope: Tensor, inputs: Tensor, weights: Tensor, *kind) -> tuple[T
         for own, pair in zip(slope, _pairs(inputs, weights))
     ]
     return _stack([each[0] for each in alone]), torch.stack([each[1] for each in alone])
+
+
+def _order(inputs: Tensor, outputs: Tensor) -> Callable[[Tensor], Tensor]:
+    """The order of memory in which torch's convolution of such images can be trusted."""
+    return kernels.plain if kernels.misread(inputs.shape, outputs.shape) else kernels.channels_last
 
 
 def _takes(inputs: Tensor, weights: Tensor, kind: tuple, by_inputs: bool = False) -> bool:
