@@ -694,6 +694,24 @@ def test_columns_of_one_channel(engine, layers, monkeypatch):
             torch.testing.assert_close(found.gradients[name], gradient, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("engine", ["loop", "batched"])
+def test_subtracted_masks_are_left(engine):
+    class Marked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.into, self.head = nn.Conv2d(2, 4, 3), nn.Linear(144, 4)
+
+        def forward(self, inputs):
+            dark = inputs[:, :1, :6, :6] < 0
+            return self.head((self.into(inputs) - dark * 2.0 - dark.long() * 3).flatten(1))
+
+    model, tasks = Marked().double(), draw((2, 8, 8), F.cross_entropy, tasks=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = meta_gradient(FOMAML(model, LR, 2), tasks, engine=engine, compile=True)
+    assert_agrees(found, meta_gradient(FOMAML(model, LR, 2), tasks, engine="loop"), 1e-10)
+
+
 # --- random numbers ---------------------------------------------------------------------------------
 
 

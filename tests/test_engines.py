@@ -685,6 +685,44 @@ def test_curve_of_a_recurrent_model_takes_the_loop(inductive):
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
+class Particular(nn.Module):
+    """Raises what is no RuntimeError, under vmap only."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, inputs):
+        if torch._C._functorch.is_batchedtensor(inputs):
+            raise ValueError("not these")
+        return self.head(inputs)
+
+
+@pytest.mark.parametrize("engine", ["batched", "factored"])
+@pytest.mark.parametrize(
+    ("build", "reason"), [(Recurrent, "Batching rule not implemented"), (Particular, "not these")]
+)
+def test_an_engine_that_does_not_take_the_module_says_which_one_does(build, reason, engine):
+    learner, tasks = FOMAML(build().double(), LR, 1), draw((6,), F.cross_entropy)
+    message = rf"engine='{engine}' does not take this module, 'loop' does: {reason}"
+    with pytest.raises(InputError, match=message) as raised:
+        meta_gradient(learner, tasks, engine=engine)
+    assert reason in str(raised.value.__cause__)
+    with pytest.raises(InputError, match=message):
+        curve(learner, tasks, [1], engine=engine)
+    assert meta_gradient(learner, tasks).engine == "loop"
+
+
+def test_an_error_of_the_module_itself_stays_as_it_is():
+    class Wrong(Particular):
+        def forward(self, inputs):
+            raise KeyError("lost")
+
+    for engine in ("loop", "batched", "factored", "auto"):
+        with pytest.raises(KeyError, match="lost"):
+            meta_gradient(FOMAML(Wrong().double(), LR, 1), draw((6,), F.cross_entropy), engine=engine)
+
+
 def test_inductive_curve_refuses_a_native_batch_norm_that_would_see_the_query_set():
     model, tasks, criterion = example("batch-norm")
     with pytest.raises(InputError, match=r"'1'.*convert_batch_norm"):

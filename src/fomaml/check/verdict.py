@@ -160,7 +160,8 @@ def _engine(own: Trial, trial: Trial, exact: Trial, engine: str, first_order: bo
             when = " with dropout off"
             trial._replace(inner_steps=1).gradient(engine, first_order)
         gradients, moved = exact.gradient(engine, first_order)
-    except Exception as error:
+    except Exception as found:
+        error = found.__cause__ or found  # what an engine explains, here has cures by its own words
         cure = LOOP if engine != "loop" else "" if first_order else FIRST
         plain = short(error), "" if isinstance(error, InputError) else cure
         text, cure = next((known for part, known in REASONS.items() if part in str(error)), plain)

@@ -49,9 +49,11 @@ def meta_gradient(
         try:
             names, found = _found(learner, tasks, engine, size, compile, autocast)
             return accumulate(names, found, engine)
-        except (IndexError, RuntimeError) as error:
+        except InputError:
+            raise
+        except Exception as error:  # whatever a module raises
             if size == 1 or not out_of_memory(error):
-                check_outputs(learner, tasks)  # the likeliest reason, told in words
+                _explain(error, learner, tasks, engine)
                 raise
         size = _fits[learner] = (size + 1) // 2
         warnings.warn(f"out of memory: {size} tasks at once from now on", RuntimeWarning, stacklevel=2)
@@ -70,7 +72,22 @@ def curve(
     engine = _engine(learner, tasks, engine)
     size = _at_once(learner, tasks, engine, tasks_at_once)
     problems = (ENGINES[engine](learner, chunk, evaluating=True) for chunk in chunks(tasks, size))
-    return curves(problems, at_steps, inductive)
+    try:
+        return curves(problems, at_steps, inductive)
+    except InputError:
+        raise
+    except Exception as error:
+        _explain(error, learner, tasks, engine)
+        raise
+
+
+def _explain(error: Exception, learner: MetaLearner, tasks: Task, engine: str) -> None:
+    """Raise `InputError` where an engine's error has a reason that can be told in words."""
+    if isinstance(error, IndexError | RuntimeError):
+        check_outputs(learner, tasks)  # the likeliest reason
+    if engine != "loop" and all(_works(learner, loop, task) for task in chunks(tasks, 1)):
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"engine={engine!r} does not take this module, 'loop' does: {reason}") from error
 
 
 def check_outputs(learner: MetaLearner, tasks: Task, ways: int | None = None) -> None:
@@ -212,7 +229,7 @@ def _works(learner: MetaLearner, engine, tasks: Task) -> Problem | None:
         with torch.random.fork_rng(devices=[]):
             differentiate(learner, engine.problem(learner, tasks), count(tasks))
             return engine.problem(learner, tasks)
-    except (InputError, RuntimeError):
+    except Exception:  # whatever a module raises
         return None
 
 

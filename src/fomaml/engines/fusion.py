@@ -247,11 +247,13 @@ def _forget_moves(norm: Node) -> None:
 
 
 def _subtract_scaled(node: Node) -> None:
-    """φ - α g as one operation."""
+    """φ - α g as one operation, which takes no numbers of other types."""
     if node.target is not aten.sub.Tensor or node.kwargs:
         return
     left, right = node.args
-    if getattr(right, "target", None) is aten.mul.Tensor and isinstance(right.args[1], float | int):
+    if getattr(right, "target", None) is not aten.mul.Tensor or not isinstance(right.args[1], float | int):
+        return
+    if right.args[0].meta["val"].dtype == node.meta["val"].dtype and node.meta["val"].is_floating_point():
         node.args, node.kwargs = (left, right.args[0]), {"alpha": right.args[1]}
 
 
