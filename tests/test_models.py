@@ -227,3 +227,11 @@ def test_a_converted_net_has_an_inductive_curve():
     tasks = draw((1, 6, 6), F.cross_entropy)
     (_, inductive), (_, transductive) = (curve(learner, tasks, [1], inductive=i)[0] for i in (True, False))
     assert (inductive - transductive).abs().max() > 1e-3
+
+
+def test_the_norm_of_a_single_example_is_exactly_its_shift():
+    norm = BatchNorm(3)
+    norm.bias.data = torch.tensor([0.0, 0.5, -0.1])
+    norm.weight.data = torch.tensor([1.7, 0.3, 2.9])
+    for number in range(5):
+        assert torch.equal(norm(torch.randn(1, 3) * 10**number), norm.bias[None])

@@ -111,7 +111,8 @@ class BatchNorm(nn.Module):
         scale = torch.rsqrt(variance + self.eps)
         if self.weight is not None:
             scale = scale * self.weight.view(shape)
-        return torch.addcmul(self.bias.view(shape) - mean * scale, inputs, scale)
+        # of a single example exactly β in every engine: rounding would fall on either side of a ReLU's kink
+        return torch.addcmul(self.bias.view(shape), inputs - mean, scale)
 
     def freeze(self, mean: Tensor, variance: Tensor) -> None:
         """Take these (channels,) statistics for good: the policy becomes "frozen"."""

@@ -85,7 +85,9 @@ def _explain(error: Exception, learner: MetaLearner, tasks: Task, engine: str) -
     """Raise `InputError` where an engine's error has a reason that can be told in words."""
     if isinstance(error, IndexError | RuntimeError):
         check_outputs(learner, tasks)  # the likeliest reason
-    if engine != "loop" and all(_works(learner, loop, task) for task in chunks(tasks, 1)):
+    if engine == "loop" or out_of_memory(error):
+        return
+    if all(_works(learner, loop, task) for task in chunks(tasks, 1)):
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"engine={engine!r} does not take this module, 'loop' does: {reason}") from error
 

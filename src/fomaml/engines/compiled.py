@@ -6,11 +6,11 @@ operations, which `torch.compile`'s backend fuses; no autograd graph is recorded
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import partial
-from types import NoneType
 from weakref import WeakKeyDictionary
 
 import torch
@@ -50,8 +50,17 @@ def function(
             "compile=True does not take the multi-step loss: its weights change at every iteration"
         )
     watched = _watched.get(learner)
-    if watched is None or watched.changed():
-        watched = _watched[learner] = Watched(learner)
+    changed = watched and watched.changed()
+    if watched is None or changed:
+        times = watched.times + 1 if watched else 0
+        if times == MANY_TIMES:
+            warnings.warn(
+                f"{changed} has changed {times} times; what is compiled has it built in, and is compiled anew: "
+                "make it a buffer, or use compile=False",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+        watched = _watched[learner] = Watched(learner, times)
     known = watched.known
     order = learner.first_order(learner.iteration) if callable(learner.first_order) else learner.first_order
     like = tuple((tensor.shape, tensor.dtype, tensor.device) for part in tasks for tensor in part)
@@ -60,8 +69,8 @@ def function(
     sizes = tuple(getattr(learner.inner_lr, "sizes", {}).items())
     parts = (learner.optimizer, learner.objective, learner.criterion, learner.start)
     numbers = (learner.inner_steps, learner.inner_batch_size)
-    adapted = tuple(learner.adapted)
-    key = (facts, order, numbers, adapted, sizes, modes, kinds, like, *map(id, parts))
+    names = (tuple(learner.adapted), tuple(learner.meta_learned))
+    key = (facts, order, numbers, names, sizes, modes, kinds, like, *map(id, parts))
     if key not in known:
         try:
             known[key] = Compiled(learner, tasks, find, alone), parts  # held, so that their ids stay theirs
@@ -75,6 +84,7 @@ def function(
             if tasks.support.inputs.device.type == "cpu" and not kernels.compiler():
                 reason = "there is no C++ compiler on this machine"
             warnings.warn(f"compile=True runs uncompiled: {reason}", RuntimeWarning, stacklevel=4)
+        watched.settle()
     return known[key][0]
 
 
@@ -82,29 +92,90 @@ class Watched:
     """What was compiled for a learner, and its modules as they were then.
 
     known: the functions by what they depend on. modules, parameters: kept since walking through them would take a tenth
-    of a small compiled meta-gradient.
+    of a small compiled meta-gradient. times: how often something had changed before.
     """
 
-    def __init__(self, learner: MetaLearner):
+    def __init__(self, learner: MetaLearner, times: int = 0):
         self.known: dict[tuple, tuple] = {}
+        self.times = times
         self.modules = tuple(learner.modules())[1:]
         self.parameters = tuple(learner.parameters())
-        self._children = [(module._modules, dict(module._modules)) for module in learner.modules()]
-        self._settings = [
-            (vars(module), name, value)
-            for module in self.modules
-            for name, value in vars(module).items()
-            if name != "training" and isinstance(value, bool | float | str | tuple | NoneType)
-        ]
+        self._no_hooks: list[dict] = []
+        self._attributes: list[tuple] = []  # name, where it is, key, value
+        self._containers: list[tuple] = []  # name, container, a copy
+        self._nested: list[tuple] = []  # name, container, what is in it
+        for module_name, module in learner.named_modules():
+            own = vars(module)
+            for name in HOOKS:
+                if not own[name]:
+                    self._no_hooks.append(own[name])
+            keys = [] if module is learner else [key for key in own if key not in OF_ALL_MODULES]
+            for key in (*filter(own.get, ("_modules", *HOOKS)), *keys):
+                self._watch(f"{module_name}.{key}".removeprefix("model.").lstrip("."), own, key)
 
-    def changed(self) -> bool:
-        """Whether a module was replaced, or an attribute of one that is no tensor, module or count: what was traced
-        has them built in.
+    def _watch(self, name: str, own: dict, key: str) -> None:
+        value = own[key]
+        self._attributes.append((name, own, key, value))
+        if not isinstance(value, CONTAINERS):
+            return
+        content = _content(value)
+        if not all(map(_compares, content)):
+            self._nested.append((name, value, content))
+        elif not isinstance(value, tuple):  # which is another if its content is
+            self._containers.append((name, value, copy.copy(value)))
+
+    def changed(self) -> str:
+        """What was replaced or has other contents: an attribute of a module, its hooks and children too; else "".
+
+        What was traced has them built in.
         """
-        replaced = any(now != then for now, then in self._children)
-        return replaced or any(
-            own.get(name) is not value and own.get(name) != value for own, name, value in self._settings
-        )
+        if any(self._no_hooks):
+            return "a hook of a module"
+        for name, own, key, value in self._attributes:
+            now = own.get(key)
+            if now is not value and not _same(_content(now), _content(value)):
+                return name
+        for name, now, then in self._containers:
+            if now != then:
+                return name
+        return next((name for name, now, then in self._nested if not _same(_content(now), then)), "")
+
+    def settle(self) -> None:
+        """Watch no more what the trace has changed: the forward pass writes it itself."""
+        self._no_hooks = [hooks for hooks in self._no_hooks if not hooks]
+        while name := self.changed():
+            for kind in (self._attributes, self._containers, self._nested):
+                kind[:] = [each for each in kind if each[0] != name]
+
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+OF_ALL_MODULES = frozenset(vars(nn.Module()))
+CONTAINERS = dict | list | tuple | set
+PLAIN = int | float | complex | str | bytes | None
+MANY_TIMES = 5
+
+
+def _content(value):
+    """What is in a container; any other value itself."""
+    if isinstance(value, dict):
+        return [*value, *map(_content, value.values())]
+    return [*map(_content, value)] if isinstance(value, CONTAINERS) else value
+
+
+def _same(now, then) -> bool:
+    """Whether it is the same tensor, function or other object; plain values and contents may be equal ones."""
+    if now is then:
+        return True
+    if type(now) is not type(then):
+        return False
+    if isinstance(now, list):
+        return len(now) == len(then) and all(map(_same, now, then))
+    return isinstance(now, PLAIN) and now == then
+
+
+def _compares(value) -> bool:
+    """Whether == says if it is the same: not so for tensors."""
+    return isinstance(value, PLAIN) or type(value).__eq__ is object.__eq__
 
 
 class Compiled:
