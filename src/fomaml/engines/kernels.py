@@ -28,8 +28,9 @@ SOURCES = [
     Path(__file__).with_name(name) for name in ("norm_relu_pool.cpp", "convolution.cpp", "vectors.cpp")
 ]
 HEADER = Path(__file__).with_name("crew.h")
-FAST = ("-O3", "-march=native", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math")
-FLAGS = (*FAST, "-std=c++17", "-shared", "-fPIC", "-pthread")
+NATIVE = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
+FAST = ("-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math")
+FLAGS = (*FAST, NATIVE, "-std=c++17", "-shared", "-fPIC", "-pthread")
 NAMES = {torch.float32: "float32", torch.float64: "float64"}
 COMPILERS = ("c++", "g++", "clang++")
 DIGEST = hashlib.sha256().digest_size
