@@ -596,8 +596,9 @@ class Scaled(nn.Module):
         return self.function(inputs) * scale
 
 
+@pytest.mark.parametrize("engine", ["loop", "batched"])
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_changed_module_is_compiled_again(change, monkeypatch):
+def test_a_changed_module_is_compiled_again(change, engine, monkeypatch):
     untouched(monkeypatch)
     layers = [
         nn.Conv2d(2, 4, 3),
@@ -610,13 +611,13 @@ def test_a_changed_module_is_compiled_again(change, monkeypatch):
     model = nn.Sequential(*layers).double()
     tasks = draw((2, 8, 8), F.cross_entropy, tasks=2)
     learner = FOMAML(model, LR, 2)
-    before = meta_gradient(learner, tasks, engine="loop", compile=True)
+    before = meta_gradient(learner, tasks, engine=engine, compile=True)
     function = compiled._watched[learner]
     meta_gradient(learner, tasks, engine="loop")  # counts, which is no change
-    meta_gradient(learner, tasks, engine="loop", compile=True)
+    meta_gradient(learner, tasks, engine=engine, compile=True)
     assert compiled._watched[learner] is function
     CHANGES[change](model)
-    after = meta_gradient(learner, tasks, engine="loop", compile=True)
+    after = meta_gradient(learner, tasks, engine=engine, compile=True)
     assert (before.query_losses - after.query_losses).abs().max() > 1e-6
     assert_agrees(after, meta_gradient(FOMAML(model, LR, 2), tasks, engine="loop"), 1e-10)
 

@@ -26,7 +26,6 @@ from fomaml.build import (
     build_model,
     build_optimizer,
     build_schedule,
-    check_device,
     has_bfloat16,
     open_data,
     with_image,
@@ -107,11 +106,7 @@ def _train(
     )
     say(f"engine: {engine} ({why})")
     if config.autocast != "none":
-        slow = (
-            ""
-            if has_bfloat16(check_device(config.device))
-            else ", which this device may only imitate, slowly"
-        )
+        slow = "" if has_bfloat16(config.device) else ", which this device may only imitate, slowly"
         say(f"forward passes in {config.autocast}{slow}")
     say(_validation(config, data))
     state, done, best, clock = out / "state.safetensors", 0, Best(), Clock()

@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fomaml.engines import batched, compiled, factored, loop
-from fomaml.engines.common import Found, MetaGradient, accumulate, curves, differentiate, out_of_memory
+from fomaml.engines.common import (
+    Found,
+    MetaGradient,
+    accumulate,
+    curves,
+    differentiate,
+    first_line,
+    out_of_memory,
+)
 from fomaml.errors import InputError, positive
 from fomaml.learner import MetaLearner, Problem
 from fomaml.tasks import Task, chunks, count, one
@@ -49,8 +57,6 @@ def meta_gradient(
         try:
             names, found = _found(learner, tasks, engine, size, compile, autocast)
             return accumulate(names, found, engine)
-        except InputError:
-            raise
         except Exception as error:  # whatever a module raises
             if size == 1 or not out_of_memory(error):
                 _explain(error, learner, tasks, engine)
@@ -74,8 +80,6 @@ def curve(
     problems = (ENGINES[engine](learner, chunk, evaluating=True) for chunk in chunks(tasks, size))
     try:
         return curves(problems, at_steps, inductive)
-    except InputError:
-        raise
     except Exception as error:
         _explain(error, learner, tasks, engine)
         raise
@@ -85,11 +89,12 @@ def _explain(error: Exception, learner: MetaLearner, tasks: Task, engine: str) -
     """Raise `InputError` where an engine's error has a reason that can be told in words."""
     if isinstance(error, IndexError | RuntimeError):
         check_outputs(learner, tasks)  # the likeliest reason
-    if engine == "loop" or out_of_memory(error):
+    if engine == "loop" or isinstance(error, InputError) or out_of_memory(error):
         return
     if all(_works(learner, loop, task) for task in chunks(tasks, 1)):
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"engine={engine!r} does not take this module, 'loop' does: {reason}") from error
+        raise InputError(
+            f"engine={engine!r} does not take this module, 'loop' does: {first_line(error)}"
+        ) from error
 
 
 def check_outputs(learner: MetaLearner, tasks: Task, ways: int | None = None) -> None:

@@ -84,6 +84,11 @@ def out_of_memory(error: Exception) -> bool:
     )
 
 
+def first_line(error: Exception) -> str:
+    """Of an error's message, or the name of its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def curves(
     problems: Iterable[Problem], at_steps: Sequence[int], inductive: bool
 ) -> list[tuple[Tensor, Tensor]]:

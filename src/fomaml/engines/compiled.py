@@ -22,7 +22,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from fomaml.adapt import call
 from fomaml.engines import fusion, kernels, products, stacked
-from fomaml.engines.common import Found, out_of_memory
+from fomaml.engines.common import Found, first_line, out_of_memory
 from fomaml.engines.threads import one_by_one, side_by_side
 from fomaml.errors import InputError
 from fomaml.learner import MetaLearner
@@ -80,7 +80,7 @@ def function(
             if count(tasks) > 1 and out_of_memory(error):
                 raise  # fewer tasks at once may do
             known[key] = None, parts
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             if tasks.support.inputs.device.type == "cpu" and not kernels.compiler():
                 reason = "there is no C++ compiler on this machine"
             warnings.warn(f"compile=True runs uncompiled: {reason}", RuntimeWarning, stacklevel=4)
@@ -106,9 +106,7 @@ class Watched:
         self._nested: list[tuple] = []  # name, container, what is in it
         for module_name, module in learner.named_modules():
             own = vars(module)
-            for name in HOOKS:
-                if not own[name]:
-                    self._no_hooks.append(own[name])
+            self._no_hooks += [own[name] for name in HOOKS if not own[name]]
             keys = [] if module is learner else [key for key in own if key not in OF_ALL_MODULES]
             for key in (*filter(own.get, ("_modules", *HOOKS)), *keys):
                 self._watch(f"{module_name}.{key}".removeprefix("model.").lstrip("."), own, key)

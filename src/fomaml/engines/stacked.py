@@ -149,9 +149,9 @@ def by_inputs(slope: Tensor, inputs: Tensor, weights: Tensor, *kind) -> Tensor:
     """The derivatives of `convolution` by its inputs."""
     if _takes(inputs, weights, kind, by_inputs=True):
         return kernels.convolution_backward(slope, inputs, weights, *kind[:2], (True, False, False))[0]
-    order = (
-        _order(slope, inputs) if kind[3] else kernels.channels_last
-    )  # transposed: a convolution of the slope
+    order = kernels.channels_last
+    if kind[3]:  # transposed: a convolution of the slope
+        order = _order(slope, inputs)
     return _stack(
         aten.convolution_backward(order(own), *pair, None, *kind, (True, False, False))[0]
         for own, pair in zip(slope, _pairs(inputs, weights, order))
