@@ -1,10 +1,11 @@
-"""torch's transformer layers: fused kernels of theirs have no second derivative, and no rule for vmap."""
+"""torch's transformer layers: fused kernels of theirs have no second derivative, and no or a slow rule for vmap."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import reference
 from fomaml import FastModel
@@ -56,6 +57,29 @@ def test_a_transformer_layer_in_either_order_and_mode(make, algorithm, training,
     found = meta_gradient(make(model, LR, STEPS), tasks, engine=engine)
     assert_same(found.gradients, expected(algorithm, model, tasks).gradients)
     assert not [w for w in recwarn if "batching rule" in str(w.message)]
+
+
+class Products(TorchDispatchMode):
+    """The shapes of what is multiplied by what."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.bmm.default:
+            self.seen.add(tuple(tuple(each.shape) for each in args[:2]))
+        return function(*args, **(kwargs or {}))
+
+
+def test_batched_copies_no_weight_for_each_token():
+    """Each of the 4 tasks multiplies its 6 × 5 tokens by its weights at once, forward and backward."""
+    model, tasks = made(True)
+    with Products() as products:
+        meta_gradient(FOMAML(model, LR, STEPS), tasks, engine="batched")
+    assert ((4, 30, 8), (4, 8, 24)) in products.seen and ((4, 8, 30), (4, 30, 24)) in products.seen
+    attention = 4 * 6 * 2  # tasks, examples, heads
+    assert {shapes[0][0] for shapes in products.seen} == {4, attention}
 
 
 def test_second_order_compiled():

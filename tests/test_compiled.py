@@ -7,7 +7,7 @@ import warnings
 import weakref
 from collections import Counter
 from functools import partial
-from threading import Lock
+from threading import Barrier, Lock
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ import test_engines
 from fomaml.adapt import SGD
 from fomaml.algorithms import FOMAML, MAML, Reptile, iMAML
 from fomaml.engines import compiled, fusion, kernels, meta_gradient, products, stacked
-from fomaml.engines.choose import ENGINES
+from fomaml.engines.choose import ENGINES, _at_once
 from fomaml.engines.kernels import norm_relu_pool, norm_relu_pool_backward
 from fomaml.engines.threads import one_by_one, side_by_side
 from fomaml.errors import InputError
@@ -927,12 +927,23 @@ def test_a_result_of_a_stack_is_not_written_over_by_the_next(at_once):
     assert all(torch.equal(one, other) for one, other in zip(found, kept, strict=True))
 
 
-@pytest.mark.parametrize("at_once", [1, 5])
-@pytest.mark.parametrize("engine", ["loop", "batched"])
-def test_one_thread_and_two_give_the_same_bits(engine, at_once):
-    model = Conv4(4, channels=4, image=(2, 16, 16))
-    tasks = draw((2, 16, 16), F.cross_entropy, tasks=5).to(dtype=torch.float32)
-    learner = FOMAML(model, 0.1, 2)
+SMALL_CONV4 = partial(Conv4, 4, channels=4, image=(2, 16, 16)), (2, 16, 16)
+SMALL_MLP = partial(nn.Sequential, nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)), (6,)
+
+
+@pytest.mark.parametrize(
+    ("model", "engine", "at_once"),
+    [
+        *((SMALL_CONV4, engine, at_once) for engine in ("loop", "batched") for at_once in (1, 5)),
+        (SMALL_MLP, "loop", 1),
+        (SMALL_MLP, "batched", 1),
+        (SMALL_MLP, "factored", 1),
+    ],
+)
+def test_one_thread_and_two_give_the_same_bits(model, engine, at_once):
+    make, shape = model
+    tasks = draw(shape, F.cross_entropy, tasks=5).to(dtype=torch.float32)
+    learner = FOMAML(make(), 0.1, 2)
     one = meta_gradient(learner, tasks, engine=engine, tasks_at_once=at_once, compile=True)
     torch.set_num_threads(2)
     try:
@@ -946,9 +957,29 @@ def test_one_thread_and_two_give_the_same_bits(engine, at_once):
     assert made(learner) == 1
 
 
-def test_random_numbers_are_drawn_in_the_order_of_the_tasks():
-    tasks = draw((2, 8, 8), F.cross_entropy, tasks=4)
-    learner = FOMAML(dropped(True), LR, 1)
+def test_chunks_of_dense_layers_are_computed_side_by_side(two_threads, monkeypatch):
+    """Each on one thread, and both at the same time."""
+    make, shape = SMALL_MLP
+    tasks = draw(shape, F.cross_entropy, tasks=6)
+    learner = FOMAML(make().double(), LR, 1)
+    meta_gradient(learner, tasks, engine="batched", tasks_at_once=3, compile=True)
+    [(function, _)] = compiled._watched[learner].known.values()
+    both, threads, run = Barrier(2), [], function._run
+
+    def watched(*arguments):
+        both.wait(timeout=60)
+        threads.append(torch.get_num_threads())
+        return run(*arguments)
+
+    monkeypatch.setattr(function, "_run", watched)
+    assert_current(learner, tasks, engine="batched", tasks_at_once=3)
+    assert threads == [1, 1]
+
+
+@pytest.mark.parametrize("convolutions", [True, False])
+def test_random_numbers_are_drawn_in_the_order_of_the_tasks(convolutions):
+    tasks = draw((2, 8, 8) if convolutions else (36,), F.cross_entropy, tasks=4)
+    learner = FOMAML(dropped(convolutions), LR, 1)
     torch.manual_seed(0)
     expected = meta_gradient(learner, tasks, engine="loop", compile=True)
     torch.set_num_threads(2)
@@ -958,6 +989,25 @@ def test_random_numbers_are_drawn_in_the_order_of_the_tasks():
             assert_agrees(meta_gradient(learner, tasks, engine="loop", compile=True), expected, 1e-10)
     finally:
         torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "engine", "hidden", "size"),
+    [
+        (32, "batched", 3000, 8),
+        (30, "batched", 3000, 6),
+        (31, "batched", 3000, 31),
+        (32, "factored", 3000, 32),
+        (32, "batched", 20, 32),
+    ],
+)
+def test_large_dense_tasks_are_compiled_for_few_at_once(tasks, engine, hidden, size):
+    model = nn.Sequential(nn.Linear(36, hidden), nn.ReLU(), nn.Linear(hidden, 4)).double()
+    learner = FOMAML(model, LR, 1)
+    drawn = draw((36,), F.cross_entropy, tasks=tasks)
+    assert _at_once(learner, drawn, engine, None, compile=True) == size
+    assert _at_once(learner, drawn, engine, None) == tasks
+    assert _at_once(learner, drawn, engine, 3, compile=True) == 3
 
 
 # --- products ---------------------------------------------------------------------------------------

@@ -290,11 +290,9 @@ class Problem:
     def _outputs(self, parameters, buffers, inputs, support, step) -> Tensor:
         """The model's outputs for the inputs of one task, batch norms told what they need to know."""
 
-        padded = self.stacked and has_padding(self.learner.model)
-
         def run(inputs, first=None):
             told = normalising(first=first, step=step, running=self.evaluating or None)
-            with told, Padding() if padded else nullcontext():
+            with told, Stacked() if self.stacked else nullcontext():
                 return call(self.learner.model, (parameters, buffers), (inputs,))
 
         if support is None:
@@ -303,25 +301,27 @@ class Problem:
         return run(torch.cat([support, inputs]), first)[first:]
 
 
-class Padding(TorchFunctionMode):
-    """Within it, an embedding's `padding_idx` gets no gradient under vmap either.
+class Stacked(TorchFunctionMode):
+    """Within it, functions whose batching rule (torch 2.14) is wrong or slow are called so that vmap does well.
 
-    torch's batching rule (2.14) puts the tables of all tasks one below the other and knows the padding of the
-    first alone: in all other tasks it learned (meta-gradients 6 % off and more, without an error).
+    `F.embedding` puts the tables of all tasks one below the other and knows the `padding_idx` of the first alone: in
+    all other tasks the padding learned (meta-gradients 6 % off and more, without an error). `F.linear` of inputs that
+    are not contiguous, as attention's are, copies the weight once for each token.
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is not F.embedding:
-            return function(*args, **(kwargs or {}))
-        inputs, weight, index = args[0], args[1], kwargs.pop("padding_idx")  # as F.embedding hands them over
-        if index is not None:
-            padding = torch.arange(len(weight), device=weight.device)[:, None] == index % len(weight)
-            weight = torch.where(padding, weight.detach(), weight)
-        return function(inputs, weight, **kwargs)
-
-
-def has_padding(model: nn.Module) -> bool:
-    return any(isinstance(m, nn.Embedding) and m.padding_idx is not None for m in model.modules())
+        kwargs = kwargs or {}
+        inputs = {F.linear: 1, F.multi_head_attention_forward: 3}.get(function, 0)
+        if inputs:
+            # query, key and value may be one tensor, and are to stay one
+            once = {id(tensor): tensor.contiguous() for tensor in args[:inputs]}
+            args = (*(once[id(tensor)] for tensor in args[:inputs]), *args[inputs:])
+        elif function is F.embedding:
+            weight, index = args[1], kwargs.pop("padding_idx")  # as F.embedding hands them over
+            if index is not None:
+                padding = torch.arange(len(weight), device=weight.device)[:, None] == index % len(weight)
+                args = (args[0], torch.where(padding, weight.detach(), weight))
+        return function(*args, **kwargs)
 
 
 def minibatch(examples: Examples, size: int | None, step: int, stacked: bool) -> Examples:
