@@ -992,20 +992,28 @@ def test_random_numbers_are_drawn_in_the_order_of_the_tasks(convolutions):
 
 
 @pytest.mark.parametrize(
-    ("tasks", "engine", "hidden", "size"),
+    ("tasks", "engine", "hidden", "threads", "size"),
     [
-        (32, "batched", 3000, 8),
-        (30, "batched", 3000, 6),
-        (31, "batched", 3000, 31),
-        (32, "factored", 3000, 32),
-        (32, "batched", 20, 32),
+        (32, "batched", 3000, 1, 8),
+        (30, "batched", 3000, 1, 6),
+        (31, "batched", 3000, 1, 31),
+        (12, "batched", 3000, 2, 6),
+        (32, "batched", 3000, 9, 32),
+        (32, "batched", 20, 1, 32),
+        (32, "factored", 3000, 1, 32),
+        (32, "factored", 20_000, 2, 16),
+        (32, "factored", 20_000, 3, 8),
     ],
 )
-def test_large_dense_tasks_are_compiled_for_few_at_once(tasks, engine, hidden, size):
+def test_large_dense_tasks_are_compiled_for_few_at_once(tasks, engine, hidden, threads, size):
     model = nn.Sequential(nn.Linear(36, hidden), nn.ReLU(), nn.Linear(hidden, 4)).double()
     learner = FOMAML(model, LR, 1)
     drawn = draw((36,), F.cross_entropy, tasks=tasks)
-    assert _at_once(learner, drawn, engine, None, compile=True) == size
+    torch.set_num_threads(threads)
+    try:
+        assert _at_once(learner, drawn, engine, None, compile=True) == size
+    finally:
+        torch.set_num_threads(1)
     assert _at_once(learner, drawn, engine, None) == tasks
     assert _at_once(learner, drawn, engine, 3, compile=True) == 3
 

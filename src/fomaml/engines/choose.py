@@ -182,11 +182,24 @@ def _at_once(
         # but stacked 32 are 1.2 times as fast as 8, as there is less between their kernels
         if _is_convolutional(learner):
             size = min(size, 32) if compile else 8
-        # compiled dense layers: 8 are 1.15 to 1.35 times as fast as 32 from 6 million operations a task on, as fast at
-        # half a million, slower below
-        elif compile and engine == "batched" and _flops(learner, tasks) > 2e6:
-            size = next((few for few in (8, 7, 6, 5, 4) if size % few == 0), size)
+        elif compile:
+            size = _few(learner, tasks, engine)
     return min(size, _fits.get(learner, size))
+
+
+def _few(learner: MetaLearner, tasks: Task, engine: str) -> int:
+    """How many tasks of compiled dense layers on a CPU, each on one thread, are faster than all of them on all threads.
+
+    Measured: 8 of `batched` are 1.15 to 1.35 times as fast as 32 on one thread from 6 million operations a task on, as
+    fast at half a million. `factored` has large products that know no tasks: 16 are as fast as 32 on one thread and
+    1.2 times on two at 30 million, slower at 2 million. Fewer chunks than threads would leave threads without work.
+    """
+    number = count(tasks)
+    most, least_flops = {"batched": (8, 2e6), "factored": (16, 1e7)}[engine]
+    if _flops(learner, tasks) < least_flops:
+        return number
+    enough = min(most, number // torch.get_num_threads())
+    return next((few for few in range(enough, most // 2 - 1, -1) if number % few == 0), number)
 
 
 def _found(learner, tasks, engine, size, compile, autocast) -> tuple[Sequence[str], Iterator[Found]]:
@@ -204,9 +217,9 @@ def _found(learner, tasks, engine, size, compile, autocast) -> tuple[Sequence[st
         size = next(n for n in range(size, 0, -1) if number % n == 0)  # one shape, compiled once
         stacks = engine == "batched" and device == "cpu" and _is_convolutional(learner)
         alone = partial(find, engine="loop") if stacks else None
-        facts = (engine, ways, autocast, number)
-        chunk = next(chunks(tasks, size))
-        function = compiled.function(learner, chunk, find, facts, alone, several=size < number)
+        side_by_side = size < number and size * torch.get_num_threads() <= number
+        facts = (engine, ways, autocast, number, side_by_side)
+        function = compiled.function(learner, next(chunks(tasks, size)), find, facts, alone, side_by_side)
         if function is not None:
             return function.names, function.map(chunks(tasks, size))
     return list(learner.meta_parameters()), map(find, chunks(tasks, size))

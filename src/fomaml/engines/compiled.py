@@ -38,7 +38,7 @@ def function(
     find: Find,
     facts: tuple,
     alone: Find | None = None,
-    several: bool = False,
+    side_by_side: bool = False,
 ) -> Compiled | None:
     """`find` compiled for chunks of this shape, the same function at every call; None if it cannot be compiled,
     which a warning has then said. Where several tasks are out of memory, that error goes through.
@@ -46,7 +46,7 @@ def function(
     find: what `differentiate` finds for a chunk of tasks. facts: what it depends on beside the learner and
         the shapes.
     alone: finds the same for a chunk of one task; given where convolutions on a CPU are to be stacked.
-    several: there are several such chunks, which a CPU can take side by side.
+    side_by_side: there are chunks for all threads, so that on a CPU each can take its own.
 
     Raises:
         InputError: the multi-step loss, whose weights change at every iteration.
@@ -79,10 +79,8 @@ def function(
     key = (facts, order, numbers, names, sizes, modes, kinds, like, *map(id, parts))
     if key not in known:
         try:
-            known[key] = (
-                Compiled(learner, tasks, find, alone, several),
-                parts,
-            )  # held, so that their ids stay theirs
+            # the parts are held, so that their ids stay theirs
+            known[key] = Compiled(learner, tasks, find, alone, side_by_side), parts
         except InputError:
             raise
         except Exception as error:  # the compilers' errors have no common base
@@ -194,7 +192,7 @@ class Compiled:
         tasks: Task,
         find: Find,
         alone: Find | None = None,
-        several: bool = False,
+        side_by_side: bool = False,
     ):
         self.names = list(learner.meta_parameters())
         holder = _Holder(learner)
@@ -227,7 +225,7 @@ class Compiled:
                 graph = trace(find, tasks)
                 self._run = graph if on_cpu and self._fuse(graph) else None
             if self._run is None:
-                self._side_by_side = on_cpu and several and not _draws(graph)
+                self._side_by_side = on_cpu and side_by_side and not _draws(graph)
                 self._run = self._induced(graph, tasks, on_cpu)
             self._call(self._state(), tasks)
 
