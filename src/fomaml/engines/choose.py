@@ -51,8 +51,7 @@ def meta_gradient(
         InputError: an unknown engine, one that does not take this learner, or outputs narrower than
             the number of classes.
     """
-    engine = _engine(learner, tasks, engine, compile)
-    size = _at_once(learner, tasks, engine, tasks_at_once, compile)
+    engine, size = _plan(learner, tasks, engine, tasks_at_once, compile)
     while True:
         try:
             names, found = _found(learner, tasks, engine, size, compile, autocast)
@@ -75,8 +74,7 @@ def curve(
     tasks_at_once: int | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
     """Query losses (tasks,) and outputs (tasks, examples, ...) after each of `at_steps` inner steps, ascending."""
-    engine = _engine(learner, tasks, engine)
-    size = _at_once(learner, tasks, engine, tasks_at_once)
+    engine, size = _plan(learner, tasks, engine, tasks_at_once)
     problems = (ENGINES[engine](learner, chunk, evaluating=True) for chunk in chunks(tasks, size))
     try:
         return curves(problems, at_steps, inductive)
@@ -155,36 +153,45 @@ def choose(learner: MetaLearner, tasks: Task, compile: bool = False) -> tuple[st
     return "batched", "dense layers, compiled" if compile else "small dense layers"
 
 
-def _engine(learner: MetaLearner, tasks: Task, engine: str, compile: bool = False) -> str:
-    """The engine's name; the choice of "auto" is remembered for the shapes of the tasks."""
-    if engine == "auto":
-        chosen = _chosen.setdefault(learner, {})
-        like = tasks.support.inputs.shape, tasks.query.inputs.shape, tasks.support.inputs.device, compile
-        if like not in chosen:
-            chosen[like], _ = choose(learner, tasks, compile)
-        return chosen[like]
-    if engine not in ENGINES:
-        raise InputError(f"unknown engine {engine!r}; there are: auto, {', '.join(ENGINES)}")
-    return engine
-
-
-def _at_once(
+def _plan(
     learner: MetaLearner, tasks: Task, engine: str, tasks_at_once: int | None, compile: bool = False
-) -> int:
-    """How many tasks to compute at once."""
+) -> tuple[str, int]:
+    """The engine's name, and how many tasks to compute at once; remembered for the shapes of the tasks."""
+    inputs = tasks.support.inputs
+    shapes = inputs.shape, tasks.query.inputs.shape, inputs.device
+    asked = engine, tasks_at_once, compile, *shapes, torch.get_num_threads()
+    plans = _plans.setdefault(learner, {})
+    plan = plans.get(asked)
+    if plan is None:
+        if engine == "auto":
+            engine, _ = choose(learner, tasks, compile)
+        elif engine not in ENGINES:
+            raise InputError(f"unknown engine {engine!r}; there are: auto, {', '.join(ENGINES)}")
+        plan = plans[asked] = engine, _at_once(learner, tasks, engine, tasks_at_once, compile)
+    engine, size = plan
+    return engine, min(size, _fits.get(learner, size))
+
+
+_plans: WeakKeyDictionary[MetaLearner, dict[tuple, tuple[str, int]]] = WeakKeyDictionary()
+_fits: WeakKeyDictionary[MetaLearner, int] = WeakKeyDictionary()
+
+
+def _at_once(learner: MetaLearner, tasks: Task, engine: str, tasks_at_once: int | None, compile: bool) -> int:
+    """How many tasks to compute at once, where they fit into memory."""
     if tasks_at_once is not None:
         positive("tasks_at_once", tasks_at_once, integer=True)
     if engine == "loop":
         return 1
-    size = count(tasks) if tasks_at_once is None else min(tasks_at_once, count(tasks))
-    if size > 8 and tasks_at_once is None and tasks.support.inputs.device.type == "cpu":
-        # measured on small strided convolutions: 8 or 16 at once are 1.2 times as fast as 32, which leave the cache;
-        # but stacked 32 are 1.2 times as fast as 8, as there is less between their kernels
+    if tasks_at_once is not None:
+        return min(tasks_at_once, count(tasks))
+    if count(tasks) > 8 and tasks.support.inputs.device.type == "cpu":
         if _is_convolutional(learner):
-            size = min(size, 32) if compile else 8
-        elif compile:
-            size = _few(learner, tasks, engine)
-    return min(size, _fits.get(learner, size))
+            # measured on small strided convolutions: 8 or 16 at once are 1.2 times as fast as 32, which leave the
+            # cache; but stacked 32 are 1.2 times as fast as 8, as there is less between their kernels
+            return min(count(tasks), 32) if compile else 8
+        if compile:
+            return _few(learner, tasks, engine)
+    return count(tasks)
 
 
 def _few(learner: MetaLearner, tasks: Task, engine: str) -> int:
@@ -225,10 +232,6 @@ def _found(learner, tasks, engine, size, compile, autocast) -> tuple[Sequence[st
     return list(learner.meta_parameters()), map(find, chunks(tasks, size))
 
 
-_chosen: WeakKeyDictionary[MetaLearner, dict[tuple, str]] = WeakKeyDictionary()
-_fits: WeakKeyDictionary[MetaLearner, int] = WeakKeyDictionary()
-
-
 def _tried(learner: MetaLearner, tasks: Task) -> tuple[bool, dict[str, int]]:
     """Whether vmap takes the learner, and, where the factored engine does, how many vectors of a support set go
     through each Linear weight; found out on two tasks, once per learner.
@@ -255,17 +258,11 @@ def _works(learner: MetaLearner, engine, tasks: Task) -> Problem | None:
 
 
 def _flops(learner: MetaLearner, tasks: Task) -> int:
-    """The floating-point operations of the model on one task's query set, counted once for its shape."""
-    known, shape = _counted.setdefault(learner, {}), tasks.query.inputs.shape[1:]
-    if shape not in known:
-        with FlopCounterMode(display=False) as counter, torch.no_grad(), torch.random.fork_rng(devices=[]):
-            problem = loop.problem(learner, next(chunks(tasks, 1)))
-            problem.query(problem.start)
-        known[shape] = counter.get_total_flops()
-    return known[shape]
-
-
-_counted: WeakKeyDictionary[MetaLearner, dict[torch.Size, int]] = WeakKeyDictionary()
+    """The floating-point operations of the model on one task's query set."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), torch.random.fork_rng(devices=[]):
+        problem = loop.problem(learner, next(chunks(tasks, 1)))
+        problem.query(problem.start)
+    return counter.get_total_flops()
 
 
 def _is_convolutional(learner: MetaLearner) -> bool:

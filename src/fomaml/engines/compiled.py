@@ -23,7 +23,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from fomaml.adapt import call
 from fomaml.engines import fusion, kernels, products, stacked
 from fomaml.engines.common import Found, first_line, out_of_memory
-from fomaml.engines.threads import one_by_one, side_by_side
+from fomaml.engines.threads import on_one_thread, one_by_one, side_by_side
 from fomaml.errors import InputError
 from fomaml.learner import MetaLearner
 from fomaml.objectives import MultiStepLoss
@@ -77,22 +77,23 @@ def function(
     numbers = (learner.inner_steps, learner.inner_batch_size)
     names = (tuple(learner.adapted), tuple(learner.meta_learned))
     key = (facts, order, numbers, names, sizes, modes, kinds, like, *map(id, parts))
-    if key not in known:
+    found = known.get(key)  # once: the key's hash takes a hundredth of a small compiled meta-gradient
+    if found is None:
+        made = None
         try:
-            # the parts are held, so that their ids stay theirs
-            known[key] = Compiled(learner, tasks, find, alone, side_by_side), parts
+            made = Compiled(learner, tasks, find, alone, side_by_side)
         except InputError:
             raise
         except Exception as error:  # the compilers' errors have no common base
             if count(tasks) > 1 and out_of_memory(error):
                 raise  # fewer tasks at once may do
-            known[key] = None, parts
             reason = first_line(error)
             if tasks.support.inputs.device.type == "cpu" and not kernels.compiler():
                 reason = "there is no C++ compiler on this machine"
             warnings.warn(f"compile=True runs uncompiled: {reason}", RuntimeWarning, stacklevel=4)
+        found = known[key] = made, parts  # held, so that their ids stay theirs
         watched.settle()
-    return known[key][0]
+    return found[0]
 
 
 class Watched:
@@ -158,6 +159,9 @@ OF_ALL_MODULES = frozenset(vars(nn.Module()))
 CONTAINERS = dict | list | tuple | set
 PLAIN = int | float | complex | str | bytes | None
 MANY_TIMES = 5
+FEW_OPERATIONS = (
+    10_000_000  # of a function that a second thread does not make faster: 1.3 times slower at 6 million
+)
 
 
 def _content(value):
@@ -201,6 +205,7 @@ class Compiled:
         self._slots = [_slot(holder, name) for name in tensors]
         self._channels_last: set[int] = set()
         self._side_by_side = False
+        self._on_one_thread = False
         self._memory: kernels.Memory | None = None
 
         def trace(find: Find, tasks: Task) -> GraphModule:
@@ -256,11 +261,12 @@ class Compiled:
     def _induced(self, graph: GraphModule, tasks: Task, on_cpu: bool) -> Callable:
         """The function by `torch.compile`'s backend."""
         products.rewrite(graph)
+        self._on_one_thread = on_cpu and products.operations(graph.graph) < FEW_OPERATIONS
         for node in graph.graph.nodes:
             node.meta.pop("val", None)  # of a fake mode that is not the compiler's
         # calls between kernels in C++: 1.1 times faster on F; they also leave the interpreter's lock to others
         options = {"cpp_wrapper": True} if on_cpu else {}
-        if self._side_by_side:
+        if self._side_by_side or self._on_one_thread:
             options["cpp.threads"] = 1
         return torch._inductor.compile(graph, [*self._state(), *_tensors(tasks)], options)
 
@@ -269,7 +275,9 @@ class Compiled:
         run = partial(self._call, self._state())
         if self._memory is not None:
             return one_by_one(run, chunks, self._memory)
-        return side_by_side(run, chunks) if self._side_by_side else map(run, chunks)
+        if self._side_by_side:
+            return side_by_side(run, chunks)
+        return on_one_thread(run, chunks) if self._on_one_thread else map(run, chunks)
 
     def _call(self, state: list[Tensor], tasks: Task) -> Found:
         with torch.no_grad():

@@ -28,6 +28,25 @@ def rewrite(module: GraphModule) -> None:
     module.recompile()
 
 
+def operations(graph: Graph) -> int:
+    """About how many numbers a traced function computes: two for each product of two, one for each other result."""
+    found = 0
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if node.op == "call_function" and isinstance(value, Tensor):
+            factor = _FACTORS.get(node.target)
+            found += value.numel() * (1 if factor is None else 2 * _value(node.args[factor]).shape[-1])
+    return found
+
+
+_FACTORS = {
+    aten.mm.default: 0,
+    aten.bmm.default: 0,
+    aten.addmm.default: 1,
+    aten.baddbmm.default: 1,
+}
+
+
 def _shared(graph: Graph, product: Node) -> None:
     """(tasks, rows, in) times one matrix for all tasks."""
     left, right = product.args

@@ -13,19 +13,24 @@ import torch
 from fomaml.engines import kernels
 
 
+def on_one_thread(function: Callable, items: Iterable) -> Iterator:
+    """`map(function, items)`, torch's own operators with one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield from map(function, items)
+    finally:
+        torch.set_num_threads(threads)
+
+
 def one_by_one(function: Callable, items: Iterable, memory: kernels.Memory) -> Iterator:
     """`map(function, items)`, each a stack of tasks whose kernels use as many threads as torch has.
 
     Between kernels the interpreter runs once, not on all threads in turns. torch's own operators have one thread, as
     below.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with kernels.sharing(threads, memory):
-            yield from map(function, items)
-    finally:
-        torch.set_num_threads(threads)
+    with kernels.sharing(torch.get_num_threads(), memory):
+        yield from on_one_thread(function, items)
 
 
 def side_by_side(function: Callable, items: Iterable) -> Iterator:
