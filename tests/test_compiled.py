@@ -976,6 +976,37 @@ def test_chunks_of_dense_layers_are_computed_side_by_side(two_threads, monkeypat
     assert threads == [1, 1]
 
 
+@pytest.mark.parametrize(("few", "threads"), [(compiled.FEW_OPERATIONS, 1), (0, 2)])
+def test_a_function_of_few_operations_runs_on_one_thread(few, threads, two_threads, monkeypatch):
+    monkeypatch.setattr(compiled, "FEW_OPERATIONS", few)
+    make, shape = SMALL_MLP
+    tasks = draw(shape, F.cross_entropy, tasks=6)
+    learner = FOMAML(make().double(), LR, 1)
+    meta_gradient(learner, tasks, engine="batched", compile=True)
+    [(function, _)] = compiled._watched[learner].known.values()
+    seen, run = [], function._run
+    monkeypatch.setattr(function, "_run", lambda *args: (seen.append(torch.get_num_threads()), run(*args))[1])
+    assert_current(learner, tasks, engine="batched")
+    assert seen == [threads] and torch.get_num_threads() == 2
+
+
+def test_operations_of_a_traced_function():
+    def function(a, b):
+        hidden = (a @ b).relu()  # (2, 3, 4) times (2, 4, 5)
+        last = torch.baddbmm(hidden, a, b)
+        return torch.addmm(last[0], a[0], b[0])
+
+    traced = make_fx(function)(torch.zeros(2, 3, 4), torch.zeros(2, 4, 5))
+    views = sum(
+        node.meta["val"].numel()
+        for node in traced.graph.nodes
+        if node.target in (torch.ops.aten.select.int, torch.ops.aten.expand.default)
+        or "view" in str(node.target)
+    )
+    product = 2 * 3 * 4 * 5
+    assert products.operations(traced.graph) == 5 * product + 2 * 3 * 5 + views
+
+
 @pytest.mark.parametrize("convolutions", [True, False])
 def test_random_numbers_are_drawn_in_the_order_of_the_tasks(convolutions):
     tasks = draw((2, 8, 8) if convolutions else (36,), F.cross_entropy, tasks=4)
