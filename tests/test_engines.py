@@ -619,6 +619,19 @@ def test_outputs_narrower_than_the_classes_are_an_input_error():
         meta_gradient(FOMAML(MLP(36, 12, 3).double(), LR, STEPS), tasks)
 
 
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("engine", ["auto", "batched"])
+@pytest.mark.parametrize("shape", [(36,), (1, 6, 6)], ids=["dense", "convolutions"])
+def test_too_few_outputs_are_told_in_words(shape, engine, compile, recwarn):
+    """Also where what a task costs is counted before it is computed."""
+    convolutions = [nn.Unflatten(1, (1, 6, 6)), nn.Conv2d(1, 3, 1), nn.Flatten()] if len(shape) > 1 else []
+    model = nn.Sequential(nn.Flatten(), *convolutions, nn.Linear(108 if convolutions else 36, 3)).double()
+    with pytest.raises(InputError, match="too narrow for 4 ways"):
+        meta_gradient(
+            FOMAML(model, LR, 1), draw(shape, F.cross_entropy, tasks=9), engine=engine, compile=compile
+        )
+
+
 def test_factored_refuses_a_model_without_adapted_linear_weights():
     model, tasks, criterion = example("conv4")
     with pytest.raises(InputError, match=r"no adapted nn\.Linear weight"):

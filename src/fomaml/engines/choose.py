@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.random import fork_rng
 from torch.utils.flop_counter import FlopCounterMode
 
 from fomaml.engines import batched, compiled, factored, loop
@@ -250,7 +251,7 @@ _known: WeakKeyDictionary[MetaLearner, tuple[bool, dict[str, int]]] = WeakKeyDic
 def _works(learner: MetaLearner, engine, tasks: Task) -> Problem | None:
     """A problem of this engine whose gradient could be computed, if it could."""
     try:
-        with torch.random.fork_rng(devices=[]):
+        with fork_rng(devices=[]):
             differentiate(learner, engine.problem(learner, tasks), count(tasks))
             return engine.problem(learner, tasks)
     except Exception:  # whatever a module raises
@@ -259,7 +260,13 @@ def _works(learner: MetaLearner, engine, tasks: Task) -> Problem | None:
 
 def _flops(learner: MetaLearner, tasks: Task) -> int:
     """The floating-point operations of the model on one task's query set."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad(), torch.random.fork_rng(devices=[]):
+    # whatever fails, such as the loss of too few outputs, fails again where it is told in words
+    with (
+        FlopCounterMode(display=False) as counter,
+        torch.no_grad(),
+        fork_rng(devices=[]),
+        suppress(Exception),
+    ):
         problem = loop.problem(learner, next(chunks(tasks, 1)))
         problem.query(problem.start)
     return counter.get_total_flops()

@@ -159,9 +159,7 @@ OF_ALL_MODULES = frozenset(vars(nn.Module()))
 CONTAINERS = dict | list | tuple | set
 PLAIN = int | float | complex | str | bytes | None
 MANY_TIMES = 5
-FEW_OPERATIONS = (
-    10_000_000  # of a function that a second thread does not make faster: 1.3 times slower at 6 million
-)
+FEW_OPERATIONS = 10_000_000  # with a second thread, 6 million took 1.3 times as long
 
 
 def _content(value):
@@ -228,10 +226,11 @@ class Compiled:
             self._run = None if alone is None else self._stacked(trace, alone, tasks)
             if self._run is None:
                 graph = trace(find, tasks)
-                self._run = graph if on_cpu and self._fuse(graph) else None
-            if self._run is None:
-                self._side_by_side = on_cpu and side_by_side and not _draws(graph)
-                self._run = self._induced(graph, tasks, on_cpu)
+                if on_cpu and self._fuse(graph):
+                    self._run = graph
+                else:
+                    self._side_by_side = on_cpu and side_by_side and not _draws(graph)
+                    self._run = self._induced(graph, tasks, on_cpu)
             self._call(self._state(), tasks)
 
     def _fuse(self, graph: GraphModule) -> bool:
