@@ -27,9 +27,9 @@ class Options:
 
 
 def main(options: Options) -> None:
-    pyplot = _pyplot()
+    plots = pyplot()
     lines = {label: curve(Path(path)) for path, label in map(_labelled, options.runs)}
-    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    figure, axes = plots.subplots(figsize=(7, 4.5))
     for label, points in lines.items():
         seconds, accuracies, intervals = zip(*points)
         axes.errorbar(seconds, accuracies, yerr=intervals, label=label, capsize=2, marker="o", markersize=3)
@@ -41,7 +41,7 @@ def main(options: Options) -> None:
     axes.legend(loc="lower right")
     figure.tight_layout()
     figure.savefig(options.out, dpi=150)
-    pyplot.close(figure)
+    plots.close(figure)
     print(f"saved {options.out}")
 
 
@@ -68,7 +68,8 @@ def _labelled(text: str) -> tuple[str, str]:
     return path, label or Path(path).name
 
 
-def _pyplot():
+def pyplot():
+    """matplotlib, drawing into files."""
     try:
         import matplotlib
     except ImportError:

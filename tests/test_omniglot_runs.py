@@ -3,15 +3,19 @@
 import json
 import os
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 
 import characters
+from fomaml.build import open_data
 from fomaml.cli import main
 from fomaml.errors import InputError
 from fomaml.presets import PRESETS
-from runs import omniglot_keep, omniglot_plot, omniglot_table
+from fomaml.run import load_run
+from runs import omniglot_errors, omniglot_keep, omniglot_plot, omniglot_table
 
 RUNS = Path(omniglot_keep.__file__).parent
 
@@ -57,6 +61,31 @@ def test_a_kept_run_is_judged_by_every_protocol_and_works_from_a_fresh_clone(roo
     main(["evaluate", str(kept), "--data-root", str(root), *options])
     again = json.loads(capsys.readouterr().out)
     assert again == judged["evaluations"][2]
+
+
+def test_errors_are_counted_by_the_image_that_was_wrong(root, tmp_path, capsys):
+    run = trained(root, tmp_path / "run", "fomaml-omniglot-5w1s", "--test-augment", "none")
+    config, learner = load_run(run)
+    episodes = open_data(config, 4).test
+    found, scores = omniglot_errors.count_errors(learner, episodes, 3, steps=1)
+    images = episodes.source.take(torch.arange(len(episodes.source.inputs)))
+    expected = Counter()
+    for task in map(episodes.__getitem__, range(3)):
+        wrong = learner.adapt(task.support, steps=1)(task.query.inputs).argmax(1) != task.query.targets
+        for image in task.query.inputs[wrong]:
+            [row] = [row for row, each in enumerate(images) if torch.equal(each, image)]
+            expected[row] += 1
+    assert found == expected and found.total() == round(5 * (1 - scores).sum().item()) > 0
+    capsys.readouterr()
+    plot = tmp_path / "errors.png"
+    pytest.importorskip("matplotlib")
+    omniglot_errors.main(omniglot_errors.Options(run, tasks=3, seed=4, worst=2, plot=plot))
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("5-way 1-shot, 1 query images a class, 3 tasks: ")
+    assert len(said) == 5 and said[-1] == f"saved {plot}" and plot.stat().st_size > 1000
+    (row, number), *_ = found.most_common(1)
+    name, place = omniglot_errors.where(episodes.source, row)
+    assert said[2].split(maxsplit=1) == [str(number), f"{name}, image {place}"]
 
 
 def test_evaluation_takes_protocols_of_its_own(root, tmp_path, capsys):
