@@ -52,10 +52,10 @@ def meta_gradient(
         InputError: an unknown engine, one that does not take this learner, or outputs narrower than
             the number of classes.
     """
-    engine, size = _plan(learner, tasks, engine, tasks_at_once, compile)
+    engine, size, stacks = _plan(learner, tasks, engine, tasks_at_once, compile)
     while True:
         try:
-            names, found = _found(learner, tasks, engine, size, compile, autocast)
+            names, found = _found(learner, tasks, engine, size, stacks, compile, autocast)
             return accumulate(names, found, engine)
         except Exception as error:  # whatever a module raises
             if size == 1 or not out_of_memory(error):
@@ -75,7 +75,7 @@ def curve(
     tasks_at_once: int | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
     """Query losses (tasks,) and outputs (tasks, examples, ...) after each of `at_steps` inner steps, ascending."""
-    engine, size = _plan(learner, tasks, engine, tasks_at_once)
+    engine, size, _ = _plan(learner, tasks, engine, tasks_at_once)
     problems = (ENGINES[engine](learner, chunk, evaluating=True) for chunk in chunks(tasks, size))
     try:
         return curves(problems, at_steps, inductive)
@@ -156,8 +156,10 @@ def choose(learner: MetaLearner, tasks: Task, compile: bool = False) -> tuple[st
 
 def _plan(
     learner: MetaLearner, tasks: Task, engine: str, tasks_at_once: int | None, compile: bool = False
-) -> tuple[str, int]:
-    """The engine's name, and how many tasks to compute at once; remembered for the shapes of the tasks."""
+) -> tuple[str, int, bool]:
+    """The engine's name, how many tasks to compute at once, and whether convolutions are to be stacked when compiled;
+    remembered for the shapes of the tasks.
+    """
     inputs = tasks.support.inputs
     shapes = inputs.shape, tasks.query.inputs.shape, inputs.device
     asked = engine, tasks_at_once, compile, *shapes, torch.get_num_threads()
@@ -168,12 +170,15 @@ def _plan(
             engine, _ = choose(learner, tasks, compile)
         elif engine not in ENGINES:
             raise InputError(f"unknown engine {engine!r}; there are: auto, {', '.join(ENGINES)}")
-        plan = plans[asked] = engine, _at_once(learner, tasks, engine, tasks_at_once, compile)
-    engine, size = plan
-    return engine, min(size, _fits.get(learner, size))
+        stacks = (
+            compile and engine == "batched" and inputs.device.type == "cpu" and _is_convolutional(learner)
+        )
+        plan = plans[asked] = engine, _at_once(learner, tasks, engine, tasks_at_once, compile), stacks
+    engine, size, stacks = plan
+    return engine, min(size, _fits.get(learner, size)) if _fits else size, stacks
 
 
-_plans: WeakKeyDictionary[MetaLearner, dict[tuple, tuple[str, int]]] = WeakKeyDictionary()
+_plans: WeakKeyDictionary[MetaLearner, dict[tuple, tuple[str, int, bool]]] = WeakKeyDictionary()
 _fits: WeakKeyDictionary[MetaLearner, int] = WeakKeyDictionary()
 
 
@@ -210,7 +215,7 @@ def _few(learner: MetaLearner, tasks: Task, engine: str) -> int:
     return next((few for few in range(enough, most // 2 - 1, -1) if number % few == 0), number)
 
 
-def _found(learner, tasks, engine, size, compile, autocast) -> tuple[Sequence[str], Iterator[Found]]:
+def _found(learner, tasks, engine, size, stacks, compile, autocast) -> tuple[Sequence[str], Iterator[Found]]:
     """The names of the gradients, and what `differentiate` finds chunk by chunk."""
     ways = None
     if learner.start is not None and not tasks.support.targets.is_floating_point():
@@ -223,7 +228,6 @@ def _found(learner, tasks, engine, size, compile, autocast) -> tuple[Sequence[st
 
     if compile:
         size = next(n for n in range(size, 0, -1) if number % n == 0)  # one shape, compiled once
-        stacks = engine == "batched" and device == "cpu" and _is_convolutional(learner)
         alone = partial(find, engine="loop") if stacks else None
         side_by_side = size < number and size * torch.get_num_threads() <= number
         facts = (engine, ways, autocast, number, side_by_side)
@@ -273,9 +277,4 @@ def _flops(learner: MetaLearner, tasks: Task) -> int:
 
 
 def _is_convolutional(learner: MetaLearner) -> bool:
-    if learner not in _convolutional:
-        _convolutional[learner] = any(isinstance(m, nn.modules.conv._ConvNd) for m in learner.model.modules())
-    return _convolutional[learner]
-
-
-_convolutional: WeakKeyDictionary[MetaLearner, bool] = WeakKeyDictionary()
+    return any(isinstance(m, nn.modules.conv._ConvNd) for m in learner.model.modules())
