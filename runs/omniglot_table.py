@@ -51,10 +51,13 @@ def table(folder: Path) -> str:
 def row(ways: int, shots: int, name: str, config: dict, result: dict, judged: dict) -> str:
     """One row: published beside measured by the published protocol, then by others.
 
-    Tasks of other ways or shots than the run's own have K query images a class, and stand beside second-order MAML.
+    Tasks of other ways or shots than the run's own have K query images a class, and stand beside the published figure
+    of its own algorithm, or else beside second-order MAML.
     """
     is_own = (ways, shots) == (config["ways"], config["shots"])
-    preset = PRESETS.get((config["preset"] or "") if is_own else f"maml-omniglot-{ways}w{shots}s")
+    trained = config["preset"] or ""
+    beside = [f"{name}-omniglot-{ways}w{shots}s" for name in (trained.partition("-")[0], "maml")]
+    preset = next((PRESETS[name] for name in ([trained] if is_own else beside) if name in PRESETS), None)
     by_query, copied = {}, ""
     for found in judged["evaluations"]:
         protocol = found["protocol"]

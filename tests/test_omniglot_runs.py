@@ -185,6 +185,14 @@ def test_the_table_sets_published_beside_measured(root, tmp_path):
         omniglot_table.main(docs)
 
 
+def test_other_shots_stand_beside_the_same_algorithm(root, tmp_path):
+    run = trained(root, tmp_path / "run", "fomaml-omniglot-5w1s", "--query-shots", "2")
+    keep(run, tmp_path / "omniglot_fomaml", also=("5w5s",))
+    _, _, own, other = omniglot_table.table(tmp_path).splitlines()
+    for line, preset in ((own, "fomaml-omniglot-5w1s"), (other, "fomaml-omniglot-5w5s")):
+        assert line.split("|")[2].strip() == f"{PRESETS[preset].aim} (Nichol et al. 2018)"
+
+
 def test_the_page_has_the_marks_of_the_table():
     text = (omniglot_table.DOCS / "results.md").read_text(encoding="utf-8")
     assert text.count(omniglot_table.BEGIN) == text.count(omniglot_table.END) == 1
