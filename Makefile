@@ -14,7 +14,7 @@ train: $(SETUP)
 	.venv/bin/python runs/mnist.py
 
 test: $(SETUP)
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 bench: $(SETUP)
 	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
