@@ -928,7 +928,7 @@ def test_a_result_of_a_stack_is_not_written_over_by_the_next(at_once):
 
 
 SMALL_CONV4 = partial(Conv4, 4, channels=4, image=(2, 16, 16)), (2, 16, 16)
-SMALL_MLP = partial(nn.Sequential, nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)), (6,)
+SMALL_MLP = lambda: nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)), (6,)
 
 
 @pytest.mark.parametrize(
