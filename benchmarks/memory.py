@@ -16,10 +16,10 @@ STEPS = (1, 20)
 
 
 def over_steps(name: str, options: Options, say: Callable[[str], None] = print) -> dict:
-    """Peak bytes of the engines and the plain loop at 1 and 20 inner steps, float32, eager, and their ratio."""
+    """Peak bytes of the engines, also compiled, and of the plain loop at 1 and 20 inner steps, float32; their ratio."""
     rows = {}
     for key, contestant in contestants(find(name)).items():
-        takes_part = key == "plain loop" or (contestant.ours and not contestant.compiled)
+        takes_part = key == "plain loop" or contestant.ours
         if not takes_part or not any(fnmatchcase(key, glob) for glob in options.globs):
             continue
         answers = []
