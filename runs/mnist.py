@@ -14,7 +14,7 @@ import tyro
 from fomaml.checkpoint import write_text
 from fomaml.cli import watching
 from fomaml.config import QUESTIONS, TrainConfig
-from fomaml.errors import InputError
+from fomaml.errors import told_in_one_line
 from fomaml.report import duration, table, verdict
 from fomaml.resolve import resolve
 from fomaml.run import circumstances, claim, train_run
@@ -77,8 +77,5 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with told_in_one_line():
         main(tyro.cli(Options))
-    except InputError as error:
-        print(f"fomaml: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None

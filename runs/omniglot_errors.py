@@ -1,8 +1,10 @@
-"""Which test images a finished Omniglot run gets wrong: how many of them make how many of the errors."""
+"""Which test images a finished Omniglot run gets wrong: how many of them make how many of the errors.
+
+python -m runs.omniglot_errors docs/results/omniglot_best --ways 5 --shots 5 --data-root my/omniglot
+"""
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +16,7 @@ from fomaml.build import for_test, open_data
 from fomaml.data.source import ClassSource
 from fomaml.engines import curve
 from fomaml.episodes import Episodes
-from fomaml.errors import InputError
+from fomaml.errors import told_in_one_line
 from fomaml.evaluate import estimate
 from fomaml.run import load_run
 from runs.omniglot_plot import pyplot
@@ -108,7 +110,7 @@ def draw(source: ClassSource, worst: list[tuple[int, int]], path: Path) -> None:
     height = len(worst) * 0.5 + 0.3
     figure, axes = plots.subplots(len(worst), 1 + BESIDE, figsize=(6, height), squeeze=False)
     for line, (row, number) in zip(axes, worst):
-        first = int(source.offsets[int(source.labels()[row])])
+        first = row - where(source, row)[1]
         others = [other for other in range(first, first + BESIDE + 1) if other != row]
         for axis, each in zip(line, [row, *others]):
             axis.imshow(source.inputs[each, 0].numpy(), cmap="gray_r")
@@ -120,8 +122,5 @@ def draw(source: ClassSource, worst: list[tuple[int, int]], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with told_in_one_line():
         main(tyro.cli(Options))
-    except InputError as error:
-        print(f"fomaml: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None

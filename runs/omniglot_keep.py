@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import tyro
 
 from fomaml.checkpoint import write_text
 from fomaml.config import WEIGHTS, TrainConfig, known, to_json
-from fomaml.errors import InputError
+from fomaml.errors import InputError, told_in_one_line
 from fomaml.judge import evaluate_run
 from fomaml.run import circumstances, load_config, load_run, weights_file
 
@@ -101,8 +100,5 @@ def judged(options: Options, changes: dict) -> dict:
 
 
 if __name__ == "__main__":
-    try:
+    with told_in_one_line():
         main(tyro.cli(Options))
-    except InputError as error:
-        print(f"fomaml: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None

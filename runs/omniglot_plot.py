@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
-from fomaml.errors import InputError
+from fomaml.errors import InputError, told_in_one_line
 
 
 @dataclass(frozen=True)
@@ -81,8 +80,5 @@ def pyplot():
 
 
 if __name__ == "__main__":
-    try:
+    with told_in_one_line():
         main(tyro.cli(Options))
-    except InputError as error:
-        print(f"fomaml: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None

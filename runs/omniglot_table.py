@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 from fomaml.checkpoint import write_text
-from fomaml.errors import InputError
+from fomaml.errors import InputError, told_in_one_line
 from fomaml.presets import PRESETS
 from fomaml.report import duration
 
@@ -56,8 +55,10 @@ def row(ways: int, shots: int, name: str, config: dict, result: dict, judged: di
     """
     is_own = (ways, shots) == (config["ways"], config["shots"])
     trained = config["preset"] or ""
-    beside = [f"{name}-omniglot-{ways}w{shots}s" for name in (trained.partition("-")[0], "maml")]
-    preset = next((PRESETS[name] for name in ([trained] if is_own else beside) if name in PRESETS), None)
+    published = [trained]
+    if not is_own:
+        published = [f"{each}-omniglot-{ways}w{shots}s" for each in (trained.partition("-")[0], "maml")]
+    preset = next((PRESETS[each] for each in published if each in PRESETS), None)
     by_query, copied = {}, ""
     for found in judged["evaluations"]:
         protocol = found["protocol"]
@@ -97,8 +98,5 @@ def figure(result: dict) -> str:
 
 
 if __name__ == "__main__":
-    try:
+    with told_in_one_line():
         main()
-    except InputError as error:
-        print(f"fomaml: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None

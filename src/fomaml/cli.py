@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fomaml.commands import CheckConfig, CompareConfig, EvaluateConfig, PresetsConfig, expand
 from fomaml.config import PARTS, STATISTICS, TEST_AUGMENTATIONS, WEIGHTS, TrainConfig, check_steps, known
-from fomaml.errors import InputError, positive
+from fomaml.errors import InputError, positive, told_in_one_line
 from fomaml.presets import PRESETS
 from fomaml.report import align, duration
 from fomaml.resolve import check_below, resolve
@@ -35,18 +35,16 @@ def main(arguments: list[str] | None = None) -> None:
     command = tyro.cli(
         Command, prog="fomaml", description="First-order MAML and its relatives.", args=arguments
     )
+    commands = {
+        TrainConfig: _train,
+        EvaluateConfig: _evaluate,
+        PresetsConfig: _presets,
+        CompareConfig: _compare,
+        CheckConfig: _check,
+    }
     try:
-        commands = {
-            TrainConfig: _train,
-            EvaluateConfig: _evaluate,
-            PresetsConfig: _presets,
-            CompareConfig: _compare,
-            CheckConfig: _check,
-        }
-        commands[type(command)](command)
-    except InputError as error:
-        print(f"fomaml: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        with told_in_one_line():
+            commands[type(command)](command)
     except KeyboardInterrupt:
         print("fomaml: interrupted", file=sys.stderr)
         raise SystemExit(130) from None

@@ -1,5 +1,11 @@
 """The error a user can mend: one line that says what was given, what was expected, and the cure."""
 
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class InputError(ValueError):
     """Bad input: an option, a data file, a module or a run directory. The message is one line.
@@ -15,3 +21,13 @@ def positive(name: str, value, integer: bool = False):
         wanted = "a whole number of 1 or more" if integer else "a positive finite number"
         raise InputError(f"{name} must be {wanted}, got {value!r}")
     return value
+
+
+@contextmanager
+def told_in_one_line() -> Iterator[None]:
+    """Within a command: bad input is one line on standard error, and the exit status 2."""
+    try:
+        yield
+    except InputError as error:
+        print(f"fomaml: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

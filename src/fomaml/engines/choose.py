@@ -230,7 +230,7 @@ def _found(learner, tasks, engine, size, stacks, compile, autocast) -> tuple[Seq
         size = next(n for n in range(size, 0, -1) if number % n == 0)  # one shape, compiled once
         alone = partial(find, engine="loop") if stacks else None
         side_by_side = size < number and size * torch.get_num_threads() <= number
-        facts = (engine, ways, autocast, number, side_by_side)
+        facts = (engine, ways, autocast, number)
         function = compiled.function(learner, next(chunks(tasks, size)), find, facts, alone, side_by_side)
         if function is not None:
             return function.names, function.map(chunks(tasks, size))

@@ -76,7 +76,7 @@ def function(
     parts = (learner.optimizer, learner.objective, learner.criterion, learner.start)
     numbers = (learner.inner_steps, learner.inner_batch_size)
     names = (tuple(learner.adapted), tuple(learner.meta_learned))
-    key = (facts, order, numbers, names, sizes, modes, kinds, like, *map(id, parts))
+    key = (facts, side_by_side, order, numbers, names, sizes, modes, kinds, like, *map(id, parts))
     found = known.get(key)  # once: the key's hash takes a hundredth of a small compiled meta-gradient
     if found is None:
         made = None
