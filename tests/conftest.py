@@ -1,7 +1,15 @@
+import gc
+
 import pytest
 import torch
+import torch._inductor
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish():
+    """What is imported is not garbage: to look through it took a quarter of the compiled tests' time."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ operations, which `torch.compile`'s backend fuses; no autograd graph is recorded
 from __future__ import annotations
 
 import copy
+import gc
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -231,6 +232,10 @@ class Compiled:
                 else:
                     self._side_by_side = on_cpu and side_by_side and not _draws(graph)
                     self._run = self._induced(graph, tasks, on_cpu)
+                del graph
+            if isinstance(self._run, GraphModule):
+                self._run = _forward(self._run)
+            gc.collect()  # the graphs, whose nodes refer to each other
             self._call(self._state(), tasks)
 
     def _fuse(self, graph: GraphModule) -> bool:
@@ -288,6 +293,17 @@ class Compiled:
         for number in self._channels_last:
             state[number] = kernels.channels_last(state[number])
         return state
+
+
+def _forward(graph: GraphModule) -> Callable:
+    """What it computes, without the graph, which takes more memory with every inner step and scatters what is
+    kept over the heap.
+    """
+    constants = nn.Module()
+    for node in graph.graph.nodes:
+        if node.op == "get_attr":
+            setattr(constants, node.target, getattr(graph, node.target))
+    return partial(type(graph).forward, constants)
 
 
 def _draws(graph: GraphModule) -> bool:
