@@ -16,6 +16,7 @@ ORDER = [
         "episodes",
         "models",
         "rates",
+        "moments",
         "adapt",
         "heads",
         "objectives",

@@ -128,6 +128,9 @@ def test_an_unknown_preset_lists_those_there_are():
         ({"algorithm": "reptile", "multi_step_iterations": 5}, "the option --multi-step-iterations does not"),
         ({"algorithm": "maml++", "compile": True}, "--compile does not take the multi-step loss"),
         ({"algorithm": "maml", "inner_optimizer": "adam"}, "the option --inner-optimizer adam does not go"),
+        ({"algorithm": "maml++", "inner_optimizer": "carried-adam"}, "the option --inner-optimizer carried-adam does"),
+        ({"inner_optimizer": "carried-adam", "learn_rates": "per-step"}, "--learn-rates goes with"),
+        ({"algorithm": "proto-maml", "inner_optimizer": "carried-adam"}, "the option --inner-optimizer carried-adam d"),
         ({"algorithm": "sign-maml", "inner_momentum": 0.5}, "the option --inner-optimizer does not go with"),
         ({"algorithm": "anil", "adapt": "no-norm"}, "the option --adapt no-norm does not go with the algorithm"),
         ({"model": "mlp"}, "the model mlp has no convolutions and no batch norm: no --channels 4"),
@@ -227,6 +230,8 @@ def test_the_summed_loss_is_the_original_codes(root):
 def test_the_learners_options_reach_the_learner():
     _, learner = built(settings(inner_optimizer="adam", inner_batch_size=10))
     assert learner.optimizer.betas == (0.0, 0.999) and learner.inner_batch_size == 10
+    assert not learner.optimizer.carried
+    assert built(settings(inner_optimizer="carried-adam"))[1].optimizer.carried
     _, learner = built(settings(inner_momentum=0.5, multi_step_iterations=9))
     assert learner.optimizer.momentum == 0.5 and learner.objective == MultiStepLoss(9)
     _, learner = built(settings(algorithm="maml++", iterations=50))

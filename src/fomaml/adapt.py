@@ -82,14 +82,19 @@ class SGD:
 class Adam:
     """Inner Adam with the semantics of `torch.optim.Adam`, or of `AdamW` with `decoupled=True`.
 
-    State fresh for each task; first order only: its division by the root of the squared gradient has
-    no useful derivative. Reptile's Omniglot setting is `betas=(0, 0.999)` (Nichol et al. 2018).
+    First order only: its division by the root of the squared gradient has no useful derivative.
+
+    carried: the second moments outlive a task. A task starts from those that the outer loop has kept, see
+    `MetaLearner.carry_moments`; otherwise its state is fresh. Fresh, the first steps have the size of the step
+    size however small the gradient is, and what is learned already is stepped away from. Reptile's Omniglot
+    setting is `Adam((0, 0.999), carried=True)` (Nichol et al. 2018, and their published code).
     """
 
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0
     decoupled: bool = False
+    carried: bool = False
     second_order = False
 
     def direction(self, gradient: Tensor, parameter: Tensor, state: dict, step: int) -> Tensor:
@@ -98,8 +103,11 @@ class Adam:
         first, second = self.betas
         mean = state.get("mean", 0.0) * first + (1 - first) * gradient
         square = state.get("square", 0.0) * second + (1 - second) * gradient.square()
-        state["mean"], state["square"] = mean, square
-        root = (square / (1 - second ** (step + 1))).sqrt() + self.eps
+        weight = state.get("weight", 0.0) * second + (
+            1 - second
+        )  # 1 - β₂ᵗ after t steps, also of earlier tasks
+        state["mean"], state["square"], state["weight"] = mean, square, weight
+        root = (square / weight).sqrt() + self.eps
         direction = mean / (1 - first ** (step + 1)) / root
         if self.weight_decay and self.decoupled:
             direction = direction + self.weight_decay * parameter
@@ -123,6 +131,7 @@ def inner_loop(
     *,
     optimizer: SGD | Adam | Sign = SGD(),
     first_order: bool = True,
+    state: Mapping[str, dict] | None = None,
 ) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
     """Adapt without end: yields (φₖ₊₁, losses at φₖ) for k = 0, 1, … (Finn et al. 2017, algorithm 1, line 6).
 
@@ -132,9 +141,10 @@ def inner_loop(
     rates: step → the step size α of each adapted parameter, a number or a tensor that broadcasts.
     first_order: hold the inner gradient constant. The *point* is detached, not the gradient, so no
         inner graph outlives its step: φ depends on θ through φₖ₊₁ = φₖ - α g alone.
+    state: the optimiser's by parameter, updated in place; by default a fresh one.
     """
     current = dict(start)
-    state: dict[str, dict] = {name: {} for name in current}
+    state = {name: {} for name in current} if state is None else state
     taken = dict.fromkeys(current, 0)
     for step in itertools.count():
         with torch.enable_grad():

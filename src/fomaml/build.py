@@ -216,8 +216,9 @@ def build_learner(config: TrainConfig, model: nn.Module) -> MetaLearner:
         choices["adapted"] = _without_norms(model)
     if config.learn_rates != "none":
         choices["learn_rates"] = config.learn_rates
-    if config.inner_optimizer == "adam":
-        choices["optimizer"] = adapt.Adam(betas=(config.inner_momentum, 0.999))
+    if config.inner_optimizer != "sgd":
+        carried = config.inner_optimizer == "carried-adam"
+        choices["optimizer"] = adapt.Adam(betas=(config.inner_momentum, 0.999), carried=carried)
     elif config.inner_momentum:
         choices["optimizer"] = adapt.SGD(momentum=config.inner_momentum)
     if config.inner_batch_size is not None:

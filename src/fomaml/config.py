@@ -27,7 +27,7 @@ NORM_STATISTICS = ("batch", "support", "running", "per-step")
 NORM_PARAMETERS = ("scale-shift", "shift")
 ADAPTED = ("all", "no-norm")
 INNER_LOSSES = ("mean", "summed")
-INNER_OPTIMIZERS = ("sgd", "adam")
+INNER_OPTIMIZERS = ("sgd", "adam", "carried-adam")
 LEARNED_RATES = ("none", "per-step", "elementwise")
 AUGMENTATIONS = ("none", "rotations", "turns", "warps")
 TEST_AUGMENTATIONS = ("none", "turns")
@@ -134,7 +134,7 @@ class TrainConfig:
     """mean (the default) over the support examples, or summed: divided by the shots only, as in the original MAML
     code, where the step size is in effect N times alpha."""
     inner_optimizer: str | None = None
-    """sgd (the default) or adam."""
+    """sgd (the default), adam, or carried-adam, whose second moments outlive a task (as in Reptile's code)."""
     inner_momentum: float | None = None
     """The momentum of the inner sgd, or beta1 of the inner adam (0 by default)."""
     inner_batch_size: int | None = None

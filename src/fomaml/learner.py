@@ -17,6 +17,7 @@ from fomaml import rates
 from fomaml.adapt import SGD, call, inner_loop, load, open_attention
 from fomaml.errors import InputError, positive
 from fomaml.models import BatchNorm, normalising, refuse_native
+from fomaml.moments import SecondMoments
 from fomaml.objectives import Outcome, QueryLoss
 from fomaml.tasks import Examples, Task, count, one
 
@@ -40,7 +41,8 @@ class MetaLearner(nn.Module):
             or as a function of the outer iteration.
         learn_rates: None, "elementwise" (Meta-SGD) or "per-step" (one rate per tensor and inner step):
             inner_lr is then where the step sizes start, and they are meta-learned.
-        optimizer: the inner optimiser, `SGD`, `Adam` or `Sign`, its state fresh for each task.
+        optimizer: the inner optimiser, `SGD`, `Adam` or `Sign`, its state fresh for each task but for what
+            `Adam(carried=True)` carries on, which the learner holds as buffers.
         objective: what a task contributes to the meta-loss, see objectives.py.
         start: where adaptation starts, if not at θ, see heads.py.
         inner_batch_size: take each inner step on a mini-batch of the support set: step k uses the
@@ -100,6 +102,10 @@ class MetaLearner(nn.Module):
             )
         else:
             raise InputError(f"unknown learn_rates {learn_rates!r}; there are: None, elementwise, per-step")
+        carried = self.adapted if getattr(optimizer, "carried", False) else []
+        if carried and start is not None:
+            raise InputError("a carried Adam has its moments by θ: it does not go with another start")
+        self.moments = SecondMoments({name: own[name] for name in carried})
         if first_order is not True and not optimizer.second_order:
             raise InputError(
                 f"the inner optimiser {type(optimizer).__name__} is first order only; "
@@ -164,6 +170,19 @@ class MetaLearner(nn.Module):
         for layer, step, mean, variance in seen:
             layer.update(step, mean, variance, momentum)
 
+    @torch.no_grad()
+    def carry_moments(self, tasks: Task) -> None:
+        """Keep, for the next tasks, the second moments with which a carried `Adam` ends the first of `tasks`; the outer
+        loop calls it before each of its steps.
+        """
+        if not self.moments.names:
+            return
+        problem = Problem(self, one(tasks, 0))
+        state = self.moments.state(problem.start)
+        for _ in islice(problem.path(first_order=True, state=state), self.inner_steps):
+            pass
+        self.moments.keep(state)
+
 
 class Problem:
     """The inner problem of one task, or, `stacked`, of a stack of tasks with a leading axis on everything.
@@ -208,14 +227,17 @@ class Problem:
     def ways(self) -> int:
         return int(self.task.support.targets.max()) + 1 if self._ways is None else self._ways
 
-    def path(self, first_order: bool | None = None) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-        """(φₖ₊₁, support losses at φₖ) for k = 0, 1, …, without end."""
+    def path(
+        self, first_order: bool | None = None, state: Mapping[str, dict] | None = None
+    ) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        """(φₖ₊₁, support losses at φₖ) for k = 0, 1, …, without end. state: the inner optimiser's, see `inner_loop`."""
         return inner_loop(
             self.support_losses,
             self.start,
             self.learner.inner_lr,
             optimizer=self.learner.optimizer,
             first_order=self.first_order if first_order is None else first_order,
+            state=self.learner.moments.state(self.start) if state is None else state,
         )
 
     def support_losses(

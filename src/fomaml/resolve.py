@@ -169,19 +169,22 @@ def _check_algorithm(config: TrainConfig) -> None:
                 f"--learn-rates elementwise learns a head of {config.train_ways} classes, of which {config.ways} "
                 "at test have no use: take per-step, or no --train-ways"
             )
-        if config.inner_optimizer == "adam":
-            raise InputError("--learn-rates goes with --inner-optimizer sgd, got adam")
+        if config.inner_optimizer != "sgd":
+            raise InputError(f"--learn-rates goes with --inner-optimizer sgd, got {config.inner_optimizer}")
     if config.multi_step_iterations is not None:
         refuse("--multi-step-iterations", ("reptile", "imaml"), "it has no query loss at each step")
         if config.compile:
             raise InputError(
                 "--compile does not take the multi-step loss, whose weights change at every iteration"
             )
-    if config.inner_optimizer == "adam" or config.inner_momentum:
+    if config.inner_optimizer != "sgd" or config.inner_momentum:
         refuse("--inner-optimizer", ("sign-maml",), "its steps go along the sign of the gradient")
-    if config.inner_optimizer == "adam":
+    if config.inner_optimizer != "sgd":
         why = "the derivative of Adam's step is of no use"
-        refuse("--inner-optimizer adam", ("maml", "meta-sgd", "maml++"), why)
+        refuse(f"--inner-optimizer {config.inner_optimizer}", ("maml", "meta-sgd", "maml++"), why)
+    if config.inner_optimizer == "carried-adam":
+        why = "each task starts elsewhere than at the meta-parameters"
+        refuse("--inner-optimizer carried-adam", ("cavia", *names.CLASSIFIERS), why)
     if config.adapt == "no-norm":
         refuse("--adapt no-norm", ("anil", "boil", "cavia", "imaml"), "it says itself what adapts")
     if config.patience is not None and config.validate_every == 0:

@@ -81,6 +81,7 @@ def train(
         result.apply_to(learner)
         if clip is not None:
             torch.nn.utils.clip_grad_norm_(learner.meta_parameters().values(), clip)
+        learner.carry_moments(tasks)
         optimizer.step()
         optimizer.zero_grad()
         learner.update_statistics(tasks)
