@@ -42,7 +42,7 @@ class MetaLearner(nn.Module):
         learn_rates: None, "elementwise" (Meta-SGD) or "per-step" (one rate per tensor and inner step):
             inner_lr is then where the step sizes start, and they are meta-learned.
         optimizer: the inner optimiser, `SGD`, `Adam` or `Sign`, its state fresh for each task but for what
-            `Adam(carried=True)` carries on, which the learner holds as buffers.
+            `Adam(carried=True)` carries on, which the learner holds as buffers, see `carry_moments`.
         objective: what a task contributes to the meta-loss, see objectives.py.
         start: where adaptation starts, if not at θ, see heads.py.
         inner_batch_size: take each inner step on a mini-batch of the support set: step k uses the
