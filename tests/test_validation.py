@@ -228,12 +228,8 @@ RESUMED = {
         "norm_parameters": "shift",
     },
     "running statistics": {"norm_statistics": "per-step", "schedule": "linear"},
-    "reptile": {
-        "algorithm": "reptile",
-        "inner_optimizer": "carried-adam",
-        "inner_batch_size": 2,
-        "train_shots": 3,
-    },
+    "reptile": {"algorithm": "reptile", "inner_optimizer": "adam", "inner_batch_size": 2, "train_shots": 3},
+    "carried moments": {"algorithm": "reptile", "inner_optimizer": "carried-adam", "inner_batch_size": 2},
     "proto": {"algorithm": "proto-maml", "train_ways": 5, "learn_rates": "per-step"},
 }
 

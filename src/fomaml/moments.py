@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from fomaml.rates import key
+
 FIELDS = ("square", "weight")  # of the state of `Adam`
 
 
@@ -20,20 +22,18 @@ class SecondMoments(nn.Module):
         super().__init__()
         self.names = list(parameters)
         for name, parameter in parameters.items():
-            self.register_buffer(_key("square", name), torch.zeros_like(parameter))
-            self.register_buffer(_key("weight", name), parameter.new_zeros(()))
+            self.register_buffer(f"square/{key(name)}", torch.zeros_like(parameter))
+            self.register_buffer(f"weight/{key(name)}", parameter.new_zeros(()))
 
     def state(self, adapted: Iterable[str]) -> dict[str, dict[str, Tensor]]:
         """Where a task starts: the inner optimiser's state by parameter."""
-        carried = {name: {field: getattr(self, _key(field, name)) for field in FIELDS} for name in self.names}
+        carried = {
+            name: {field: getattr(self, f"{field}/{key(name)}") for field in FIELDS} for name in self.names
+        }
         return {name: carried.get(name, {}) for name in adapted}
 
     def keep(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Take over where a task ended."""
         for name in self.names:
             for field in FIELDS:
-                getattr(self, _key(field, name)).copy_(state[name][field])
-
-
-def _key(field: str, name: str) -> str:
-    return f"{field}/{name}".replace(".", "/")  # a buffer's own name may hold no dot
+                getattr(self, f"{field}/{key(name)}").copy_(state[name][field])

@@ -78,7 +78,7 @@ class LearnedRates(nn.Module):
         for name, parameter in parameters.items():
             shape = lead + (tuple(parameter.shape) if elementwise else ())
             value = torch.full(shape, sizes[name], dtype=parameter.dtype, device=parameter.device)
-            self.register_parameter(_key(name), nn.Parameter(value))
+            self.register_parameter(key(name), nn.Parameter(value))
 
     def forward(self, step: int) -> Rates:
         rates = self.learned()
@@ -87,8 +87,9 @@ class LearnedRates(nn.Module):
         return {name: rate[min(step, self.steps - 1)] for name, rate in rates.items()}
 
     def learned(self) -> dict[str, nn.Parameter]:
-        return {name: getattr(self, _key(name)) for name in self.names}
+        return {name: getattr(self, key(name)) for name in self.names}
 
 
-def _key(name: str) -> str:
-    return name.replace(".", "/")  # a parameter's own name may hold no dot
+def key(name: str) -> str:
+    """The name under which a module holds something of the parameter `name`: its own may hold no dot."""
+    return name.replace(".", "/")
