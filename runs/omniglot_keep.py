@@ -14,13 +14,16 @@ from fomaml.checkpoint import write_text
 from fomaml.config import WEIGHTS, TrainConfig, known, to_json
 from fomaml.errors import InputError, told_in_one_line
 from fomaml.judge import evaluate_run
+from fomaml.learner import WITH_QUERY
+from fomaml.presets import PRESETS
 from fomaml.run import circumstances, load_config, load_run, weights_file
 
 
 @dataclass(frozen=True)
 class Options:
     """Evaluate a finished run with 1 and 15 query images per class and those of its own test, by the statistics it
-    was trained with and by those of the support set alone, and with copies of each image where asked for, and copy it
+    was trained with and by those of the support set alone, by those with the query image where its figure was
+    published so, and with copies of each image where asked for, and copy it
     without its data's path.
     """
 
@@ -44,6 +47,7 @@ class Options:
     """The folder of Omniglot's archives; by default the run's."""
 
 
+MANY = 15  # query images per class
 FILES = ("result.json", "result.txt", "metrics.jsonl")
 
 
@@ -66,10 +70,10 @@ def main(options: Options) -> None:
 
 def settings(options: Options, config: TrainConfig) -> list[dict]:
     """What each evaluation changes of the run's settings."""
-    tasks = {(config.ways, config.shots): (config.test_query_shots, 1, 15)}
+    tasks = {(config.ways, config.shots): (config.test_query_shots, 1, MANY)}
     for name in options.also:
         ways, shots = map(int, name.removesuffix("s").split("w"))
-        tasks[ways, shots] = (*tasks.get((ways, shots), ()), shots, 15)
+        tasks[ways, shots] = (*tasks.get((ways, shots), ()), shots, MANY)
     copies = {
         "test_copies": options.copies,
         "test_jitter": options.jitter,
@@ -88,7 +92,10 @@ def judged(options: Options, changes: dict) -> dict:
     """The result of one evaluation, which is also printed."""
     config, learner = load_run(options.run, options.weights, data_root=options.data_root, **changes)
     result = evaluate_run(config, learner, "both", options.seed)
-    for each in (result, result["inductive"]):
+    preset = PRESETS.get(config.preset)
+    if preset and preset.statistics == WITH_QUERY and changes["test_query_shots"] != MANY:
+        result[WITH_QUERY] = evaluate_run(config, learner, WITH_QUERY, options.seed)
+    for each in (result, result["inductive"], *(result[key] for key in [WITH_QUERY] if key in result)):
         protocol = each["protocol"]
         copies = f", {protocol['copies']} copies" if protocol["copies"] > 1 else ""
         print(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fomaml.checkpoint import write_text
 from fomaml.errors import InputError, told_in_one_line
+from fomaml.learner import WITH_QUERY
 from fomaml.presets import PRESETS
 from fomaml.report import duration
 
@@ -69,8 +70,8 @@ def row(ways: int, shots: int, name: str, config: dict, result: dict, judged: di
         else:
             by_query[protocol["query_shots"]] = found
     own, many = by_query[config["test_query_shots"] if is_own else shots], by_query[15]
-    if preset and preset.statistics == "inductive":
-        own = {**own["inductive"], "inductive": own["inductive"]}
+    if preset and preset.statistics == WITH_QUERY:
+        own = {**own[WITH_QUERY], "inductive": own["inductive"]}
     weights = result["weights"]
     iterations = f"{result['iterations']}"
     if weights["kept"] != "last" and judged.get("weights") != "last":

@@ -677,6 +677,26 @@ def test_inductive_curve_gives_each_query_example_the_output_it_has_alone(engine
         assert (transductive[:, 4:5] - one_of_them).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("engine", ["loop", "batched", "factored"])
+@pytest.mark.parametrize("module", ["conv4", "batch-norm"])
+def test_curve_with_the_query_example_in_the_statistics(module, engine):
+    model, tasks, criterion = example(module)
+    learner = FOMAML(model, LR, 1, criterion)
+    [_, (_, found)] = curve(learner, tasks, [0, 2], inductive="with-query", engine=engine)
+    for i in range(len(found)):
+        task = one(tasks, i)
+        adapted, _ = reference.adapt(model, task.support, criterion, rates(reference.learned(model)), 2)
+        with torch.no_grad():
+            expected = [adapted(torch.cat([task.support.inputs, own[None]]))[-1] for own in task.query.inputs]
+        torch.testing.assert_close(found[i], torch.stack(expected), rtol=1e-10, atol=1e-10)
+
+
+def test_unknown_statistics_are_refused():
+    model, tasks, criterion = example("conv4")
+    with pytest.raises(InputError, match=r"unknown inductive='alone'; there are: False, True, 'with-query'"):
+        curve(FOMAML(model, LR, 1, criterion), tasks, [1], inductive="alone")
+
+
 class Recurrent(nn.Module):
     """What vmap does not take."""
 

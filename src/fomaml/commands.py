@@ -87,7 +87,8 @@ class EvaluateConfig:
     """The data's folder, as in train; by default the run's."""
     statistics: str = "own"
     """Where batch norm takes its statistics from: own (as the model was trained), inductive (the support set, so
-    that query examples do not inform each other), or both, with a warning where the two differ by more than the
+    that query examples do not inform each other), with-query (the support set and one query example at a time, as
+    Reptile's published code tests), or both of the first two, with a warning where the two differ by more than the
     interval."""
     device: str | None = None
     """cpu, cuda, cuda:N or mps; by default the run's."""

@@ -39,7 +39,7 @@ def evaluate(
     *,
     tasks: int = 1000,
     at_steps: Sequence[int] = (0, 1, 5, 10, 20),
-    inductive: bool = False,
+    inductive: bool | str = False,
     tasks_at_once: int = 100,
     engine: str = "auto",
 ) -> dict[int, Tensor]:
@@ -49,7 +49,8 @@ def evaluate(
     Of episodes with copies of each image, a query image's outputs are averaged over its copies (test-time augmentation;
     Krizhevsky et al. 2012 average over crops).
     inductive: `BatchNorm` takes its statistics from the support set, so that query examples do not
-    inform each other; otherwise from the query set as a whole (transductive).
+    inform each other; or, "with-query", from the support set and one query example at a time (the
+    published code of Nichol et al. 2018); otherwise from the query set as a whole (transductive).
 
     Raises:
         InputError: a model whose output is narrower than the number of ways.

@@ -10,7 +10,7 @@ from fomaml.config import TrainConfig
 from fomaml.data.source import ClassSource
 from fomaml.errors import InputError
 from fomaml.evaluate import estimate, evaluate, fine_tune, nearest_centroid, pretrain
-from fomaml.learner import MetaLearner
+from fomaml.learner import WITH_QUERY, MetaLearner
 from fomaml.models import BatchNorm
 from fomaml.report import table, verdict
 
@@ -39,7 +39,7 @@ def summary(config, learner, data, found, rows=None, differences=(), inductive=F
     metric = "loss" if config.source == "sinusoid" else "accuracy"
     facts = protocol(config, data, learner) | {"inner_steps": steps}
     if inductive:
-        facts["batch_statistics"] = "inductive"
+        facts["batch_statistics"] = "inductive" if inductive is True else inductive
     if rows is None:
         rows = [_row(f"{name}, {_steps(k)}", scores, steps=k) for k, scores in found.items()]
     return {
@@ -127,7 +127,7 @@ def evaluate_run(
             raise InputError(f"{data.unvalidated}; take --part test")
         data = data._replace(test=data.validation)
 
-    def run(inductive: bool) -> dict[int, Tensor]:
+    def run(inductive: bool | str) -> dict[int, Tensor]:
         return evaluate(
             for_test(config, learner),
             data.test,
@@ -136,8 +136,9 @@ def evaluate_run(
             inductive=inductive,
         )
 
-    found = run(statistics == "inductive")
-    result = summary(config, learner, data, found, inductive=statistics == "inductive")
+    inductive = {"inductive": True, WITH_QUERY: WITH_QUERY}.get(statistics, False)
+    found = run(inductive)
+    result = summary(config, learner, data, found, inductive=inductive)
     result |= {"part": part, "seed": config.seed if seed is None else seed}
     if statistics == "both":
         other = run(True)

@@ -21,6 +21,8 @@ from fomaml.moments import SecondMoments
 from fomaml.objectives import Outcome, QueryLoss
 from fomaml.tasks import Examples, Task, count, one
 
+WITH_QUERY = "with-query"
+INDUCTIVE = (False, True, WITH_QUERY)
 Criterion = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -259,21 +261,26 @@ class Problem:
         return losses
 
     def query(
-        self, adapted: Mapping[str, Tensor], inductive: bool = False, step: int | None = None
+        self, adapted: Mapping[str, Tensor], inductive: bool | str = False, step: int | None = None
     ) -> tuple[Tensor, Tensor]:
         """Losses () or (tasks,) and outputs on the query set at φ.
 
-        inductive: take the batch statistics of `BatchNorm` from the support set, so that query examples
-        do not inform each other. step: the number of steps that led to φ, by default K.
+        inductive: query examples do not inform each other: `BatchNorm` takes batch statistics from the support set
+        or, `WITH_QUERY`, all batch norms take them from the support set and the one query example at hand.
+        step: the number of steps that led to φ, by default K.
         """
-        support = self._support_for(inductive)
         step = self.steps if step is None else step
-        return self._losses(adapted, self.fixed, self.task.query, support, step)
+        return self._losses(
+            adapted, self.fixed, self.task.query, self._support_for(inductive), step, inductive == WITH_QUERY
+        )
 
-    def _support_for(self, inductive: bool) -> Tensor | None:
+    def _support_for(self, inductive: bool | str) -> Tensor | None:
+        if inductive not in INDUCTIVE:
+            raise InputError(f"unknown inductive={inductive!r}; there are: {', '.join(map(repr, INDUCTIVE))}")
         if not (inductive or self.learner.uses_support_statistics()):
             return None
-        refuse_native(self.learner.model)
+        if inductive != WITH_QUERY:
+            refuse_native(self.learner.model)
         return self.task.support.inputs
 
     def support_features(self, module: str) -> Tensor:
@@ -289,9 +296,9 @@ class Problem:
             with self._attention():
                 return run(self.buffers, self.task.support.inputs)
 
-    def _losses(self, adapted, fixed, examples, support=None, step=0) -> tuple[Tensor, Tensor]:
+    def _losses(self, adapted, fixed, examples, support=None, step=0, apart=False) -> tuple[Tensor, Tensor]:
         def one_task(adapted, buffers, examples, support):
-            outputs = self._outputs({**fixed, **adapted}, buffers, examples.inputs, support, step)
+            outputs = self._outputs({**fixed, **adapted}, buffers, examples.inputs, support, step, apart)
             return self.learner.criterion(outputs, examples.targets), outputs
 
         arguments = (dict(adapted), self.buffers, examples, support)
@@ -309,8 +316,11 @@ class Problem:
         on_cpu = self.task.support.inputs.device.type == "cpu"
         return open_attention(everywhere=twice or on_cpu)
 
-    def _outputs(self, parameters, buffers, inputs, support, step) -> Tensor:
-        """The model's outputs for the inputs of one task, batch norms told what they need to know."""
+    def _outputs(self, parameters, buffers, inputs, support, step, apart=False) -> Tensor:
+        """The model's outputs for the inputs of one task, batch norms told what they need to know.
+
+        apart: one input at a time, each in a batch with the support set.
+        """
 
         def run(inputs, first=None):
             told = normalising(first=first, step=step, running=self.evaluating or None)
@@ -319,6 +329,8 @@ class Problem:
 
         if support is None:
             return run(inputs)
+        if apart:
+            return torch.cat([run(torch.cat([support, own]))[-1:] for own in inputs.split(1)])
         first = len(support)
         return run(torch.cat([support, inputs]), first)[first:]
 

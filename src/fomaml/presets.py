@@ -30,7 +30,7 @@ from typing import NamedTuple
 
 class Preset(NamedTuple):
     """settings: options by name. aim: the published accuracy in %. source: of the figure. summary: one line.
-    statistics: of batch norm behind the figure, transductive or inductive.
+    statistics: of batch norm behind the figure, transductive or with-query.
     """
 
     settings: dict
@@ -65,8 +65,8 @@ BY_WAYS = {
 # Nichol et al. 2018, appendix A: "Reptile hyperparameters for the Omniglot comparison". Their published code has
 # further commands with other values. As in that code the inner Adam keeps its second moments from task to task; with
 # fresh ones the training undoes itself (validation 78 % after 5 000 iterations of 25 000, 73 % after 20 000). Its test
-# classifies one query image at a time beside the support set, without "transduction": here that is `fomaml evaluate
-# --statistics inductive`, the support set's statistics alone.
+# classifies one query image at a time beside the support set, without "transduction": `fomaml evaluate --statistics
+# with-query`.
 REPTILE = {
     "source": "omniglot",
     "algorithm": "reptile",
@@ -126,7 +126,7 @@ def _published() -> dict[str, Preset]:
                 settings |= ORIGINAL | BY_WAYS[ways] | {"algorithm": algorithm}
                 settings |= {"query_shots": shots, "test_query_shots": shots}
             name = f"{algorithm}-omniglot-{ways}w{shots}s"
-            statistics = "inductive" if algorithm == "reptile" else "transductive"
+            statistics = "with-query" if algorithm == "reptile" else "transductive"
             found[name] = Preset(settings, aim, source, f"{title}, {ways}-way {shots}-shot", statistics)
     return found
 

@@ -70,11 +70,14 @@ def curve(
     tasks: Task,
     at_steps: Sequence[int],
     *,
-    inductive: bool = False,
+    inductive: bool | str = False,
     engine: str = "auto",
     tasks_at_once: int | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
-    """Query losses (tasks,) and outputs (tasks, examples, ...) after each of `at_steps` inner steps, ascending."""
+    """Query losses (tasks,) and outputs (tasks, examples, ...) after each of `at_steps` inner steps, ascending.
+
+    inductive: see `Problem.query`.
+    """
     engine, size, _ = _plan(learner, tasks, engine, tasks_at_once)
     problems = (ENGINES[engine](learner, chunk, evaluating=True) for chunk in chunks(tasks, size))
     try:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fomaml.errors import InputError
 from fomaml.learner import MetaLearner, Problem
@@ -75,6 +76,28 @@ def accumulate(names: Sequence[str], found: Iterable[Found], engine: str) -> Met
     return MetaGradient(dict(zip(names, gradients)), *seen, engine)
 
 
+class Draws(TorchDispatchMode):
+    """Notices operators that may draw random numbers within it, in a trace too: found.
+
+    Those that are not torch's own count as such, as they can hide anything.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self):
+        super().__init__()
+        self.found = False
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.found = self.found or function.namespace != "aten" or is_random(function)
+        return function(*args, **(kwargs or {}))
+
+
+def is_random(function) -> bool:
+    """Whether an operator draws random numbers."""
+    return torch.Tag.nondeterministic_seeded in getattr(function, "tags", ())
+
+
 def out_of_memory(error: Exception) -> bool:
     text = str(error)
     return (
@@ -90,7 +113,7 @@ def first_line(error: Exception) -> str:
 
 
 def curves(
-    problems: Iterable[Problem], at_steps: Sequence[int], inductive: bool
+    problems: Iterable[Problem], at_steps: Sequence[int], inductive: bool | str
 ) -> list[tuple[Tensor, Tensor]]:
     """For each number of steps: query losses (tasks,) and outputs (tasks, examples, ...), no graph kept."""
     parts: list[list] = [[] for _ in at_steps]

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -23,8 +24,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fomaml.adapt import SGD
+from fomaml.engines.common import Draws
 from fomaml.errors import InputError
-from fomaml.learner import MetaLearner, Problem
+from fomaml.learner import WITH_QUERY, MetaLearner, Problem
 from fomaml.objectives import QueryLoss
 from fomaml.tasks import Task
 
@@ -161,10 +163,9 @@ class FactoredProblem(Problem):
         support = self.task.support
         rates = self.learner.inner_lr(0)
         kept: dict[int, tuple] = {}
-        before = _random_state(support.inputs)
         versions = [buffer._version for buffer in self.buffers.values()]
         for step in itertools.count():
-            with torch.enable_grad():
+            with torch.enable_grad(), nullcontext() if changes else Draws() as draws:
                 point = {n: p.detach().requires_grad_() for n, p in dense.items()}
                 fixed = {n: p.detach() for n, p in self.fixed.items()}
                 losses, _, record = self._forward(point, changes, fixed, support, kept, step)
@@ -177,11 +178,10 @@ class FactoredProblem(Problem):
             if not changes:
                 # whether a buffer was written, not whether it changed: its values are not known in a trace
                 written = versions != [buffer._version for buffer in self.buffers.values()]
-                same = _random_state(support.inputs) == before and not written
                 constant = {
                     i
                     for i, a in enumerate(inputs)
-                    if same and not a.requires_grad and calls.count(calls[i]) == 1
+                    if not (draws.found or written) and not a.requires_grad and calls.count(calls[i]) == 1
                 }
             changes = dict(changes)
             for call, (name, a, delta) in enumerate(zip(calls, inputs, gradients[len(point) :])):
@@ -201,22 +201,22 @@ class FactoredProblem(Problem):
             yield _State(dense, changes), losses.detach()
 
     def query(
-        self, adapted: _State, inductive: bool = False, step: int | None = None
+        self, adapted: _State, inductive: bool | str = False, step: int | None = None
     ) -> tuple[Tensor, Tensor]:
         step = self.steps if step is None else step
-        support = self._support_for(inductive)
+        support = self._support_for(inductive), inductive == WITH_QUERY
         losses, outputs, _ = self._forward(
-            adapted.dense, adapted.changes, self.fixed, self.task.query, {}, step, support
+            adapted.dense, adapted.changes, self.fixed, self.task.query, {}, step, *support
         )
         return losses, outputs
 
-    def _forward(self, dense, changes, fixed, examples, kept, step, support=None):
+    def _forward(self, dense, changes, fixed, examples, kept, step, support=None, apart=False):
         calls: list[str] = []
 
         def one_task(dense, changes, buffers, examples, kept, support):
             parameters = {**fixed, **self.weights, **dense}
             with _Linears(self.names, changes, kept) as linears:
-                outputs = self._outputs(parameters, buffers, examples.inputs, support, step)
+                outputs = self._outputs(parameters, buffers, examples.inputs, support, step, apart)
             calls[:] = linears.calls
             record = linears.inputs, linears.shared, linears.products, linears.outputs
             return self.learner.criterion(outputs, examples.targets), outputs, record
@@ -269,11 +269,3 @@ def _add(change: tuple, a: Tensor, d: Tensor, constant: bool) -> tuple[Tensor, .
     if constant or a.shape[1] * (a.shape[2] + d.shape[2]) <= a.shape[2] * d.shape[2]:
         return a, d
     return (d.mT @ a,)
-
-
-def _random_state(like: Tensor) -> bytes:
-    """The state of the random generators, to notice a forward pass that draws random numbers."""
-    state = torch.get_rng_state().numpy().tobytes()
-    if like.device.type == "cuda":
-        state += torch.cuda.get_rng_state(like.device).numpy().tobytes()
-    return state
