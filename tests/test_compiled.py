@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -798,6 +799,41 @@ def test_dropout_draws_other_masks_at_each_call_and_for_each_task(convolutions, 
     assert (torch.stack(zeros).mean((0, 1)) - expected.mean((0, 1))).abs().max() < expected.std((0, 1)).max()
 
 
+class Noisy(nn.Module):
+    """Noise on the inputs, which otherwise are the same at each inner step: `draw` is what makes it."""
+
+    def __init__(self, draw):
+        super().__init__()
+        self.draw, self.layer = draw, nn.Linear(6, 4)
+
+    def forward(self, inputs):
+        return self.layer(inputs + self.draw(inputs))
+
+
+@torch.library.custom_op("test_compiled::noise", mutates_args=())
+def noise(like: torch.Tensor) -> torch.Tensor:
+    """Without the tag that says so."""
+    return torch.randn_like(like)
+
+
+noise.register_fake(torch.empty_like)
+noise.register_vmap(lambda info, axes, like: (torch.ops.test_compiled.noise(like), axes[0]))
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("draw_noise", [torch.randn_like, torch.ops.test_compiled.noise])
+def test_factors_see_noise_on_the_inputs(draw_noise, compile, monkeypatch):
+    untouched(monkeypatch)
+    learner, tasks = FOMAML(Noisy(draw_noise).double(), LR, 3), draw((6,), F.cross_entropy)
+
+    def run(engine):
+        meta_gradient(learner, tasks, engine=engine, compile=compile)  # compiled, then drawn for
+        torch.manual_seed(5)
+        return meta_gradient(learner, tasks, engine=engine, compile=compile)
+
+    assert_agrees(run("factored"), run("batched"), 1e-10)
+
+
 # --- threads ----------------------------------------------------------------------------------------
 
 
@@ -963,6 +999,26 @@ def test_the_tensors_of_a_loop_do_not_grow_with_the_inner_steps(build, preset):
 
     ratio = peak(8) / peak(2)
     assert ratio <= 1.05 if preset is FOMAML else ratio > 2
+
+
+class Watching(nn.Module):
+    """Notes whether its inputs have data."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.has_data = nn.Conv2d(2, 4, 8), []
+        self.scale = torch.full((4,), 2.0, dtype=torch.float64)  # no buffer: a constant of the trace
+
+    def forward(self, inputs):
+        self.has_data.append(not isinstance(inputs, FakeTensor))
+        return self.conv(inputs).flatten(1) * self.scale
+
+
+def test_a_trace_holds_no_data():
+    learner, tasks = FOMAML(Watching().double(), LR, 3), draw((2, 8, 8), F.cross_entropy)
+    found = meta_gradient(learner, tasks, engine="loop", compile=True)
+    assert learner.model.has_data and not any(learner.model.has_data)
+    assert_agrees(found, meta_gradient(learner, tasks, engine="loop"), 1e-10)
 
 
 def test_a_compiled_function_does_not_keep_its_graph():

@@ -23,7 +23,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from fomaml.adapt import call
 from fomaml.engines import fusion, kernels, products, stacked
-from fomaml.engines.common import Found, first_line, out_of_memory
+from fomaml.engines.common import Found, first_line, is_random, out_of_memory
 from fomaml.engines.threads import on_one_thread, one_by_one, side_by_side
 from fomaml.errors import InputError
 from fomaml.learner import MetaLearner
@@ -219,8 +219,12 @@ class Compiled:
                 return [*(gradient.detach() for gradient in gradients), *seen]
 
             # one fake mode: by itself make_fx makes another for each node, which took more than half of its time
-            with torch.enable_grad(), tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True))):
-                return make_fx(flat)(*self._state(), *_tensors(tasks))
+            shapes = FakeTensorMode(allow_fallback_kernels=True, allow_non_fake_inputs=True)
+            with torch.enable_grad(), tracing(TracingContext(shapes)):
+                # without data, or the trace holds that of several steps at once
+                return make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)(
+                    *self._state(), *_tensors(tasks)
+                )
 
         on_cpu = tasks.support.inputs.device.type == "cpu"
         with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -308,8 +312,7 @@ def _forward(graph: GraphModule) -> Callable:
 
 def _draws(graph: GraphModule) -> bool:
     """Whether random numbers are drawn, which must be in the order of the tasks."""
-    seeded = torch.Tag.nondeterministic_seeded
-    return any(seeded in getattr(node.target, "tags", ()) for node in graph.graph.nodes)
+    return any(is_random(node.target) for node in graph.graph.nodes)
 
 
 def _tensors(tasks: Task) -> list[Tensor]:
