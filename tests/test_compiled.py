@@ -834,6 +834,18 @@ def test_factors_see_noise_on_the_inputs(draw_noise, compile, monkeypatch):
     assert_agrees(run("factored"), run("batched"), 1e-10)
 
 
+@pytest.mark.parametrize("noisy", [False, True])
+def test_factors_of_the_same_inputs_are_kept_once(noisy, monkeypatch):
+    untouched(monkeypatch)
+    layer = nn.Linear(64, 32)
+    if noisy:
+        layer = nn.Sequential(nn.Dropout(0.5), layer)
+    learner = FOMAML(layer.double(), LR, 3)
+    meta_gradient(learner, draw((64,), F.cross_entropy), engine="factored", compile=True)
+    joined = [node for node in graph(learner).nodes if node.target is torch.ops.aten.cat.default]
+    assert bool(joined) is noisy
+
+
 # --- threads ----------------------------------------------------------------------------------------
 
 

@@ -89,7 +89,7 @@ class Draws(TorchDispatchMode):
         self.found = False
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.found = self.found or function.namespace != "aten" or is_random(function)
+        self.found = self.found or function.namespace not in ("aten", "prim") or is_random(function)
         return function(*args, **(kwargs or {}))
 
 
