@@ -88,6 +88,8 @@ def _memory(name: str, record: dict) -> str:
     lines = [
         f"### Peak memory over inner steps, workload {name}",
         "",
+        "Medians over processes, each with a seed of its own.",
+        "",
         "| | 1 step | 20 steps | ratio |",
         "|---|---|---|---|",
     ]
