@@ -1033,6 +1033,33 @@ def test_a_trace_holds_no_data():
     assert_agrees(found, meta_gradient(learner, tasks, engine="loop"), 1e-10)
 
 
+@pytest.mark.parametrize(
+    ("depends", "reason"),
+    [
+        (lambda inputs: inputs[inputs[:, 0] > 0].mean(0), r"nonzero.*depends on values"),
+        (lambda inputs: float(inputs.detach().numpy().std()), r"numpy"),
+        (lambda inputs: inputs.sum().item(), r"depends on values|data-dependent"),
+    ],
+)
+def test_what_depends_on_values_runs_uncompiled(depends, reason):
+    """It must not be built in as it was for the first tasks."""
+
+    class Depends(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(6, 4)
+
+        def forward(self, inputs):
+            return self.layer(inputs * depends(inputs))
+
+    learner = FOMAML(Depends().double(), LR, 2)
+    with pytest.warns(RuntimeWarning, match=f"compile=True runs uncompiled: .*{reason}"):
+        meta_gradient(learner, draw((6,), F.cross_entropy), engine="loop", compile=True)
+    tasks = draw((6,), F.cross_entropy)
+    found = meta_gradient(learner, tasks, engine="loop", compile=True)
+    assert_agrees(found, meta_gradient(learner, tasks, engine="loop"), 1e-10)
+
+
 def test_a_compiled_function_does_not_keep_its_graph():
     learner = FOMAML(Conv4(4, channels=4, image=(2, 16, 16)).double(), 0.1, 2)
     meta_gradient(learner, draw((2, 16, 16), F.cross_entropy), engine="loop", compile=True)

@@ -17,7 +17,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch._guards import TracingContext, tracing
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -89,6 +93,8 @@ def function(
             if count(tasks) > 1 and out_of_memory(error):
                 raise  # fewer tasks at once may do
             reason = first_line(error)
+            if isinstance(error, DynamicOutputShapeException | DataDependentOutputException):
+                reason = f"what {reason} gives depends on values, which a trace does not have"
             if tasks.support.inputs.device.type == "cpu" and not kernels.compiler():
                 reason = "there is no C++ compiler on this machine"
             warnings.warn(f"compile=True runs uncompiled: {reason}", RuntimeWarning, stacklevel=4)
