@@ -91,11 +91,10 @@ def settings(options: Options, config: TrainConfig) -> list[dict]:
 def judged(options: Options, changes: dict) -> dict:
     """The result of one evaluation, which is also printed."""
     config, learner = load_run(options.run, options.weights, data_root=options.data_root, **changes)
-    result = evaluate_run(config, learner, "both", options.seed)
     preset = PRESETS.get(config.preset)
-    if preset and preset.statistics == WITH_QUERY and changes["test_query_shots"] != MANY:
-        result[WITH_QUERY] = evaluate_run(config, learner, WITH_QUERY, options.seed)
-    for each in (result, result["inductive"], *(result[key] for key in [WITH_QUERY] if key in result)):
+    published = preset and preset.statistics == WITH_QUERY and changes["test_query_shots"] != MANY
+    result = evaluate_run(config, learner, "all" if published else "both", options.seed)
+    for each in (result, *(result[key] for key in ("inductive", WITH_QUERY) if key in result)):
         protocol = each["protocol"]
         copies = f", {protocol['copies']} copies" if protocol["copies"] > 1 else ""
         print(

@@ -143,6 +143,20 @@ def test_both_statistics_are_reported_side_by_side(digits, tmp_path, capsys):
     gap = result["accuracy"] - result["inductive"]["accuracy"]
     assert result["difference"]["mean"] == pytest.approx(gap)
     assert ("warning" in result) == (abs(gap) > result["difference"]["interval"])
+    main(["evaluate", str(out), "--statistics", "all", "--json"])
+    everything = json.loads(capsys.readouterr().out)
+    with_query = everything.pop("with-query")
+    assert everything == result
+    assert with_query["protocol"]["batch_statistics"] == "with-query"
+    for statistics, expected in {"inductive": result["inductive"], "with-query": with_query}.items():
+        main(["evaluate", str(out), "--statistics", statistics, "--json"])
+        alone = json.loads(capsys.readouterr().out)
+        assert alone["rows"] == expected["rows"] and alone["protocol"] == expected["protocol"]
+    main(["evaluate", str(out), "--statistics", "all"])
+    said = capsys.readouterr().out
+    assert [said.count(f"per class, {name}\n") for name in ("transductive", "inductive", "with-query")] == [
+        1
+    ] * 3
 
 
 def test_sinusoid_lowers_the_error(tmp_path, capsys):

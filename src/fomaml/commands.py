@@ -88,8 +88,8 @@ class EvaluateConfig:
     statistics: str = "own"
     """Where batch norm takes its statistics from: own (as the model was trained), inductive (the support set, so
     that query examples do not inform each other), with-query (the support set and one query example at a time, as
-    Reptile's published code tests), or both of the first two, with a warning where the two differ by more than the
-    interval."""
+    Reptile's published code tests), both (the first two, with a warning where they differ by more than the
+    interval) or all."""
     device: str | None = None
     """cpu, cuda, cuda:N or mps; by default the run's."""
     json: Annotated[bool, tyro.conf.arg(name="json")] = False

@@ -34,7 +34,7 @@ TEST_AUGMENTATIONS = ("none", "turns")
 SCHEDULES = ("constant", "cosine", "linear")
 PRECISIONS = ("none", "bfloat16", "auto")
 ENGINES = ("auto", "loop", "batched", "factored")
-STATISTICS = ("own", "inductive", "with-query", "both")
+STATISTICS = ("own", "inductive", "with-query", "both", "all")
 PARTS = ("test", "validation")
 WEIGHTS = ("best", "last")
 # What follows another option where it is not given.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fomaml.algorithms import FOMAML
 from fomaml.data.source import ClassSource
-from fomaml.engines import curve
+from fomaml.engines import curve_at
 from fomaml.errors import positive
 from fomaml.learner import MetaLearner
 from fomaml.tasks import Task
@@ -55,14 +55,28 @@ def evaluate(
     Raises:
         InputError: a model whose output is narrower than the number of ways.
     """
+    points = [(steps, inductive) for steps in at_steps]
+    found = evaluate_at(learner, episodes, points, tasks, tasks_at_once, engine)
+    return {steps: scores for (steps, _), scores in found.items()}
+
+
+def evaluate_at(
+    learner: MetaLearner,
+    episodes,
+    points: Sequence[tuple[int, bool | str]],
+    tasks: int = 1000,
+    tasks_at_once: int = 100,
+    engine: str = "auto",
+) -> dict[tuple[int, bool | str], Tensor]:
+    """`evaluate` at pairs of steps and inductive: tasks are adapted once for all of them."""
     check_width(learner, episodes)
-    at_steps = sorted(set(at_steps))
-    parts: dict[int, list[Tensor]] = {steps: [] for steps in at_steps}
+    points = sorted(set(points), key=lambda point: point[0])
+    parts: list[list[Tensor]] = [[] for _ in points]
     for batch in _batches(episodes, tasks, max(1, tasks_at_once // _copies(episodes))):
-        found = curve(learner, batch, at_steps, inductive=inductive, engine=engine)
-        for steps, (losses, outputs) in zip(at_steps, found):
-            parts[steps].append(_scores(episodes, outputs, batch.query.targets, losses).double().cpu())
-    return {steps: torch.cat(part) for steps, part in parts.items()}
+        found = curve_at(learner, batch, points, engine)
+        for part, (losses, outputs) in zip(parts, found):
+            part.append(_scores(episodes, outputs, batch.query.targets, losses).double().cpu())
+    return dict(zip(points, map(torch.cat, parts)))
 
 
 def nearest_centroid(episodes, *, tasks: int = 1000, tasks_at_once: int = 100) -> Tensor:

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fomaml.build import NAMES, Data, build_model, for_test, head_name, open_data
 from fomaml.config import TrainConfig
 from fomaml.data.source import ClassSource
 from fomaml.errors import InputError
-from fomaml.evaluate import estimate, evaluate, fine_tune, nearest_centroid, pretrain
+from fomaml.evaluate import estimate, evaluate, evaluate_at, fine_tune, nearest_centroid, pretrain
 from fomaml.learner import WITH_QUERY, MetaLearner
 from fomaml.models import BatchNorm
 from fomaml.report import table, verdict
+
+# The values of `inductive` by config.STATISTICS.
+KINDS = {
+    "own": (False,),
+    "inductive": (True,),
+    WITH_QUERY: (WITH_QUERY,),
+    "both": (False, True),
+    "all": (False, True, WITH_QUERY),
+}
 
 
 def judge(config: TrainConfig, learner: MetaLearner, data: Data, say=lambda line: None) -> dict:
@@ -28,10 +37,10 @@ def judge(config: TrainConfig, learner: MetaLearner, data: Data, say=lambda line
         rows.append(_row(label, scores, **facts))
         paired = estimate(headline - scores)
         differences.append({"to": label, "mean": paired.mean, "interval": paired.interval})
-    return summary(config, learner, data, found, rows, differences)
+    return summary(config, learner, data, found, rows=rows, differences=differences)
 
 
-def summary(config, learner, data, found, rows=None, differences=(), inductive=False) -> dict:
+def summary(config, learner, data, found, inductive=False, rows=None, differences=()) -> dict:
     """The result as JSON-able facts: the headline figure, the protocol, the rows and the paired differences."""
     steps = max(found)
     name = NAMES[config.algorithm]
@@ -115,8 +124,8 @@ def evaluate_run(
 ) -> dict:
     """Evaluate a loaded run on unseen tasks; statistics and part as in `EvaluateConfig`.
 
-    With "both" the result is that of the model's own statistics, the other one stands under "inductive", and
-    "warning" says so where the paired difference is larger than its interval.
+    With "both" and "all" the result is that of the model's own statistics, the others stand under "inductive" and
+    "with-query", and "warning" says so where the paired difference of the first two is larger than its interval.
 
     Raises:
         InputError: no data, or no validation classes in them.
@@ -127,23 +136,15 @@ def evaluate_run(
             raise InputError(f"{data.unvalidated}; take --part test")
         data = data._replace(test=data.validation)
 
-    def run(inductive: bool | str) -> dict[int, Tensor]:
-        return evaluate(
-            for_test(config, learner),
-            data.test,
-            tasks=config.test_tasks,
-            at_steps=config.test_steps,
-            inductive=inductive,
-        )
-
-    inductive = {"inductive": True, WITH_QUERY: WITH_QUERY}.get(statistics, False)
-    found = run(inductive)
-    result = summary(config, learner, data, found, inductive=inductive)
+    kinds = KINDS[statistics]
+    points = [(steps, kind) for kind in kinds for steps in config.test_steps]
+    scores = evaluate_at(for_test(config, learner), data.test, points, config.test_tasks)
+    found = [{steps: each for (steps, own), each in scores.items() if own == kind} for kind in kinds]
+    result, *others = (summary(config, learner, data, *each) for each in zip(found, kinds))
     result |= {"part": part, "seed": config.seed if seed is None else seed}
-    if statistics == "both":
-        other = run(True)
-        paired = estimate(found[result["steps"]] - other[result["steps"]])
-        result["inductive"] = summary(config, learner, data, other, inductive=True)
+    result |= dict(zip(("inductive", WITH_QUERY), others))
+    if others:
+        paired = estimate(found[0][result["steps"]] - found[1][result["steps"]])
         result["difference"] = paired._asdict()
         if abs(paired.mean) > paired.interval:
             result["warning"] = (
@@ -172,8 +173,9 @@ def describe(result: dict) -> str:
     ]
     if result["differences"]:
         lines += ["", verdict(result)]
-    if "inductive" in result:
-        lines += ["", describe(result["inductive"])]
+    for key in ("inductive", WITH_QUERY):
+        if key in result:
+            lines += ["", describe(result[key])]
     if "warning" in result:
         lines.append(f"warning: {result['warning']}")
     return "\n".join(lines).rstrip() + "\n"

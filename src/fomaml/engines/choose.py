@@ -78,10 +78,21 @@ def curve(
 
     inductive: see `Problem.query`.
     """
+    return curve_at(learner, tasks, [(steps, inductive) for steps in at_steps], engine, tasks_at_once)
+
+
+def curve_at(
+    learner: MetaLearner,
+    tasks: Task,
+    points: Sequence[tuple[int, bool | str]],
+    engine: str = "auto",
+    tasks_at_once: int | None = None,
+) -> list[tuple[Tensor, Tensor]]:
+    """`curve` at pairs of steps and inductive, ascending: tasks are adapted once for all of them."""
     engine, size, _ = _plan(learner, tasks, engine, tasks_at_once)
     problems = (ENGINES[engine](learner, chunk, evaluating=True) for chunk in chunks(tasks, size))
     try:
-        return curves(problems, at_steps, inductive)
+        return curves(problems, points)
     except Exception as error:
         _explain(error, learner, tasks, engine)
         raise

@@ -113,14 +113,16 @@ def first_line(error: Exception) -> str:
 
 
 def curves(
-    problems: Iterable[Problem], at_steps: Sequence[int], inductive: bool | str
+    problems: Iterable[Problem], points: Sequence[tuple[int, bool | str]]
 ) -> list[tuple[Tensor, Tensor]]:
-    """For each number of steps: query losses (tasks,) and outputs (tasks, examples, ...), no graph kept."""
-    parts: list[list] = [[] for _ in at_steps]
+    """For each number of steps, ascending, and its `inductive`: query losses (tasks,) and outputs
+    (tasks, examples, ...), no graph kept.
+    """
+    parts: list[list] = [[] for _ in points]
     for problem in problems:
         path = problem.path(first_order=True)
         adapted, done = problem.start, 0
-        for part, steps in zip(parts, at_steps):
+        for part, (steps, inductive) in zip(parts, points):
             for adapted, _ in islice(path, steps - done):
                 pass
             done = steps
