@@ -8,7 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
+from fomaml import judge
 from fomaml.cli import main
+from fomaml.learner import INDUCTIVE
 from fomaml.run import load_run
 
 QUICK = ["--iterations", "4", "--test-tasks", "20", "--meta-batch-size", "2", "--query-shots", "3"]
@@ -157,6 +159,31 @@ def test_both_statistics_are_reported_side_by_side(digits, tmp_path, capsys):
     assert [said.count(f"per class, {name}\n") for name in ("transductive", "inductive", "with-query")] == [
         1
     ] * 3
+
+
+@pytest.mark.parametrize("statistics", ["inductive", "with-query"])
+def test_a_run_is_tested_by_the_statistics_it_asks_for(statistics, digits, tmp_path, capsys, monkeypatch):
+    asked, fine_tune = [], judge.fine_tune
+
+    def noted(*data, **options):
+        asked.append(options["inductive"])
+        return fine_tune(*data, **options)
+
+    monkeypatch.setattr(judge, "fine_tune", noted)
+    quick = [*QUICK, "--model", "conv4-strided", "--data-root", str(digits), "--test-statistics", statistics]
+    main(["train", "mnist", *quick, "--out", str(tmp_path / "r")])
+    result = json.loads((tmp_path / "r" / "result.json").read_text())
+    assert result["protocol"]["batch_statistics"] == statistics
+    capsys.readouterr()
+    found = {}
+    for options in ((), ("--statistics", statistics), ("--statistics", "own")):
+        main(["evaluate", str(tmp_path / "r"), *options, "--json"])
+        found[options] = json.loads(capsys.readouterr().out)
+    own, same, other = found.values()
+    assert own == same and own["protocol"] == result["protocol"]
+    assert own["rows"] == result["rows"][: len(own["rows"])] != other["rows"]
+    assert other["protocol"]["batch_statistics"] == "transductive"
+    assert len(asked) > 1 and set(asked) == {INDUCTIVE[statistics]}  # the baselines alike
 
 
 def test_sinusoid_lowers_the_error(tmp_path, capsys):

@@ -131,10 +131,16 @@ def test_validation_does_not_touch_the_training(root, tmp_path):
 
 def test_a_validation_is_an_evaluation_on_the_validation_classes(root, tmp_path, capsys):
     """The record of the best is what `evaluate --part validation` finds."""
-    config = settings(root, test_query_shots=3, test_augment="turns")
+    config = settings(
+        root, test_query_shots=3, test_augment="turns", test_statistics="with-query", validation_tasks=30
+    )
     found = quiet(config, tmp_path / "a")["weights"]
-    for part, same in (("validation", True), ("test", False)):
-        main(["evaluate", str(tmp_path / "a"), "--part", part, "--tasks", "5", "--json"])
+    for part, options, same in (
+        ("validation", [], True),
+        ("validation", ["--statistics", "own"], False),
+        ("test", [], False),
+    ):
+        main(["evaluate", str(tmp_path / "a"), "--part", part, *options, "--tasks", "30", "--json"])
         result = json.loads(capsys.readouterr().out)
         assert ((result["accuracy"], result["interval"]) == (found["accuracy"], found["interval"])) == same
         assert result["protocol"]["query_shots"] == 3 and result["part"] == part

@@ -72,7 +72,8 @@ def _evaluate(config: EvaluateConfig) -> None:
         positive("tasks", config.tasks, integer=True)
     if config.steps is not None:
         check_steps(config.steps)
-    known("statistics", config.statistics, STATISTICS)
+    if config.statistics is not None:
+        known("statistics", config.statistics, STATISTICS)
     known("part", config.part, PARTS)
     known("weights", config.weights, WEIGHTS)
     for name in ("ways", "shots", "query_shots", "copies"):

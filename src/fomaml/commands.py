@@ -85,11 +85,10 @@ class EvaluateConfig:
     """The seed of the tasks; by default the run's, and so the same tasks."""
     data_root: Path | None = None
     """The data's folder, as in train; by default the run's."""
-    statistics: str = "own"
-    """Where batch norm takes its statistics from: own (as the model was trained), inductive (the support set, so
-    that query examples do not inform each other), with-query (the support set and one query example at a time, as
-    Reptile's published code tests), both (the first two, with a warning where they differ by more than the
-    interval) or all."""
+    statistics: str | None = None
+    """Where batch norm takes its statistics from: own, inductive or with-query, see --test-statistics of train; both
+    (the first two, with a warning where they differ by more than the interval) or all; by default as the run's own
+    test."""
     device: str | None = None
     """cpu, cuda, cuda:N or mps; by default the run's."""
     json: Annotated[bool, tyro.conf.arg(name="json")] = False

@@ -29,7 +29,7 @@ from fomaml.engines import choose, meta_gradient
 from fomaml.errors import InputError
 from fomaml.evaluate import estimate, evaluate
 from fomaml.judge import protocol
-from fomaml.learner import MetaLearner
+from fomaml.learner import INDUCTIVE, MetaLearner
 from fomaml.objectives import Implicit
 from fomaml.report import align, figure
 from fomaml.run import circumstances, claim
@@ -142,7 +142,14 @@ def run_one(
         for number, path in snapshots.items():  # the last one is what was trained
             load_weights(path, model)
             cosines.append({"iteration": number, "cosine": first_order_cosine(config, model, probe)})
-    found = evaluate(learner, data.test, tasks=config.test_tasks, at_steps=config.test_steps, engine=engine)
+    found = evaluate(
+        learner,
+        data.test,
+        tasks=config.test_tasks,
+        at_steps=config.test_steps,
+        inductive=INDUCTIVE[config.test_statistics],
+        engine=engine,
+    )
     claim(out)
     write_text(out / "config.json", to_json(dataclasses.replace(config, out=out, iterations=iteration)))
     save_weights(out / "weights.safetensors", learner)

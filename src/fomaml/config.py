@@ -34,7 +34,8 @@ TEST_AUGMENTATIONS = ("none", "turns")
 SCHEDULES = ("constant", "cosine", "linear")
 PRECISIONS = ("none", "bfloat16", "auto")
 ENGINES = ("auto", "loop", "batched", "factored")
-STATISTICS = ("own", "inductive", "with-query", "both", "all")
+TEST_STATISTICS = ("own", "inductive", "with-query")
+STATISTICS = (*TEST_STATISTICS, "both", "all")
 PARTS = ("test", "validation")
 WEIGHTS = ("best", "last")
 # What follows another option where it is not given.
@@ -108,6 +109,10 @@ class TrainConfig:
     a query image's outputs over them (1 by default)."""
     test_jitter: float | None = None
     """The jitter of these copies; by default as in training."""
+    test_statistics: str | None = None
+    """Where batch norm takes its statistics from in validation and test: own (as in training), inductive (the support
+    set, so that query examples do not inform each other) or with-query (the support set and one query example at a
+    time, as Reptile's published code tests)."""
 
     # --- the model and its inner loop
     algorithm: str | None = None

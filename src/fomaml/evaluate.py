@@ -108,9 +108,11 @@ def fine_tune(
     tuning_tasks: int = 100,
     inner_lrs: Sequence[float] = (0.001, 0.003, 0.01, 0.03, 0.1),
     at_steps: Sequence[int] = (5, 20, 50, 100),
+    inductive: bool | str = False,
 ) -> Tuned:
     """Train a model on each support set by gradient descent; step size and count tuned on other episodes.
 
+    inductive: as in `evaluate`.
     model: the start for every task, or a function from a number to a fresh random start: then every
         hundred tasks get a start of their own.
     """
@@ -122,7 +124,8 @@ def fine_tune(
             start = model if fixed else model(number)
             learner = FOMAML(start, inner_lr, max(at_steps))
             part = _Slice(episodes, 100 * number)
-            parts.append(evaluate(learner, part, tasks=min(100, tasks - 100 * number), at_steps=at_steps))
+            few = min(100, tasks - 100 * number)
+            parts.append(evaluate(learner, part, tasks=few, at_steps=at_steps, inductive=inductive))
         return {steps: torch.cat([part[steps] for part in parts]) for steps in at_steps}
 
     best = max(

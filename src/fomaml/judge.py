@@ -10,18 +10,11 @@ from fomaml.config import TrainConfig
 from fomaml.data.source import ClassSource
 from fomaml.errors import InputError
 from fomaml.evaluate import estimate, evaluate, evaluate_at, fine_tune, nearest_centroid, pretrain
-from fomaml.learner import WITH_QUERY, MetaLearner
+from fomaml.learner import INDUCTIVE, WITH_QUERY, MetaLearner
 from fomaml.models import BatchNorm
 from fomaml.report import table, verdict
 
-# The values of `inductive` by config.STATISTICS.
-KINDS = {
-    "own": (False,),
-    "inductive": (True,),
-    WITH_QUERY: (WITH_QUERY,),
-    "both": (False, True),
-    "all": (False, True, WITH_QUERY),
-}
+SEVERAL = {"both": (False, True), "all": (False, True, WITH_QUERY)}
 
 
 def judge(config: TrainConfig, learner: MetaLearner, data: Data, say=lambda line: None) -> dict:
@@ -29,7 +22,10 @@ def judge(config: TrainConfig, learner: MetaLearner, data: Data, say=lambda line
     say(f"evaluating on {config.test_tasks} unseen tasks")
     tasks = config.test_tasks
     name = NAMES[config.algorithm]
-    found = evaluate(for_test(config, learner), data.test, tasks=tasks, at_steps=config.test_steps)
+    inductive = INDUCTIVE[config.test_statistics]
+    found = evaluate(
+        for_test(config, learner), data.test, tasks=tasks, at_steps=config.test_steps, inductive=inductive
+    )
     rows = [_row(f"{name}, {_steps(steps)}", found[steps], steps=steps) for steps in found]
     headline = found[config.test_steps[-1]]
     differences = []
@@ -37,7 +33,7 @@ def judge(config: TrainConfig, learner: MetaLearner, data: Data, say=lambda line
         rows.append(_row(label, scores, **facts))
         paired = estimate(headline - scores)
         differences.append({"to": label, "mean": paired.mean, "interval": paired.interval})
-    return summary(config, learner, data, found, rows=rows, differences=differences)
+    return summary(config, learner, data, found, inductive, rows, differences)
 
 
 def summary(config, learner, data, found, inductive=False, rows=None, differences=()) -> dict:
@@ -85,6 +81,7 @@ def baselines(config: TrainConfig, data: Data, say):
     if config.source == "sinusoid":
         return
     counts = {"tasks": config.test_tasks, "tuning_tasks": min(config.test_tasks, 50)}
+    counts["inductive"] = INDUCTIVE[config.test_statistics]
     say("baseline: the same network from a random start")
     tuned = fine_tune(lambda n: build_model(config, 1000 + n), data.tuning, data.test, **counts)
     yield "random start, support set only", tuned.scores, _facts(tuned)
@@ -118,7 +115,7 @@ def pretrained(config: TrainConfig, classes: ClassSource) -> nn.Module:
 def evaluate_run(
     config: TrainConfig,
     learner: MetaLearner,
-    statistics: str = "own",
+    statistics: str | None = None,
     seed: int | None = None,
     part: str = "test",
 ) -> dict:
@@ -136,7 +133,8 @@ def evaluate_run(
             raise InputError(f"{data.unvalidated}; take --part test")
         data = data._replace(test=data.validation)
 
-    kinds = KINDS[statistics]
+    statistics = statistics or config.test_statistics
+    kinds = SEVERAL.get(statistics) or [INDUCTIVE[statistics]]
     points = [(steps, kind) for kind in kinds for steps in config.test_steps]
     scores = evaluate_at(for_test(config, learner), data.test, points, config.test_tasks)
     found = [{steps: each for (steps, own), each in scores.items() if own == kind} for kind in kinds]

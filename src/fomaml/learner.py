@@ -22,7 +22,8 @@ from fomaml.objectives import Outcome, QueryLoss
 from fomaml.tasks import Examples, Task, count, one
 
 WITH_QUERY = "with-query"
-INDUCTIVE = (False, True, WITH_QUERY)
+# The values of `inductive` by the name of the batch statistics.
+INDUCTIVE = {"own": False, "inductive": True, WITH_QUERY: WITH_QUERY}
 Criterion = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -275,8 +276,9 @@ class Problem:
         )
 
     def _support_for(self, inductive: bool | str) -> Tensor | None:
-        if inductive not in INDUCTIVE:
-            raise InputError(f"unknown inductive={inductive!r}; there are: {', '.join(map(repr, INDUCTIVE))}")
+        if inductive not in INDUCTIVE.values():
+            there = ", ".join(map(repr, INDUCTIVE.values()))
+            raise InputError(f"unknown inductive={inductive!r}; there are: {there}")
         if not (inductive or self.learner.uses_support_statistics()):
             return None
         if inductive != WITH_QUERY:

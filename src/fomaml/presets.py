@@ -65,8 +65,7 @@ BY_WAYS = {
 # Nichol et al. 2018, appendix A: "Reptile hyperparameters for the Omniglot comparison". Their published code has
 # further commands with other values. As in that code the inner Adam keeps its second moments from task to task; with
 # fresh ones the training undoes itself (validation 78 % after 5 000 iterations of 25 000, 73 % after 20 000). Its test
-# classifies one query image at a time beside the support set, without "transduction": `fomaml evaluate --statistics
-# with-query`.
+# classifies one query image at a time beside the support set, without "transduction".
 REPTILE = {
     "source": "omniglot",
     "algorithm": "reptile",
@@ -81,6 +80,7 @@ REPTILE = {
     "train_shots": 10,
     "query_shots": 1,
     "test_query_shots": 1,
+    "test_statistics": "with-query",
     "meta_lr": 1.0,
     "schedule": "linear",
     "meta_batch_size": 5,
@@ -126,7 +126,7 @@ def _published() -> dict[str, Preset]:
                 settings |= ORIGINAL | BY_WAYS[ways] | {"algorithm": algorithm}
                 settings |= {"query_shots": shots, "test_query_shots": shots}
             name = f"{algorithm}-omniglot-{ways}w{shots}s"
-            statistics = "with-query" if algorithm == "reptile" else "transductive"
+            statistics = settings.get("test_statistics", "transductive")
             found[name] = Preset(settings, aim, source, f"{title}, {ways}-way {shots}-shot", statistics)
     return found
 

@@ -49,6 +49,7 @@ PLAIN = {
     "jitter": 0.0,
     "test_augment": "none",
     "test_copies": 1,
+    "test_statistics": "own",
     "channels": (64,),
     "norm_statistics": "batch",
     "norm_parameters": "scale-shift",

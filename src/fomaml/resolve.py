@@ -14,6 +14,7 @@ KNOWN = {
     "model": names.MODELS,
     "augment": names.AUGMENTATIONS,
     "test_augment": names.TEST_AUGMENTATIONS,
+    "test_statistics": names.TEST_STATISTICS,
     "norm_statistics": names.NORM_STATISTICS,
     "norm_parameters": names.NORM_PARAMETERS,
     "adapt": names.ADAPTED,

@@ -9,7 +9,7 @@ from fomaml.build import Data, for_test
 from fomaml.config import TrainConfig
 from fomaml.errors import InputError
 from fomaml.evaluate import Estimate, estimate, evaluate
-from fomaml.learner import MetaLearner
+from fomaml.learner import INDUCTIVE, MetaLearner
 
 
 @dataclass
@@ -60,6 +60,10 @@ def validate(config: TrainConfig, learner: MetaLearner, data: Data) -> Estimate:
     """The accuracy on the validation tasks after the last of the test's numbers of steps."""
     steps = config.test_steps[-1]
     found = evaluate(
-        for_test(config, learner), data.validation, tasks=config.validation_tasks, at_steps=[steps]
+        for_test(config, learner),
+        data.validation,
+        tasks=config.validation_tasks,
+        at_steps=[steps],
+        inductive=INDUCTIVE[config.test_statistics],
     )
     return estimate(found[steps])
