@@ -56,7 +56,7 @@ def main(options: Options) -> None:
     needed = (*FILES, "weights.safetensors")
     if missing := [name for name in needed if not (options.run / name).exists()]:
         raise InputError(f"{options.run} has no {missing[0]}: is the run finished?")
-    config = load_config(options.run)
+    config, here = load_config(options.run), circumstances()  # before anything is written: of a clean tree
     found = [judged(options, changes) for changes in settings(options, config)]
     options.to.mkdir(parents=True, exist_ok=True)
     for name in FILES:
@@ -64,7 +64,7 @@ def main(options: Options) -> None:
     shutil.copyfile(weights_file(options.run, options.weights), options.to / "weights.safetensors")
     kept = dataclasses.replace(config, data_root=None, out=None)
     write_text(options.to / "config.json", to_json(kept))
-    facts = {"seed": options.seed, "weights": options.weights, **circumstances(), "evaluations": found}
+    facts = {"seed": options.seed, "weights": options.weights, **here, "evaluations": found}
     write_text(options.to / "evaluations.json", json.dumps(facts, indent=2) + "\n")
 
 

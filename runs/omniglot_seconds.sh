@@ -15,5 +15,5 @@ mkdir -p "$kept"
 cp "$out/metrics.jsonl" "$kept"
 rows=docs/results/omniglot
 "$python" runs/omniglot_plot.py "${rows}_fomaml_5w1s_short:FOMAML" "${rows}_maml_5w1s_short:MAML" \
-    "${rows}_reptile_5w1s_short:Reptile" "$kept:fo-Proto-MAML, best-omniglot" --floor 60 \
+    "${rows}_reptile_5w1s_short:Reptile" "$kept:fo-Proto-MAML, best-omniglot" --floor 90 \
     --out docs/results/omniglot_seconds.png
