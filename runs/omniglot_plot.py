@@ -37,7 +37,7 @@ def main(options: Options) -> None:
     axes.set_ylabel("validation accuracy in %, ± 95 % interval")
     axes.set_ylim(options.floor, 100)
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
+    axes.legend(loc="best")
     figure.tight_layout()
     figure.savefig(options.out, dpi=150)
     plots.close(figure)
