@@ -23,8 +23,7 @@ from fomaml.run import circumstances, load_config, load_run, weights_file
 class Options:
     """Evaluate a finished run with 1 and 15 query images per class and those of its own test, by the statistics it
     was trained with and by those of the support set alone, by those with the query image where its figure was
-    published so, and with copies of each image where asked for, and copy it
-    without its data's path.
+    published so, and with copies of each image where asked for, and copy it without its data's path.
     """
 
     run: tyro.conf.Positional[Path]

@@ -53,7 +53,8 @@ def compare(config: CompareConfig, out: Path, *, say: Callable[[str], None] = pr
     out.mkdir(parents=True, exist_ok=True)
     say(f"{data.name}: {data.origin}")
     first = with_image(configs[0], data)
-    facts = protocol(first, data, build_learner(first, build_model(first)))
+    inductive = INDUCTIVE[first.test_statistics]
+    facts = protocol(first, data, build_learner(first, build_model(first)), inductive)
     found = {}
     for number, own in enumerate(configs, 1):
         name = own.algorithm

@@ -70,7 +70,7 @@ def evaluate_at(
 ) -> dict[tuple[int, bool | str], Tensor]:
     """`evaluate` at pairs of steps and inductive: tasks are adapted once for all of them."""
     check_width(learner, episodes)
-    points = sorted(set(points), key=lambda point: point[0])
+    points = sorted(dict.fromkeys(points), key=lambda point: point[0])
     parts: list[list[Tensor]] = [[] for _ in points]
     for batch in _batches(episodes, tasks, max(1, tasks_at_once // _copies(episodes))):
         found = curve_at(learner, batch, points, engine)

@@ -42,9 +42,7 @@ def summary(config, learner, data, found, inductive=False, rows=None, difference
     name = NAMES[config.algorithm]
     headline = estimate(found[steps])
     metric = "loss" if config.source == "sinusoid" else "accuracy"
-    facts = protocol(config, data, learner) | {"inner_steps": steps}
-    if inductive:
-        facts["batch_statistics"] = "inductive" if inductive is True else inductive
+    facts = protocol(config, data, learner, inductive) | {"inner_steps": steps}
     if rows is None:
         rows = [_row(f"{name}, {_steps(k)}", scores, steps=k) for k, scores in found.items()]
     return {
@@ -60,8 +58,12 @@ def summary(config, learner, data, found, inductive=False, rows=None, difference
     }
 
 
-def protocol(config: TrainConfig, data: Data, learner: MetaLearner) -> dict:
+def protocol(config: TrainConfig, data: Data, learner: MetaLearner, inductive: bool | str) -> dict:
     """What an accuracy is an accuracy of."""
+    if not inductive:
+        statistics = "transductive" if _is_transductive(learner) else "inductive"
+    else:
+        statistics = "inductive" if inductive is True else inductive
     return {
         "data": data.name,
         "question": config.question or config.split,
@@ -72,7 +74,7 @@ def protocol(config: TrainConfig, data: Data, learner: MetaLearner) -> dict:
         "copies": config.test_copies,
         "jitter": config.test_jitter if config.test_copies > 1 else 0.0,
         "model": config.model,
-        "batch_statistics": "transductive" if _is_transductive(learner) else "inductive",
+        "batch_statistics": statistics,
     }
 
 
