@@ -23,7 +23,7 @@ from fomaml.run import circumstances, load_config, load_run, weights_file
 class Options:
     """Evaluate a finished run with 1 and 15 query images per class and those of its own test, by the statistics it
     was trained with and by those of the support set alone, by those with the query image where its figure was
-    published so, and with copies of each image where asked for, and copy it without its data's path.
+    published so, and by further protocols where asked for, and copy it without its data's path.
     """
 
     run: tyro.conf.Positional[Path]
@@ -35,9 +35,15 @@ class Options:
     weights: str = "best"
     """Keep the best weights by validation, or the last."""
     copies: int = 1
-    """Judge K query images per class also with so many copies of each image, after the inner steps of training."""
+    """Judge K query images per class also with so many copies of each image; as what follows, after the inner steps of
+    training alone."""
     jitter: float | None = None
     """What moves these copies; by default the jitter of the run's training."""
+    turned: bool = False
+    """Judge K query images per class also with each class of a task turned at random, as MAML's figures were, for runs
+    that are not tested so."""
+    balanced: bool = False
+    """Judge K query images per class, turned where asked for, also with their number per class taken for known."""
     tasks: int = 1000
     """The number of test tasks."""
     seed: int = 1
@@ -73,31 +79,36 @@ def settings(options: Options, config: TrainConfig) -> list[dict]:
     for name in options.also:
         ways, shots = map(int, name.removesuffix("s").split("w"))
         tasks[ways, shots] = (*tasks.get((ways, shots), ()), shots, MANY)
-    copies = {
-        "test_copies": options.copies,
-        "test_jitter": options.jitter,
-        "test_steps": (config.inner_steps,),
-    }
+    turned = {"test_augment": "turns"} if options.turned else {}
+    further = []
+    if options.copies > 1:
+        further.append({"test_copies": options.copies, "test_jitter": options.jitter})
+    if options.turned:
+        further.append(turned)
+    if options.balanced:
+        further.append(turned | {"balanced": True})
     found = []
     for (ways, shots), queries in tasks.items():
         own = {"ways": ways, "shots": shots, "test_tasks": options.tasks}
         found += [own | {"test_query_shots": query} for query in dict.fromkeys(queries)]
-        if options.copies > 1:
-            found.append(own | {"test_query_shots": queries[0]} | copies)
+        once = {"test_query_shots": queries[0], "test_steps": (config.inner_steps,)}
+        found += [own | once | changes for changes in further]
     return found
 
 
 def judged(options: Options, changes: dict) -> dict:
     """The result of one evaluation, which is also printed."""
+    balanced = changes.pop("balanced", False)
     config, learner = load_run(options.run, options.weights, data_root=options.data_root, **changes)
     preset = PRESETS.get(config.preset)
     published = preset and preset.statistics == WITH_QUERY and changes["test_query_shots"] != MANY
-    result = evaluate_run(config, learner, "all" if published else "both", options.seed)
+    result = evaluate_run(config, learner, "all" if published else "both", options.seed, balanced=balanced)
     for each in (result, *(result[key] for key in ("inductive", WITH_QUERY) if key in result)):
         protocol = each["protocol"]
-        copies = f", {protocol['copies']} copies" if protocol["copies"] > 1 else ""
+        choices = f", {protocol['copies']} copies" if protocol["copies"] > 1 else ""
+        choices += ", turned" * (protocol["test_augment"] == "turns") + ", balanced" * protocol["balanced"]
         print(
-            f"{protocol['ways']}-way {protocol['shots']}-shot, {protocol['query_shots']} query{copies}, "
+            f"{protocol['ways']}-way {protocol['shots']}-shot, {protocol['query_shots']} query{choices}, "
             f"{protocol['batch_statistics']}: {100 * each['accuracy']:.2f} ± {100 * each['interval']:.2f} %",
             flush=True,
         )

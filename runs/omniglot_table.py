@@ -14,7 +14,8 @@ from fomaml.report import duration
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 BEGIN, END = "<!-- omniglot: begin -->", "<!-- omniglot: end -->"
 HEADING = (
-    *("run", "published", "measured, published protocol", "the same, inductive", "copies of each image"),
+    *("run", "published", "measured, published protocol", "the same, inductive", "the same, balanced"),
+    *("characters not turned", "copies of each image"),
     *("15 query a class", "15 query a class, inductive", "seed", "iterations", "wall time", "command"),
 )
 
@@ -60,16 +61,22 @@ def row(ways: int, shots: int, name: str, config: dict, result: dict, judged: di
     if not is_own:
         published = [f"{each}-omniglot-{ways}w{shots}s" for each in (trained.partition("-")[0], "maml")]
     preset = next((PRESETS[each] for each in published if each in PRESETS), None)
-    by_query, copied = {}, ""
+    by_query, turned, further = {}, None, dict.fromkeys(("balanced", "plain", "copied"), "")
     for found in judged["evaluations"]:
         protocol = found["protocol"]
         if (protocol["ways"], protocol["shots"]) != (ways, shots):
             continue
-        if protocol.get("copies", 1) > 1:
-            copied = f"{figure(found)}, inductive {figure(found['inductive'])}; {protocol['copies']} copies"
+        if protocol.get("balanced"):
+            further["balanced"] = figure(found)
+        elif protocol.get("copies", 1) > 1:
+            further["copied"] = f"{both(found)}; {protocol['copies']} copies"
+        elif protocol["test_augment"] != config["test_augment"]:
+            turned = found
         else:
             by_query[protocol["query_shots"]] = found
     own, many = by_query[config["test_query_shots"] if is_own else shots], by_query[15]
+    if turned:
+        further["plain"], own = both(own), turned
     if preset and preset.statistics == WITH_QUERY:
         own = {**own[WITH_QUERY], "inductive": own["inductive"]}
     weights = result["weights"]
@@ -83,7 +90,7 @@ def row(ways: int, shots: int, name: str, config: dict, result: dict, judged: di
         f"{preset.aim} ({preset.source})" if preset else "",
         f"{figure(own)} {own['protocol']['batch_statistics']}, {own['tasks']} tasks",
         figure(own["inductive"]),
-        copied,
+        *further.values(),
         f"{figure(many)} {many['protocol']['batch_statistics']}",
         figure(many["inductive"]),
         f"{config['seed']}, tasks {judged['seed']}",
@@ -92,6 +99,10 @@ def row(ways: int, shots: int, name: str, config: dict, result: dict, judged: di
         f"`sh runs/{name}.sh`",
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def both(result: dict) -> str:
+    return f"{figure(result)}, inductive {figure(result['inductive'])}"
 
 
 def figure(result: dict) -> str:

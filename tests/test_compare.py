@@ -7,6 +7,7 @@ import signal
 import pytest
 import torch
 
+import characters
 from fomaml import compare
 from fomaml.build import NAMES, PRESETS, build_learner, build_model, build_optimizer, head_name, open_data
 from fomaml.cli import main
@@ -264,6 +265,22 @@ def test_comparison_is_saved_and_told(in_this_process, tmp_path):
     assert f"{maml['mean']:.3f} ± {maml['interval']:.3f}" in text
     assert "MAML (2/2)" in " ".join(lines)
     assert str(tmp_path) not in text
+
+
+@pytest.mark.parametrize(
+    ("statistics", "name"),
+    [("own", "transductive"), ("inductive", "inductive"), ("with-query", "with-query")],
+)
+def test_a_comparison_names_the_batch_statistics_it_was_tested_by(
+    statistics, name, in_this_process, tmp_path, monkeypatch
+):
+    characters.shrink(monkeypatch)
+    data = {"source": "omniglot", "data_root": characters.write(tmp_path / "data")}
+    network = {"model": "conv4-strided", "channels": (4,), "ways": 3, "shots": 1, "norm_statistics": "batch"}
+    config = CompareConfig(**{**SMALL, **data, **network}, algorithms=(), test_statistics=statistics)
+    result = compare.compare(config, tmp_path / "out", say=lambda line: None)
+    assert result["protocol"]["batch_statistics"] == name
+    assert name in describe(result).splitlines()[1]
 
 
 def test_each_algorithm_is_a_run_to_evaluate_again(in_this_process, tmp_path, capsys):

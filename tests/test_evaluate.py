@@ -11,7 +11,7 @@ from fomaml.data.source import ClassSource
 from fomaml.data.synthetic import Sinusoids
 from fomaml.episodes import Episodes, RegressionEpisodes
 from fomaml.errors import InputError
-from fomaml.evaluate import estimate, evaluate, fine_tune, nearest_centroid, pretrain
+from fomaml.evaluate import balance, estimate, evaluate, fine_tune, nearest_centroid, pretrain
 from fomaml.models import MLP, Conv4
 from fomaml.tasks import count, one
 from test_train import clusters, episodes, learner
@@ -97,6 +97,63 @@ def test_the_outputs_of_a_query_image_are_averaged_over_its_copies():
     for tasks_at_once in (3, 100):
         found = evaluate(meta, own, tasks=8, at_steps=[2], tasks_at_once=tasks_at_once)[2]
         torch.testing.assert_close(found, expected.detach(), rtol=0, atol=1e-12)
+
+
+def test_balanced_outputs_are_the_given_ones_scaled_by_rows_and_columns_to_equal_sums():
+    torch.manual_seed(0)
+    outputs = 3 * torch.randn(4, 6, 5, dtype=torch.float64)  # two classes more than the tasks have
+    targets = torch.stack([torch.arange(3).repeat(2)[torch.randperm(6)] for _ in range(4)])
+    found = balance(outputs, targets).double()
+    probabilities = found.exp()
+    torch.testing.assert_close(probabilities.sum(2), torch.ones(4, 6).double(), rtol=0, atol=1e-4)
+    torch.testing.assert_close(probabilities.sum(1), torch.full((4, 3), 2.0).double(), rtol=0, atol=1e-4)
+    factors = (
+        found - outputs[..., :3]
+    )  # of a row and of a column: Sinkhorn's theorem leaves no other solution
+    interaction = factors - factors.mean(1, keepdim=True) - factors.mean(2, keepdim=True)
+    torch.testing.assert_close(
+        interaction, -factors.mean((1, 2), keepdim=True).expand(4, 6, 3), rtol=0, atol=1e-4
+    )
+
+
+def test_a_balanced_query_set_puts_an_image_of_two_classes_where_one_is_missing():
+    sure, torn = (
+        [[9.0, 0.0, 0.0], [0.0, 9.0, 0.0], [0.0, 9.0, 0.0], [0.0, 0.0, 9.0], [0.0, 0.0, 9.0]],
+        [1.0, 2.0, 0.0],
+    )
+    assert balance(torch.tensor([[*sure, torn]]), torch.tensor([[0, 1, 1, 2, 2, 0]]))[0, 5].argmax() == 0
+
+
+@pytest.mark.parametrize("options", [{}, {"jitter": 0.3, "copies": 3}])
+def test_evaluate_balances_where_asked_for(options):
+    torch.manual_seed(0)
+    own, copies = pixels(**options), options.get("copies", 1)
+    meta = FOMAML(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), 0.1, 2)
+    expected = []
+    for task in map(own.__getitem__, range(20)):
+        outputs = meta.adapt(task.support, steps=2)(task.query.inputs).unflatten(0, (-1, copies)).mean(1)
+        targets = task.query.targets[::copies]
+        expected.append((balance(outputs[None], targets[None])[0].argmax(-1) == targets).double().mean())
+    found = evaluate(meta, own, tasks=20, at_steps=[2], balanced=True)[2]
+    torch.testing.assert_close(found, torch.stack(expected), rtol=0, atol=1e-12)
+    assert not torch.equal(found, evaluate(meta, own, tasks=20, at_steps=[2])[2])
+
+
+def test_balanced_needs_labels_that_are_balanced():
+    targets = torch.tensor([[0, 0, 1, 1], [0, 1, 1, 1]])
+    with pytest.raises(
+        InputError, match=r"^balanced needs as many query examples of each class, got 1 to 3$"
+    ):
+        balance(torch.zeros(2, 4, 2), targets)
+    meta = FOMAML(MLP(1, 8, 1), 0.01, 1, F.mse_loss)
+    with pytest.raises(InputError, match=r"^balanced needs one label for each example"):
+        evaluate(
+            meta,
+            RegressionEpisodes(Sinusoids(), shots=3, query_shots=3),
+            tasks=2,
+            at_steps=[1],
+            balanced=True,
+        )
 
 
 def test_the_baselines_see_the_same_copies():

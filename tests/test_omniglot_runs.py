@@ -105,15 +105,23 @@ def test_a_run_whose_head_is_made_of_classes_is_judged_at_other_ways_and_shots(r
     run = trained(
         root, tmp_path / "run", "best-omniglot", "--ways", "5", "--train-ways", "8", "--jitter", "0.125"
     )
-    folder = keep(run, tmp_path / "results" / "omniglot_best", also=("3w2s",), copies=2)
+    further = {"copies": 2, "turned": True, "balanced": True}
+    folder = keep(run, tmp_path / "results" / "omniglot_best", also=("3w2s",), **further)
     judged = json.loads((folder / "evaluations.json").read_text())["evaluations"]
     tasks = [
         tuple(found["protocol"][k] for k in ("ways", "shots", "query_shots", "copies")) for found in judged
     ]
-    assert tasks == [(5, 1, 1, 1), (5, 1, 15, 1), (5, 1, 1, 2), (3, 2, 2, 1), (3, 2, 15, 1), (3, 2, 2, 2)]
+    assert tasks[:5] == [(5, 1, 1, 1), (5, 1, 15, 1), (5, 1, 1, 2), (5, 1, 1, 1), (5, 1, 1, 1)]
+    assert tasks[5:] == [(3, 2, 2, 1), (3, 2, 15, 1), (3, 2, 2, 2), (3, 2, 2, 1), (3, 2, 2, 1)]
+    choices = [(found["protocol"]["test_augment"], found["protocol"]["balanced"]) for found in judged]
+    assert choices == [*3 * [("none", False)], ("turns", False), ("turns", True)] * 2
     assert judged[2]["protocol"]["jitter"] == 0.125 and [row["steps"] for row in judged[2]["rows"]] == [1]
     rows = omniglot_table.table(tmp_path / "results").splitlines()[2:]
     assert all("; 2 copies |" in row for row in rows)
+    for row, (plain, *_, turned, balanced) in zip(rows, (judged[5:], judged[:5])):
+        cells = row.split(" | ")
+        found = [omniglot_table.figure(each) for each in (turned, turned["inductive"], balanced, plain)]
+        assert [cell.split(" transductive")[0].split(",")[0] for cell in cells[2:6]] == found
     assert [row.split(", ")[0] for row in rows] == ["| 3-way 2-shot", "| 5-way 1-shot"]
 
 

@@ -167,6 +167,21 @@ def test_evaluate_takes_copies(root, tmp_path, capsys):
         assert message in " ".join(capsys.readouterr().err.split())
 
 
+def test_evaluate_says_where_it_took_the_balance_of_the_query_set_for_known(root, tmp_path, capsys):
+    quiet(settings(root), tmp_path / "a")
+    base = ["evaluate", str(tmp_path / "a"), "--tasks", "50"]
+    main([*base, "--balanced", "--statistics", "both", "--json"])
+    result = json.loads(capsys.readouterr().out)
+    assert result["protocol"]["balanced"] and result["inductive"]["protocol"]["balanced"]
+    main([*base, "--json"])
+    plain = json.loads(capsys.readouterr().out)
+    assert not plain["protocol"]["balanced"] and plain["accuracy"] != result["accuracy"]
+    main([*base, "--balanced"])
+    assert ", balanced: as many of each class taken for known\n" in capsys.readouterr().out
+    main(base)
+    assert "balanced" not in capsys.readouterr().out
+
+
 def test_metrics_hold_the_validations_and_seconds_of_training_alone(root, tmp_path, monkeypatch):
     def slow(config, learner, data):
         time.sleep(0.5)

@@ -102,7 +102,7 @@ def _evaluate(config: EvaluateConfig) -> None:
     )
     if config.jitter is not None and run.test_copies == 1:
         raise InputError("--jitter moves the copies of each image: give --copies, 2 or more")
-    result = evaluate_run(run, learner, config.statistics, config.seed, config.part)
+    result = evaluate_run(run, learner, config.statistics, config.seed, config.part, config.balanced)
     print(json.dumps(result, indent=2) if config.json else describe(result).rstrip())
 
 

@@ -89,6 +89,9 @@ class EvaluateConfig:
     """Where batch norm takes its statistics from: own, inductive or with-query, see --test-statistics of train; both
     (the first two, with a warning where they differ by more than the interval) or all; by default as the run's own
     test."""
+    balanced: bool = False
+    """Take it for known that a task's query set holds as many examples of each class, and scale the outputs to it:
+    more than the published figures know."""
     device: str | None = None
     """cpu, cuda, cuda:N or mps; by default the run's."""
     json: Annotated[bool, tyro.conf.arg(name="json")] = False

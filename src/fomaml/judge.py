@@ -36,13 +36,13 @@ def judge(config: TrainConfig, learner: MetaLearner, data: Data, say=lambda line
     return summary(config, learner, data, found, inductive, rows, differences)
 
 
-def summary(config, learner, data, found, inductive=False, rows=None, differences=()) -> dict:
+def summary(config, learner, data, found, inductive=False, rows=None, differences=(), balanced=False) -> dict:
     """The result as JSON-able facts: the headline figure, the protocol, the rows and the paired differences."""
     steps = max(found)
     name = NAMES[config.algorithm]
     headline = estimate(found[steps])
     metric = "loss" if config.source == "sinusoid" else "accuracy"
-    facts = protocol(config, data, learner, inductive) | {"inner_steps": steps}
+    facts = protocol(config, data, learner, inductive, balanced) | {"inner_steps": steps}
     if rows is None:
         rows = [_row(f"{name}, {_steps(k)}", scores, steps=k) for k, scores in found.items()]
     return {
@@ -58,7 +58,9 @@ def summary(config, learner, data, found, inductive=False, rows=None, difference
     }
 
 
-def protocol(config: TrainConfig, data: Data, learner: MetaLearner, inductive: bool | str) -> dict:
+def protocol(
+    config: TrainConfig, data: Data, learner: MetaLearner, inductive: bool | str, balanced: bool = False
+) -> dict:
     """What an accuracy is an accuracy of."""
     if not inductive:
         statistics = "transductive" if _is_transductive(learner) else "inductive"
@@ -75,6 +77,7 @@ def protocol(config: TrainConfig, data: Data, learner: MetaLearner, inductive: b
         "jitter": config.test_jitter if config.test_copies > 1 else 0.0,
         "model": config.model,
         "batch_statistics": statistics,
+        "balanced": balanced,
     }
 
 
@@ -120,14 +123,15 @@ def evaluate_run(
     statistics: str | None = None,
     seed: int | None = None,
     part: str = "test",
+    balanced: bool = False,
 ) -> dict:
-    """Evaluate a loaded run on unseen tasks; statistics and part as in `EvaluateConfig`.
+    """Evaluate a loaded run on unseen tasks; statistics, part and balanced as in `EvaluateConfig`.
 
     With "both" and "all" the result is that of the model's own statistics, the others stand under "inductive" and
     "with-query", and "warning" says so where the paired difference of the first two is larger than its interval.
 
     Raises:
-        InputError: no data, or no validation classes in them.
+        InputError: no data, or no validation classes in them; balanced, and tasks without classes.
     """
     data = open_data(config, test_seed=seed)
     if part == "validation":
@@ -138,9 +142,9 @@ def evaluate_run(
     statistics = statistics or config.test_statistics
     kinds = SEVERAL.get(statistics) or [INDUCTIVE[statistics]]
     points = [(steps, kind) for kind in kinds for steps in config.test_steps]
-    scores = evaluate_at(for_test(config, learner), data.test, points, config.test_tasks)
+    scores = evaluate_at(for_test(config, learner), data.test, points, config.test_tasks, balanced)
     found = [{steps: each for (steps, own), each in scores.items() if own == kind} for kind in kinds]
-    result, *others = (summary(config, learner, data, *each) for each in zip(found, kinds))
+    result, *others = (summary(config, learner, data, *each, balanced=balanced) for each in zip(found, kinds))
     result |= {"part": part, "seed": config.seed if seed is None else seed}
     result |= dict(zip(("inductive", WITH_QUERY), others))
     if others:
@@ -162,12 +166,13 @@ def describe(result: dict) -> str:
     turns = ", each class turned at random" if protocol.get("test_augment") == "turns" else ""
     if protocol.get("copies", 1) > 1:
         turns += f", each image {protocol['copies']} times (jitter {protocol['jitter']:g})"
+    balanced = ", balanced: as many of each class taken for known" if protocol.get("balanced") else ""
     queries = f"{protocol['query_shots']} query {'example' if protocol['query_shots'] == 1 else 'examples'}"
     part = "validation" if result.get("part") == "validation" else "unseen"
     lines = [
         f"{', '.join(filter(None, (protocol['data'], protocol['question'])))}, {heading}, "
         f"{result['tasks']} {part} tasks, {queries}{' per class' if ways else ''}{turns}, "
-        f"{protocol['batch_statistics']}",
+        f"{protocol['batch_statistics']}{balanced}",
         "",
         table([(heading, result)]),
     ]
