@@ -14,8 +14,7 @@ from fomaml.report import duration
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 BEGIN, END = "<!-- omniglot: begin -->", "<!-- omniglot: end -->"
 HEADING = (
-    *("run", "published", "measured, published protocol", "the same, inductive", "the same, balanced"),
-    *("characters not turned", "copies of each image"),
+    *("run", "published", "measured, published protocol", "the same, inductive", "by further protocols"),
     *("15 query a class", "15 query a class, inductive", "seed", "iterations", "wall time", "command"),
 )
 
@@ -61,22 +60,26 @@ def row(ways: int, shots: int, name: str, config: dict, result: dict, judged: di
     if not is_own:
         published = [f"{each}-omniglot-{ways}w{shots}s" for each in (trained.partition("-")[0], "maml")]
     preset = next((PRESETS[each] for each in published if each in PRESETS), None)
-    by_query, turned, further = {}, None, dict.fromkeys(("balanced", "plain", "copied"), "")
-    for found in judged["evaluations"]:
+    evaluations = [
+        found
+        for found in judged["evaluations"]
+        if (found["protocol"]["ways"], found["protocol"]["shots"]) == (ways, shots)
+    ]
+    is_turned = any(found["protocol"]["test_augment"] == "turns" for found in evaluations)
+    queries = config["test_query_shots"] if is_own else shots
+    by_query, further = {}, []
+    for found in evaluations:
         protocol = found["protocol"]
-        if (protocol["ways"], protocol["shots"]) != (ways, shots):
-            continue
+        plain = "not turned, " * (is_turned and protocol["test_augment"] == "none")
         if protocol.get("balanced"):
-            further["balanced"] = figure(found)
+            further.append(f"{plain}balanced: {figure(found)}")
         elif protocol.get("copies", 1) > 1:
-            further["copied"] = f"{both(found)}; {protocol['copies']} copies"
-        elif protocol["test_augment"] != config["test_augment"]:
-            turned = found
+            further.append(f"{plain}{protocol['copies']} copies: {both(found)}")
+        elif plain and protocol["query_shots"] == queries:
+            further.append(f"{plain}{both(found)}")
         else:
-            by_query[protocol["query_shots"]] = found
-    own, many = by_query[config["test_query_shots"] if is_own else shots], by_query[15]
-    if turned:
-        further["plain"], own = both(own), turned
+            by_query[protocol["query_shots"]] = found | {"plain": plain}
+    own, many = by_query[queries], by_query[15]
     if preset and preset.statistics == WITH_QUERY:
         own = {**own[WITH_QUERY], "inductive": own["inductive"]}
     weights = result["weights"]
@@ -90,8 +93,8 @@ def row(ways: int, shots: int, name: str, config: dict, result: dict, judged: di
         f"{preset.aim} ({preset.source})" if preset else "",
         f"{figure(own)} {own['protocol']['batch_statistics']}, {own['tasks']} tasks",
         figure(own["inductive"]),
-        *further.values(),
-        f"{figure(many)} {many['protocol']['batch_statistics']}",
+        "; ".join(further),
+        f"{many['plain']}{figure(many)} {many['protocol']['batch_statistics']}",
         figure(many["inductive"]),
         f"{config['seed']}, tasks {judged['seed']}",
         iterations,

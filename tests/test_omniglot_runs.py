@@ -16,6 +16,7 @@ from fomaml.errors import InputError
 from fomaml.presets import PRESETS
 from fomaml.run import load_run
 from runs import omniglot_errors, omniglot_keep, omniglot_plot, omniglot_table
+from runs.omniglot_table import figure
 
 RUNS = Path(omniglot_keep.__file__).parent
 
@@ -117,11 +118,15 @@ def test_a_run_whose_head_is_made_of_classes_is_judged_at_other_ways_and_shots(r
     assert choices == [*3 * [("none", False)], ("turns", False), ("turns", True)] * 2
     assert judged[2]["protocol"]["jitter"] == 0.125 and [row["steps"] for row in judged[2]["rows"]] == [1]
     rows = omniglot_table.table(tmp_path / "results").splitlines()[2:]
-    assert all("; 2 copies |" in row for row in rows)
-    for row, (plain, *_, turned, balanced) in zip(rows, (judged[5:], judged[:5])):
+    for row, (plain, many, copied, turned, balanced) in zip(rows, (judged[5:], judged[:5])):
         cells = row.split(" | ")
-        found = [omniglot_table.figure(each) for each in (turned, turned["inductive"], balanced, plain)]
-        assert [cell.split(" transductive")[0].split(",")[0] for cell in cells[2:6]] == found
+        assert cells[2:4] == [f"{figure(turned)} transductive, 3 tasks", figure(turned["inductive"])]
+        assert cells[4].split("; ") == [
+            f"not turned, {figure(plain)}, inductive {figure(plain['inductive'])}",
+            f"not turned, 2 copies: {figure(copied)}, inductive {figure(copied['inductive'])}",
+            f"balanced: {figure(balanced)}",
+        ]
+        assert cells[5] == f"not turned, {figure(many)} transductive"
     assert [row.split(", ")[0] for row in rows] == ["| 3-way 2-shot", "| 5-way 1-shot"]
 
 
