@@ -107,9 +107,8 @@ def test_balanced_outputs_are_the_given_ones_scaled_by_rows_and_columns_to_equal
     probabilities = found.exp()
     torch.testing.assert_close(probabilities.sum(2), torch.ones(4, 6).double(), rtol=0, atol=1e-4)
     torch.testing.assert_close(probabilities.sum(1), torch.full((4, 3), 2.0).double(), rtol=0, atol=1e-4)
-    factors = (
-        found - outputs[..., :3]
-    )  # of a row and of a column: Sinkhorn's theorem leaves no other solution
+    # What was added is a term of the row and one of the column: Sinkhorn's theorem leaves no other solution.
+    factors = found - outputs[..., :3]
     interaction = factors - factors.mean(1, keepdim=True) - factors.mean(2, keepdim=True)
     torch.testing.assert_close(
         interaction, -factors.mean((1, 2), keepdim=True).expand(4, 6, 3), rtol=0, atol=1e-4
@@ -117,11 +116,10 @@ def test_balanced_outputs_are_the_given_ones_scaled_by_rows_and_columns_to_equal
 
 
 def test_a_balanced_query_set_puts_an_image_of_two_classes_where_one_is_missing():
-    sure, torn = (
-        [[9.0, 0.0, 0.0], [0.0, 9.0, 0.0], [0.0, 9.0, 0.0], [0.0, 0.0, 9.0], [0.0, 0.0, 9.0]],
-        [1.0, 2.0, 0.0],
-    )
-    assert balance(torch.tensor([[*sure, torn]]), torch.tensor([[0, 1, 1, 2, 2, 0]]))[0, 5].argmax() == 0
+    labels = torch.tensor([0, 1, 1, 2, 2, 0])
+    outputs = 9.0 * F.one_hot(labels)
+    outputs[5] = torch.tensor([1.0, 2.0, 0.0])
+    assert torch.equal(balance(outputs[None], labels[None])[0].argmax(1), labels)
 
 
 @pytest.mark.parametrize("options", [{}, {"jitter": 0.3, "copies": 3}])

@@ -60,7 +60,7 @@ def evaluate(
         InputError: a model whose output is narrower than the number of ways; balanced, and the queries are not.
     """
     points = [(steps, inductive) for steps in at_steps]
-    found = evaluate_at(learner, episodes, points, tasks, balanced, tasks_at_once, engine)
+    found = evaluate_at(learner, episodes, points, tasks, tasks_at_once, engine, balanced)
     return {steps: scores for (steps, _), scores in found.items()}
 
 
@@ -69,9 +69,9 @@ def evaluate_at(
     episodes,
     points: Sequence[tuple[int, bool | str]],
     tasks: int = 1000,
-    balanced: bool = False,
     tasks_at_once: int = 100,
     engine: str = "auto",
+    balanced: bool = False,
 ) -> dict[tuple[int, bool | str], Tensor]:
     """`evaluate` at pairs of steps and inductive: tasks are adapted once for all of them."""
     check_width(learner, episodes)

@@ -142,7 +142,7 @@ def evaluate_run(
     statistics = statistics or config.test_statistics
     kinds = SEVERAL.get(statistics) or [INDUCTIVE[statistics]]
     points = [(steps, kind) for kind in kinds for steps in config.test_steps]
-    scores = evaluate_at(for_test(config, learner), data.test, points, config.test_tasks, balanced)
+    scores = evaluate_at(for_test(config, learner), data.test, points, config.test_tasks, balanced=balanced)
     found = [{steps: each for (steps, own), each in scores.items() if own == kind} for kind in kinds]
     result, *others = (summary(config, learner, data, *each, balanced=balanced) for each in zip(found, kinds))
     result |= {"part": part, "seed": config.seed if seed is None else seed}
