@@ -62,7 +62,7 @@ def main(options: Options) -> None:
     if missing := [name for name in needed if not (options.run / name).exists()]:
         raise InputError(f"{options.run} has no {missing[0]}: is the run finished?")
     config, here = load_config(options.run), circumstances()  # before anything is written: of a clean tree
-    found = [judged(options, changes) for changes in settings(options, config)]
+    found = [judged(options, **changes) for changes in settings(options, config)]
     options.to.mkdir(parents=True, exist_ok=True)
     for name in FILES:
         shutil.copyfile(options.run / name, options.to / name)
@@ -74,7 +74,7 @@ def main(options: Options) -> None:
 
 
 def settings(options: Options, config: TrainConfig) -> list[dict]:
-    """What each evaluation changes of the run's settings."""
+    """What each evaluation changes of the run's settings, and balanced."""
     tasks = {(config.ways, config.shots): (config.test_query_shots, 1, MANY)}
     for name in options.also:
         ways, shots = map(int, name.removesuffix("s").split("w"))
@@ -83,7 +83,7 @@ def settings(options: Options, config: TrainConfig) -> list[dict]:
     further = []
     if options.copies > 1:
         further.append({"test_copies": options.copies, "test_jitter": options.jitter})
-    if options.turned:
+    if turned:
         further.append(turned)
     if options.balanced:
         further.append(turned | {"balanced": True})
@@ -96,9 +96,8 @@ def settings(options: Options, config: TrainConfig) -> list[dict]:
     return found
 
 
-def judged(options: Options, changes: dict) -> dict:
+def judged(options: Options, balanced: bool = False, **changes) -> dict:
     """The result of one evaluation, which is also printed."""
-    balanced = changes.pop("balanced", False)
     config, learner = load_run(options.run, options.weights, data_root=options.data_root, **changes)
     preset = PRESETS.get(config.preset)
     published = preset and preset.statistics == WITH_QUERY and changes["test_query_shots"] != MANY

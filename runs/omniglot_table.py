@@ -65,12 +65,13 @@ def row(ways: int, shots: int, name: str, config: dict, result: dict, judged: di
         for found in judged["evaluations"]
         if (found["protocol"]["ways"], found["protocol"]["shots"]) == (ways, shots)
     ]
-    is_turned = any(found["protocol"]["test_augment"] == "turns" for found in evaluations)
+    augments = {found["protocol"]["test_augment"] for found in evaluations}
+    mark = {"turns": "", "none": "not turned, " if "turns" in augments else ""}
     queries = config["test_query_shots"] if is_own else shots
     by_query, further = {}, []
     for found in evaluations:
         protocol = found["protocol"]
-        plain = "not turned, " * (is_turned and protocol["test_augment"] == "none")
+        plain = mark[protocol["test_augment"]]
         if protocol.get("balanced"):
             further.append(f"{plain}balanced: {figure(found)}")
         elif protocol.get("copies", 1) > 1:
@@ -78,7 +79,7 @@ def row(ways: int, shots: int, name: str, config: dict, result: dict, judged: di
         elif plain and protocol["query_shots"] == queries:
             further.append(f"{plain}{both(found)}")
         else:
-            by_query[protocol["query_shots"]] = found | {"plain": plain}
+            by_query[protocol["query_shots"]] = found
     own, many = by_query[queries], by_query[15]
     if preset and preset.statistics == WITH_QUERY:
         own = {**own[WITH_QUERY], "inductive": own["inductive"]}
@@ -94,7 +95,7 @@ def row(ways: int, shots: int, name: str, config: dict, result: dict, judged: di
         f"{figure(own)} {own['protocol']['batch_statistics']}, {own['tasks']} tasks",
         figure(own["inductive"]),
         "; ".join(further),
-        f"{many['plain']}{figure(many)} {many['protocol']['batch_statistics']}",
+        f"{mark[many['protocol']['test_augment']]}{figure(many)} {many['protocol']['batch_statistics']}",
         figure(many["inductive"]),
         f"{config['seed']}, tasks {judged['seed']}",
         iterations,

@@ -103,7 +103,7 @@ def test_balanced_outputs_are_the_given_ones_scaled_by_rows_and_columns_to_equal
     torch.manual_seed(0)
     outputs = 3 * torch.randn(4, 6, 5, dtype=torch.float64)  # two classes more than the tasks have
     targets = torch.stack([torch.arange(3).repeat(2)[torch.randperm(6)] for _ in range(4)])
-    found = balance(outputs, targets).double()
+    found = balance(outputs, targets)
     probabilities = found.exp()
     torch.testing.assert_close(probabilities.sum(2), torch.ones(4, 6).double(), rtol=0, atol=1e-4)
     torch.testing.assert_close(probabilities.sum(1), torch.full((4, 3), 2.0).double(), rtol=0, atol=1e-4)
