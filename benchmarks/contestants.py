@@ -12,8 +12,8 @@ from torch import Tensor
 
 from benchmarks import by_hand, jax_peer, libraries
 from benchmarks.workloads import Setup, Workload
-from fomaml.algorithms import FOMAML
 from fomaml.engines import ENGINES, meta_gradient
+from fomaml.learning.algorithms import FOMAML
 
 
 @dataclass(frozen=True)

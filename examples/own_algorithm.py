@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from fomaml import FOMAML, MLP, RegressionEpisodes, Sinusoids, estimate, evaluate, train
-from fomaml.objectives import Outcome, run
+from fomaml.learning.objectives import Outcome, run
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ out=out/compare-$(date +%Y%m%d-%H%M%S)
 compare() {
     name=$1
     shift
-    "$python" -c "from fomaml.cli import main; main()" compare "$@" --out "$out/$name"
+    "$python" -c "from fomaml.app.cli import main; main()" compare "$@" --out "$out/$name"
     mkdir -p runs/compare
     cp "$out/$name/compare.txt" "runs/compare/$name.txt"
     cp "$out/$name/compare.json" "runs/compare/$name.json"

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import tyro
 
-from fomaml.checkpoint import write_text
-from fomaml.cli import watching
-from fomaml.config import QUESTIONS, TrainConfig
-from fomaml.errors import told_in_one_line
-from fomaml.report import duration, table, verdict
-from fomaml.resolve import resolve
-from fomaml.run import circumstances, claim, train_run
+from fomaml.app.cli import told_in_one_line, watching
+from fomaml.app.judge import told
+from fomaml.app.report import duration, table, verdict
+from fomaml.app.resolve import resolve
+from fomaml.app.session import circumstances, claim, train_run
+from fomaml.app.settings import QUESTIONS, TrainConfig
+from fomaml.files import write_text
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def main(options: Options) -> None:
     seconds = time.perf_counter() - began
     protocol, tasks = columns[0][1]["protocol"], columns[0][1]["tasks"]
     lines = [
-        f"FOMAML on {protocol['data']}, 5-way, {tasks} unseen tasks, {protocol['batch_statistics']}, "
+        f"FOMAML on {protocol['data']}, 5-way, {tasks} unseen tasks, {told(protocol)}, "
         "the same tasks for every row of a column",
         "",
         table(columns),

@@ -14,7 +14,7 @@ run=${OUT:-out}/$name
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
 fomaml() {
-    "$python" -c "from fomaml.cli import main; main()" "$@"
+    "$python" -c "from fomaml.app.cli import main; main()" "$@"
 }
 
 if [ ! -f "$run/config.json" ]; then

@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 import tyro
 
-from fomaml.build import for_test, open_data
+from fomaml.app.build import for_test, open_data
+from fomaml.app.cli import told_in_one_line
+from fomaml.app.session import load_run
 from fomaml.data.source import ClassSource
 from fomaml.engines import curve
 from fomaml.episodes import Episodes
-from fomaml.errors import told_in_one_line
 from fomaml.evaluate import estimate
-from fomaml.run import load_run
 from runs.omniglot_plot import pyplot
 
 TOGETHER = 50  # tasks

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import tyro
 
-from fomaml.checkpoint import write_text
-from fomaml.config import WEIGHTS, TrainConfig, known, to_json
-from fomaml.errors import InputError, told_in_one_line
-from fomaml.judge import evaluate_run
-from fomaml.learner import WITH_QUERY
-from fomaml.presets import PRESETS
-from fomaml.run import circumstances, load_config, load_run, weights_file
+from fomaml.app.cli import told_in_one_line
+from fomaml.app.judge import evaluate_run, told
+from fomaml.app.presets import PRESETS
+from fomaml.app.session import circumstances, load_config, load_run, weights_file
+from fomaml.app.settings import WEIGHTS, TrainConfig, known, to_json
+from fomaml.errors import InputError
+from fomaml.files import write_text
 
 
 @dataclass(frozen=True)
@@ -100,15 +100,16 @@ def judged(options: Options, balanced: bool = False, **changes) -> dict:
     """The result of one evaluation, which is also printed."""
     config, learner = load_run(options.run, options.weights, data_root=options.data_root, **changes)
     preset = PRESETS.get(config.preset)
-    published = preset and preset.statistics == WITH_QUERY and changes["test_query_shots"] != MANY
-    result = evaluate_run(config, learner, "all" if published else "both", options.seed, balanced=balanced)
-    for each in (result, *(result[key] for key in ("inductive", WITH_QUERY) if key in result)):
+    published = preset and preset.statistics == "with-query" and changes["test_query_shots"] != MANY
+    kinds = ("own", "support", "with-query") if published else ("own", "support")
+    result = evaluate_run(config, learner, kinds, options.seed, balanced=balanced)
+    for each in (result, *result["by_statistics"].values()):
         protocol = each["protocol"]
         choices = f", {protocol['copies']} copies" if protocol["copies"] > 1 else ""
         choices += ", turned" * (protocol["test_augment"] == "turns") + ", balanced" * protocol["balanced"]
         print(
             f"{protocol['ways']}-way {protocol['shots']}-shot, {protocol['query_shots']} query{choices}, "
-            f"{protocol['batch_statistics']}: {100 * each['accuracy']:.2f} ± {100 * each['interval']:.2f} %",
+            f"{told(protocol)}: {100 * each['accuracy']:.2f} ± {100 * each['interval']:.2f} %",
             flush=True,
         )
     return result

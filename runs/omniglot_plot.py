@@ -8,7 +8,8 @@ from pathlib import Path
 
 import tyro
 
-from fomaml.errors import InputError, told_in_one_line
+from fomaml.app.cli import told_in_one_line
+from fomaml.errors import InputError
 
 
 @dataclass(frozen=True)

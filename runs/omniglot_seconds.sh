@@ -8,7 +8,7 @@ kept=runs/omniglot/seconds/proto-maml
 out=${OUT:-out}/seconds-$(date +%Y%m%d-%H%M%S)
 export OMP_NUM_THREADS=1
 
-"$python" -c "from fomaml.cli import main; main()" train --preset best-omniglot --ways 5 --test-augment turns --jitter 0 \
+"$python" -c "from fomaml.app.cli import main; main()" train --preset best-omniglot --ways 5 --test-augment turns --jitter 0 \
     --iterations 1200 --validate-every 100 --seed 0 --compile --no-baselines --validation-tasks 200 --out "$out" \
     ${OMNIGLOT:+--data-root "$OMNIGLOT"}
 mkdir -p "$kept"

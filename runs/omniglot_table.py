@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from fomaml.checkpoint import write_text
-from fomaml.errors import InputError, told_in_one_line
-from fomaml.learner import WITH_QUERY
-from fomaml.presets import PRESETS
-from fomaml.report import duration
+from fomaml.app.cli import told_in_one_line
+from fomaml.app.presets import PRESETS
+from fomaml.app.report import duration
+from fomaml.errors import InputError
+from fomaml.files import write_text
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 BEGIN, END = "<!-- omniglot: begin -->", "<!-- omniglot: end -->"
@@ -81,8 +81,9 @@ def row(ways: int, shots: int, name: str, config: dict, result: dict, judged: di
         else:
             by_query[protocol["query_shots"]] = found
     own, many = by_query[queries], by_query[15]
-    if preset and preset.statistics == WITH_QUERY:
-        own = {**own[WITH_QUERY], "inductive": own["inductive"]}
+    support = own["by_statistics"]["support"]
+    if preset and preset.statistics == "with-query":
+        own = own["by_statistics"]["with-query"]
     weights = result["weights"]
     iterations = f"{result['iterations']}"
     if weights["kept"] != "last" and judged.get("weights") != "last":
@@ -92,11 +93,11 @@ def row(ways: int, shots: int, name: str, config: dict, result: dict, judged: di
     cells = [
         f"{ways}-way {shots}-shot, [{name}](results/{name})",
         f"{preset.aim} ({preset.source})" if preset else "",
-        f"{figure(own)} {own['protocol']['batch_statistics']}, {own['tasks']} tasks",
-        figure(own["inductive"]),
+        f"{figure(own)} {kind(own)}, {own['tasks']} tasks",
+        figure(support),
         "; ".join(further),
-        f"{mark[many['protocol']['test_augment']]}{figure(many)} {many['protocol']['batch_statistics']}",
-        figure(many["inductive"]),
+        f"{mark[many['protocol']['test_augment']]}{figure(many)} {kind(many)}",
+        figure(many["by_statistics"]["support"]),
         f"{config['seed']}, tasks {judged['seed']}",
         iterations,
         f"{spent}, {result['threads']} thread{'s' * (result['threads'] > 1)} of {cores}",
@@ -105,8 +106,16 @@ def row(ways: int, shots: int, name: str, config: dict, result: dict, judged: di
     return f"| {' | '.join(cells)} |"
 
 
+def kind(result: dict) -> str:
+    """How the published figures call the statistics of a result."""
+    protocol = result["protocol"]
+    if protocol["statistics"] == "with-query":
+        return "with-query"
+    return "transductive" if protocol["transductive"] else "inductive"
+
+
 def both(result: dict) -> str:
-    return f"{figure(result)}, inductive {figure(result['inductive'])}"
+    return f"{figure(result)}, inductive {figure(result['by_statistics']['support'])}"
 
 
 def figure(result: dict) -> str:

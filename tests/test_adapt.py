@@ -6,10 +6,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import reference
-from fomaml.adapt import SGD, Adam, FastModel, Sign, inner_loop, load
-from fomaml.algorithms import FOMAML, MAML
 from fomaml.engines import meta_gradient
 from fomaml.errors import InputError
+from fomaml.learning.adapt import SGD, Adam, FastModel, Sign, inner_loop, load
+from fomaml.learning.algorithms import FOMAML, MAML
 from fomaml.models import MLP
 from fomaml.tasks import count, one
 from test_engines import User, draw, error

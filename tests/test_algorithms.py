@@ -6,15 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import fomaml.algorithms as algorithms
+import fomaml.learning.algorithms as algorithms
 import reference
-from fomaml.adapt import Adam
-from fomaml.algorithms import ANIL, BOIL, FOMAML, MAML, Reptile, iMAML
 from fomaml.engines import meta_gradient
 from fomaml.errors import InputError
-from fomaml.learner import MetaLearner, minibatch, select
+from fomaml.learning.adapt import Adam
+from fomaml.learning.algorithms import ANIL, BOIL, FOMAML, MAML, Reptile, iMAML
+from fomaml.learning.learner import MetaLearner, select
+from fomaml.learning.problem import minibatch
+from fomaml.learning.rates import by_name
 from fomaml.models import MLP, Conv4
-from fomaml.rates import by_name
 from fomaml.tasks import Examples, one
 from test_engines import Twice, User, draw
 
@@ -77,15 +78,15 @@ def test_running_statistics_of_the_meta_model_never_change():
         assert torch.equal(buffer, buffers[name]), name
 
 
-@pytest.mark.parametrize("inductive", [False, True])
-def test_an_inductive_module_serves_single_examples(inductive):
+@pytest.mark.parametrize("statistics", ["own", "support"])
+def test_a_module_with_frozen_statistics_serves_single_examples(statistics):
     torch.manual_seed(0)
     model = Conv4(4, channels=4, image=(1, 16, 16)).double()
     task = one(draw((1, 16, 16), F.cross_entropy), 0)
-    adapted = FOMAML(model, 0.1, 2).adapt(task.support, inductive=inductive)
+    adapted = FOMAML(model, 0.1, 2).adapt(task.support, statistics=statistics)
     together = adapted(task.query.inputs)
     apart = torch.cat([adapted(example[None]) for example in task.query.inputs])
-    assert torch.allclose(together, apart, rtol=0, atol=1e-10) is inductive
+    assert torch.allclose(together, apart, rtol=0, atol=1e-10) is (statistics == "support")
 
 
 # --- which parameters, and how fast ---------------------------------------------------------------

@@ -9,9 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import reference
 from fomaml import FastModel
-from fomaml.algorithms import FOMAML, MAML, ProtoMAML, iMAML
 from fomaml.engines import meta_gradient
-from fomaml.engines.choose import curve
+from fomaml.engines.plan import curve
+from fomaml.learning.algorithms import FOMAML, MAML, ProtoMAML, iMAML
 from fomaml.tasks import Examples, Task
 
 LR, STEPS = 0.1, 2

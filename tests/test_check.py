@@ -10,10 +10,10 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
+from fomaml.app.cli import main
+from fomaml.app.modules import load_module
 from fomaml.check import Finding, Report, check
-from fomaml.cli import main
-from fomaml.errors import InputError
-from fomaml.load import load_module, short
+from fomaml.errors import InputError, in_one_line
 from fomaml.models import MLP, BatchNorm, convert_batch_norm
 
 LOOP = "engine='loop'"
@@ -269,7 +269,7 @@ def native(**choices):
 
 
 def ours(statistics):
-    return nn.Sequential(nn.Linear(6, 8), BatchNorm(8, statistics=statistics), nn.Linear(8, 5))
+    return nn.Sequential(nn.Linear(6, 8), BatchNorm(8, policy=statistics), nn.Linear(8, 5))
 
 
 def report_on(build, shape=(6,), **choices):
@@ -329,8 +329,8 @@ TRIGGERS = {
     NotFinite: ("wrong", "the outputs are not finite", ""),
     native: ("wrong", "running statistics that meta-training never updates", "convert_batch_norm"),
     lambda: native().eval(): ("note", "in eval mode, running statistics are used as they are", ""),
-    lambda: native(track_running_stats=False): ("note", "statistics of the batch", "inductive=True"),
-    lambda: ours("batch"): ("note", "statistics of the batch", "inductive=True"),
+    lambda: native(track_running_stats=False): ("note", "statistics of the batch", "statistics='support'"),
+    lambda: ours("batch"): ("note", "statistics of the batch", "statistics='support'"),
     lambda: Recurrent(batch_first=False): (
         "note",
         "outputs depend on the other examples",
@@ -536,9 +536,9 @@ def test_text_of_a_report():
 
 
 def test_short_is_one_line():
-    assert short(ValueError("first. Second\nthird")) == "ValueError: first"
-    assert short(KeyError()) == "KeyError: no message"
-    assert len(short(ValueError("word " * 100))) < 180
+    assert in_one_line(ValueError("first. Second\nthird")) == "ValueError: first"
+    assert in_one_line(KeyError()) == "KeyError: no message"
+    assert len(in_one_line(ValueError("word " * 100))) < 180
 
 
 # --- the command ------------------------------------------------------------------------------------

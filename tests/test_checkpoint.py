@@ -15,9 +15,9 @@ from fomaml.checkpoint import (
     save_state,
     save_tensors,
     save_weights,
-    write_text,
 )
 from fomaml.errors import InputError
+from fomaml.files import write_text
 from fomaml.models import MLP
 from test_engines import User
 

@@ -8,10 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from fomaml import judge
-from fomaml.cli import main
-from fomaml.learner import INDUCTIVE
-from fomaml.run import load_run
+from fomaml.app import judge
+from fomaml.app.cli import main
+from fomaml.app.session import load_run
 
 QUICK = ["--iterations", "4", "--test-tasks", "20", "--meta-batch-size", "2", "--query-shots", "3"]
 
@@ -138,42 +137,46 @@ def test_both_statistics_are_reported_side_by_side(digits, tmp_path, capsys):
     ]
     main(["train", "mnist", *base])
     capsys.readouterr()
-    main(["evaluate", str(out), "--statistics", "both", "--json"])
+    main(["evaluate", str(out), "--statistics", "own", "support", "--json"])
     result = json.loads(capsys.readouterr().out)
-    assert result["protocol"]["batch_statistics"] == "transductive"
-    assert result["inductive"]["protocol"]["batch_statistics"] == "inductive"
-    gap = result["accuracy"] - result["inductive"]["accuracy"]
+    assert result["protocol"]["statistics"] == "own" and result["protocol"]["transductive"]
+    support = result["by_statistics"]["support"]
+    assert support["protocol"]["statistics"] == "support" and not support["protocol"]["transductive"]
+    gap = result["accuracy"] - support["accuracy"]
     assert result["difference"]["mean"] == pytest.approx(gap)
     assert ("warning" in result) == (abs(gap) > result["difference"]["interval"])
-    main(["evaluate", str(out), "--statistics", "all", "--json"])
+    main(["evaluate", str(out), "--statistics", "own", "support", "with-query", "--json"])
     everything = json.loads(capsys.readouterr().out)
-    with_query = everything.pop("with-query")
+    with_query = everything["by_statistics"].pop("with-query")
     assert everything == result
-    assert with_query["protocol"]["batch_statistics"] == "with-query"
-    for statistics, expected in {"inductive": result["inductive"], "with-query": with_query}.items():
+    for statistics, expected in {"support": support, "with-query": with_query}.items():
         main(["evaluate", str(out), "--statistics", statistics, "--json"])
         alone = json.loads(capsys.readouterr().out)
         assert alone["rows"] == expected["rows"] and alone["protocol"] == expected["protocol"]
-    main(["evaluate", str(out), "--statistics", "all"])
+        assert alone["protocol"]["statistics"] == statistics and not alone["protocol"]["transductive"]
+    main(["evaluate", str(out), "--statistics", "own", "support", "with-query"])
     said = capsys.readouterr().out
-    assert [said.count(f"per class, {name}\n") for name in ("transductive", "inductive", "with-query")] == [
-        1
-    ] * 3
+    kinds = (
+        "transductive",
+        "inductive, statistics of the support set",
+        "inductive, one query example at a time",
+    )
+    assert [said.count(f"per class, {kind}\n") for kind in kinds] == [1, 1, 1]
 
 
-@pytest.mark.parametrize("statistics", ["inductive", "with-query"])
+@pytest.mark.parametrize("statistics", ["support", "with-query"])
 def test_a_run_is_tested_by_the_statistics_it_asks_for(statistics, digits, tmp_path, capsys, monkeypatch):
     asked, fine_tune = [], judge.fine_tune
 
     def noted(*data, **options):
-        asked.append(options["inductive"])
+        asked.append(options["statistics"])
         return fine_tune(*data, **options)
 
     monkeypatch.setattr(judge, "fine_tune", noted)
-    quick = [*QUICK, "--model", "conv4-strided", "--data-root", str(digits), "--test-statistics", statistics]
+    quick = [*QUICK, "--model", "conv4-strided", "--data-root", str(digits), "--statistics", statistics]
     main(["train", "mnist", *quick, "--out", str(tmp_path / "r")])
     result = json.loads((tmp_path / "r" / "result.json").read_text())
-    assert result["protocol"]["batch_statistics"] == statistics
+    assert result["protocol"]["statistics"] == statistics
     capsys.readouterr()
     found = {}
     for options in ((), ("--statistics", statistics), ("--statistics", "own")):
@@ -182,8 +185,8 @@ def test_a_run_is_tested_by_the_statistics_it_asks_for(statistics, digits, tmp_p
     own, same, other = found.values()
     assert own == same and own["protocol"] == result["protocol"]
     assert own["rows"] == result["rows"][: len(own["rows"])] != other["rows"]
-    assert other["protocol"]["batch_statistics"] == "transductive"
-    assert len(asked) > 1 and set(asked) == {INDUCTIVE[statistics]}  # the baselines alike
+    assert other["protocol"]["transductive"]
+    assert len(asked) > 1 and set(asked) == {statistics}  # the baselines alike
 
 
 def test_sinusoid_lowers_the_error(tmp_path, capsys):
@@ -309,7 +312,7 @@ def test_a_killed_run_goes_on_and_ends_bit_for_bit_the_same(
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr("fomaml.cli.Watch.__call__", die)
+        patch.setattr("fomaml.app.cli.Watch.__call__", die)
         with pytest.raises(Killed):
             main([*base, str(tmp_path / "killed")])
     with open(tmp_path / "killed" / "metrics.jsonl", "a") as metrics:

@@ -8,14 +8,15 @@ import pytest
 import torch
 
 import characters
-from fomaml import compare
-from fomaml.build import NAMES, PRESETS, build_learner, build_model, build_optimizer, head_name, open_data
-from fomaml.cli import main
-from fomaml.commands import CompareConfig, expand
-from fomaml.compare import describe, first_order_cosine, gradient_evaluations, isolated, run_one
-from fomaml.config import ALGORITHMS, CLASSIFIERS, TrainConfig
+from fomaml.app import compare
+from fomaml.app.build import NAMES, PRESETS, build_learner, build_model, build_optimizer, head_name, open_data
+from fomaml.app.cli import main
+from fomaml.app.commands import CompareConfig, expand
+from fomaml.app.compare import describe, first_order_cosine, gradient_evaluations, isolated, run_one
+from fomaml.app.judge import told
+from fomaml.app.resolve import resolve
+from fomaml.app.settings import ALGORITHMS, CLASSIFIERS, TrainConfig
 from fomaml.errors import InputError
-from fomaml.resolve import resolve
 from fomaml.tasks import Examples, Task, one
 from fomaml.train import train
 
@@ -268,19 +269,20 @@ def test_comparison_is_saved_and_told(in_this_process, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("statistics", "name"),
-    [("own", "transductive"), ("inductive", "inductive"), ("with-query", "with-query")],
+    ("statistics", "transductive"),
+    [("own", True), ("support", False), ("with-query", False)],
 )
 def test_a_comparison_names_the_batch_statistics_it_was_tested_by(
-    statistics, name, in_this_process, tmp_path, monkeypatch
+    statistics, transductive, in_this_process, tmp_path, monkeypatch
 ):
     characters.shrink(monkeypatch)
     data = {"source": "omniglot", "data_root": characters.write(tmp_path / "data")}
-    network = {"model": "conv4-strided", "channels": (4,), "ways": 3, "shots": 1, "norm_statistics": "batch"}
-    config = CompareConfig(**{**SMALL, **data, **network}, algorithms=(), test_statistics=statistics)
+    network = {"model": "conv4-strided", "channels": (4,), "ways": 3, "shots": 1, "norm_policy": "batch"}
+    config = CompareConfig(**{**SMALL, **data, **network}, algorithms=(), statistics=statistics)
     result = compare.compare(config, tmp_path / "out", say=lambda line: None)
-    assert result["protocol"]["batch_statistics"] == name
-    assert name in describe(result).splitlines()[1]
+    protocol = result["protocol"]
+    assert (protocol["statistics"], protocol["transductive"]) == (statistics, transductive)
+    assert told(protocol) in describe(result).splitlines()[1]
 
 
 def test_each_algorithm_is_a_run_to_evaluate_again(in_this_process, tmp_path, capsys):

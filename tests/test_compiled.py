@@ -21,15 +21,17 @@ from torch.utils._pytree import tree_leaves
 
 import reference
 import test_engines
-from fomaml.adapt import SGD
-from fomaml.algorithms import FOMAML, MAML, Reptile, iMAML
-from fomaml.engines import compiled, fusion, kernels, meta_gradient, products, stacked
-from fomaml.engines.choose import ENGINES, _at_once
-from fomaml.engines.kernels import norm_relu_pool, norm_relu_pool_backward
-from fomaml.engines.threads import one_by_one, side_by_side
+from fomaml.engines import meta_gradient
+from fomaml.engines.compiled import products, trace
+from fomaml.engines.cpu import fusion, kernels, lifted
+from fomaml.engines.cpu.kernels import norm_relu_pool, norm_relu_pool_backward
+from fomaml.engines.cpu.threads import one_by_one, side_by_side
+from fomaml.engines.plan import ENGINES, _at_once
 from fomaml.errors import InputError
+from fomaml.learning.adapt import SGD
+from fomaml.learning.algorithms import FOMAML, MAML, Reptile, iMAML
+from fomaml.learning.objectives import MultiStepLoss
 from fomaml.models import BatchNorm, Conv4, Conv4Strided
-from fomaml.objectives import MultiStepLoss
 from fomaml.tasks import Task
 from test_engines import (
     ALGORITHMS,
@@ -179,7 +181,7 @@ CONVOLUTIONS = {
     "conv4": (partial(Conv4, 4, channels=4, image=(2, 17, 19)), (2, 17, 19), 4),
     "conv4-no-scale": (partial(Conv4, 4, channels=4, image=(2, 16, 16), scale=False), (2, 16, 16), 4),
     "conv4-running": (
-        partial(Conv4Strided, 4, channels=4, in_channels=2, statistics="running"),
+        partial(Conv4Strided, 4, channels=4, in_channels=2, policy="running"),
         (2, 9, 9),
         4,
     ),
@@ -284,13 +286,13 @@ def graphs_are_kept(monkeypatch):
         GRAPHS[run] = graph
         return run
 
-    graph_forward = compiled._forward
-    monkeypatch.setattr(compiled, "_forward", forward)
+    graph_forward = trace._forward
+    monkeypatch.setattr(trace, "_forward", forward)
 
 
 def graph(learner):
     """The one compiled graph of a learner."""
-    [(made, _)] = compiled._watched[learner].known.values()
+    [(made, _)] = trace._watched[learner].known.values()
     return GRAPHS[made._run].graph
 
 
@@ -370,7 +372,7 @@ def test_every_convolutional_module_agrees_with_the_reference(module, algorithm,
     check()
     if algorithm == "fomaml":
         stacks = engine == "batched" and module not in ("writes", "late", "pixels")
-        assert (stacked.convolution in targets(learner)) == stacks
+        assert (lifted.convolution in targets(learner)) == stacks
         if engine == "loop" or stacks:
             assert fused(learner) == (3 * blocks, 3 * blocks)  # two inner steps and the query set
 
@@ -434,7 +436,7 @@ def assert_current(learner, tasks, **options):
 
 
 def made(learner):
-    return len(compiled._watched[learner].known)
+    return len(trace._watched[learner].known)
 
 
 @pytest.fixture(params=["loop", "batched"])
@@ -554,7 +556,7 @@ def test_follows_inner_steps_rates_and_order(any_kind):
 def test_follows_the_buffers(any_kind):
     learner, tasks, options = any_kind
     if options["engine"] == "loop":
-        model = Conv4Strided(4, channels=3, in_channels=2, statistics="running").double().eval()
+        model = Conv4Strided(4, channels=3, in_channels=2, policy="running").double().eval()
         learner = FOMAML(model, LR, 1)
         for _ in range(2):
             check = unchanged(model)
@@ -584,8 +586,8 @@ def test_forgets_learners_that_are_gone(engine, monkeypatch):
 
 
 CHANGES = {
-    "another layer": lambda model: setattr(model, "1", BatchNorm(4, statistics="support").double()),
-    "a policy": lambda model: setattr(model[1], "statistics", "support"),
+    "another layer": lambda model: setattr(model, "1", BatchNorm(4, policy="support").double()),
+    "a policy": lambda model: setattr(model[1], "policy", "support"),
     "a constant of the norm": lambda model: setattr(model[1], "eps", 0.5),
     "a slope": lambda model: setattr(model[2], "negative_slope", 0.7),
     "an own attribute": lambda model: setattr(model[3], "power", 1.5),
@@ -632,10 +634,10 @@ def test_a_changed_module_is_compiled_again(change, engine, monkeypatch):
     tasks = draw((2, 8, 8), F.cross_entropy, tasks=2)
     learner = FOMAML(model, LR, 2)
     before = meta_gradient(learner, tasks, engine=engine, compile=True)
-    function = compiled._watched[learner]
+    function = trace._watched[learner]
     meta_gradient(learner, tasks, engine="loop")  # counts, which is no change
     meta_gradient(learner, tasks, engine=engine, compile=True)
-    assert compiled._watched[learner] is function
+    assert trace._watched[learner] is function
     CHANGES[change](model)
     after = meta_gradient(learner, tasks, engine=engine, compile=True)
     assert (before.query_losses - after.query_losses).abs().max() > 1e-6
@@ -963,7 +965,7 @@ def test_the_memory_of_a_stack_does_not_grow_with_the_inner_steps():
         tasks = draw((2, 16, 16), F.cross_entropy, tasks=6).to(dtype=torch.float32)
         for _ in range(2):
             meta_gradient(learner, tasks, engine="batched", compile=True)
-        [(function, _)] = compiled._watched[learner].known.values()
+        [(function, _)] = trace._watched[learner].known.values()
         return sum(block.nbytes for free in function._memory._free.values() for block, _ in free)
 
     assert kept(8) <= 1.05 * kept(2) > 0
@@ -1130,7 +1132,7 @@ def test_chunks_of_dense_layers_are_computed_side_by_side(two_threads, monkeypat
     tasks = draw(shape, F.cross_entropy, tasks=6)
     learner = FOMAML(make().double(), LR, 1)
     meta_gradient(learner, tasks, engine="batched", tasks_at_once=3, compile=True)
-    [(function, _)] = compiled._watched[learner].known.values()
+    [(function, _)] = trace._watched[learner].known.values()
     both, threads, run = Barrier(2), [], function._run
 
     def watched(*arguments):
@@ -1143,14 +1145,14 @@ def test_chunks_of_dense_layers_are_computed_side_by_side(two_threads, monkeypat
     assert threads == [1, 1]
 
 
-@pytest.mark.parametrize(("few", "threads"), [(compiled.FEW_OPERATIONS, 1), (0, 2)])
+@pytest.mark.parametrize(("few", "threads"), [(trace.FEW_OPERATIONS, 1), (0, 2)])
 def test_a_function_of_few_operations_runs_on_one_thread(few, threads, two_threads, monkeypatch):
-    monkeypatch.setattr(compiled, "FEW_OPERATIONS", few)
+    monkeypatch.setattr(trace, "FEW_OPERATIONS", few)
     make, shape = SMALL_MLP
     tasks = draw(shape, F.cross_entropy, tasks=6)
     learner = FOMAML(make().double(), LR, 1)
     meta_gradient(learner, tasks, engine="batched", compile=True)
-    [(function, _)] = compiled._watched[learner].known.values()
+    [(function, _)] = trace._watched[learner].known.values()
     seen, run = [], function._run
     monkeypatch.setattr(function, "_run", lambda *args: (seen.append(torch.get_num_threads()), run(*args))[1])
     assert_current(learner, tasks, engine="batched")

@@ -14,8 +14,13 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 import reference
-from fomaml.adapt import SGD, Adam, Sign
-from fomaml.algorithms import (
+from fomaml.engines import curve, meta_gradient
+from fomaml.engines.factored import linear_weights
+from fomaml.engines.factored import problem as factored_problem
+from fomaml.engines.plan import choose
+from fomaml.errors import InputError
+from fomaml.learning.adapt import SGD, Adam, Sign
+from fomaml.learning.algorithms import (
     ANIL,
     BOIL,
     CAVIA,
@@ -29,14 +34,9 @@ from fomaml.algorithms import (
     ZeroHeadMAML,
     iMAML,
 )
-from fomaml.engines import curve, meta_gradient
-from fomaml.engines.choose import choose
-from fomaml.engines.factored import linear_weights
-from fomaml.engines.factored import problem as factored_problem
-from fomaml.errors import InputError
-from fomaml.learner import Problem
+from fomaml.learning.objectives import MultiStepLoss
+from fomaml.learning.problem import Problem
 from fomaml.models import MLP, Conv4, Conv4Strided, WithContext
-from fomaml.objectives import MultiStepLoss
 from fomaml.tasks import Examples, Task, one
 
 # --- modules --------------------------------------------------------------------------------------
@@ -670,7 +670,7 @@ def test_inductive_curve_gives_each_query_example_the_output_it_has_alone(engine
     options = {"at_steps": [0, 2], "engine": engine}
     for steps in (0, 1):
         [all_of_them, one_of_them] = (
-            curve(learner, t, inductive=True, **options)[steps][1] for t in (tasks, alone)
+            curve(learner, t, statistics="support", **options)[steps][1] for t in (tasks, alone)
         )
         torch.testing.assert_close(all_of_them[:, 4:5], one_of_them, rtol=1e-10, atol=1e-10)
         transductive = curve(learner, tasks, **options)[steps][1]
@@ -682,7 +682,7 @@ def test_inductive_curve_gives_each_query_example_the_output_it_has_alone(engine
 def test_curve_with_the_query_example_in_the_statistics(module, engine):
     model, tasks, criterion = example(module)
     learner = FOMAML(model, LR, 1, criterion)
-    [_, (_, found)] = curve(learner, tasks, [0, 2], inductive="with-query", engine=engine)
+    [_, (_, found)] = curve(learner, tasks, [0, 2], statistics="with-query", engine=engine)
     for i in range(len(found)):
         task = one(tasks, i)
         adapted, _ = reference.adapt(model, task.support, criterion, rates(reference.learned(model)), 2)
@@ -693,8 +693,8 @@ def test_curve_with_the_query_example_in_the_statistics(module, engine):
 
 def test_unknown_statistics_are_refused():
     model, tasks, criterion = example("conv4")
-    with pytest.raises(InputError, match=r"unknown inductive='alone'; there are: False, True, 'with-query'"):
-        curve(FOMAML(model, LR, 1, criterion), tasks, [1], inductive="alone")
+    with pytest.raises(InputError, match=r"unknown statistics 'alone'; there are: own, support, with-query"):
+        curve(FOMAML(model, LR, 1, criterion), tasks, [1], statistics="alone")
 
 
 class Recurrent(nn.Module):
@@ -708,13 +708,13 @@ class Recurrent(nn.Module):
         return self.head(self.cell(inputs.unflatten(-1, (2, 3)))[0][:, -1])
 
 
-@pytest.mark.parametrize("inductive", [False, True])
-def test_curve_of_a_recurrent_model_takes_the_loop(inductive):
+@pytest.mark.parametrize("statistics", ["own", "support"])
+def test_curve_of_a_recurrent_model_takes_the_loop(statistics):
     torch.manual_seed(1)
     learner = FOMAML(Recurrent().double(), LR, 1)
     tasks = draw((6,), F.cross_entropy)
     [(_, expected)] = curve(learner, tasks, [1], engine="loop")
-    [(_, found)] = curve(learner, tasks, [1], inductive=inductive)  # no BatchNorm: the same
+    [(_, found)] = curve(learner, tasks, [1], statistics=statistics)  # no BatchNorm: the same
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
@@ -759,7 +759,7 @@ def test_an_error_of_the_module_itself_stays_as_it_is():
 def test_inductive_curve_refuses_a_native_batch_norm_that_would_see_the_query_set():
     model, tasks, criterion = example("batch-norm")
     with pytest.raises(InputError, match=r"'1'.*convert_batch_norm"):
-        curve(FOMAML(model, LR, 1, criterion), tasks, [1], inductive=True)
+        curve(FOMAML(model, LR, 1, criterion), tasks, [1], statistics="support")
 
 
 # --- exactness against something that is no autograd ------------------------------------------------

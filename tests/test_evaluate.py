@@ -6,12 +6,13 @@ import torch.nn.functional as F
 from torch import nn
 
 import reference
-from fomaml.algorithms import FOMAML
+from fomaml.baselines import fine_tune, nearest_centroid, pretrain
 from fomaml.data.source import ClassSource
 from fomaml.data.synthetic import Sinusoids
 from fomaml.episodes import Episodes, RegressionEpisodes
 from fomaml.errors import InputError
-from fomaml.evaluate import balance, estimate, evaluate, fine_tune, nearest_centroid, pretrain
+from fomaml.evaluate import balance, estimate, evaluate
+from fomaml.learning.algorithms import FOMAML
 from fomaml.models import MLP, Conv4
 from fomaml.tasks import count, one
 from test_train import clusters, episodes, learner
@@ -190,13 +191,13 @@ def test_inductive_and_transductive_are_told_apart(engine):
     tasks = Episodes(ClassSource(images, labels), ways=3, shots=2, query_shots=6)
     meta = FOMAML(Conv4(3, channels=4, image=(1, 16, 16)), 0.2, 1)
     options = {"tasks": 10, "at_steps": (3,), "engine": engine}
-    inductive = evaluate(meta, tasks, inductive=True, **options)[3]
+    inductive = evaluate(meta, tasks, statistics="support", **options)[3]
     transductive = evaluate(meta, tasks, **options)[3]
     assert not torch.equal(inductive, transductive)
     apart = []
     for i in range(10):  # every query example on its own
         task = one(tasks.batch(0, 10), i)
-        served = meta.adapt(task.support, steps=3, inductive=True)
+        served = meta.adapt(task.support, steps=3, statistics="support")
         with torch.no_grad():
             outputs = torch.cat([served(example[None]) for example in task.query.inputs])
         apart.append((outputs.argmax(-1) == task.query.targets).double().mean())

@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import reference
-from fomaml.algorithms import FOMAML
-from fomaml.engines import kernels, meta_gradient
-from fomaml.engines.kernels import channels_last, norm_relu_pool, norm_relu_pool_backward
+from fomaml.engines import meta_gradient
+from fomaml.engines.cpu import kernels
+from fomaml.engines.cpu.kernels import channels_last, norm_relu_pool, norm_relu_pool_backward
+from fomaml.learning.algorithms import FOMAML
 from fomaml.tasks import Examples, Task
 
 EPS = 1e-5
@@ -375,7 +376,7 @@ def test_two_processes_and_two_threads_build_at_once(fresh, built, monkeypatch):
     monkeypatch.setenv("CXX", str(script(fresh / "slow", text)))
     code = """if True:
         import tempfile, threading
-        from fomaml.engines.kernels import library
+        from fomaml.engines.cpu.kernels import library
         tempfile.tempdir = {temporary!r}
         build, found = library.__wrapped__, []
         threads = [threading.Thread(target=lambda: found.append(build())) for _ in range(2)]
@@ -383,7 +384,7 @@ def test_two_processes_and_two_threads_build_at_once(fresh, built, monkeypatch):
         [thread.join() for thread in threads]
         assert len(found) == 2 and all(one.forward_float32 for one in found)
     """.format(temporary=str(fresh / "temporary"))
-    environment = os.environ | {"PYTHONPATH": str(Path(kernels.__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(Path(kernels.__file__).parents[3]), "OMP_NUM_THREADS": "1"}
     running = [
         subprocess.Popen(
             [sys.executable, "-W", "error", "-c", code], env=environment, stderr=subprocess.PIPE, text=True
@@ -576,7 +577,7 @@ def test_several_threads_share_tasks_out_at_once():
 def test_a_child_process_shares_tasks_out_among_threads_of_its_own():
     code = """
 import os, sys, torch
-from fomaml.engines import kernels
+from fomaml.engines.cpu import kernels
 inputs, weights = torch.randn(6, 2, 16, 9, 9), torch.randn(4, 16, 3, 3)
 expected = kernels.convolution(inputs, weights, None, (1, 1), (1, 1))
 def check():

@@ -1,14 +1,16 @@
+from typing import get_args
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fomaml.algorithms import FOMAML
+from fomaml.choices import Policy
 from fomaml.engines import curve
 from fomaml.errors import InputError
+from fomaml.learning.algorithms import FOMAML
 from fomaml.models import (
     MLP,
-    STATISTICS,
     BatchNorm,
     Conv4,
     Conv4Strided,
@@ -140,22 +142,22 @@ def test_batch_norm_keeps_its_accuracy_in_float32():
     assert error < 1e-4  # inputs themselves are rounded to 4e-6 of their spread
 
 
-@pytest.mark.parametrize("statistics", STATISTICS)
+@pytest.mark.parametrize("policy", get_args(Policy))
 @pytest.mark.parametrize("training", [True, False])
-def test_no_forward_pass_changes_the_buffers(statistics, training):
-    layer = BatchNorm(3, statistics=statistics, steps=2).train(training)
+def test_no_forward_pass_changes_the_buffers(policy, training):
+    layer = BatchNorm(3, policy=policy, steps=2).train(training)
     before = {name: buffer.clone() for name, buffer in layer.named_buffers()}
-    assert len(before) == (2 if statistics in ("running", "per-step", "frozen") else 0)
+    assert len(before) == (2 if policy in ("running", "per-step", "frozen") else 0)
     layer(torch.randn(5, 3))
     for name, buffer in layer.named_buffers():
         assert torch.equal(buffer, before[name])
 
 
 def test_errors_of_batch_norm():
-    with pytest.raises(InputError, match="unknown statistics 'mean'; there are: batch, support, running"):
-        BatchNorm(3, statistics="mean")
-    with pytest.raises(InputError, match="per-step statistics need steps"):
-        BatchNorm(3, statistics="per-step")
+    with pytest.raises(InputError, match="unknown policy 'mean'; there are: batch, support, running"):
+        BatchNorm(3, policy="mean")
+    with pytest.raises(InputError, match="the policy per-step needs steps"):
+        BatchNorm(3, policy="per-step")
 
 
 def test_statistics_of_the_first_examples_only():
@@ -208,8 +210,8 @@ def test_convert_batch_norm_keeps_running_statistics():
     native(torch.randn(8, 3, dtype=torch.float64) * 3 + 2)
     inputs = torch.randn(4, 3, dtype=torch.float64)
     expected = native.eval()(inputs)
-    for statistics in ("running", "frozen", "per-step"):
-        layer = convert_batch_norm(nn.Sequential(native), statistics, steps=2)
+    for policy in ("running", "frozen", "per-step"):
+        layer = convert_batch_norm(nn.Sequential(native), policy, steps=2)
         torch.testing.assert_close(layer.eval()(inputs), expected, rtol=0, atol=1e-12)
 
 
@@ -225,7 +227,9 @@ def test_a_converted_net_has_an_inductive_curve():
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 4))
     learner = FOMAML(convert_batch_norm(model).double(), 0.1, 1)
     tasks = draw((1, 6, 6), F.cross_entropy)
-    (_, inductive), (_, transductive) = (curve(learner, tasks, [1], inductive=i)[0] for i in (True, False))
+    (_, inductive), (_, transductive) = (
+        curve(learner, tasks, [1], statistics=s)[0] for s in ("support", "own")
+    )
     assert (inductive - transductive).abs().max() > 1e-3
 
 

@@ -8,13 +8,13 @@ import torch.nn.functional as F
 from torch import nn
 
 import reference
-from fomaml.adapt import Adam
-from fomaml.algorithms import FOMAML, ProtoMAML, Reptile
 from fomaml.checkpoint import load_weights, save_weights
 from fomaml.data.source import ClassSource
 from fomaml.engines import meta_gradient
 from fomaml.episodes import Episodes
 from fomaml.errors import InputError
+from fomaml.learning.adapt import Adam
+from fomaml.learning.algorithms import FOMAML, ProtoMAML, Reptile
 from fomaml.models import MLP
 from fomaml.tasks import one
 from fomaml.train import train

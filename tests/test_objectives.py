@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fomaml.errors import InputError
-from fomaml.objectives import Implicit, conjugate_gradients
+from fomaml.learning.objectives import Implicit, conjugate_gradients
 
 SIZES = [(3,), (2, 2), ()]  # three tensors, eight numbers
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import characters
-from fomaml.build import open_data
-from fomaml.cli import main
+from fomaml.app.build import open_data
+from fomaml.app.cli import main
+from fomaml.app.presets import PRESETS
+from fomaml.app.session import load_run
 from fomaml.errors import InputError
-from fomaml.presets import PRESETS
-from fomaml.run import load_run
 from runs import omniglot_errors, omniglot_keep, omniglot_plot, omniglot_table
 from runs.omniglot_table import figure
 
@@ -50,15 +50,27 @@ def test_a_kept_run_is_judged_by_every_protocol_and_works_from_a_fresh_clone(roo
     judged = json.loads((kept / "evaluations.json").read_text())
     found = [each["protocol"] for each in judged["evaluations"]]
     assert [each["query_shots"] for each in found] == [5, 1, 15]
-    assert {each["batch_statistics"] for each in found} == {"transductive"}
-    assert all(e["inductive"]["protocol"]["batch_statistics"] == "inductive" for e in judged["evaluations"])
+    assert {(each["statistics"], each["transductive"]) for each in found} == {("own", True)}
+    support = [each["by_statistics"]["support"]["protocol"] for each in judged["evaluations"]]
+    assert {(each["statistics"], each["transductive"]) for each in support} == {("support", False)}
     for path in kept.iterdir():
         assert str(tmp_path).encode() not in path.read_bytes(), path.name  # no path of this machine
     assert sum(path.stat().st_size for path in kept.iterdir()) < 500_000
     for path in run.iterdir():  # only what was kept is left
         path.unlink()
     capsys.readouterr()
-    options = ["--query-shots", "15", "--statistics", "both", "--tasks", "3", "--seed", "4", "--json"]
+    options = [
+        "--query-shots",
+        "15",
+        "--statistics",
+        "own",
+        "support",
+        "--tasks",
+        "3",
+        "--seed",
+        "4",
+        "--json",
+    ]
     main(["evaluate", str(kept), "--data-root", str(root), *options])
     again = json.loads(capsys.readouterr().out)
     assert again == judged["evaluations"][2]
@@ -92,10 +104,11 @@ def test_errors_are_counted_by_the_image_that_was_wrong(root, tmp_path, capsys):
 def test_evaluation_takes_protocols_of_its_own(root, tmp_path, capsys):
     run = trained(root, tmp_path / "run")
     capsys.readouterr()
-    main(["evaluate", str(run), "--test-augment", "none", "--query-shots", "2", "--statistics", "inductive"])
+    main(["evaluate", str(run), "--test-augment", "none", "--query-shots", "2", "--statistics", "support"])
     said = capsys.readouterr().out
     assert said.startswith(
-        "Omniglot, maml, 5-way 1-shot, 2 unseen tasks, 2 query examples per class, inductive\n"
+        "Omniglot, maml, 5-way 1-shot, 2 unseen tasks, 2 query examples per class, "
+        "inductive, statistics of the support set\n"
     )
     main(["evaluate", str(run)])
     text = "2 unseen tasks, 1 query example per class, each class turned at random, transductive\n"
@@ -120,10 +133,13 @@ def test_a_run_whose_head_is_made_of_classes_is_judged_at_other_ways_and_shots(r
     rows = omniglot_table.table(tmp_path / "results").splitlines()[2:]
     for row, (plain, many, copied, turned, balanced) in zip(rows, (judged[5:], judged[:5])):
         cells = row.split(" | ")
-        assert cells[2:4] == [f"{figure(turned)} transductive, 3 tasks", figure(turned["inductive"])]
+        assert cells[2:4] == [
+            f"{figure(turned)} transductive, 3 tasks",
+            figure(turned["by_statistics"]["support"]),
+        ]
         assert cells[4].split("; ") == [
-            f"not turned, {figure(plain)}, inductive {figure(plain['inductive'])}",
-            f"not turned, 2 copies: {figure(copied)}, inductive {figure(copied['inductive'])}",
+            f"not turned, {figure(plain)}, inductive {figure(plain['by_statistics']['support'])}",
+            f"not turned, 2 copies: {figure(copied)}, inductive {figure(copied['by_statistics']['support'])}",
             f"balanced: {figure(balanced)}",
         ]
         assert cells[5] == f"not turned, {figure(many)} transductive"

@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 
 import characters
-from fomaml.build import build_learner, build_model, build_optimizer, build_schedule, for_test, open_data
-from fomaml.cli import main
-from fomaml.config import TrainConfig, from_json, to_json
+from fomaml.app.build import build_learner, build_model, build_optimizer, build_schedule, for_test, open_data
+from fomaml.app.cli import main
+from fomaml.app.presets import PRESETS
+from fomaml.app.resolve import resolve
+from fomaml.app.settings import TrainConfig, from_json, to_json
 from fomaml.errors import InputError
+from fomaml.learning.objectives import MultiStepLoss
 from fomaml.models import BatchNorm, Conv4Strided, Conv4StridedFlat
-from fomaml.objectives import MultiStepLoss
-from fomaml.presets import PRESETS
-from fomaml.resolve import resolve
 from fomaml.tasks import one
 from fomaml.train import linear, train
 
@@ -140,7 +140,7 @@ def test_an_unknown_preset_lists_those_there_are():
         ({"resize": "cubic"}, "unknown resize 'cubic'; there are: lanczos, nearest, box, bilinear"),
         ({"augment": "flips"}, "unknown augment 'flips'; there are: none, rotations, turns, warps"),
         ({"test_augment": "rotations"}, "unknown test augment 'rotations'; there are: none, turns"),
-        ({"norm_statistics": "own"}, "unknown norm statistics 'own'; there are: batch, support, running, per-step"),
+        ({"norm_policy": "own"}, "unknown norm policy 'own'; there are: batch, support, running, per-step"),
         ({"clip": 0.0}, "clip must be a positive finite number, got 0.0"),
         ({"weight_decay": -1.0}, "weight_decay must be 0 or more and below inf, got -1.0"),
         ({"inner_momentum": 1.0}, "inner_momentum must be 0 or more and below 1, got 1.0"),
@@ -175,7 +175,7 @@ def test_the_settings_of_an_older_run_are_what_they_were():
     for name in (
         "train_ways",
         "test_query_shots",
-        "norm_statistics",
+        "norm_policy",
         "inner_loss",
         "preset",
         "validate_every",
@@ -189,12 +189,10 @@ def test_the_settings_of_an_older_run_are_what_they_were():
 
 
 def test_the_models_options_reach_the_model():
-    model, _ = built(
-        settings(channels=(6,), norm_parameters="shift", norm_statistics="per-step", inner_steps=2)
-    )
+    model, _ = built(settings(channels=(6,), norm_parameters="shift", norm_policy="per-step", inner_steps=2))
     assert isinstance(model, Conv4Strided) and model.head.in_features == 6
     norms = [m for m in model.modules() if isinstance(m, BatchNorm)]
-    assert all(m.weight is None and m.statistics == "per-step" and len(m.mean) == 3 for m in norms)
+    assert all(m.weight is None and m.policy == "per-step" and len(m.mean) == 3 for m in norms)
     model, _ = built(settings(model="conv4"))
     assert all(m.weight is not None for m in model.modules() if isinstance(m, BatchNorm))
     model, _ = built(settings(model="conv4-strided-flat"))

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from fomaml.algorithms import FOMAML
 from fomaml.engines import meta_gradient
 from fomaml.errors import InputError
+from fomaml.learning.algorithms import FOMAML
 from fomaml.tasks import Examples, Task
 
 

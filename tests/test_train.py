@@ -6,8 +6,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from fomaml.adapt import SGD
-from fomaml.algorithms import FOMAML, MAML, Reptile
 from fomaml.checkpoint import load_state, save_state
 from fomaml.data.source import ClassSource
 from fomaml.data.synthetic import Sinusoids
@@ -15,6 +13,8 @@ from fomaml.engines import meta_gradient
 from fomaml.episodes import Episodes, RegressionEpisodes
 from fomaml.errors import InputError
 from fomaml.evaluate import evaluate
+from fomaml.learning.adapt import SGD
+from fomaml.learning.algorithms import FOMAML, MAML, Reptile
 from fomaml.models import MLP, BatchNorm
 from fomaml.train import cosine, fomaml_train, scores, train
 
@@ -146,7 +146,7 @@ def test_the_outer_iteration_reaches_the_learner():
 
 def test_running_statistics_move_in_the_outer_loop_only():
     torch.manual_seed(5)
-    layer = BatchNorm(16, statistics="running")
+    layer = BatchNorm(16, policy="running")
     model = nn.Sequential(nn.Linear(6, 16), layer, nn.ReLU(), nn.Linear(16, 3))
     meta = FOMAML(model, 0.1, 2)
     meta_gradient(meta, episodes().batch(0, 4))

@@ -7,14 +7,15 @@ import pytest
 import torch
 
 import characters
-from fomaml import checkpoint, run
-from fomaml.cli import main
-from fomaml.config import TrainConfig
+from fomaml import checkpoint
+from fomaml.app import session
+from fomaml.app.cli import main
+from fomaml.app.resolve import resolve
+from fomaml.app.session import train_run
+from fomaml.app.settings import TrainConfig
+from fomaml.app.validate import Best
 from fomaml.errors import InputError
 from fomaml.evaluate import Estimate
-from fomaml.resolve import resolve
-from fomaml.run import train_run
-from fomaml.validate import Best
 from test_cli import refused
 
 OPTIONS = {
@@ -61,7 +62,7 @@ def quiet(config, out, **options):
 def finds(monkeypatch, accuracies):
     """Let the validations find these accuracies, by iteration."""
     found = lambda config, learner, data: Estimate(accuracies[learner.iteration + 1], 0.01)  # noqa: E731
-    monkeypatch.setattr(run, "validate", found)
+    monkeypatch.setattr(session, "validate", found)
 
 
 def weights(path):
@@ -117,7 +118,7 @@ def test_the_best_weights_are_the_runs_and_the_last_are_kept_beside(root, tmp_pa
 
 
 def test_without_validation_the_last_weights_are_the_runs(root, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "validate", lambda *_: pytest.fail("validated"))
+    monkeypatch.setattr(session, "validate", lambda *_: pytest.fail("validated"))
     result = quiet(settings(root, validate_every=0), tmp_path / "a")
     assert result["weights"] == {"kept": "last", "iteration": 8}
     assert not (tmp_path / "a" / "last.safetensors").exists()
@@ -132,7 +133,7 @@ def test_validation_does_not_touch_the_training(root, tmp_path):
 def test_a_validation_is_an_evaluation_on_the_validation_classes(root, tmp_path, capsys):
     """The record of the best is what `evaluate --part validation` finds."""
     config = settings(
-        root, test_query_shots=3, test_augment="turns", test_statistics="with-query", validation_tasks=30
+        root, test_query_shots=3, test_augment="turns", statistics="with-query", validation_tasks=30
     )
     found = quiet(config, tmp_path / "a")["weights"]
     for part, options, same in (
@@ -170,9 +171,9 @@ def test_evaluate_takes_copies(root, tmp_path, capsys):
 def test_evaluate_says_where_it_took_the_balance_of_the_query_set_for_known(root, tmp_path, capsys):
     quiet(settings(root), tmp_path / "a")
     base = ["evaluate", str(tmp_path / "a"), "--tasks", "50"]
-    main([*base, "--balanced", "--statistics", "both", "--json"])
+    main([*base, "--balanced", "--statistics", "own", "support", "--json"])
     result = json.loads(capsys.readouterr().out)
-    assert result["protocol"]["balanced"] and result["inductive"]["protocol"]["balanced"]
+    assert result["protocol"]["balanced"] and result["by_statistics"]["support"]["protocol"]["balanced"]
     main([*base, "--json"])
     plain = json.loads(capsys.readouterr().out)
     assert not plain["protocol"]["balanced"] and plain["accuracy"] != result["accuracy"]
@@ -187,7 +188,7 @@ def test_metrics_hold_the_validations_and_seconds_of_training_alone(root, tmp_pa
         time.sleep(0.5)
         return Estimate(0.25, 0.125)
 
-    monkeypatch.setattr(run, "validate", slow)
+    monkeypatch.setattr(session, "validate", slow)
     began = time.perf_counter()
     result = quiet(settings(root), tmp_path / "a")
     whole = time.perf_counter() - began
@@ -248,7 +249,7 @@ RESUMED = {
         "adapt": "no-norm",
         "norm_parameters": "shift",
     },
-    "running statistics": {"norm_statistics": "per-step", "schedule": "linear"},
+    "running statistics": {"norm_policy": "per-step", "schedule": "linear"},
     "reptile": {"algorithm": "reptile", "inner_optimizer": "adam", "inner_batch_size": 2, "train_shots": 3},
     "carried moments": {"algorithm": "reptile", "inner_optimizer": "carried-adam", "inner_batch_size": 2},
     "proto": {"algorithm": "proto-maml", "train_ways": 5, "learn_rates": "per-step"},
@@ -291,7 +292,7 @@ def test_it_does_not_matter_where_it_was_killed(name, nth, root, tmp_path, monke
     config = settings(root, iterations=12, patience=3)
     quiet(config, tmp_path / "whole")
     assert json.loads((tmp_path / "whole" / "result.json").read_text())["iterations"] == 10
-    real, calls = getattr(run, name), []
+    real, calls = getattr(session, name), []
 
     def die(*args, **options):
         calls.append(1)
@@ -300,10 +301,10 @@ def test_it_does_not_matter_where_it_was_killed(name, nth, root, tmp_path, monke
         return real(*args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run, name, die)
+        patch.setattr(session, name, die)
         with pytest.raises(Killed):
             quiet(config, tmp_path / "killed")
-    quiet(run.load_config(tmp_path / "killed"), tmp_path / "killed", resume=True)
+    quiet(session.load_config(tmp_path / "killed"), tmp_path / "killed", resume=True)
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 
@@ -311,7 +312,7 @@ def test_a_run_that_was_stopped_early_does_not_go_on(root, tmp_path, monkeypatch
     """It was killed after its patience was over, before it was judged."""
     finds(monkeypatch, {2: 0.5, 4: 0.4})
     with monkeypatch.context() as patch:
-        patch.setattr(run, "judge", lambda *_: (_ for _ in ()).throw(Killed))
+        patch.setattr(session, "judge", lambda *_: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
             quiet(settings(root, patience=1), tmp_path / "a")
     result = quiet(settings(root, patience=1), tmp_path / "a", resume=True)
@@ -319,7 +320,7 @@ def test_a_run_that_was_stopped_early_does_not_go_on(root, tmp_path, monkeypatch
 
 
 def test_the_clock_goes_on_where_it_was(root, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "validate", lambda *_: (time.sleep(0.2), Estimate(0.5, 0.1))[1])
+    monkeypatch.setattr(session, "validate", lambda *_: (time.sleep(0.2), Estimate(0.5, 0.1))[1])
     config = settings(root, iterations=6)
 
     def die(record, seconds):

@@ -1,7 +1,13 @@
 """First-order MAML and its relatives on any PyTorch module."""
 
-from fomaml.adapt import SGD, Adam, FastModel, Sign
-from fomaml.algorithms import (
+from fomaml.data.source import ClassSource
+from fomaml.data.synthetic import Sinusoids
+from fomaml.engines import MetaGradient, meta_gradient
+from fomaml.episodes import Episodes, RegressionEpisodes
+from fomaml.errors import InputError
+from fomaml.evaluate import Estimate, estimate, evaluate
+from fomaml.learning.adapt import SGD, Adam, FastModel, Sign
+from fomaml.learning.algorithms import (
     ANIL,
     BOIL,
     CAVIA,
@@ -15,13 +21,7 @@ from fomaml.algorithms import (
     ZeroHeadMAML,
     iMAML,
 )
-from fomaml.data.source import ClassSource
-from fomaml.data.synthetic import Sinusoids
-from fomaml.engines import MetaGradient, meta_gradient
-from fomaml.episodes import Episodes, RegressionEpisodes
-from fomaml.errors import InputError
-from fomaml.evaluate import Estimate, estimate, evaluate
-from fomaml.learner import MetaLearner
+from fomaml.learning.learner import MetaLearner
 from fomaml.models import MLP, BatchNorm, Conv4, Conv4Strided, WithContext, convert_batch_norm
 from fomaml.tasks import Examples, Task
 from fomaml.train import fomaml_train, train

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,18 +12,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fomaml.errors import InputError
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically."""
-    with _renamed(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+from fomaml.files import replacing
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping | None = None) -> None:
     """Write named tensors, and JSON-able facts in the file's header, atomically and flushed to disk."""
     own = {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}
-    with _renamed(path) as temporary:
+    with replacing(path) as temporary:
         save_file(own, temporary, {"fomaml": json.dumps(dict(facts or {}))})
 
 
@@ -128,22 +122,3 @@ def load_progress(path: Path) -> dict:
         InputError: the file is not there, or damaged.
     """
     return load_tensors(path)[1].get("progress", {})
-
-
-class _renamed:
-    """A temporary path beside `path` that takes its place at the end, flushed, unless there was an error."""
-
-    def __init__(self, path: Path):
-        self.path = Path(path)
-        self.temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-
-    def __enter__(self) -> Path:
-        return self.temporary
-
-    def __exit__(self, kind, value, trace) -> None:
-        if kind is not None:
-            self.temporary.unlink(missing_ok=True)
-            return
-        with open(self.temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(self.temporary, self.path)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import textwrap
 
 
 class InputError(ValueError):
     """Bad input: an option, a data file, a module or a run directory. The message is one line.
 
-    The library raises it; the command line prints the same text and exits with status 2.
+    The library raises it, the command line prints the same text and exits with status 2.
     """
 
 
@@ -23,11 +21,8 @@ def positive(name: str, value, integer: bool = False):
     return value
 
 
-@contextmanager
-def told_in_one_line() -> Iterator[None]:
-    """Within a command: bad input is one line on standard error, and the exit status 2."""
-    try:
-        yield
-    except InputError as error:
-        print(f"fomaml: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+def in_one_line(error: BaseException) -> str:
+    """An exception in one line: its kind, unless it is an `InputError`, and the first sentence of its message."""
+    lines = str(error).strip().splitlines() or ["no message"]
+    text = textwrap.shorten(lines[0].split(". ")[0], 160, placeholder=" ...")
+    return text if isinstance(error, InputError) else f"{type(error).__name__}: {text}"

@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fomaml.choices import Policy, check_choice
 from fomaml.errors import InputError
-
-STATISTICS = ("batch", "support", "running", "frozen", "per-step")
 
 
 class _Norm(NamedTuple):
@@ -34,8 +33,8 @@ def normalising(**told) -> Iterator[list | None]:
     """Within this block every `BatchNorm` is told:
 
     first: take batch statistics from the first so many examples only. A forward pass over support and
-        query examples joined, with the number of support examples here, is the inductive evaluation:
-        query examples do not inform each other.
+        query examples joined, with the number of support examples here, is the evaluation by the statistics
+        of the support set: query examples do not inform each other.
     step: the inner step, 0 … K, for per-step statistics; the last one where it is not told.
     running: whether the policies "running" and "per-step" use their running statistics; by default
         they do in `eval()` mode.
@@ -54,7 +53,7 @@ class BatchNorm(nn.Module):
     Written from `torch.var_mean`. No forward pass changes its buffers, in any mode; the outer loop
     alone does, by `MetaLearner.update_statistics`.
 
-    statistics:
+    policy:
         "batch": of the batch at hand, always (the original MAML code; transductive on a query set);
         "support": of the support set, for the query examples too (inductive);
         "running": of the batch while training, running ones in `eval()` mode and at evaluation;
@@ -75,20 +74,19 @@ class BatchNorm(nn.Module):
         channels: int,
         eps: float = 1e-5,
         scale: bool = True,
-        statistics: str = "batch",
+        policy: Policy = "batch",
         steps: int | None = None,
     ):
         super().__init__()
-        if statistics not in STATISTICS:
-            raise InputError(f"unknown statistics {statistics!r}; there are: {', '.join(STATISTICS)}")
-        if statistics == "per-step" and steps is None:
-            raise InputError("per-step statistics need steps, the number of inner steps")
+        check_choice("policy", policy, Policy)
+        if policy == "per-step" and steps is None:
+            raise InputError("the policy per-step needs steps, the number of inner steps")
         self.eps = eps
-        self.statistics = statistics
+        self.policy = policy
         self.weight = nn.Parameter(torch.ones(channels)) if scale else None
         self.bias = nn.Parameter(torch.zeros(channels))
-        if statistics in ("running", "per-step", "frozen"):
-            sets = steps + 1 if statistics == "per-step" else 1
+        if policy in ("running", "per-step", "frozen"):
+            sets = steps + 1 if policy == "per-step" else 1
             self.register_buffer("mean", torch.zeros(sets, channels))
             self.register_buffer("variance", torch.ones(sets, channels))
 
@@ -96,7 +94,7 @@ class BatchNorm(nn.Module):
         told = _norm.get()
         running = not self.training if told.running is None else told.running
         shape = (1, -1, *[1] * (inputs.dim() - 2))
-        if self.statistics == "frozen" or (running and self.statistics in ("running", "per-step")):
+        if self.policy == "frozen" or (running and self.policy in ("running", "per-step")):
             step = min(told.step, len(self.mean) - 1)
             mean, variance = self.mean[step].view(shape), self.variance[step].view(shape)
         else:
@@ -116,19 +114,19 @@ class BatchNorm(nn.Module):
 
     def freeze(self, mean: Tensor, variance: Tensor) -> None:
         """Take these (channels,) statistics for good: the policy becomes "frozen"."""
-        self.statistics = "frozen"
+        self.policy = "frozen"
         self.register_buffer("mean", mean[None].clone())
         self.register_buffer("variance", variance[None].clone())
 
     def update(self, step: int, mean: Tensor, variance: Tensor, momentum: float) -> None:
         """Move the running statistics of inner step `step` towards these (channels,) ones."""
-        if self.statistics in ("running", "per-step"):
+        if self.policy in ("running", "per-step"):
             step = min(step, len(self.mean) - 1)
             self.mean[step].lerp_(mean, momentum)
             self.variance[step].lerp_(variance, momentum)
 
     def extra_repr(self) -> str:
-        return f"{len(self.bias)}, eps={self.eps}, scale={self.weight is not None}, statistics={self.statistics!r}"
+        return f"{len(self.bias)}, eps={self.eps}, scale={self.weight is not None}, policy={self.policy!r}"
 
 
 class MLP(nn.Sequential):
@@ -171,7 +169,7 @@ class Conv4(nn.Module):
 
     Inputs (examples, channels, height, width), outputs (examples, outputs). With 28×28 images and 64
     channels the head is 64 → outputs; with 84×84 and 32 channels, 800 → outputs. norm: further arguments
-    of `BatchNorm`: scale, statistics, steps. channels: of all convolutions, or of each of the four.
+    of `BatchNorm`: scale, policy, steps. channels: of all convolutions, or of each of the four.
     """
 
     def __init__(
@@ -193,7 +191,7 @@ class Conv4Strided(nn.Module):
     """The Omniglot network of Finn et al. 2017, section 5.2: four stride-2 convolutions, mean over space, linear head.
 
     Inputs (examples, channels, height, width), outputs (examples, outputs). norm: further arguments of
-    `BatchNorm`: scale, statistics, steps. channels: of all convolutions, or of each of the four.
+    `BatchNorm`: scale, policy, steps. channels: of all convolutions, or of each of the four.
     """
 
     def __init__(self, outputs: int, *, channels: int | Sequence[int] = 64, in_channels: int = 1, **norm):
@@ -249,26 +247,26 @@ def refuse_native(model: nn.Module) -> None:
     native = native_batch_norms(model)
     if native and model.get_submodule(native[0]).training:
         raise InputError(
-            f"the layer {native[0]!r} takes its statistics from the whole batch; for an inductive "
-            "evaluation convert it first: fomaml.convert_batch_norm(model)"
+            f"the layer {native[0]!r} takes its statistics from the whole batch; for the "
+            "statistics of the support set convert it first: fomaml.convert_batch_norm(model)"
         )
 
 
-def convert_batch_norm(model: nn.Module, statistics: str = "batch", steps: int | None = None) -> nn.Module:
+def convert_batch_norm(model: nn.Module, policy: Policy = "batch", steps: int | None = None) -> nn.Module:
     """Replace, in place, every `nn.BatchNorm1d/2d/3d` by this module's `BatchNorm`, weights and running
-    statistics kept where the policy has any; see `BatchNorm` for statistics and steps.
+    statistics kept where the policy has any; see `BatchNorm` for policy and steps.
 
     Returns the model (or the replacement, when the model itself is a batch norm).
     """
-    return _convert(model, statistics, steps, {})
+    return _convert(model, policy, steps, {})
 
 
-def _convert(model: nn.Module, statistics: str, steps: int | None, done: dict[int, nn.Module]) -> nn.Module:
+def _convert(model: nn.Module, policy: Policy, steps: int | None, done: dict[int, nn.Module]) -> nn.Module:
     if id(model) in done:
         return done[id(model)]
     done[id(model)] = new = model
     if isinstance(model, nn.modules.batchnorm._BatchNorm):
-        done[id(model)] = new = BatchNorm(model.num_features, model.eps, model.affine, statistics, steps)
+        done[id(model)] = new = BatchNorm(model.num_features, model.eps, model.affine, policy, steps)
         if model.running_mean is not None:
             new.to(model.running_mean)
         if model.affine:
@@ -281,5 +279,5 @@ def _convert(model: nn.Module, statistics: str, steps: int | None, done: dict[in
         return new.train(model.training)
     for name, child in list(model._modules.items()):
         if child is not None:
-            setattr(model, name, _convert(child, statistics, steps, done))
+            setattr(model, name, _convert(child, policy, steps, done))
     return new

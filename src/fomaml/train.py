@@ -9,12 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fomaml.algorithms import FOMAML
 from fomaml.data.source import ClassSource
 from fomaml.engines import check_outputs, curve, meta_gradient
 from fomaml.episodes import Episodes
 from fomaml.errors import InputError, positive
-from fomaml.learner import MetaLearner
+from fomaml.learning.algorithms import FOMAML
+from fomaml.learning.learner import MetaLearner
 from fomaml.tasks import Task
 
 

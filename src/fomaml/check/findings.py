@@ -38,11 +38,11 @@ KINDS = {
     "leaking": ("wrong",
         "batch norms with running statistics that meta-training never updates (in train mode they use the batch's, "
         "so query examples inform each other; in eval mode, statistics that were never learned)",
-        "fomaml.convert_batch_norm(model, statistics=...) with 'batch', 'support', 'running', 'per-step' or 'frozen'; "
-        "then learner.adapt(support, inductive=True) serves single examples"),
+        "fomaml.convert_batch_norm(model, policy=...) with 'batch', 'support', 'running', 'per-step' or 'frozen'; "
+        "then learner.adapt(support, statistics='support') serves single examples"),
     "eval": ("note", "in eval mode, running statistics are used as they are, by", ""),
     "batch": ("note", "statistics of the batch, so query examples inform each other, in",
-        "fomaml.convert_batch_norm(model, 'support') or learner.adapt(support, inductive=True), if unwanted"),
+        "fomaml.convert_batch_norm(model, 'support') or learner.adapt(support, statistics='support'), if unwanted"),
     "recurrent": ("note", "on CUDA, cuDNN has no double backward for", CUDNN),
     "moved": ("wrong", "forward changes parameters in place, and so the meta-model in every task", INPLACE),
     "buffers": ("note", "buffers that forward changes; each task starts from the meta-model's, which stay", ""),

@@ -46,7 +46,7 @@ def _descend(trial: Trial, model: nn.Module, task: Task, reached: set[str]) -> n
 
 def _query_loss(trial: Trial, model: nn.Module, task: Task) -> Tensor:
     first, inputs = None, task.query.inputs
-    if any(isinstance(m, BatchNorm) and m.statistics == "support" for m in model.modules()):
+    if any(isinstance(m, BatchNorm) and m.policy == "support" for m in model.modules()):
         first, inputs = len(task.support.inputs), torch.cat([task.support.inputs, task.query.inputs])
     with normalising(first=first, step=trial.inner_steps):
         return trial.criterion(model(inputs)[first:], task.query.targets)

@@ -38,7 +38,7 @@ def kinds_of_layers(own: Trial) -> dict[str, list[str]]:
         "tied": [" = ".join(names) for names in groups.values() if len(names) > 1],
         "leaking": [n for n, m in running if m.training],
         "eval": [n for n, m in running if not m.training],
-        "batch": batch + [n for n, m in layers if isinstance(m, BatchNorm) and m.statistics == "batch"],
+        "batch": batch + [n for n, m in layers if isinstance(m, BatchNorm) and m.policy == "batch"],
         "recurrent": [n for n, m in layers if isinstance(m, nn.RNNBase)],
         "dropout": [n for n, m in layers if drops(m)] if own.is_random() else [],
     }

@@ -10,11 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fomaml.algorithms import FOMAML
 from fomaml.check.findings import Finding
 from fomaml.engines import meta_gradient
-from fomaml.errors import InputError, positive
-from fomaml.load import short
+from fomaml.errors import InputError, in_one_line, positive
+from fomaml.learning.algorithms import FOMAML
 from fomaml.tasks import Examples, Task, count, one
 
 
@@ -87,7 +86,7 @@ def first_outputs(model: nn.Module, inputs: Tensor) -> Tensor:
     try:
         outputs = copy.deepcopy(model)(inputs)
     except Exception as error:
-        raise InputError(f"the module does not run on {given}: {short(error)}") from None
+        raise InputError(f"the module does not run on {given}: {in_one_line(error)}") from None
     if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
         kind = f"{outputs.dtype} tensor" if isinstance(outputs, Tensor) else type(outputs).__name__
         raise InputError(f"the module must return one floating tensor, not a {kind}")
@@ -119,7 +118,7 @@ def widened(trial: Trial) -> tuple[Trial, list[Finding]]:
             raise TypeError(f"its outputs stay {dtype}")
         return exact, []
     except Exception as error:
-        what = f"does not run in float64, so compared in {str(trial.dtype)[6:]}, more loosely: {short(error)}"
+        what = f"does not run in float64, so compared in {str(trial.dtype)[6:]}, more loosely: {in_one_line(error)}"
         return trial, [Finding("note", what)]
 
 

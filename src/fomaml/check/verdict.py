@@ -41,9 +41,8 @@ from fomaml.check.trial import (
     without_dropout,
 )
 from fomaml.engines import ENGINES
-from fomaml.engines.choose import choose
-from fomaml.errors import InputError, positive
-from fomaml.load import short
+from fomaml.engines.plan import choose
+from fomaml.errors import InputError, in_one_line, positive
 from fomaml.tasks import chunks
 
 TASKS = 2
@@ -163,7 +162,7 @@ def _engine(own: Trial, trial: Trial, exact: Trial, engine: str, first_order: bo
     except Exception as found:
         error = found.__cause__ or found  # what an engine explains, here has cures by its own words
         cure = LOOP if engine != "loop" else "" if first_order else FIRST
-        plain = short(error), "" if isinstance(error, InputError) else cure
+        plain = in_one_line(error), "" if isinstance(error, InputError) else cure
         text, cure = next((known for part, known in REASONS.items() if part in str(error)), plain)
         return Finding("refused", f"{what}{when}: {text}", cure)
     if moved:

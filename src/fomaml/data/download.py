@@ -1,10 +1,9 @@
-"""Where downloads go, and how torchvision's own downloads are kept short, quiet and whole."""
+"""How torchvision's own downloads are kept short, quiet and whole."""
 
 from __future__ import annotations
 
 import contextlib
 import io
-import os
 import socket
 import sys
 import tempfile
@@ -15,11 +14,6 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 SECONDS = 2.0  # for a mirror to answer; a download may stall five times as long
-
-
-def user_cache() -> Path:
-    """$XDG_CACHE_HOME or ~/.cache, folder fomaml."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fomaml"
 
 
 @contextlib.contextmanager

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fomaml.data.download import downloading, user_cache
+from fomaml.data.download import downloading
 from fomaml.data.source import ClassSource, pixels
 from fomaml.errors import InputError
+from fomaml.files import user_cache
 
 FILES = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
 

@@ -20,10 +20,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fomaml.data.download import downloading, user_cache
+from fomaml.data.download import downloading
 from fomaml.data.folder import pillow
 from fomaml.data.source import ClassSource, pixels
 from fomaml.errors import InputError, positive
+from fomaml.files import replacing, user_cache
 
 CHARACTERS = {"images_background": 964, "images_evaluation": 659}
 DRAWINGS, SIDE = 20, 105  # of a character, and of a drawing in pixels
@@ -308,19 +309,15 @@ def _read_cache(path: Path, size: int) -> tuple[Tensor, list[list[str]]] | None:
 
 def _write_cache(path: Path, images: Tensor, names: list[list[str]]) -> bool:
     """Write the file beside its place and rename it; False if the folder takes none."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     text = json.dumps(names)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.parent.stat().st_mode & 0o222:  # read-only, though the superuser could write
             return False
-        try:
+        with replacing(path) as temporary:
             save_file(
                 {"images": images}, temporary, {"names": text, "checksum": _cache_checksum(images, text)}
             )
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
     except (OSError, SafetensorError):
         return False
     return True

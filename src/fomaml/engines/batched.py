@@ -6,7 +6,8 @@ parameters is the stack of the gradients. That is leaner, and leaves the backwar
 
 from __future__ import annotations
 
-from fomaml.learner import MetaLearner, Problem
+from fomaml.learning.learner import MetaLearner
+from fomaml.learning.problem import Problem
 from fomaml.tasks import Task
 
 

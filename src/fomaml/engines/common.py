@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fomaml.choices import Statistics
 from fomaml.errors import InputError
-from fomaml.learner import MetaLearner, Problem
+from fomaml.learning.learner import MetaLearner
+from fomaml.learning.problem import Problem
 
 
 class MetaGradient(NamedTuple):
@@ -113,23 +115,23 @@ def first_line(error: Exception) -> str:
 
 
 def curves(
-    problems: Iterable[Problem], points: Sequence[tuple[int, bool | str]]
+    problems: Iterable[Problem], points: Sequence[tuple[int, Statistics]]
 ) -> list[tuple[Tensor, Tensor]]:
-    """For each number of steps, ascending, and its `inductive`: query losses (tasks,) and outputs
+    """For each number of steps, ascending, and statistics: query losses (tasks,) and outputs
     (tasks, examples, ...), no graph kept.
     """
     parts: list[list] = [[] for _ in points]
     for problem in problems:
         path = problem.path(first_order=True)
         adapted, done = problem.start, 0
-        for part, (steps, inductive) in zip(parts, points):
+        for part, (steps, statistics) in zip(parts, points):
             for adapted, _ in islice(path, steps - done):
                 pass
             done = steps
             buffers = problem.buffers  # a look at the query set must not change later steps
             problem.buffers = {name: buffer.clone() for name, buffer in buffers.items()}
             with torch.no_grad():
-                losses, outputs = problem.query(adapted, inductive)
+                losses, outputs = problem.query(adapted, statistics)
             problem.buffers = buffers
             part.append((losses, outputs) if problem.stacked else (losses[None], outputs[None]))
     return [tuple(map(torch.cat, zip(*part))) for part in parts]

@@ -23,11 +23,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fomaml.adapt import SGD
+from fomaml.choices import Statistics
 from fomaml.engines.common import Draws
 from fomaml.errors import InputError
-from fomaml.learner import WITH_QUERY, MetaLearner, Problem
-from fomaml.objectives import QueryLoss
+from fomaml.learning.adapt import SGD
+from fomaml.learning.learner import MetaLearner
+from fomaml.learning.objectives import QueryLoss
+from fomaml.learning.problem import Problem
 from fomaml.tasks import Task
 
 
@@ -201,10 +203,10 @@ class FactoredProblem(Problem):
             yield _State(dense, changes), losses.detach()
 
     def query(
-        self, adapted: _State, inductive: bool | str = False, step: int | None = None
+        self, adapted: _State, statistics: Statistics = "own", step: int | None = None
     ) -> tuple[Tensor, Tensor]:
         step = self.steps if step is None else step
-        support = self._support_for(inductive), inductive == WITH_QUERY
+        support = self._support_for(statistics), statistics == "with-query"
         losses, outputs, _ = self._forward(
             adapted.dense, adapted.changes, self.fixed, self.task.query, {}, step, *support
         )

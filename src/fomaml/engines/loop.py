@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from fomaml.learner import MetaLearner, Problem
+from fomaml.learning.learner import MetaLearner
+from fomaml.learning.problem import Problem
 from fomaml.tasks import Task, one
 
 

@@ -9,9 +9,9 @@ from typing import Annotated
 
 import tyro
 
-from fomaml.config import TrainConfig
+from fomaml.app.resolve import resolve
+from fomaml.app.settings import TrainConfig
 from fomaml.errors import InputError, positive
-from fomaml.resolve import resolve
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class EvaluateConfig:
     """Evaluate a run directory on unseen tasks.
 
     Example: fomaml evaluate out/digits --tasks 2000 --json
-    Example: fomaml evaluate docs/results/NAME --data-root my/omniglot --query-shots 15 --statistics both
+    Example: fomaml evaluate docs/results/NAME --data-root my/omniglot --query-shots 15 --statistics own support
     """
 
     run: tyro.conf.Positional[Path]
@@ -85,10 +85,9 @@ class EvaluateConfig:
     """The seed of the tasks; by default the run's, and so the same tasks."""
     data_root: Path | None = None
     """The data's folder, as in train; by default the run's."""
-    statistics: str | None = None
-    """Where batch norm takes its statistics from: own, inductive or with-query, see --test-statistics of train; both
-    (the first two, with a warning where they differ by more than the interval) or all; by default as the run's own
-    test."""
+    statistics: tuple[str, ...] | None = None
+    """Whose examples batch norms normalise by: own, support or with-query, see train; several may be given, with a
+    warning where the first two differ by more than the interval. By default as the run's own test."""
     balanced: bool = False
     """Take it for known that a task's query set holds as many examples of each class, and scale the outputs to it:
     more than the published figures know."""

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 
-from fomaml import config as names
-from fomaml.config import TrainConfig, check_steps, known
+from fomaml.app import settings as names
+from fomaml.app.defaults import ALGORITHM_RECIPES, COMMON, PLAIN, RECIPES
+from fomaml.app.presets import PRESETS
+from fomaml.app.settings import TrainConfig, check_steps, known
 from fomaml.errors import InputError, positive
-from fomaml.presets import PRESETS
-from fomaml.recipes import ALGORITHM_RECIPES, COMMON, PLAIN, RECIPES
 
 KNOWN = {
     "model": names.MODELS,
     "augment": names.AUGMENTATIONS,
     "test_augment": names.TEST_AUGMENTATIONS,
-    "test_statistics": names.TEST_STATISTICS,
-    "norm_statistics": names.NORM_STATISTICS,
+    "statistics": names.STATISTICS,
+    "norm_policy": names.NORM_POLICIES,
     "norm_parameters": names.NORM_PARAMETERS,
     "adapt": names.ADAPTED,
     "inner_loss": names.INNER_LOSSES,
@@ -154,7 +154,7 @@ def _check_algorithm(config: TrainConfig) -> None:
             f"--algorithm {' or '.join(names.CLASSIFIERS)}, got {algorithm}"
         )
     if config.model == "mlp":
-        for name in ("channels", "norm_statistics", "norm_parameters", "adapt"):
+        for name in ("channels", "norm_policy", "norm_parameters", "adapt"):
             if getattr(config, name) != PLAIN[name]:
                 value = getattr(config, name)
                 value = " ".join(map(str, value)) if isinstance(value, tuple) else value

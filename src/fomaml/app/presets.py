@@ -6,7 +6,7 @@ and every value. To add one, add an entry to PRESETS; its settings are names of 
 Traps of the original MAML code (github.com/cbfinn/maml) that the settings below spell out:
 
 - norm_parameters "shift", adapt "no-norm": its batch norm has β but no γ; β is meta-learned and does not adapt.
-- norm_statistics "batch": its batch norm takes batch statistics always, at test too: the figures are transductive.
+- norm_policy "batch": its batch norm takes batch statistics always, at test too: the figures are transductive.
 - query_shots, test_query_shots: K query images per class, so one at 1-shot. With more of them, batch statistics
   over the query set tell more, and the interval is smaller.
 - augment "turns", test_augment "turns": each class of a task is turned by a random multiple of 90 degrees, at
@@ -48,7 +48,7 @@ ORIGINAL = {
     "test_augment": "turns",
     "model": "conv4-strided",
     "channels": (64,),
-    "norm_statistics": "batch",
+    "norm_policy": "batch",
     "norm_parameters": "shift",
     "adapt": "no-norm",
     "meta_lr": 1e-3,
@@ -73,14 +73,14 @@ REPTILE = {
     "augment": "rotations",
     "model": "conv4-strided-flat",
     "channels": (64,),
-    "norm_statistics": "batch",
+    "norm_policy": "batch",
     "norm_parameters": "scale-shift",
     "inner_optimizer": "carried-adam",
     "inner_momentum": 0.0,
     "train_shots": 10,
     "query_shots": 1,
     "test_query_shots": 1,
-    "test_statistics": "with-query",
+    "statistics": "with-query",
     "meta_lr": 1.0,
     "schedule": "linear",
     "meta_batch_size": 5,
@@ -126,7 +126,7 @@ def _published() -> dict[str, Preset]:
                 settings |= ORIGINAL | BY_WAYS[ways] | {"algorithm": algorithm}
                 settings |= {"query_shots": shots, "test_query_shots": shots}
             name = f"{algorithm}-omniglot-{ways}w{shots}s"
-            statistics = settings.get("test_statistics", "transductive")
+            statistics = settings.get("statistics", "transductive")
             found[name] = Preset(settings, aim, source, f"{title}, {ways}-way {shots}-shot", statistics)
     return found
 

@@ -13,7 +13,7 @@ import torch
 from torch._ops import OpOverload, OpOverloadPacket
 from torch.fx import Graph, GraphModule, Node
 
-from fomaml.engines.kernels import (
+from fomaml.engines.cpu.kernels import (
     NAMES,
     channels_last,
     misread,

@@ -6,12 +6,13 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import tyro
 
+from fomaml.app.defaults import PLAIN
+from fomaml.choices import Statistics
 from fomaml.errors import InputError
-from fomaml.recipes import PLAIN
 
 SOURCES = ("mnist", "omniglot", "folder:PATH", "sinusoid")
 SPLITS = ("maml", "vinyals", "background-evaluation")
@@ -23,7 +24,7 @@ ALGORITHMS = (
 )
 CLASSIFIERS = ("zero-head", "proto-maml")  # their heads are made of classes
 MODELS = ("mlp", "conv4", "conv4-strided", "conv4-strided-flat")
-NORM_STATISTICS = ("batch", "support", "running", "per-step")
+NORM_POLICIES = ("batch", "support", "running", "per-step")
 NORM_PARAMETERS = ("scale-shift", "shift")
 ADAPTED = ("all", "no-norm")
 INNER_LOSSES = ("mean", "summed")
@@ -34,8 +35,7 @@ TEST_AUGMENTATIONS = ("none", "turns")
 SCHEDULES = ("constant", "cosine", "linear")
 PRECISIONS = ("none", "bfloat16", "auto")
 ENGINES = ("auto", "loop", "batched", "factored")
-TEST_STATISTICS = ("own", "inductive", "with-query")
-STATISTICS = (*TEST_STATISTICS, "both", "all")
+STATISTICS = get_args(Statistics)
 PARTS = ("test", "validation")
 WEIGHTS = ("best", "last")
 # What follows another option where it is not given.
@@ -109,10 +109,10 @@ class TrainConfig:
     a query image's outputs over them (1 by default)."""
     test_jitter: float | None = None
     """The jitter of these copies; by default as in training."""
-    test_statistics: str | None = None
-    """Where batch norm takes its statistics from in validation and test: own (as in training), inductive (the support
-    set, so that query examples do not inform each other) or with-query (the support set and one query example at a
-    time, as Reptile's published code tests)."""
+    statistics: str | None = None
+    """Whose examples batch norms normalise by in validation and test: own (as --norm-policy says; the default), support
+    (the support set, so that query examples do not inform each other) or with-query (the support set and one query
+    example at a time, as Reptile's published code tests)."""
 
     # --- the model and its inner loop
     algorithm: str | None = None
@@ -123,7 +123,7 @@ class TrainConfig:
     conv4-strided-flat (Reptile's)."""
     channels: tuple[int, ...] | None = None
     """The channels of the convolutions: one number for all (64 by default), or one for each of the four."""
-    norm_statistics: str | None = None
+    norm_policy: str | None = None
     """What batch norm normalises by: batch (the default; transductive), support, running or per-step."""
     norm_parameters: str | None = None
     """What batch norm learns: scale-shift (gamma and beta; the default) or shift (beta alone, as the original MAML
@@ -223,6 +223,16 @@ def to_json(config: TrainConfig) -> str:
     return json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n"
 
 
+def _earlier(values: dict) -> dict:
+    """Settings of an earlier format under today's names."""
+    for old, new in (("test_statistics", "statistics"), ("norm_statistics", "norm_policy")):
+        if old in values:
+            values[new] = values.pop(old)
+    if values.get("statistics") == "inductive":
+        values["statistics"] = "support"
+    return values
+
+
 def from_json(text: str, origin: str) -> TrainConfig:
     """Read `to_json` back.
 
@@ -230,7 +240,7 @@ def from_json(text: str, origin: str) -> TrainConfig:
         InputError: not the JSON of a run's config; `origin` says where it was read.
     """
     try:
-        values = {**PLAIN, **json.loads(text)}  # a run from before an option was there
+        values = {**PLAIN, **_earlier(json.loads(text))}  # a run from before an option was there
         for name in ("out", "data_root", "resume"):
             values[name] = values.get(name) and Path(values[name])
         for name in ("test_steps", "image", "image_size", "channels"):

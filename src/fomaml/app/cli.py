@@ -14,12 +14,20 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fomaml.commands import CheckConfig, CompareConfig, EvaluateConfig, PresetsConfig, expand
-from fomaml.config import PARTS, STATISTICS, TEST_AUGMENTATIONS, WEIGHTS, TrainConfig, check_steps, known
-from fomaml.errors import InputError, positive, told_in_one_line
-from fomaml.presets import PRESETS
-from fomaml.report import align, duration
-from fomaml.resolve import check_below, resolve
+from fomaml.app.commands import CheckConfig, CompareConfig, EvaluateConfig, PresetsConfig, expand
+from fomaml.app.presets import PRESETS
+from fomaml.app.report import align, duration
+from fomaml.app.resolve import check_below, resolve
+from fomaml.app.settings import (
+    PARTS,
+    STATISTICS,
+    TEST_AUGMENTATIONS,
+    WEIGHTS,
+    TrainConfig,
+    check_steps,
+    known,
+)
+from fomaml.errors import InputError, positive
 
 Command = (
     Annotated[TrainConfig, tyro.conf.subcommand("train")]
@@ -50,9 +58,19 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(130) from None
 
 
+@contextlib.contextmanager
+def told_in_one_line() -> Iterator[None]:
+    """Within a command: bad input is one line on standard error, and the exit status 2."""
+    try:
+        yield
+    except InputError as error:
+        print(f"fomaml: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
 def _train(config: TrainConfig) -> None:
-    from fomaml.judge import describe
-    from fomaml.run import load_config, train_run
+    from fomaml.app.judge import describe
+    from fomaml.app.session import load_config, train_run
 
     out, resume = config.resume, config.resume is not None
     if resume:
@@ -73,7 +91,8 @@ def _evaluate(config: EvaluateConfig) -> None:
     if config.steps is not None:
         check_steps(config.steps)
     if config.statistics is not None:
-        known("statistics", config.statistics, STATISTICS)
+        for each in config.statistics:
+            known("statistics", each, STATISTICS)
     known("part", config.part, PARTS)
     known("weights", config.weights, WEIGHTS)
     for name in ("ways", "shots", "query_shots", "copies"):
@@ -83,8 +102,8 @@ def _evaluate(config: EvaluateConfig) -> None:
         known("test augment", config.test_augment, TEST_AUGMENTATIONS)
     if config.jitter is not None:
         check_below("jitter", config.jitter, 1)
-    from fomaml.judge import describe, evaluate_run
-    from fomaml.run import load_run
+    from fomaml.app.judge import describe, evaluate_run
+    from fomaml.app.session import load_run
 
     run, learner = load_run(
         config.run,
@@ -118,7 +137,7 @@ def _presets(config: PresetsConfig) -> None:
 
 def _compare(config: CompareConfig) -> None:
     first = expand(config)[0]
-    from fomaml.compare import compare, describe
+    from fomaml.app.compare import compare, describe
 
     out = config.out or default_out(first, "compare")
     result = compare(config, out, say=lambda line: print(line, flush=True))
@@ -129,8 +148,8 @@ def _check(config: CheckConfig) -> None:
     known("input dtype", config.input_dtype, ("float32", "int64"))
     if (config.input_dtype == "int64") != (config.vocabulary is not None):
         raise InputError("--input-dtype int64 and --vocabulary N go together: the numbers are drawn below N")
+    from fomaml.app.modules import load_module
     from fomaml.check import check
-    from fomaml.load import load_module
 
     with contextlib.redirect_stdout(sys.stderr):  # what the module itself prints
         report = check(

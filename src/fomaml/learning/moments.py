@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from fomaml.rates import key
+from fomaml.learning.rates import key
 
 FIELDS = ("square", "weight")  # of the state of `Adam`
 

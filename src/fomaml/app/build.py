@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fomaml import adapt, algorithms
-from fomaml.config import TrainConfig
+from fomaml.app.settings import TrainConfig
 from fomaml.data.augment import rotated, warped
 from fomaml.data.folder import load_folder
 from fomaml.data.mnist import MNIST, load_mnist
@@ -23,9 +22,10 @@ from fomaml.data.source import ClassSource
 from fomaml.data.synthetic import Sinusoids
 from fomaml.episodes import Episodes, RegressionEpisodes
 from fomaml.errors import InputError
-from fomaml.learner import MetaLearner
+from fomaml.learning import adapt, algorithms
+from fomaml.learning.learner import MetaLearner
+from fomaml.learning.objectives import MultiStepLoss
 from fomaml.models import MLP, BatchNorm, Conv4, Conv4Strided, Conv4StridedFlat, WithContext
-from fomaml.objectives import MultiStepLoss
 from fomaml.train import cosine, linear
 
 PRESETS = {
@@ -307,8 +307,8 @@ def _convolutions(config: TrainConfig) -> dict:
     return {
         "channels": config.channels[0] if len(config.channels) == 1 else config.channels,
         "scale": config.norm_parameters == "scale-shift",
-        "statistics": config.norm_statistics,
-        "steps": config.inner_steps if config.norm_statistics == "per-step" else None,
+        "policy": config.norm_policy,
+        "steps": config.inner_steps if config.norm_policy == "per-step" else None,
     }
 
 

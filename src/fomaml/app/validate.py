@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from fomaml.build import Data, for_test
-from fomaml.config import TrainConfig
+from fomaml.app.build import Data, for_test
+from fomaml.app.settings import TrainConfig
 from fomaml.errors import InputError
 from fomaml.evaluate import Estimate, estimate, evaluate
-from fomaml.learner import INDUCTIVE, MetaLearner
+from fomaml.learning.learner import MetaLearner
 
 
 @dataclass
@@ -64,6 +64,6 @@ def validate(config: TrainConfig, learner: MetaLearner, data: Data) -> Estimate:
         data.validation,
         tasks=config.validation_tasks,
         at_steps=[steps],
-        inductive=INDUCTIVE[config.test_statistics],
+        statistics=config.statistics,
     )
     return estimate(found[steps])

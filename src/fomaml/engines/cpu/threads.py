@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 
 import torch
 
-from fomaml.engines import kernels
+from fomaml.engines.cpu import kernels
 
 
 def on_one_thread(function: Callable, items: Iterable) -> Iterator:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
-from fomaml.build import NAMES, Data, build_model, for_test, head_name, open_data
-from fomaml.config import TrainConfig
+from fomaml.app.build import NAMES, Data, build_model, for_test, head_name, open_data
+from fomaml.app.report import table, verdict
+from fomaml.app.settings import TrainConfig
+from fomaml.baselines import fine_tune, nearest_centroid, pretrain
+from fomaml.choices import Statistics
 from fomaml.data.source import ClassSource
 from fomaml.errors import InputError
-from fomaml.evaluate import estimate, evaluate, evaluate_at, fine_tune, nearest_centroid, pretrain
-from fomaml.learner import INDUCTIVE, WITH_QUERY, MetaLearner
+from fomaml.evaluate import estimate, evaluate, evaluate_at
+from fomaml.learning.learner import MetaLearner
 from fomaml.models import BatchNorm
-from fomaml.report import table, verdict
-
-SEVERAL = {"both": (False, True), "all": (False, True, WITH_QUERY)}
 
 
 def judge(config: TrainConfig, learner: MetaLearner, data: Data, say=lambda line: None) -> dict:
@@ -22,9 +24,12 @@ def judge(config: TrainConfig, learner: MetaLearner, data: Data, say=lambda line
     say(f"evaluating on {config.test_tasks} unseen tasks")
     tasks = config.test_tasks
     name = NAMES[config.algorithm]
-    inductive = INDUCTIVE[config.test_statistics]
     found = evaluate(
-        for_test(config, learner), data.test, tasks=tasks, at_steps=config.test_steps, inductive=inductive
+        for_test(config, learner),
+        data.test,
+        tasks=tasks,
+        at_steps=config.test_steps,
+        statistics=config.statistics,
     )
     rows = [_row(f"{name}, {_steps(steps)}", found[steps], steps=steps) for steps in found]
     headline = found[config.test_steps[-1]]
@@ -33,16 +38,18 @@ def judge(config: TrainConfig, learner: MetaLearner, data: Data, say=lambda line
         rows.append(_row(label, scores, **facts))
         paired = estimate(headline - scores)
         differences.append({"to": label, "mean": paired.mean, "interval": paired.interval})
-    return summary(config, learner, data, found, inductive, rows, differences)
+    return summary(config, learner, data, found, config.statistics, rows, differences)
 
 
-def summary(config, learner, data, found, inductive=False, rows=None, differences=(), balanced=False) -> dict:
+def summary(
+    config, learner, data, found, statistics="own", rows=None, differences=(), balanced=False
+) -> dict:
     """The result as JSON-able facts: the headline figure, the protocol, the rows and the paired differences."""
     steps = max(found)
     name = NAMES[config.algorithm]
     headline = estimate(found[steps])
     metric = "loss" if config.source == "sinusoid" else "accuracy"
-    facts = protocol(config, data, learner, inductive, balanced) | {"inner_steps": steps}
+    facts = protocol(config, data, learner, statistics, balanced) | {"inner_steps": steps}
     if rows is None:
         rows = [_row(f"{name}, {_steps(k)}", scores, steps=k) for k, scores in found.items()]
     return {
@@ -59,13 +66,9 @@ def summary(config, learner, data, found, inductive=False, rows=None, difference
 
 
 def protocol(
-    config: TrainConfig, data: Data, learner: MetaLearner, inductive: bool | str, balanced: bool = False
+    config: TrainConfig, data: Data, learner: MetaLearner, statistics: Statistics, balanced: bool = False
 ) -> dict:
     """What an accuracy is an accuracy of."""
-    if not inductive:
-        statistics = "transductive" if _is_transductive(learner) else "inductive"
-    else:
-        statistics = "inductive" if inductive is True else inductive
     return {
         "data": data.name,
         "question": config.question or config.split,
@@ -76,7 +79,8 @@ def protocol(
         "copies": config.test_copies,
         "jitter": config.test_jitter if config.test_copies > 1 else 0.0,
         "model": config.model,
-        "batch_statistics": statistics,
+        "statistics": statistics,
+        "transductive": statistics == "own" and _is_transductive(learner),
         "balanced": balanced,
     }
 
@@ -86,7 +90,7 @@ def baselines(config: TrainConfig, data: Data, say):
     if config.source == "sinusoid":
         return
     counts = {"tasks": config.test_tasks, "tuning_tasks": min(config.test_tasks, 50)}
-    counts["inductive"] = INDUCTIVE[config.test_statistics]
+    counts["statistics"] = config.statistics
     say("baseline: the same network from a random start")
     tuned = fine_tune(lambda n: build_model(config, 1000 + n), data.tuning, data.test, **counts)
     yield "random start, support set only", tuned.scores, _facts(tuned)
@@ -120,15 +124,15 @@ def pretrained(config: TrainConfig, classes: ClassSource) -> nn.Module:
 def evaluate_run(
     config: TrainConfig,
     learner: MetaLearner,
-    statistics: str | None = None,
+    statistics: Sequence[Statistics] | None = None,
     seed: int | None = None,
     part: str = "test",
     balanced: bool = False,
 ) -> dict:
     """Evaluate a loaded run on unseen tasks; statistics, part and balanced as in `EvaluateConfig`.
 
-    With "both" and "all" the result is that of the model's own statistics, the others stand under "inductive" and
-    "with-query", and "warning" says so where the paired difference of the first two is larger than its interval.
+    Of several statistics the result is that of the first, those of the others stand by name under "by_statistics", and
+    "warning" says so where the paired difference of the first two is larger than its interval.
 
     Raises:
         InputError: no data, or no validation classes in them; balanced, and tasks without classes.
@@ -139,21 +143,21 @@ def evaluate_run(
             raise InputError(f"{data.unvalidated}; take --part test")
         data = data._replace(test=data.validation)
 
-    statistics = statistics or config.test_statistics
-    kinds = SEVERAL.get(statistics) or [INDUCTIVE[statistics]]
+    kinds = list(dict.fromkeys(statistics or [config.statistics]))
     points = [(steps, kind) for kind in kinds for steps in config.test_steps]
     scores = evaluate_at(for_test(config, learner), data.test, points, config.test_tasks, balanced=balanced)
     found = [{steps: each for (steps, own), each in scores.items() if own == kind} for kind in kinds]
     result, *others = (summary(config, learner, data, *each, balanced=balanced) for each in zip(found, kinds))
     result |= {"part": part, "seed": config.seed if seed is None else seed}
-    result |= dict(zip(("inductive", WITH_QUERY), others))
     if others:
+        result["by_statistics"] = dict(zip(kinds[1:], others))
         paired = estimate(found[0][result["steps"]] - found[1][result["steps"]])
         result["difference"] = paired._asdict()
         if abs(paired.mean) > paired.interval:
             result["warning"] = (
-                "query examples inform each other: with statistics of the support set alone the accuracy is "
-                f"{100 * paired.mean:.1f} ± {100 * paired.interval:.1f} points lower"
+                f"with the statistics {kinds[1]!r} the accuracy is {100 * -paired.mean:+.1f} ± "
+                f"{100 * paired.interval:.1f} points from that with {kinds[0]!r}"
+                + (": query examples inform each other" if result["protocol"]["transductive"] else "")
             )
     return result
 
@@ -172,18 +176,24 @@ def describe(result: dict) -> str:
     lines = [
         f"{', '.join(filter(None, (protocol['data'], protocol['question'])))}, {heading}, "
         f"{result['tasks']} {part} tasks, {queries}{' per class' if ways else ''}{turns}, "
-        f"{protocol['batch_statistics']}{balanced}",
+        f"{told(protocol)}{balanced}",
         "",
         table([(heading, result)]),
     ]
     if result["differences"]:
         lines += ["", verdict(result)]
-    for key in ("inductive", WITH_QUERY):
-        if key in result:
-            lines += ["", describe(result[key])]
+    for other in result.get("by_statistics", {}).values():
+        lines += ["", describe(other)]
     if "warning" in result:
         lines.append(f"warning: {result['warning']}")
     return "\n".join(lines).rstrip() + "\n"
+
+
+def told(protocol: dict) -> str:
+    """Of a protocol, whether query examples inform each other, and by whose statistics they do not."""
+    by = {"support": ", statistics of the support set", "with-query": ", one query example at a time"}
+    kind = "transductive" if protocol["transductive"] else "inductive"
+    return kind + by.get(protocol["statistics"], "")
 
 
 def _row(label: str, scores, **facts) -> dict:
@@ -204,7 +214,7 @@ def _is_transductive(learner: MetaLearner) -> bool:
 
     def mixes(layer: nn.Module) -> bool:
         if isinstance(layer, BatchNorm):
-            return layer.statistics == "batch"
+            return layer.policy == "batch"
         native = isinstance(layer, nn.modules.batchnorm._BatchNorm)
         return native and (layer.training or not layer.track_running_stats)
 

@@ -25,13 +25,14 @@ from torch._subclasses.fake_tensor import (
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fomaml.adapt import call
-from fomaml.engines import fusion, kernels, products, stacked
 from fomaml.engines.common import Found, first_line, is_random, out_of_memory
-from fomaml.engines.threads import on_one_thread, one_by_one, side_by_side
+from fomaml.engines.compiled import products
+from fomaml.engines.cpu import fusion, kernels, lifted
+from fomaml.engines.cpu.threads import on_one_thread, one_by_one, side_by_side
 from fomaml.errors import InputError
-from fomaml.learner import MetaLearner
-from fomaml.objectives import MultiStepLoss
+from fomaml.learning.adapt import call
+from fomaml.learning.learner import MetaLearner
+from fomaml.learning.objectives import MultiStepLoss
 from fomaml.tasks import Examples, Task, chunks, count
 
 Find = Callable[[Task], Found]
@@ -264,7 +265,7 @@ class Compiled:
         if self._fuse(graph) and self._side_by_side:
             state = self._state()
             with suppress(InputError, RuntimeError):
-                found = stacked.lift(
+                found = lifted.lift(
                     graph, [*state, *_tensors(single)], len(state), len(self.names), count(tasks)
                 )
                 self._memory = kernels.Memory() if count(tasks) > 1 else None

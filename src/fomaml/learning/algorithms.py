@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import nn
 
-from fomaml.adapt import Sign
-from fomaml.heads import PrototypeHead, ZeroContext, ZeroHead
-from fomaml.learner import Criterion, MetaLearner, select
-from fomaml.objectives import Displacement, Implicit, MultiStepLoss
+from fomaml.learning.adapt import Sign
+from fomaml.learning.learner import Criterion, MetaLearner, select
+from fomaml.learning.objectives import Displacement, Implicit, MultiStepLoss
+from fomaml.learning.starts import PrototypeHead, ZeroContext, ZeroHead
 
 
 def FOMAML(
@@ -75,7 +75,7 @@ def MAMLPlusPlus(
     """MAML++: learned per-layer per-step rates, multi-step loss annealed over `multi_step_iterations`, first
     order during the first `first_order_iterations` (Antoniou et al. 2019, section 4).
 
-    Its other parts are choices outside the learner: `BatchNorm(statistics="per-step", steps=inner_steps)`
+    Its other parts are choices outside the learner: `BatchNorm(policy="per-step", steps=inner_steps)`
     in the model, and `schedule=cosine(iterations)` in `train`. `first_order=True` keeps first order for good.
     """
     choices = {

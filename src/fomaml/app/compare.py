@@ -20,19 +20,20 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fomaml.algorithms import FOMAML, MAML
-from fomaml.build import NAMES, build_learner, build_model, build_optimizer, open_data, with_image
-from fomaml.checkpoint import load_weights, save_weights, write_text
-from fomaml.commands import CompareConfig, expand
-from fomaml.config import TrainConfig, to_json
+from fomaml.app.build import NAMES, build_learner, build_model, build_optimizer, open_data, with_image
+from fomaml.app.commands import CompareConfig, expand
+from fomaml.app.judge import protocol, told
+from fomaml.app.report import align, figure
+from fomaml.app.session import circumstances, claim
+from fomaml.app.settings import TrainConfig, to_json
+from fomaml.checkpoint import load_weights, save_weights
 from fomaml.engines import choose, meta_gradient
 from fomaml.errors import InputError
 from fomaml.evaluate import estimate, evaluate
-from fomaml.judge import protocol
-from fomaml.learner import INDUCTIVE, MetaLearner
-from fomaml.objectives import Implicit
-from fomaml.report import align, figure
-from fomaml.run import circumstances, claim
+from fomaml.files import write_text
+from fomaml.learning.algorithms import FOMAML, MAML
+from fomaml.learning.learner import MetaLearner
+from fomaml.learning.objectives import Implicit
 from fomaml.tasks import Task, one
 from fomaml.train import check_width, cosine, train
 
@@ -53,8 +54,7 @@ def compare(config: CompareConfig, out: Path, *, say: Callable[[str], None] = pr
     out.mkdir(parents=True, exist_ok=True)
     say(f"{data.name}: {data.origin}")
     first = with_image(configs[0], data)
-    inductive = INDUCTIVE[first.test_statistics]
-    facts = protocol(first, data, build_learner(first, build_model(first)), inductive)
+    facts = protocol(first, data, build_learner(first, build_model(first)), first.statistics)
     found = {}
     for number, own in enumerate(configs, 1):
         name = own.algorithm
@@ -148,7 +148,7 @@ def run_one(
         data.test,
         tasks=config.test_tasks,
         at_steps=config.test_steps,
-        inductive=INDUCTIVE[config.test_statistics],
+        statistics=config.statistics,
         engine=engine,
     )
     claim(out)
@@ -340,7 +340,7 @@ def describe(result: dict) -> str:
         f"{facts['model']}: "
         f"{each} of training each on {result['device']}"
         + (f", {threads} thread{'s' * (threads > 1)}" if result["device"] == "cpu" else ""),
-        f"{what} on the same {result['tasks']} unseen tasks, {facts['batch_statistics']}, ± 95 % interval over "
+        f"{what} on the same {result['tasks']} unseen tasks, {told(facts)}, ± 95 % interval over "
         "tasks; one training run "
         f"each (seed {result['seed']})",
         "",

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fomaml.engines import fusion, kernels
+from fomaml.engines.cpu import fusion, kernels
 
 aten = torch.ops.aten
 

@@ -7,13 +7,12 @@ import importlib.util
 import inspect
 import operator
 import sys
-import textwrap
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from fomaml.errors import InputError
+from fomaml.errors import InputError, in_one_line
 
 
 def load_module(name: str, seed: int = 0) -> nn.Module:
@@ -38,7 +37,7 @@ def load_module(name: str, seed: int = 0) -> nn.Module:
     try:
         module = factory if isinstance(factory, nn.Module) else factory()
     except (Exception, SystemExit) as error:
-        raise InputError(f"{name} could not be built: {short(error)}") from None
+        raise InputError(f"{name} could not be built: {in_one_line(error)}") from None
     if not isinstance(module, nn.Module):
         raise InputError(f"{name} must give an nn.Module, not a {type(module).__name__}")
     return module
@@ -59,7 +58,7 @@ def _import(source: str):
         spec.loader.exec_module(namespace)
         return namespace
     except (Exception, SystemExit) as error:
-        raise InputError(f"{source} could not be imported: {short(error)}") from None
+        raise InputError(f"{source} could not be imported: {in_one_line(error)}") from None
 
 
 def _only(namespace, source: str) -> str:
@@ -82,10 +81,3 @@ def _only(namespace, source: str) -> str:
 def _needs_nothing(function) -> bool:
     parameters = inspect.signature(function).parameters.values()
     return all(p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
-
-
-def short(error: BaseException) -> str:
-    """An exception in one line: its kind, and the first sentence of its message."""
-    lines = str(error).strip().splitlines() or ["no message"]
-    text = textwrap.shorten(lines[0].split(". ")[0], 160, placeholder=" ...")
-    return text if isinstance(error, InputError) else f"{type(error).__name__}: {text}"

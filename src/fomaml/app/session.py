@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from fomaml.build import (
+from fomaml.app.build import (
     Data,
     build_learner,
     build_model,
@@ -31,15 +31,16 @@ from fomaml.build import (
     with_image,
     with_precision,
 )
-from fomaml.checkpoint import load_progress, load_state, load_weights, save_state, save_weights, write_text
-from fomaml.config import CLASSIFIERS, TrainConfig, from_json, to_json
+from fomaml.app.judge import describe, judge
+from fomaml.app.resolve import check_classless
+from fomaml.app.settings import CLASSIFIERS, TrainConfig, from_json, to_json
+from fomaml.app.validate import Best, is_due, validate, with_validation
+from fomaml.checkpoint import load_progress, load_state, load_weights, save_state, save_weights
 from fomaml.engines import choose
 from fomaml.errors import InputError
-from fomaml.judge import describe, judge
-from fomaml.learner import MetaLearner
-from fomaml.resolve import check_classless
+from fomaml.files import write_text
+from fomaml.learning.learner import MetaLearner
 from fomaml.train import Record, check_width, train
-from fomaml.validate import Best, is_due, validate, with_validation
 
 
 def train_run(
@@ -227,7 +228,7 @@ def _keep_metrics(path: Path, iterations: int) -> None:
 
 def circumstances() -> dict:
     """When, where and with what a result was measured."""
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[3]
     git = ["git", "-C", str(root), "describe", "--always", "--dirty"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.random import fork_rng
 from torch.utils.flop_counter import FlopCounterMode
 
-from fomaml.engines import batched, compiled, factored, loop
+from fomaml.choices import Statistics
+from fomaml.engines import batched, factored, loop
 from fomaml.engines.common import (
     Found,
     MetaGradient,
@@ -23,8 +24,10 @@ from fomaml.engines.common import (
     first_line,
     out_of_memory,
 )
+from fomaml.engines.compiled import trace
 from fomaml.errors import InputError, positive
-from fomaml.learner import MetaLearner, Problem
+from fomaml.learning.learner import MetaLearner
+from fomaml.learning.problem import Problem
 from fomaml.tasks import Task, chunks, count, one
 
 ENGINES = {"loop": loop.problem, "batched": batched.problem, "factored": factored.problem}
@@ -70,25 +73,25 @@ def curve(
     tasks: Task,
     at_steps: Sequence[int],
     *,
-    inductive: bool | str = False,
+    statistics: Statistics = "own",
     engine: str = "auto",
     tasks_at_once: int | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
     """Query losses (tasks,) and outputs (tasks, examples, ...) after each of `at_steps` inner steps, ascending.
 
-    inductive: see `Problem.query`.
+    statistics: see `Problem.query`.
     """
-    return curve_at(learner, tasks, [(steps, inductive) for steps in at_steps], engine, tasks_at_once)
+    return curve_at(learner, tasks, [(steps, statistics) for steps in at_steps], engine, tasks_at_once)
 
 
 def curve_at(
     learner: MetaLearner,
     tasks: Task,
-    points: Sequence[tuple[int, bool | str]],
+    points: Sequence[tuple[int, Statistics]],
     engine: str = "auto",
     tasks_at_once: int | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
-    """`curve` at pairs of steps and inductive, ascending: tasks are adapted once for all of them."""
+    """`curve` at pairs of steps and statistics, ascending: tasks are adapted once for all of them."""
     engine, size, _ = _plan(learner, tasks, engine, tasks_at_once)
     problems = (ENGINES[engine](learner, chunk, evaluating=True) for chunk in chunks(tasks, size))
     try:
@@ -245,7 +248,7 @@ def _found(learner, tasks, engine, size, stacks, compile, autocast) -> tuple[Seq
         alone = partial(find, engine="loop") if stacks else None
         side_by_side = size < number and size * torch.get_num_threads() <= number
         facts = (engine, ways, autocast, number)
-        function = compiled.function(learner, next(chunks(tasks, size)), find, facts, alone, side_by_side)
+        function = trace.function(learner, next(chunks(tasks, size)), find, facts, alone, side_by_side)
         if function is not None:
             return function.names, function.map(chunks(tasks, size))
     return list(learner.meta_parameters()), map(find, chunks(tasks, size))

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fomaml.data.download import user_cache
+from fomaml.files import user_cache
 
 SOURCES = [
     Path(__file__).with_name(name) for name in ("norm_relu_pool.cpp", "convolution.cpp", "vectors.cpp")

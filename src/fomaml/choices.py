@@ -1,0 +1,22 @@
+"""The words that arguments and command-line options share, as types; no torch."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+from fomaml.errors import InputError
+
+# Whose examples batch norms normalise by when a query set is judged: those of the query set itself, of the support
+# set, or of the support set and the one query example at hand.
+Statistics = Literal["own", "support", "with-query"]
+# What a `BatchNorm` normalises by when nothing else is asked for.
+Policy = Literal["batch", "support", "running", "per-step", "frozen"]
+Engine = Literal["auto", "loop", "batched", "factored"]
+LearnRates = Literal["elementwise", "per-step"]
+
+
+def check_choice(what: str, value: Any, choices: Any) -> None:
+    """Raise `InputError` unless `value` is one of the words of `choices`, a Literal or a sequence of them."""
+    names = get_args(choices) or tuple(choices)
+    if value not in names:
+        raise InputError(f"unknown {what} {value!r}; there are: {', '.join(map(str, names))}")

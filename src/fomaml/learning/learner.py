@@ -1,0 +1,203 @@
+"""A module together with the way it learns a task."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from itertools import islice
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fomaml.choices import Statistics, check_choice
+from fomaml.errors import InputError, positive
+from fomaml.learning import rates
+from fomaml.learning.adapt import SGD, load
+from fomaml.learning.moments import SecondMoments
+from fomaml.learning.objectives import Outcome, QueryLoss
+from fomaml.learning.problem import Problem
+from fomaml.models import BatchNorm, normalising, refuse_native
+from fomaml.tasks import Examples, Task, count, one
+
+Criterion = Callable[[Tensor, Tensor], Tensor]
+
+
+class MetaLearner(nn.Module):
+    """A module together with the way it learns a task.
+
+    Arguments:
+        model: any module of one input and one output tensor. It is held, not copied: meta-training
+            moves its own parameters. Parameters with `requires_grad=False` never change.
+        inner_lr: the step size α, one number, or numbers by glob over parameter names
+            (`{"head.*": 0.4, "*": 0.01}`, the first match counts).
+        inner_steps: K, the number of inner steps in training; evaluation may take another number.
+        criterion: (outputs, targets) → the mean loss, a scalar tensor.
+        adapted: globs over parameter names, one or several; the parameters that adapt. All others
+            are used as they are, and are meta-learned all the same.
+        frozen: globs; parameters that neither adapt nor are meta-learned.
+        first_order: hold the inner gradients constant (Finn et al. 2017, section 5.2), always or never,
+            or as a function of the outer iteration.
+        learn_rates: None, "elementwise" (Meta-SGD) or "per-step" (one rate per tensor and inner step):
+            inner_lr is then where the step sizes start, and they are meta-learned.
+        optimizer: the inner optimiser, `SGD`, `Adam` or `Sign`, its state fresh for each task but for what
+            `Adam(carried=True)` carries on, which the learner holds as buffers, see `carry_moments`.
+        objective: what a task contributes to the meta-loss, see objectives.py.
+        start: where adaptation starts, if not at θ, see heads.py.
+        inner_batch_size: take each inner step on a mini-batch of the support set: step k uses the
+            examples i with i ≡ k modulo the number of mini-batches. Episodes order their examples by
+            class, so a mini-batch is as balanced as it can be. None: the whole support set.
+
+    Attributes:
+        iteration: the outer iteration, from 0, which `train` sets; schedules read it.
+
+    Raises:
+        InputError: step sizes or counts that are not positive, or globs that match nothing.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        inner_lr: float | Mapping[str, float],
+        inner_steps: int,
+        criterion: Criterion = F.cross_entropy,
+        adapted: str | Sequence[str] = "*",
+        frozen: str | Sequence[str] = (),
+        first_order: bool | Callable[[int], bool] = True,
+        learn_rates: str | None = None,
+        optimizer=SGD(),  # noqa: B008 - frozen
+        objective: Callable[[Problem], Outcome] = QueryLoss(),  # noqa: B008 - frozen
+        start: Callable[[dict[str, Tensor], Problem], dict[str, Tensor]] | None = None,
+        inner_batch_size: int | None = None,
+    ):
+        super().__init__()
+        self.model = model
+        self.inner_steps = positive("inner_steps", inner_steps, integer=True)
+        self.criterion = criterion
+        self.first_order = first_order
+        self.optimizer = optimizer
+        self.objective = objective
+        self.start = start
+        if inner_batch_size is not None:
+            positive("inner_batch_size", inner_batch_size, integer=True)
+        self.inner_batch_size = inner_batch_size
+        self.iteration = 0
+        own = dict(model.named_parameters())
+        trainable = [name for name, parameter in own.items() if parameter.requires_grad]
+        excluded = select(trainable, frozen)
+        self.meta_learned = [name for name in trainable if name not in excluded]
+        self.adapted = [name for name in select(trainable, adapted) if name not in excluded]
+        sizes = rates.by_name(self.adapted, inner_lr)
+        if learn_rates is None:
+            self.inner_lr = rates.ConstantRates(sizes)
+        elif learn_rates in ("elementwise", "per-step"):
+            elementwise = learn_rates == "elementwise"
+            self.inner_lr = rates.LearnedRates(
+                {name: own[name] for name in self.adapted},
+                sizes,
+                elementwise=elementwise,
+                steps=None if elementwise else inner_steps,
+            )
+        else:
+            raise InputError(f"unknown learn_rates {learn_rates!r}; there are: None, elementwise, per-step")
+        carried = self.adapted if getattr(optimizer, "carried", False) else []
+        if carried and start is not None:
+            raise InputError("a carried Adam has its moments by θ: it does not go with another start")
+        self.moments = SecondMoments({name: own[name] for name in carried})
+        if first_order is not True and not optimizer.second_order:
+            raise InputError(
+                f"the inner optimiser {type(optimizer).__name__} is first order only; "
+                "use SGD inside, or first_order=True"
+            )
+
+    def meta_parameters(self) -> dict[str, nn.Parameter]:
+        """What the outer loop learns: the model's parameters by name, and learned rates as "inner_lr.NAME"."""
+        own = dict(self.model.named_parameters())
+        learned = {f"inner_lr.{name}": rate for name, rate in self.inner_lr.learned().items()}
+        return {name: own[name] for name in self.meta_learned} | learned
+
+    def forward(self, tasks: Task) -> Tensor:
+        """The meta-loss of a batch of tasks, a scalar to call `backward()` on, one task after the other.
+
+        tasks: tensors of shape (tasks, examples, ...). `fomaml.meta_gradient` computes the same gradient
+        with less memory and, mostly, faster.
+        """
+        n = count(tasks)
+        return sum(self.objective(Problem(self, one(tasks, i))).scalar for i in range(n)) / n
+
+    def adapt(self, support: Examples, steps: int | None = None, statistics: Statistics = "own") -> nn.Module:
+        """Adapt to one task; returns an ordinary, independent module in the model's own mode.
+
+        support: inputs (examples, ...) and targets (examples, ...). steps: by default `inner_steps`;
+        0 returns a copy of the starting point. statistics: "support" freezes every `BatchNorm` of the returned
+        module at the statistics of the support set, so that it can serve single examples; always so
+        for those with the policy "support". "own" leaves the others to their policies.
+
+        Raises:
+            InputError: the statistics "with-query", which no module can have before it sees the query.
+        """
+        check_choice("statistics of an adapted module", statistics, ("own", "support"))
+        steps = self.inner_steps if steps is None else steps
+        problem = Problem(self, Task(support, support), evaluating=True)
+        adapted = problem.start
+        for adapted, _ in islice(problem.path(first_order=True), steps):
+            pass
+        module = load(copy.deepcopy(self.model), adapted)
+        if statistics == "support" or self.uses_support_statistics():
+            refuse_native(module)
+            with torch.no_grad(), normalising(record=[]) as seen:
+                module(support.inputs)
+            for layer, _, mean, variance in seen:
+                layer.freeze(mean, variance)
+        return module
+
+    def uses_support_statistics(self) -> bool:
+        """Whether a `BatchNorm` of the model has the policy "support"."""
+        return any(m.policy == "support" for m in self.model.modules() if isinstance(m, BatchNorm))
+
+    @torch.no_grad()
+    def update_statistics(self, tasks: Task, momentum: float = 0.1) -> None:
+        """Move the running statistics of "running" and "per-step" `BatchNorm` layers towards those of the
+        batches that the first of `tasks` meets on its way from θ to φ_K; the outer loop calls it once a step.
+        """
+        layers = [m for m in self.model.modules() if isinstance(m, BatchNorm)]
+        if not any(layer.policy in ("running", "per-step") for layer in layers):
+            return
+        problem = Problem(self, one(tasks, 0))
+        with normalising(record=[]) as seen:
+            adapted = problem.start
+            for adapted, _ in islice(problem.path(first_order=True), self.inner_steps):
+                pass
+            problem.query(adapted)
+        for layer, step, mean, variance in seen:
+            layer.update(step, mean, variance, momentum)
+
+    @torch.no_grad()
+    def carry_moments(self, tasks: Task) -> None:
+        """Keep, for the next tasks, the second moments with which a carried `Adam` ends the first of `tasks`; the outer
+        loop calls it before each of its steps.
+        """
+        if not self.moments.names:
+            return
+        problem = Problem(self, one(tasks, 0))
+        state = self.moments.state(problem.start)
+        for _ in islice(problem.path(first_order=True, state=state), self.inner_steps):
+            pass
+        self.moments.keep(state)
+
+
+def select(names: list[str], globs: str | Sequence[str]) -> list[str]:
+    """The names that match one of the globs, in their order.
+
+    Raises:
+        InputError: a glob that matches none of the names.
+    """
+    globs = [globs] if isinstance(globs, str) else list(globs)
+    for glob in globs:
+        if not any(fnmatchcase(name, glob) for name in names):
+            raise InputError(
+                f"no parameter that requires gradients matches {glob!r}; there are: {', '.join(names) or 'none'}"
+            )
+    return [name for name in names if any(fnmatchcase(name, glob) for glob in globs)]

@@ -1,0 +1,204 @@
+"""The inner problem of one task, or of a stack of tasks: start, support losses, path and query loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from fomaml.choices import Statistics, check_choice
+from fomaml.learning.adapt import call, inner_loop, open_attention
+from fomaml.models import normalising, refuse_native
+from fomaml.tasks import Examples, Task
+
+
+class Problem:
+    """The inner problem of one task, or, `stacked`, of a stack of tasks with a leading axis on everything.
+
+    start: φ₀ by name, differentiable functions of the meta-parameters; (tasks, ...) each if stacked.
+    steps, first_order, iteration: the learner's.
+    evaluating: use running statistics where the batch norms have them.
+    ways: the number of classes of the task, where a start needs it; by default the largest label and one.
+    """
+
+    def __init__(
+        self,
+        learner,
+        task: Task,
+        stacked: bool = False,
+        evaluating: bool = False,
+        ways: int | None = None,
+    ):
+        self.learner = learner
+        self.task = task
+        self._ways = ways
+        self.stacked = stacked
+        self.evaluating = evaluating
+        self.steps = learner.inner_steps
+        self.iteration = learner.iteration
+        choice = learner.first_order
+        self.first_order = choice(learner.iteration) if callable(choice) else choice
+        learned = set(learner.meta_learned)
+        own = {n: p if n in learned else p.detach() for n, p in learner.model.named_parameters()}
+        self.buffers = {name: buffer.clone() for name, buffer in learner.model.named_buffers()}
+        self.meta = dict(own)
+        self.start = {name: own.pop(name) for name in learner.adapted}
+        self.fixed = own
+        if stacked:
+            tasks = task.support.targets.shape[0]
+            self.start = {n: p.expand(tasks, *p.shape) for n, p in self.start.items()}
+            self.buffers = {n: b.expand(tasks, *b.shape).clone() for n, b in self.buffers.items()}
+        if learner.start is not None:
+            self.start = learner.start(self.start, self)
+
+    @property
+    def ways(self) -> int:
+        return int(self.task.support.targets.max()) + 1 if self._ways is None else self._ways
+
+    def path(
+        self, first_order: bool | None = None, state: Mapping[str, dict] | None = None
+    ) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        """(φₖ₊₁, support losses at φₖ) for k = 0, 1, …, without end. state: the inner optimiser's, see `inner_loop`."""
+        return inner_loop(
+            self.support_losses,
+            self.start,
+            self.learner.inner_lr,
+            optimizer=self.learner.optimizer,
+            first_order=self.first_order if first_order is None else first_order,
+            state=self.learner.moments.state(self.start) if state is None else state,
+        )
+
+    def support_losses(
+        self, adapted: Mapping[str, Tensor], constant: bool, step: int, proximal: bool = True
+    ) -> Tensor:
+        """The losses of inner step `step` at φ: () or (tasks,). constant: differentiate by φ alone.
+
+        proximal: with the term λ/2 ‖φ - θ‖² where the objective has a strength λ.
+        """
+        examples = minibatch(self.task.support, self.learner.inner_batch_size, step, self.stacked)
+        fixed = {n: p.detach() for n, p in self.fixed.items()} if constant else self.fixed
+        losses = self._losses(adapted, fixed, examples, step=step)[0]
+        strength = getattr(self.learner.objective, "strength", 0.0)
+        if strength and proximal:
+            lead = int(self.stacked)
+            for name, value in adapted.items():
+                far = (value - self.start[name].detach()).square()
+                losses = losses + strength / 2 * (far.flatten(lead).sum(-1) if far.dim() > lead else far)
+        return losses
+
+    def query(
+        self, adapted: Mapping[str, Tensor], statistics: Statistics = "own", step: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Losses () or (tasks,) and outputs on the query set at φ.
+
+        statistics: whose examples batch norms normalise by: "own", as their policies say; "support", the support
+            set, so that query examples do not inform each other; "with-query", the support set and the one query
+            example at hand.
+        step: the number of steps that led to φ, by default K.
+        """
+        step = self.steps if step is None else step
+        return self._losses(
+            adapted,
+            self.fixed,
+            self.task.query,
+            self._support_for(statistics),
+            step,
+            statistics == "with-query",
+        )
+
+    def _support_for(self, statistics: Statistics) -> Tensor | None:
+        check_choice("statistics", statistics, Statistics)
+        if statistics == "own" and not self.learner.uses_support_statistics():
+            return None
+        if statistics != "with-query":
+            refuse_native(self.learner.model)
+        return self.task.support.inputs
+
+    def support_features(self, module: str) -> Tensor:
+        """What goes into a module, by name, for the support examples at θ: (..., examples, features)."""
+        model, caught = self.learner.model, []
+
+        def one_task(buffers, inputs):
+            call(model, (self.meta, buffers), (inputs,))
+            return caught.pop()
+
+        with model.get_submodule(module).register_forward_pre_hook(lambda _, args: caught.append(args[0])):
+            run = torch.func.vmap(one_task, randomness="different") if self.stacked else one_task
+            with self._attention():
+                return run(self.buffers, self.task.support.inputs)
+
+    def _losses(self, adapted, fixed, examples, support=None, step=0, apart=False) -> tuple[Tensor, Tensor]:
+        def one_task(adapted, buffers, examples, support):
+            outputs = self._outputs({**fixed, **adapted}, buffers, examples.inputs, support, step, apart)
+            return self.learner.criterion(outputs, examples.targets), outputs
+
+        arguments = (dict(adapted), self.buffers, examples, support)
+        axes = (0, 0, 0, None if support is None else 0)
+        with self._attention():
+            if not self.stacked:
+                return one_task(*arguments)
+            return torch.func.vmap(one_task, axes, randomness="different")(*arguments)
+
+    def _attention(self):
+        """Attention written out, where it is differentiated twice or under vmap; as it is elsewhere."""
+        twice = not self.first_order or getattr(self.learner.objective, "differentiates_twice", False)
+        if not (self.stacked or twice):
+            return nullcontext()
+        on_cpu = self.task.support.inputs.device.type == "cpu"
+        return open_attention(everywhere=twice or on_cpu)
+
+    def _outputs(self, parameters, buffers, inputs, support, step, apart=False) -> Tensor:
+        """The model's outputs for the inputs of one task, batch norms told what they need to know.
+
+        apart: one input at a time, each in a batch with the support set.
+        """
+
+        def run(inputs, first=None):
+            told = normalising(first=first, step=step, running=self.evaluating or None)
+            with told, Stacked() if self.stacked else nullcontext():
+                return call(self.learner.model, (parameters, buffers), (inputs,))
+
+        if support is None:
+            return run(inputs)
+        if apart:
+            return torch.cat([run(torch.cat([support, own]))[-1:] for own in inputs.split(1)])
+        first = len(support)
+        return run(torch.cat([support, inputs]), first)[first:]
+
+
+class Stacked(TorchFunctionMode):
+    """Within it, functions whose batching rule (torch 2.14) is wrong or slow are called so that vmap does well.
+
+    `F.embedding` puts the tables of all tasks one below the other and knows the `padding_idx` of the first alone: in
+    all other tasks the padding learned (meta-gradients 6 % off and more, without an error). `F.linear` of inputs that
+    are not contiguous, as attention's are, copies the weight once for each token.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        inputs = {F.linear: 1, F.multi_head_attention_forward: 3}.get(function, 0)
+        if inputs:
+            # query, key and value may be one tensor, and are to stay one
+            once = {id(tensor): tensor.contiguous() for tensor in args[:inputs]}
+            args = (*(once[id(tensor)] for tensor in args[:inputs]), *args[inputs:])
+        elif function is F.embedding:
+            weight, index = args[1], kwargs.pop("padding_idx")  # as F.embedding hands them over
+            if index is not None:
+                padding = torch.arange(len(weight), device=weight.device)[:, None] == index % len(weight)
+                args = (args[0], torch.where(padding, weight.detach(), weight))
+        return function(*args, **kwargs)
+
+
+def minibatch(examples: Examples, size: int | None, step: int, stacked: bool) -> Examples:
+    """The mini-batch of inner step `step`: every m-th example from the (step mod m)-th on, m = ⌈n / size⌉."""
+    axis = int(stacked)
+    number = examples.targets.shape[axis]
+    if size is None or size >= number:
+        return examples
+    batches = -(-number // size)
+    rows = (slice(None),) * axis + (slice(step % batches, None, batches),)
+    return Examples(*(tensor[rows] for tensor in examples))
