@@ -19,7 +19,7 @@ from fomaml.checkpoint import (
 from fomaml.errors import InputError
 from fomaml.files import write_text
 from fomaml.models import MLP
-from test_engines import User
+from zoo import User
 
 
 @pytest.fixture

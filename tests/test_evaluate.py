@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import reference
+from clusters import clusters, episodes, learner
 from fomaml.baselines import fine_tune, nearest_centroid, pretrain
 from fomaml.data.source import ClassSource
 from fomaml.data.synthetic import Sinusoids
@@ -15,7 +16,6 @@ from fomaml.evaluate import balance, estimate, evaluate
 from fomaml.learning.algorithms import FOMAML
 from fomaml.models import MLP, Conv4
 from fomaml.tasks import count, one
-from test_train import clusters, episodes, learner
 
 # --- estimates ------------------------------------------------------------------------------------
 

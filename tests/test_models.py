@@ -18,7 +18,7 @@ from fomaml.models import (
     native_batch_norms,
     normalising,
 )
-from test_engines import draw
+from zoo import draw
 
 
 def parameters(model):

@@ -6,34 +6,18 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from clusters import clusters, episodes, learner
 from fomaml.checkpoint import load_state, save_state
 from fomaml.data.source import ClassSource
 from fomaml.data.synthetic import Sinusoids
 from fomaml.engines import meta_gradient
-from fomaml.episodes import Episodes, RegressionEpisodes
+from fomaml.episodes import RegressionEpisodes
 from fomaml.errors import InputError
 from fomaml.evaluate import evaluate
 from fomaml.learning.adapt import SGD
 from fomaml.learning.algorithms import FOMAML, MAML, Reptile
 from fomaml.models import MLP, BatchNorm
 from fomaml.train import cosine, fomaml_train, scores, train
-
-
-def clusters(classes=8, each=12, width=6, seed=0):
-    """Well separated Gaussian clusters: inputs and labels."""
-    random = torch.Generator().manual_seed(seed)
-    centres = torch.randn(classes, width, generator=random) * 2
-    inputs = centres.repeat_interleave(each, 0) + torch.randn(classes * each, width, generator=random) / 2
-    return inputs, torch.arange(classes).repeat_interleave(each)
-
-
-def episodes(ways=3, seed=0):
-    return Episodes(ClassSource(*clusters()), ways=ways, shots=2, query_shots=4, seed=seed)
-
-
-def learner(preset=FOMAML, **choices):
-    torch.manual_seed(5)
-    return preset(MLP(6, 16, 3), 0.1, 2, **choices)
 
 
 def bits(module):

@@ -6,13 +6,14 @@ import torch.nn.functional as F
 from torch import nn
 
 import reference
+from family import error
 from fomaml.engines import meta_gradient
 from fomaml.errors import InputError
 from fomaml.learning.adapt import SGD, Adam, FastModel, Sign, inner_loop, load
 from fomaml.learning.algorithms import FOMAML, MAML
 from fomaml.models import MLP
 from fomaml.tasks import count, one
-from test_engines import User, draw, error
+from zoo import User, draw
 
 LR = 0.1
 

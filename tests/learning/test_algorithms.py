@@ -17,7 +17,7 @@ from fomaml.learning.problem import minibatch
 from fomaml.learning.rates import by_name
 from fomaml.models import MLP, Conv4
 from fomaml.tasks import Examples, one
-from test_engines import Twice, User, draw
+from zoo import Twice, User, draw
 
 NAMES = ["body.weight", "body.bias", "head.weight", "head.bias"]
 LISTED = "there are: body.weight, body.bias, head.weight, head.bias"

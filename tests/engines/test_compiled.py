@@ -19,8 +19,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import family
 import reference
-import test_engines
+from family import ALGORITHMS, EXECUTIONS, LR, answer, assert_agrees, error, rates
 from fomaml.engines import meta_gradient
 from fomaml.engines.compiled import products, trace
 from fomaml.engines.cpu import fusion, kernels, lifted
@@ -33,18 +34,7 @@ from fomaml.learning.algorithms import FOMAML, MAML, Reptile, iMAML
 from fomaml.learning.objectives import MultiStepLoss
 from fomaml.models import BatchNorm, Conv4, Conv4Strided
 from fomaml.tasks import Task
-from test_engines import (
-    ALGORITHMS,
-    EXECUTIONS,
-    LR,
-    MODULES,
-    answer,
-    assert_agrees,
-    draw,
-    error,
-    example,
-    rates,
-)
+from zoo import MODULES, draw, example
 
 # --- convolutional modules --------------------------------------------------------------------------
 
@@ -327,7 +317,7 @@ def two_blocks():
 @pytest.mark.parametrize("algorithm", [n for n, row in ALGORITHMS.items() if row.modules("conv4-strided")])
 def test_every_algorithm_agrees_with_the_reference(algorithm, engine, monkeypatch):
     monkeypatch.setitem(MODULES, "conv4-strided", (two_blocks, (1, 7, 7), F.cross_entropy))
-    monkeypatch.setattr(test_engines, "STEPS", 2)  # tracing takes long: a millisecond per operation
+    monkeypatch.setattr(family, "STEPS", 2)  # tracing takes long: a millisecond per operation
     model, tasks, criterion = example("conv4-strided")
     learner = ALGORITHMS[algorithm].learner(model, criterion)
     if isinstance(learner.objective, MultiStepLoss):
@@ -1255,7 +1245,7 @@ STACKED = [
 def test_rewritten_products_agree_with_the_reference(algorithm, module, execution, monkeypatch):
     untouched(monkeypatch)
     options = EXECUTIONS[execution] | {"compile": True}
-    monkeypatch.setattr(test_engines, "STEPS", 2)
+    monkeypatch.setattr(family, "STEPS", 2)
     model, tasks, criterion = example(module)
     learner = ALGORITHMS[algorithm].learner(model, criterion)
     if isinstance(learner.objective, MultiStepLoss):
@@ -1336,7 +1326,7 @@ def test_conjugate_gradients(engine, monkeypatch):
     [("fomaml", "regression", "batched"), ("fomaml", "mlp", "factored"), ("maml", "no-bias", "batched")],
 )
 def test_through_the_inductor(algorithm, module, engine, monkeypatch):
-    monkeypatch.setattr(test_engines, "STEPS", 1)
+    monkeypatch.setattr(family, "STEPS", 1)
     model, tasks, criterion = example(module)
     learner = ALGORITHMS[algorithm].learner(model, criterion)
     check = unchanged(model)

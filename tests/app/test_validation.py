@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import characters
+from commands import refused
 from fomaml import checkpoint
 from fomaml.app import session
 from fomaml.app.cli import main
@@ -16,7 +17,6 @@ from fomaml.app.settings import TrainConfig
 from fomaml.app.validate import Best
 from fomaml.errors import InputError
 from fomaml.evaluate import Estimate
-from test_cli import refused
 
 OPTIONS = {
     "source": "omniglot",

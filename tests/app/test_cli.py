@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from commands import refused
 from fomaml.app import judge
 from fomaml.app.cli import main
 from fomaml.app.session import load_run
@@ -39,17 +40,6 @@ def run(digits, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "run"
     main(["train", "mnist", "--data-root", str(digits), "--out", str(out), *QUICK, "--no-baselines"])
     return out
-
-
-def refused(capsys, arguments):
-    """The one line that a command says on standard error, with exit status 2."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        main([str(argument) for argument in arguments])
-    assert stop.value.code == 2
-    error = capsys.readouterr().err
-    assert error.startswith("fomaml: error: ") and error.count("\n") == 1 and "Traceback" not in error
-    return error.removeprefix("fomaml: error: ").rstrip("\n")
 
 
 def test_a_run_directory_holds_all_of_it(run):
