@@ -8,15 +8,17 @@ import time
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import get_args
 
-import tyro
-
-from fomaml.app.cli import told_in_one_line, watching
+from fomaml.app.cli import told_in_one_line
 from fomaml.app.judge import told
+from fomaml.app.parser import option, parse
+from fomaml.app.progress import watching
 from fomaml.app.report import duration, table, verdict
-from fomaml.app.resolve import resolve
-from fomaml.app.session import circumstances, claim, train_run
-from fomaml.app.settings import QUESTIONS, TrainConfig
+from fomaml.app.rundir import circumstances, claim
+from fomaml.app.session import train_run
+from fomaml.app.settings import Question
+from fomaml.app.settle import settle
 from fomaml.files import write_text
 
 
@@ -24,18 +26,16 @@ from fomaml.files import write_text
 class Options:
     """Train FOMAML four times on MNIST and print one table, with baselines on the same unseen tasks."""
 
-    data_root: Path | None = None
-    """A folder that holds MNIST/raw/*-ubyte; by default torchvision's download, or MNIST-5k without a network."""
-    out: Path | None = None
-    """Where the four run directories and the table go; by default a new folder under out/."""
-    model: str = "mlp"
-    """mlp (784-256-10), conv4 or conv4-strided."""
-    test_tasks: int = 1000
-    """The number of unseen tasks."""
-    seed: int = 0
-    """The seed of weights and tasks."""
-    device: str = "cpu"
-    """cpu, cuda, cuda:N or mps."""
+    data_root: Path | None = option(
+        "a folder that holds MNIST/raw/*-ubyte; default: torchvision's download, or MNIST-5k without a network"
+    )
+    out: Path | None = option(
+        "where the four run directories and the table go; default: a new folder under out/"
+    )
+    model: str = option("mlp (784-256-10; default), conv4 or conv4-strided", "mlp")
+    test_tasks: int = option("the number of unseen tasks (default: 1000)", 1000)
+    seed: int = option("the seed of weights and tasks (default: 0)", 0)
+    device: str = option("cpu (default), cuda, cuda:N or mps", "cpu")
 
 
 def main(options: Options) -> None:
@@ -44,10 +44,10 @@ def main(options: Options) -> None:
     began = time.perf_counter()
     columns = []
     shared = {k: v for k, v in vars(options).items() if k != "out"}
-    for question in QUESTIONS:
+    for question in get_args(Question):
         for shots in (1, 5):
             print(f"\n── {question}, {shots}-shot")
-            config = resolve(TrainConfig("mnist", question=question, shots=shots, **shared))
+            config = settle(source="mnist", question=question, shots=shots, **shared)
             with watching(config, sys.stdout) as watch:
                 result = train_run(config, out / f"{question}-{shots}shot", say=watch.say, watch=watch)
             columns.append((f"{question.replace('-', ' ')}, {shots}-shot", result))
@@ -78,4 +78,4 @@ def main(options: Options) -> None:
 
 if __name__ == "__main__":
     with told_in_one_line():
-        main(tyro.cli(Options))
+        main(parse(Options))

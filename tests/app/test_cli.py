@@ -11,7 +11,7 @@ from PIL import Image
 from commands import refused
 from fomaml.app import judge
 from fomaml.app.cli import main
-from fomaml.app.session import load_run
+from fomaml.app.rundir import load_run
 
 QUICK = ["--iterations", "4", "--test-tasks", "20", "--meta-batch-size", "2", "--query-shots", "3"]
 
@@ -193,8 +193,8 @@ def test_sinusoid_lowers_the_error(tmp_path, capsys):
         (["nosuch"], "unknown source 'nosuch'; there are: mnist, omniglot, folder:PATH, sinusoid"),
         (["folder"], "unknown source 'folder'; there are: mnist, omniglot, folder:PATH, sinusoid"),
         (["omniglot", "--split", "x"], "unknown split 'x'; there are: maml, vinyals, background-evaluation"),
-        (["mnist", "--split", "maml"], "the source mnist has no named splits, got 'maml'"),
-        (["folder:x", "--question", "new-digits"], "the source folder has no question, got 'new-digits'"),
+        (["mnist", "--split", "maml"], "the source mnist takes no --split, got 'maml'"),
+        (["folder:x", "--question", "new-digits"], "the source folder takes no --question, got 'new-digits'"),
         (["mnist", "--checkpoint-every", "0"], "checkpoint_every must be a whole number of 1 or more, got 0"),
         (["mnist", "--algorithm", "x"], "unknown algorithm 'x'; there are: fomaml, maml, "),
         (["mnist", "--question", "x"], "unknown question 'x'; there are: new-labels, new-digits"),
@@ -302,7 +302,7 @@ def test_a_killed_run_goes_on_and_ends_bit_for_bit_the_same(
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr("fomaml.app.cli.Watch.__call__", die)
+        patch.setattr("fomaml.app.progress.Watch.__call__", die)
         with pytest.raises(Killed):
             main([*base, str(tmp_path / "killed")])
     with open(tmp_path / "killed" / "metrics.jsonl", "a") as metrics:

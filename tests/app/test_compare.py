@@ -9,13 +9,14 @@ import torch
 
 import characters
 from fomaml.app import compare
-from fomaml.app.build import NAMES, PRESETS, build_learner, build_model, build_optimizer, head_name, open_data
+from fomaml.app.algorithms import ALGORITHMS, ANY_WAYS
+from fomaml.app.build import build_learner, build_model, build_optimizer, head_name, open_data
 from fomaml.app.cli import main
-from fomaml.app.commands import CompareConfig, expand
-from fomaml.app.compare import describe, first_order_cosine, gradient_evaluations, isolated, run_one
+from fomaml.app.commands import CompareOptions
+from fomaml.app.compare import describe, expand, first_order_cosine, gradient_evaluations, isolated, run_one
 from fomaml.app.judge import told
-from fomaml.app.resolve import resolve
-from fomaml.app.settings import ALGORITHMS, CLASSIFIERS, TrainConfig
+from fomaml.app.settings import Settings
+from fomaml.app.settle import settle
 from fomaml.errors import InputError
 from fomaml.tasks import Examples, Task, one
 from fomaml.train import train
@@ -24,11 +25,30 @@ SMALL = {"source": "sinusoid", "iterations": 4, "meta_batch_size": 2, "test_task
 
 
 def settings(algorithm, **choices):
-    return resolve(TrainConfig(**{"source": "sinusoid", "algorithm": algorithm, **choices}))
+    return settle(**{"source": "sinusoid", "algorithm": algorithm, **choices})
 
 
-def alone(config, out, seconds=None, cosine_every=None):
-    return run_one(config, out, seconds, cosine_every, threads=1)
+def options(**choices):
+    """The options of a small comparison, each in its group."""
+
+    def made(kind):
+        return kind(
+            **{
+                field.name: made(field.default_factory)
+                if dataclasses.is_dataclass(field.default_factory)
+                else chosen.pop(field.name, field.default)
+                for field in dataclasses.fields(kind)
+            }
+        )
+
+    chosen = {**SMALL, **choices}
+    options = made(CompareOptions)
+    assert not chosen
+    return options
+
+
+def alone(settings, out, cosine_every=None):
+    return run_one(dataclasses.replace(settings, out=out), cosine_every, threads=1)
 
 
 @pytest.fixture
@@ -47,12 +67,11 @@ def in_this_process(monkeypatch):
 # ── every algorithm has a preset, and it learns
 
 
-def test_every_algorithm_has_a_preset():
-    assert set(ALGORITHMS) == set(PRESETS) == set(NAMES)
-    assert len(set(NAMES.values())) == len(NAMES)
+def test_every_algorithm_has_a_title_of_its_own():
+    assert len({algorithm.title for algorithm in ALGORITHMS.values()}) == len(ALGORITHMS)
 
 
-@pytest.mark.parametrize("algorithm", [name for name in ALGORITHMS if name not in CLASSIFIERS])
+@pytest.mark.parametrize("algorithm", [name for name in ALGORITHMS if name not in ANY_WAYS])
 def test_preset_learns_sinusoids(algorithm):
     """Its recipe, from an error above 2.5 down by a quarter within a few hundred iterations."""
     iterations = 60 if algorithm in ("imaml", "maml++", "meta-sgd") else 120
@@ -70,7 +89,7 @@ def test_preset_learns_sinusoids(algorithm):
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_preset_takes_images(algorithm):
-    config = resolve(TrainConfig("mnist", algorithm=algorithm, iterations=10))
+    config = settle(source="mnist", algorithm=algorithm, iterations=10)
     model = build_model(config)
     learner = build_learner(config, model)
     examples = Examples(torch.randn(10, 1, 28, 28), torch.arange(5).repeat(2))
@@ -80,7 +99,7 @@ def test_preset_takes_images(algorithm):
 
 @pytest.mark.parametrize("name", ["mlp", "conv4", "conv4-strided"])
 def test_head_is_the_last_linear_layer(name):
-    config = resolve(TrainConfig("mnist", algorithm="anil", model=name))
+    config = settle(source="mnist", algorithm="anil", model=name)
     model = build_model(config)
     head = head_name(model)
     assert model.get_submodule(head).out_features == 10
@@ -98,16 +117,16 @@ def test_head_is_the_last_linear_layer(name):
 )
 def test_what_does_not_go_together(choices, words):
     with pytest.raises(InputError, match=words):
-        resolve(TrainConfig(**{"source": "sinusoid", **choices}))
+        settle(**{"source": "sinusoid", **choices})
 
 
 # ── the settings of a comparison
 
 
 def test_fomaml_is_first_and_each_algorithm_once():
-    configs = expand(CompareConfig(**SMALL, algorithms=("maml", "reptile", "maml")))
+    configs = expand(options(algorithms=("maml", "reptile", "maml")))
     assert [config.algorithm for config in configs] == ["fomaml", "maml", "reptile"]
-    assert {type(config) for config in configs} == {TrainConfig}
+    assert {type(config) for config in configs} == {Settings}
     assert len({(c.seed, c.iterations, c.meta_batch_size, c.shots, c.test_tasks) for c in configs}) == 1
     assert configs[2].meta_lr == 1.0
 
@@ -127,14 +146,14 @@ def test_fomaml_is_first_and_each_algorithm_once():
 )
 def test_bad_settings(choices, words, tmp_path):
     with pytest.raises(InputError, match=words):
-        compare.compare(CompareConfig(**{**SMALL, **choices}), tmp_path / "out")
+        compare.compare(options(**choices), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_that_holds_something_is_refused(tmp_path):
     (tmp_path / "old.txt").write_text("")
     with pytest.raises(InputError, match="already holds results; give another --out"):
-        compare.compare(CompareConfig(**SMALL), tmp_path, say=lambda line: None)
+        compare.compare(options(), tmp_path, say=lambda line: None)
 
 
 # ── one algorithm
@@ -158,9 +177,9 @@ GRADIENTS = {  # algorithm → (gradients, Hessian-vector products) of one task 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_gradient_evaluations_are_those_autograd_computes(algorithm, monkeypatch):
-    source = "mnist" if algorithm in CLASSIFIERS else "sinusoid"
+    source = "mnist" if algorithm in ANY_WAYS else "sinusoid"
     choices = {"choices": {"strength": 2.0, "cg_steps": 5}} if algorithm == "imaml" else {}
-    config = resolve(TrainConfig(source, algorithm=algorithm, inner_steps=3, **choices))
+    config = settle(source=source, algorithm=algorithm, inner_steps=3, **choices)
     learner = build_learner(config, build_model(config))
     if source == "mnist":
         labels = torch.arange(5)
@@ -186,8 +205,10 @@ def test_gradient_evaluations_are_those_autograd_computes(algorithm, monkeypatch
 
 
 def test_seconds_end_the_training(tmp_path):
-    config = settings("fomaml", meta_batch_size=2, test_tasks=5, test_steps=(0, 1), iterations=3)
-    found = alone(config, tmp_path / "fomaml", seconds=0.3, cosine_every=1000)
+    config = settings(
+        "fomaml", meta_batch_size=2, test_tasks=5, test_steps=(0, 1), seconds=0.3, baselines=False
+    )
+    found = alone(config, tmp_path / "fomaml", cosine_every=1000)
     assert found["iterations"] > 3  # the recipe's iterations do not count
     assert 0.3 <= found["seconds"] < 5
     assert found["tasks_per_second"] == pytest.approx(2 * found["iterations"] / found["seconds"])
@@ -252,7 +273,7 @@ def test_cosine_of_a_model_with_a_known_answer():
 
 def test_comparison_is_saved_and_told(in_this_process, tmp_path):
     lines = []
-    config = CompareConfig(**SMALL, algorithms=("fomaml", "maml"), cosine_every=2)
+    config = options(algorithms=("fomaml", "maml"), cosine_every=2)
     result = compare.compare(config, tmp_path / "out", say=lines.append)
     saved = json.loads((tmp_path / "out" / "compare.json").read_text(), parse_constant=pytest.fail)
     assert saved == result
@@ -278,7 +299,7 @@ def test_a_comparison_names_the_batch_statistics_it_was_tested_by(
     characters.shrink(monkeypatch)
     data = {"source": "omniglot", "data_root": characters.write(tmp_path / "data")}
     network = {"model": "conv4-strided", "channels": (4,), "ways": 3, "shots": 1, "norm_policy": "batch"}
-    config = CompareConfig(**{**SMALL, **data, **network}, algorithms=(), statistics=statistics)
+    config = options(**data, **network, algorithms=(), statistics=statistics)
     result = compare.compare(config, tmp_path / "out", say=lambda line: None)
     protocol = result["protocol"]
     assert (protocol["statistics"], protocol["transductive"]) == (statistics, transductive)
@@ -286,7 +307,7 @@ def test_a_comparison_names_the_batch_statistics_it_was_tested_by(
 
 
 def test_each_algorithm_is_a_run_to_evaluate_again(in_this_process, tmp_path, capsys):
-    config = CompareConfig(**SMALL, algorithms=("cavia",))
+    config = options(algorithms=("cavia",))
     result = compare.compare(config, tmp_path / "out", say=lambda line: None)
     main(["evaluate", str(tmp_path / "out" / "cavia"), "--json"])
     again = json.loads(capsys.readouterr().out)
@@ -295,7 +316,7 @@ def test_each_algorithm_is_a_run_to_evaluate_again(in_this_process, tmp_path, ca
 
 def test_a_failing_algorithm_is_a_row(in_this_process, tmp_path):
     """With this step size the inner loop explodes, for everyone but Sign-MAML."""
-    config = CompareConfig(**{**SMALL, "inner_lr": 1e9, "inner_steps": 8}, algorithms=("fomaml", "sign-maml"))
+    config = options(inner_lr=1e9, inner_steps=8, algorithms=("fomaml", "sign-maml"))
     result = compare.compare(config, tmp_path / "out", say=lambda line: None)
     assert "at iteration 1" in result["rows"][0]["failed"]
     text = describe(result)
@@ -304,7 +325,7 @@ def test_a_failing_algorithm_is_a_row(in_this_process, tmp_path):
 
 
 def test_an_error_that_is_no_longer_finite_diverges(in_this_process, tmp_path):
-    config = CompareConfig(**{**SMALL, "inner_lr": 1.0, "test_steps": (0, 300)}, algorithms=())
+    config = options(inner_lr=1.0, test_steps=(0, 300), algorithms=())
     result = compare.compare(config, tmp_path / "out", say=lambda line: None)
     row = result["rows"][0]
     assert row["mean"] is None and math.isfinite(row["curve"]["0"]["mean"])
@@ -338,9 +359,7 @@ def test_what_a_process_answers(error, monkeypatch):
 
 def test_from_the_command_line(tmp_path, capsys):
     out = tmp_path / "out"
-    arguments = (
-        f"compare sinusoid --algorithms fomaml anil --iterations 3 --tasks 5 --test-steps 0 1 --out {out}"
-    )
+    arguments = f"compare sinusoid --algorithms fomaml anil --iterations 3 --test-tasks 5 --test-steps 0 1 --out {out}"
     main(arguments.split())
     assert (out / "compare.txt").read_text() in capsys.readouterr().out
     with pytest.raises(SystemExit) as end:

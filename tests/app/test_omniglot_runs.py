@@ -13,7 +13,7 @@ import characters
 from fomaml.app.build import open_data
 from fomaml.app.cli import main
 from fomaml.app.presets import PRESETS
-from fomaml.app.session import load_run
+from fomaml.app.rundir import load_run
 from fomaml.errors import InputError
 from runs import omniglot_errors, omniglot_keep, omniglot_plot, omniglot_table
 from runs.omniglot_table import figure

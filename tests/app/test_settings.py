@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,13 +14,15 @@ import characters
 from fomaml.app.build import build_learner, build_model, build_optimizer, build_schedule, for_test, open_data
 from fomaml.app.cli import main
 from fomaml.app.presets import PRESETS
-from fomaml.app.resolve import resolve
-from fomaml.app.settings import TrainConfig, from_json, to_json
+from fomaml.app.settings import Settings, from_json, to_json
+from fomaml.app.settle import settle, settle_with_origins
 from fomaml.errors import InputError
 from fomaml.learning.objectives import MultiStepLoss
 from fomaml.models import BatchNorm, Conv4Strided, Conv4StridedFlat
 from fomaml.tasks import one
 from fomaml.train import linear, train
+
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +36,7 @@ def small(monkeypatch):
 
 
 def settings(**options):
-    return resolve(
-        TrainConfig(**{"source": "omniglot", "model": "conv4-strided", "channels": (4,), **options})
-    )
+    return settle(**{"source": "omniglot", "model": "conv4-strided", "channels": (4,), **options})
 
 
 def built(config):
@@ -46,32 +48,31 @@ def built(config):
 
 
 def test_a_preset_sets_options_that_an_option_can_override():
-    plain = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+    names = {field.name for field in dataclasses.fields(Settings)}
     for name, preset in PRESETS.items():
-        for option in preset.settings:
-            assert plain[option] in (None, ""), f"{name}: {option} cannot be told from its default"
+        assert set(preset.settings) <= names, name
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_value_of_a_preset_is_recorded_and_any_option_beside_it_wins(name):
-    config = resolve(TrainConfig(preset=name))
+    config = settle(preset=name)
     assert config.preset == name
     for option, value in PRESETS[name].settings.items():
         assert getattr(config, option) == value
     other = {"inner_lr": 0.123, "channels": (8,), "iterations": 7, "query_shots": 3, "augment": "rotations"}
-    changed = resolve(TrainConfig(preset=name, **other))
+    changed = settle(preset=name, **other)
     for option, value in {**vars(config), **other}.items():
         assert getattr(changed, option) == value
     assert from_json(to_json(changed), "here") == changed
 
 
 def test_the_published_settings():
-    five, twenty = (resolve(TrainConfig(preset=f"maml-omniglot-{name}")) for name in ("5w1s", "20w5s"))
+    five, twenty = (settle(preset=f"maml-omniglot-{name}") for name in ("5w1s", "20w5s"))
     assert (five.inner_lr, five.inner_steps, five.meta_batch_size) == (0.4, 1, 32)
     assert (twenty.inner_lr, twenty.inner_steps, twenty.meta_batch_size) == (0.1, 5, 16)
     assert (five.ways, five.shots, five.query_shots, five.test_query_shots) == (5, 1, 1, 1)
     assert (twenty.ways, twenty.shots, twenty.query_shots, twenty.test_query_shots) == (20, 5, 5, 5)
-    reptile = resolve(TrainConfig(preset="reptile-omniglot-5w1s"))
+    reptile = settle(preset="reptile-omniglot-5w1s")
     assert (reptile.train_shots, reptile.shots, reptile.test_steps[-1]) == (10, 1, 50)
     assert reptile.schedule == "linear" and reptile.meta_lr == 1.0
 
@@ -91,7 +92,7 @@ def test_every_preset_trains(name, root, tmp_path, capsys):
     assert result["preset"] == name
     for key in ("ways", "shots"):
         assert result["protocol"][key] == preset.settings[key]
-    assert result["protocol"]["query_shots"] == resolve(TrainConfig(preset=name)).test_query_shots
+    assert result["protocol"]["query_shots"] == settle(preset=name).test_query_shots
     said = capsys.readouterr().out
     assert ("each class turned at random" in said) == (preset.settings.get("test_augment") == "turns")
     assert result["weights"]["kept"] == "best by validation"
@@ -110,7 +111,7 @@ def test_the_table_of_presets(capsys):
 
 def test_an_unknown_preset_lists_those_there_are():
     with pytest.raises(InputError, match=r"unknown preset 'x'; there are: fomaml-omniglot-5w1s, "):
-        resolve(TrainConfig(preset="x"))
+        settle(preset="x")
 
 
 # --- what is refused ------------------------------------------------------------------------------
@@ -121,17 +122,17 @@ def test_an_unknown_preset_lists_those_there_are():
     [
         ({"train_ways": 8}, "8 ways in training and 5 at test need a head made of classes: "
          "--algorithm zero-head or proto-maml, got fomaml"),
-        ({"algorithm": "reptile", "learn_rates": "per-step"}, "the option --learn-rates does not go with "
-         "the algorithm reptile: its meta-gradient does not reach the step sizes"),
-        ({"algorithm": "meta-sgd", "learn_rates": "per-step"}, "the option --learn-rates does not go with"),
+        ({"algorithm": "reptile", "learn_rates": "per-step"}, "the option --learn-rates per-step does not go "
+         "with the algorithm reptile: its meta-gradient does not reach the step sizes"),
+        ({"algorithm": "meta-sgd", "learn_rates": "per-step"}, "the option --learn-rates per-step does not go with"),
         ({"inner_optimizer": "adam", "learn_rates": "per-step"}, "--learn-rates goes with --inner-optimizer sgd"),
-        ({"algorithm": "reptile", "multi_step_iterations": 5}, "the option --multi-step-iterations does not"),
+        ({"algorithm": "reptile", "multi_step_iterations": 5}, "the option --multi-step-iterations 5 does not"),
         ({"algorithm": "maml++", "compile": True}, "--compile does not take the multi-step loss"),
         ({"algorithm": "maml", "inner_optimizer": "adam"}, "the option --inner-optimizer adam does not go"),
         ({"algorithm": "maml++", "inner_optimizer": "carried-adam"}, "the option --inner-optimizer carried-adam does"),
         ({"inner_optimizer": "carried-adam", "learn_rates": "per-step"}, "--learn-rates goes with"),
         ({"algorithm": "proto-maml", "inner_optimizer": "carried-adam"}, "the option --inner-optimizer carried-adam d"),
-        ({"algorithm": "sign-maml", "inner_momentum": 0.5}, "the option --inner-optimizer does not go with"),
+        ({"algorithm": "sign-maml", "inner_momentum": 0.5}, "the option --inner-momentum 0.5 does not go with"),
         ({"algorithm": "anil", "adapt": "no-norm"}, "the option --adapt no-norm does not go with the algorithm"),
         ({"model": "mlp"}, "the model mlp has no convolutions and no batch norm: no --channels 4"),
         ({"algorithm": "zero-head", "train_ways": 8, "learn_rates": "elementwise"},
@@ -157,7 +158,7 @@ def test_an_unknown_preset_lists_those_there_are():
         ({"validate_every": -1}, "validate_every must be a whole number of 1 or more, got -1"),
         ({"validate_every": 0, "patience": 2}, "--patience counts validations: give --validate-every 1 or more"),
         ({"source": "mnist", "channels": None, "model": None, "resize": "box"},
-         "the source mnist has no named resize filters, got 'box'"),
+         "the source mnist takes no --resize, got 'box'"),
         ({"source": "sinusoid", "channels": None, "model": None, "test_augment": "turns"},
          "the source sinusoid has no classes: test_augment must be none, got 'turns'"),
     ],
@@ -170,19 +171,57 @@ def test_options_that_do_not_go_together(options, message):
 
 
 def test_the_settings_of_an_older_run_are_what_they_were():
-    config = settings()
-    old = json.loads(to_json(config))
-    for name in (
-        "train_ways",
-        "test_query_shots",
-        "norm_policy",
-        "inner_loss",
-        "preset",
-        "validate_every",
-    ):
+    """Format 0 had no number, other names, and a run knew no option that was not there yet."""
+    expected = settings(statistics="support")
+    old = json.loads(to_json(expected))
+    old |= {"resume": None, "question": "", "test_statistics": "inductive", "norm_statistics": "batch"}
+    added = ("format", "seconds", "train_ways", "test_query_shots", "inner_loss", "preset", "validate_every")
+    for name in (*added, "statistics", "norm_policy"):
         del old[name]
-    found = from_json(json.dumps(old), "here")
-    assert found == config
+    assert from_json(json.dumps(old), "here") == expected
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*/config.json")), ids=lambda path: path.parent.name)
+def test_kept_runs_have_format_0_and_load(path):
+    text = path.read_text()
+    assert "format" not in json.loads(text)
+    loaded = from_json(text, "here")
+    assert loaded.statistics in ("own", "with-query") and loaded.seconds is None
+    assert from_json(to_json(loaded), "there") == loaded
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": 99}, "format 99 is newer than this version, which reads up to 1"),
+        ({"shots_": 3}, "unexpected keyword argument 'shots_'"),
+    ],
+)
+def test_settings_of_another_format_are_refused(change, message):
+    with pytest.raises(InputError, match=message):
+        from_json(json.dumps({**json.loads(to_json(settings())), **change}), "here")
+
+
+def test_a_dry_run_says_where_each_setting_comes_from(tmp_path, capsys):
+    out = tmp_path / "run"
+    main(["train", "--preset", "maml-omniglot-5w5s", "--meta-lr", "0.5", "--out", str(out), "--dry-run"])
+    rows = {
+        line.split(maxsplit=1)[0]: line.split(maxsplit=1)[1]
+        for line in capsys.readouterr().out.splitlines()
+        if len(line.split(maxsplit=1)) == 2
+    }
+    origin = {name: re.split(r"  +", row.rstrip())[-1] for name, row in rows.items()}
+    expected = {
+        "meta_lr": "given",
+        "inner_lr": "preset maml-omniglot-5w5s",
+        "split": "preset maml-omniglot-5w5s",
+        "train_ways": "as ways",
+        "clip": "default",
+    }
+    assert {name: origin[name] for name in expected} == expected
+    assert not out.exists()
+    _, origins = settle_with_origins({"source": "mnist", "algorithm": "anil"})
+    assert (origins["inner_lr"], origins["iterations"]) == ("algorithm anil", "source mnist")
 
 
 # --- what the options stand for -------------------------------------------------------------------

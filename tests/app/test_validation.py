@@ -11,9 +11,9 @@ from commands import refused
 from fomaml import checkpoint
 from fomaml.app import session
 from fomaml.app.cli import main
-from fomaml.app.resolve import resolve
+from fomaml.app.rundir import load_settings
 from fomaml.app.session import train_run
-from fomaml.app.settings import TrainConfig
+from fomaml.app.settle import settle
 from fomaml.app.validate import Best
 from fomaml.errors import InputError
 from fomaml.evaluate import Estimate
@@ -52,7 +52,7 @@ def small(monkeypatch):
 
 
 def settings(root, **options):
-    return resolve(TrainConfig(**{**OPTIONS, "data_root": root, **options}))
+    return settle(**{**OPTIONS, "data_root": root, **options})
 
 
 def quiet(config, out, **options):
@@ -178,7 +178,7 @@ def test_evaluate_says_where_it_took_the_balance_of_the_query_set_for_known(root
     plain = json.loads(capsys.readouterr().out)
     assert not plain["protocol"]["balanced"] and plain["accuracy"] != result["accuracy"]
     main([*base, "--balanced"])
-    assert ", balanced: as many of each class taken for known\n" in capsys.readouterr().out
+    assert ", balanced: the same number of query examples per class assumed\n" in capsys.readouterr().out
     main(base)
     assert "balanced" not in capsys.readouterr().out
 
@@ -304,7 +304,7 @@ def test_it_does_not_matter_where_it_was_killed(name, nth, root, tmp_path, monke
         patch.setattr(session, name, die)
         with pytest.raises(Killed):
             quiet(config, tmp_path / "killed")
-    quiet(session.load_config(tmp_path / "killed"), tmp_path / "killed", resume=True)
+    quiet(load_settings(tmp_path / "killed"), tmp_path / "killed", resume=True)
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 

@@ -1,58 +1,50 @@
-"""The command line: `fomaml train | evaluate | presets | compare | check`. It prints; all else returns or raises."""
+"""The command line: `fomaml train | evaluate | compare | check | presets`. It prints; all else returns or raises."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Any, NamedTuple
 
-import tyro
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-from fomaml.app.commands import CheckConfig, CompareConfig, EvaluateConfig, PresetsConfig, expand
-from fomaml.app.presets import PRESETS
-from fomaml.app.report import align, duration
-from fomaml.app.resolve import check_below, resolve
-from fomaml.app.settings import (
-    PARTS,
-    STATISTICS,
-    TEST_AUGMENTATIONS,
-    WEIGHTS,
-    TrainConfig,
-    check_steps,
-    known,
+from fomaml.app.commands import (
+    CheckOptions,
+    CompareOptions,
+    EvaluateOptions,
+    PresetsOptions,
+    TrainOptions,
+    given,
+    headings,
 )
+from fomaml.app.compare import compare, expand
+from fomaml.app.compare import describe as describe_comparison
+from fomaml.app.judge import describe, evaluate_run
+from fomaml.app.modules import load_module
+from fomaml.app.parser import parse_command
+from fomaml.app.presets import PRESETS
+from fomaml.app.progress import watching
+from fomaml.app.report import align
+from fomaml.app.rundir import load_run, load_settings
+from fomaml.app.session import train_run
+from fomaml.app.settings import Settings
+from fomaml.app.settle import check_below, check_steps, settle_with_origins
+from fomaml.app.sources import split_name
+from fomaml.check import check
+from fomaml.choices import check_choice
 from fomaml.errors import InputError, positive
 
-Command = (
-    Annotated[TrainConfig, tyro.conf.subcommand("train")]
-    | Annotated[EvaluateConfig, tyro.conf.subcommand("evaluate")]
-    | Annotated[PresetsConfig, tyro.conf.subcommand("presets")]
-    | Annotated[CompareConfig, tyro.conf.subcommand("compare")]
-    | Annotated[CheckConfig, tyro.conf.subcommand("check")]
-)
 
-
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; exits with status 2 and one line on standard error where the input is bad."""
-    command = tyro.cli(
-        Command, prog="fomaml", description="First-order MAML and its relatives.", args=arguments
-    )
-    commands = {
-        TrainConfig: _train,
-        EvaluateConfig: _evaluate,
-        PresetsConfig: _presets,
-        CompareConfig: _compare,
-        CheckConfig: _check,
-    }
     try:
         with told_in_one_line():
-            commands[type(command)](command)
+            kinds = {name: command.options for name, command in COMMANDS.items()}
+            options = parse_command(kinds, arguments, "fomaml", "First-order MAML and its relatives.")
+            [run] = [command.run for command in COMMANDS.values() if command.options is type(options)]
+            run(options)
     except KeyboardInterrupt:
         print("fomaml: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
@@ -68,163 +60,134 @@ def told_in_one_line() -> Iterator[None]:
         raise SystemExit(2) from None
 
 
-def _train(config: TrainConfig) -> None:
-    from fomaml.app.judge import describe
-    from fomaml.app.session import load_config, train_run
-
-    out, resume = config.resume, config.resume is not None
-    if resume:
-        if config != TrainConfig(resume=config.resume):
+def _train(options: TrainOptions) -> None:
+    asked = given(options)
+    if options.resume is not None:
+        if set(asked) != {"resume"}:
             raise InputError("--resume takes the settings of the run; no other option goes with it")
-        config = load_config(out)
+        settings, out = load_settings(options.resume), options.resume
     else:
-        config = resolve(config)
-        out = config.out or default_out(config)
-    with watching(config, sys.stdout) as watch:
-        result = train_run(config, out, say=watch.say, watch=watch, resume=resume)
+        dry_run = asked.pop("dry_run", False)
+        settings, origins = settle_with_origins(asked)
+        if dry_run:
+            print(settled(settings, origins))
+            return
+        out = settings.out or default_out(settings)
+    with watching(settings, sys.stdout) as watch:
+        result = train_run(settings, out, say=watch.say, watch=watch, resume=options.resume is not None)
     print("\n" + describe(result) + f"\nrun directory: {out}")
 
 
-def _evaluate(config: EvaluateConfig) -> None:
-    if config.tasks is not None:
-        positive("tasks", config.tasks, integer=True)
-    if config.steps is not None:
-        check_steps(config.steps)
-    if config.statistics is not None:
-        for each in config.statistics:
-            known("statistics", each, STATISTICS)
-    known("part", config.part, PARTS)
-    known("weights", config.weights, WEIGHTS)
-    for name in ("ways", "shots", "query_shots", "copies"):
-        if getattr(config, name) is not None:
-            positive(name, getattr(config, name), integer=True)
-    if config.test_augment is not None:
-        known("test augment", config.test_augment, TEST_AUGMENTATIONS)
-    if config.jitter is not None:
-        check_below("jitter", config.jitter, 1)
-    from fomaml.app.judge import describe, evaluate_run
-    from fomaml.app.session import load_run
+def settled(settings: Settings, origins: dict[str, str]) -> str:
+    """The settings of a run under the headings of the options, each with where it came from."""
+    text = []
+    for heading, names in headings(TrainOptions).items():
+        lines = [[heading or "Run", "", "from"]]
+        for name in names:
+            if name in origins:
+                value = getattr(settings, name)
+                shown = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+                lines.append([name, "-" if value is None else shown, origins[name]])
+        text.append(align(lines, left=True))
+    text.append("The data decide on validate_every, where it is not given, when the run begins.")
+    return "\n\n".join(text)
 
-    run, learner = load_run(
-        config.run,
-        config.weights,
-        data_root=config.data_root,
-        device=config.device,
-        test_tasks=config.tasks,
-        test_steps=config.steps,
-        ways=config.ways,
-        shots=config.shots,
-        test_query_shots=config.query_shots,
-        test_augment=config.test_augment,
-        test_copies=config.copies,
-        test_jitter=config.jitter,
+
+def _evaluate(options: EvaluateOptions) -> None:
+    for name in ("tasks", "ways", "shots", "query_shots", "copies"):
+        if getattr(options, name) is not None:
+            positive(name, getattr(options, name), integer=True)
+    if options.steps is not None:
+        check_steps(options.steps)
+    for statistics in options.statistics or ():
+        check_choice("statistics", statistics, ("own", "support", "with-query"))
+    check_choice("part", options.part, ("test", "validation"))
+    check_choice("weights", options.weights, ("best", "last"))
+    if options.test_augment is not None:
+        check_choice("test augment", options.test_augment, ("none", "turns"))
+    if options.jitter is not None:
+        check_below("jitter", options.jitter, 1)
+    settings, learner = load_run(
+        options.run,
+        options.weights,
+        data_root=options.data_root,
+        device=options.device,
+        test_tasks=options.tasks,
+        test_steps=options.steps,
+        ways=options.ways,
+        shots=options.shots,
+        test_query_shots=options.query_shots,
+        test_augment=options.test_augment,
+        test_copies=options.copies,
+        test_jitter=options.jitter,
     )
-    if config.jitter is not None and run.test_copies == 1:
+    if options.jitter is not None and settings.test_copies == 1:
         raise InputError("--jitter moves the copies of each image: give --copies, 2 or more")
-    result = evaluate_run(run, learner, config.statistics, config.seed, config.part, config.balanced)
-    print(json.dumps(result, indent=2) if config.json else describe(result).rstrip())
+    result = evaluate_run(settings, learner, options.statistics, options.seed, options.part, options.balanced)
+    print(json.dumps(result, indent=2) if options.json else describe(result).rstrip())
 
 
-def _presets(config: PresetsConfig) -> None:
-    if config.json:
+def _presets(options: PresetsOptions) -> None:
+    if options.json:
         print(json.dumps({name: preset._asdict() for name, preset in PRESETS.items()}, indent=2))
         return
     lines = [["preset", "aims at, %", "batch norm", "source", "what it is"]]
     lines += [[name, p.aim, p.statistics, p.source, p.summary] for name, p in PRESETS.items()]
     print(align(lines, left=True))
-    print("\nfomaml train --preset NAME --data-root FOLDER; --json tells every setting")
+    print("\nfomaml train --preset NAME --data-root FOLDER; add --dry-run to see every setting")
 
 
-def _compare(config: CompareConfig) -> None:
-    first = expand(config)[0]
-    from fomaml.app.compare import compare, describe
-
-    out = config.out or default_out(first, "compare")
-    result = compare(config, out, say=lambda line: print(line, flush=True))
-    print("\n" + describe(result) + f"\nsaved in {out}")
+def _compare(options: CompareOptions) -> None:
+    out = options.out or default_out(expand(options)[0], "compare")
+    result = compare(options, out, say=lambda line: print(line, flush=True))
+    print("\n" + describe_comparison(result) + f"\nsaved in {out}")
 
 
-def _check(config: CheckConfig) -> None:
-    known("input dtype", config.input_dtype, ("float32", "int64"))
-    if (config.input_dtype == "int64") != (config.vocabulary is not None):
+def _check(options: CheckOptions) -> None:
+    check_choice("input dtype", options.input_dtype, ("float32", "int64"))
+    if (options.input_dtype == "int64") != (options.vocabulary is not None):
         raise InputError("--input-dtype int64 and --vocabulary N go together: the numbers are drawn below N")
-    from fomaml.app.modules import load_module
-    from fomaml.check import check
-
     with contextlib.redirect_stdout(sys.stderr):  # what the module itself prints
         report = check(
-            load_module(config.module, config.seed),
-            config.input,
-            vocabulary=config.vocabulary,
-            ways=config.ways,
-            shots=config.shots,
-            query_shots=config.query_shots,
-            inner_steps=config.inner_steps,
-            inner_lr=config.inner_lr,
-            seed=config.seed,
-            name=config.module,
+            load_module(options.module, options.seed),
+            options.input,
+            vocabulary=options.vocabulary,
+            ways=options.ways,
+            shots=options.shots,
+            query_shots=options.query_shots,
+            inner_steps=options.inner_steps,
+            inner_lr=options.inner_lr,
+            seed=options.seed,
+            name=options.module,
         )
-    print(json.dumps(report.facts(), indent=2) if config.json else report.text())
+    print(json.dumps(report.facts(), indent=2) if options.json else report.text())
     if report.exit_status:
         raise SystemExit(report.exit_status)
 
 
-def default_out(config: TrainConfig, what: str | None = None) -> Path:
+def default_out(settings: Settings, what: str | None = None) -> Path:
     """A new folder under out/, named by what the run is and when it began."""
     parts = [
-        config.source.partition(":")[0],
-        config.question,
-        f"{config.shots}shot",
-        what or config.algorithm,
+        split_name(settings.source)[0],
+        settings.question,
+        f"{settings.shots}shot",
+        what or settings.algorithm,
     ]
-    kind = "-".join(filter(None, parts))
+    kind = "-".join(part for part in parts if part)
     return Path("out") / f"{kind}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
-@contextlib.contextmanager
-def watching(config: TrainConfig, stream) -> Iterator[Watch]:
-    """Shows a run's progress: a live bar on a terminal, a plain line at every tenth elsewhere."""
-    console = Console(file=stream)
-    if not console.is_terminal:
-        yield Watch(config, lambda line: print(line, file=stream, flush=True))
-        return
-    columns = (
-        TextColumn("meta-training"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[figures]}"),
-        TimeRemainingColumn(compact=True),
-    )
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task("train", total=config.iterations, figures="")
-        yield Watch(config, bar.console.print, bar, task)
+class Command(NamedTuple):
+    """options: the dataclass of what may be given. run: does it."""
+
+    options: type
+    run: Callable[[Any], None]
 
 
-class Watch:
-    """Receives the measured records of a run; `say` prints a line."""
-
-    def __init__(self, config: TrainConfig, say, bar=None, task=None):
-        self.config, self.say, self.bar, self.task = config, say, bar, task
-        self.printed = 0
-
-    def __call__(self, record, seconds: float) -> None:
-        figures = self.figures(record, seconds)
-        if self.bar is not None:
-            self.bar.update(self.task, completed=record.iteration, figures=figures)
-            return
-        tenth = 10 * record.iteration // self.config.iterations
-        if tenth > self.printed:
-            self.printed = tenth
-            left = seconds * (self.config.iterations / record.iteration - 1)
-            self.say(
-                f"iteration {record.iteration}/{self.config.iterations}  {figures}  {duration(left)} left"
-            )
-
-    def figures(self, record, seconds: float) -> str:
-        before, after = record.before.item(), record.after.item()
-        if self.config.source == "sinusoid":
-            moved = f"query error {before:.2f} → {after:.2f}"
-        else:
-            moved = f"query accuracy {100 * before:.0f} → {100 * after:.0f} %"
-        speed = record.iteration * self.config.meta_batch_size / seconds
-        return f"meta-loss {record.meta_loss.item():.3f}  {moved}  {speed:.0f} tasks/s"
+COMMANDS = {
+    "train": Command(TrainOptions, _train),
+    "evaluate": Command(EvaluateOptions, _evaluate),
+    "compare": Command(CompareOptions, _compare),
+    "check": Command(CheckOptions, _check),
+    "presets": Command(PresetsOptions, _presets),
+}

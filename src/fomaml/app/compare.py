@@ -9,36 +9,52 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import math
 import multiprocessing
 import signal
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from fomaml.app.build import NAMES, build_learner, build_model, build_optimizer, open_data, with_image
-from fomaml.app.commands import CompareConfig, expand
+from fomaml.app.algorithms import ALGORITHMS
+from fomaml.app.build import build_learner, build_model, open_data, with_image
+from fomaml.app.commands import CompareOptions, given
 from fomaml.app.judge import protocol, told
 from fomaml.app.report import align, figure
-from fomaml.app.session import circumstances, claim
-from fomaml.app.settings import TrainConfig, to_json
+from fomaml.app.rundir import circumstances
+from fomaml.app.session import NO_LIMIT, session
+from fomaml.app.settings import Settings
+from fomaml.app.settle import settle
+from fomaml.app.sources import source_of
 from fomaml.checkpoint import load_weights, save_weights
-from fomaml.engines import choose, meta_gradient
-from fomaml.errors import InputError
-from fomaml.evaluate import estimate, evaluate
+from fomaml.engines import meta_gradient
+from fomaml.errors import InputError, positive
+from fomaml.evaluate import estimate
 from fomaml.files import write_text
 from fomaml.learning.algorithms import FOMAML, MAML
 from fomaml.learning.learner import MetaLearner
 from fomaml.learning.objectives import Implicit
 from fomaml.tasks import Task, one
-from fomaml.train import check_width, cosine, train
 
 
-def compare(config: CompareConfig, out: Path, *, say: Callable[[str], None] = print) -> dict:
+def expand(options: CompareOptions) -> list[Settings]:
+    """The settings of each algorithm of a comparison, FOMAML's first.
+
+    Raises:
+        InputError: as `settle`.
+    """
+    if options.cosine_every is not None:
+        positive("cosine_every", options.cosine_every, integer=True)
+    shared = given(options)
+    for name in ("out", "algorithms", "cosine_every"):
+        shared.pop(name, None)
+    names = dict.fromkeys(("fomaml", *options.algorithms))  # each once
+    return [settle(**{"baselines": False, **shared, "algorithm": name}) for name in names]
+
+
+def compare(options: CompareOptions, out: Path, *, say: Callable[[str], None] = print) -> dict:
     """Train and evaluate each algorithm, write the folder `out`; returns the result, as in compare.json.
 
     say: receives a line as each algorithm begins and ends. An algorithm that fails, say because its loss
@@ -47,32 +63,35 @@ def compare(config: CompareConfig, out: Path, *, say: Callable[[str], None] = pr
     Raises:
         InputError: bad settings, data or device, or `out` holds something, before anything is written.
     """
-    configs = expand(config)
-    data = open_data(configs[0])
+    runs = [dataclasses.replace(each, out=out / each.algorithm) for each in expand(options)]
+    first = runs[0]
+    data = open_data(first)
     if out.is_dir() and any(out.iterdir()):
         raise InputError(f"{out} already holds results; give another --out, or delete it")
     out.mkdir(parents=True, exist_ok=True)
     say(f"{data.name}: {data.origin}")
-    first = with_image(configs[0], data)
-    facts = protocol(first, data, build_learner(first, build_model(first)), first.statistics)
+    if first.seconds:
+        say(f"each algorithm trains for {first.seconds:g} s, which cannot be repeated bit for bit")
+    shown = with_image(first, data)
+    facts = protocol(shown, data, build_learner(shown, build_model(shown)), first.statistics)
     found = {}
-    for number, own in enumerate(configs, 1):
-        name = own.algorithm
-        say(f"{NAMES[name]} ({number}/{len(configs)}): training in a process of its own")
-        found[name] = isolated(run_one, own, out / name, config.seconds, config.cosine_every)
+    for number, settings in enumerate(runs, 1):
+        name = settings.algorithm
+        say(f"{ALGORITHMS[name].title} ({number}/{len(runs)}): training in a process of its own")
+        found[name] = isolated(run_one, settings, options.cosine_every)
         row = found[name]
         say(f"  {row['failed']}" if "failed" in row else f"  {row['iterations']} iterations, {_pace(row)}")
     cosines = found["fomaml"].pop("cosines", [])
     result = {
-        "budget": {"seconds": config.seconds} if config.seconds else {"iterations": configs[0].iterations},
+        "budget": {"seconds": first.seconds} if first.seconds else {"iterations": first.iterations},
         "protocol": facts,
-        "metric": "loss" if config.source == "sinusoid" else "accuracy",
-        "tasks": config.test_tasks,
-        "steps": config.test_steps[-1],
+        "metric": "loss" if source_of(first).kind == "regression" else "accuracy",
+        "tasks": first.test_tasks,
+        "steps": first.test_steps[-1],
         "rows": _rows(found),
         "cosines": cosines,
-        "seed": config.seed,
-        "device": config.device,
+        "seed": first.seed,
+        "device": first.device,
         **circumstances(),
     }
     write_text(out / "compare.json", json.dumps(result, indent=2) + "\n")
@@ -80,10 +99,8 @@ def compare(config: CompareConfig, out: Path, *, say: Callable[[str], None] = pr
     return result
 
 
-def run_one(
-    config: TrainConfig, out: Path, seconds: float | None, cosine_every: int | None, threads: int
-) -> dict:
-    """Train one algorithm for its iterations or `seconds`, evaluate it and write the run directory `out`.
+def run_one(settings: Settings, cosine_every: int | None, threads: int) -> dict:
+    """Train one algorithm, evaluate it and write its run directory, `settings.out`.
 
     Returns its costs and `scores`: per number of inner steps the list of scores by task. Data, the first
     use of everything, the cosines and the evaluation are outside the measured time.
@@ -92,84 +109,51 @@ def run_one(
         InputError: the loss is no longer finite.
     """
     torch.set_num_threads(threads)
-    data = open_data(config, allow_download=False)  # what the parent found
-    config = with_image(config, data)
-    model = build_model(config)
-    learner = build_learner(config, model)
-    check_width(learner, data.train)
-    first = data.train.batch(0, 1)
-    gradients, products = gradient_evaluations(learner, one(first, 0))
-    engine = choose(learner, first)[0] if config.engine == "auto" else config.engine
-    meta_gradient(learner, first, engine=engine)
-    every = cosine_every or max(1, config.iterations // 10)
-    snapshots: dict[int, Path] = {}
+    with session(
+        settings, settings.out, say=lambda line: None, allow_download=False
+    ) as run:  # the parent's data
+        settings, learner, model = run.settings, run.learner, run.learner.model
+        first = run.data.train.batch(0, 1)
+        gradients, products = gradient_evaluations(learner, one(first, 0))
+        with torch.random.fork_rng(devices=[]):
+            meta_gradient(learner, first, engine=run.engine)
+        every = cosine_every or max(1, settings.iterations // 10)
+        snapshots: dict[int, Path] = {}
 
-    def keep(iteration: int) -> None:
-        """On disk: a second-order gradient in between, or copies in memory, would be part of the peak."""
-        if config.algorithm == "fomaml":
-            snapshots[iteration] = Path(folder) / f"{iteration}.safetensors"
-            save_weights(snapshots[iteration], model)
+        def keep(iteration: int) -> None:
+            """On disk: a second-order gradient in between, or copies in memory, would be part of the peak."""
+            if settings.algorithm == "fomaml" and iteration % every == 0:
+                snapshots[iteration] = Path(folder) / f"{iteration}.safetensors"
+                save_weights(snapshots[iteration], model)
 
-    spent, iteration = 0.0, 0
-    pace = cosine(seconds or config.iterations)
-    steps = train(
-        learner,
-        data.train,
-        build_optimizer(config, learner),
-        iterations=2**62 if seconds else config.iterations,
-        meta_batch_size=config.meta_batch_size,
-        schedule=(lambda done: pace(spent if seconds else done)) if config.schedule == "cosine" else None,
-        measure_every=2**62,
-        engine=engine,
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        keep(0)
-        memory = Memory(next(model.parameters()).device)
-        while not seconds or spent < seconds:
-            began = time.perf_counter()
-            record = next(steps, None)
-            if record is None:
-                break
-            loss = record.meta_loss.item()  # waits for the device
-            spent += time.perf_counter() - began
-            iteration = record.iteration
-            if not math.isfinite(loss):
-                raise InputError(f"the meta-loss is {loss} at iteration {iteration}")
-            if iteration % every == 0:
-                keep(iteration)
-        peak = memory.peak()
-        keep(iteration)
-        cosines, probe = [], data.tuning.batch(0, config.meta_batch_size)
-        for number, path in snapshots.items():  # the last one is what was trained
-            load_weights(path, model)
-            cosines.append({"iteration": number, "cosine": first_order_cosine(config, model, probe)})
-    found = evaluate(
-        learner,
-        data.test,
-        tasks=config.test_tasks,
-        at_steps=config.test_steps,
-        statistics=config.statistics,
-        engine=engine,
-    )
-    claim(out)
-    write_text(out / "config.json", to_json(dataclasses.replace(config, out=out, iterations=iteration)))
-    save_weights(out / "weights.safetensors", learner)
-    tasks = iteration * config.meta_batch_size
-    return {
-        "iterations": iteration,
-        "seconds": spent,
-        "tasks_per_second": tasks / spent,
-        "engine": engine,
-        "peak_memory_mb": peak,
-        "memory": memory.kind,
-        "gradients_per_task": gradients,
-        "hessian_products_per_task": products,
-        "gradient_evaluations": tasks * gradients,
-        "hessian_products": tasks * products,
-        "settings": {name: getattr(config, name) for name in SETTINGS},
-        "cosines": cosines,
-        "scores": {steps: scores.tolist() for steps, scores in found.items()},
-    }
+        with tempfile.TemporaryDirectory() as folder:
+            keep(0)
+            memory = Memory(next(model.parameters()).device)
+            run.train(measure_every=NO_LIMIT, after=keep)
+            peak = memory.peak()
+            every = 1
+            keep(run.done)
+            cosines, probe = [], run.data.tuning.batch(0, settings.meta_batch_size)
+            for number, path in snapshots.items():  # the last one is what was trained
+                load_weights(path, model)
+                cosines.append({"iteration": number, "cosine": first_order_cosine(settings, model, probe)})
+        run.finish()
+        spent, tasks = run.clock.training, run.done * settings.meta_batch_size
+        return {
+            "iterations": run.done,
+            "seconds": spent,
+            "tasks_per_second": tasks / spent,
+            "engine": run.engine,
+            "peak_memory_mb": peak,
+            "memory": memory.kind,
+            "gradients_per_task": gradients,
+            "hessian_products_per_task": products,
+            "gradient_evaluations": tasks * gradients,
+            "hessian_products": tasks * products,
+            "settings": {name: getattr(settings, name) for name in SETTINGS},
+            "cosines": cosines,
+            "scores": {steps: scores.tolist() for steps, scores in run.scores.items()},
+        }
 
 
 SETTINGS = ("inner_lr", "inner_steps", "meta_lr", "meta_batch_size", "schedule", "choices")
@@ -197,14 +181,14 @@ def gradient_evaluations(learner: MetaLearner, task: Task) -> tuple[int, int]:
     return count, 0 if first_order else learner.inner_steps
 
 
-def first_order_cosine(config: TrainConfig, model: nn.Module, tasks: Task) -> float:
+def first_order_cosine(settings: Settings, model: nn.Module, tasks: Task) -> float:
     """The cosine between FOMAML's and MAML's meta-gradient of `model` on a batch of tasks."""
-    like = dataclasses.replace(config, algorithm="fomaml")
+    like = dataclasses.replace(settings, algorithm="fomaml")
     criterion = build_learner(like, model).criterion
     first, second = (
         torch.cat([g.flatten().double() for g in meta_gradient(learner, tasks).gradients.values()])
         for learner in (
-            preset(model, config.inner_lr, config.inner_steps, criterion) for preset in (FOMAML, MAML)
+            preset(model, settings.inner_lr, settings.inner_steps, criterion) for preset in (FOMAML, MAML)
         )
     )
     return (first @ second / (first.norm() * second.norm())).item()
@@ -282,7 +266,7 @@ def _rows(found: dict[str, dict]) -> list[dict]:
     reference = found["fomaml"].get("scores")
     rows = []
     for algorithm, facts in found.items():
-        row = {"algorithm": algorithm, "name": NAMES[algorithm]}
+        row = {"algorithm": algorithm, "name": ALGORITHMS[algorithm].title}
         if "failed" not in facts:
             scores = {steps: torch.tensor(s, dtype=torch.float64) for steps, s in facts["scores"].items()}
             last = max(scores)
@@ -318,7 +302,7 @@ def describe(result: dict) -> str:
     budget, threads = result["budget"], result["threads"]
     each = f"{budget['seconds']:g} s" if "seconds" in budget else f"{budget['iterations']} iterations"
     what = "accuracy in %" if metric == "accuracy" else "mean squared error"
-    heading = ["", f"after {result['steps']} steps", "to FOMAML", "iterations", "seconds", "tasks/s"]
+    heading = ["", f"after {result['steps']} steps", "from FOMAML", "iterations", "seconds", "tasks/s"]
     lines = [[*heading, "peak MB", "gradients/task"]]
     good = [row for row in result["rows"] if "failed" not in row]
     for row in good:
@@ -351,7 +335,7 @@ def describe(result: dict) -> str:
         text += [
             align(lines),
             "",
-            f"To FOMAML: the paired difference. Peak MB: {good[0]['memory']} during training. Gradients/task: of an "
+            f"Difference from FOMAML: paired. Peak MB: {good[0]['memory']} during training. Gradients/task: of an "
             "outer step;",
             "Hv: Hessian-vector products.",
             "",

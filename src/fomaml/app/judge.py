@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from fomaml.app.build import NAMES, Data, build_model, for_test, head_name, open_data
+from fomaml.app.algorithms import ALGORITHMS
+from fomaml.app.build import Data, build_model, for_test, head_name, open_data
 from fomaml.app.report import table, verdict
-from fomaml.app.settings import TrainConfig
+from fomaml.app.settings import Settings
+from fomaml.app.sources import source_of
 from fomaml.baselines import fine_tune, nearest_centroid, pretrain
 from fomaml.choices import Statistics
 from fomaml.data.source import ClassSource
@@ -19,37 +22,49 @@ from fomaml.learning.learner import MetaLearner
 from fomaml.models import BatchNorm
 
 
-def judge(config: TrainConfig, learner: MetaLearner, data: Data, say=lambda line: None) -> dict:
-    """Evaluate a trained learner, and the baselines, on the same unseen tasks."""
-    say(f"evaluating on {config.test_tasks} unseen tasks")
-    tasks = config.test_tasks
-    name = NAMES[config.algorithm]
+def judge(
+    settings: Settings, learner: MetaLearner, data: Data, say=lambda line: None
+) -> tuple[dict, dict[int, Tensor]]:
+    """Evaluate a trained learner, and the baselines, on the same unseen tasks.
+
+    Returns the result, and by number of inner steps the (tasks,) scores behind it.
+    """
+    say(f"evaluating on {settings.test_tasks} unseen tasks")
+    tasks = settings.test_tasks
+    name = ALGORITHMS[settings.algorithm].title
     found = evaluate(
-        for_test(config, learner),
+        for_test(settings, learner),
         data.test,
         tasks=tasks,
-        at_steps=config.test_steps,
-        statistics=config.statistics,
+        at_steps=settings.test_steps,
+        statistics=settings.statistics,
     )
     rows = [_row(f"{name}, {_steps(steps)}", found[steps], steps=steps) for steps in found]
-    headline = found[config.test_steps[-1]]
+    headline = found[settings.test_steps[-1]]
     differences = []
-    for label, scores, facts in baselines(config, data, say) if config.baselines else ():
+    for label, scores, facts in baselines(settings, data, say) if settings.baselines else ():
         rows.append(_row(label, scores, **facts))
         paired = estimate(headline - scores)
         differences.append({"to": label, "mean": paired.mean, "interval": paired.interval})
-    return summary(config, learner, data, found, config.statistics, rows, differences)
+    return summary(settings, learner, data, found, settings.statistics, rows, differences), found
 
 
 def summary(
-    config, learner, data, found, statistics="own", rows=None, differences=(), balanced=False
+    settings: Settings,
+    learner: MetaLearner,
+    data: Data,
+    found: Mapping[int, Tensor],
+    statistics: Statistics = "own",
+    rows: list[dict] | None = None,
+    differences: Sequence[dict] = (),
+    balanced: bool = False,
 ) -> dict:
     """The result as JSON-able facts: the headline figure, the protocol, the rows and the paired differences."""
     steps = max(found)
-    name = NAMES[config.algorithm]
+    name = ALGORITHMS[settings.algorithm].title
     headline = estimate(found[steps])
-    metric = "loss" if config.source == "sinusoid" else "accuracy"
-    facts = protocol(config, data, learner, statistics, balanced) | {"inner_steps": steps}
+    metric = "loss" if source_of(settings).kind == "regression" else "accuracy"
+    facts = protocol(settings, data, learner, statistics, balanced) | {"inner_steps": steps}
     if rows is None:
         rows = [_row(f"{name}, {_steps(k)}", scores, steps=k) for k, scores in found.items()]
     return {
@@ -66,63 +81,63 @@ def summary(
 
 
 def protocol(
-    config: TrainConfig, data: Data, learner: MetaLearner, statistics: Statistics, balanced: bool = False
+    settings: Settings, data: Data, learner: MetaLearner, statistics: Statistics, balanced: bool = False
 ) -> dict:
     """What an accuracy is an accuracy of."""
     return {
         "data": data.name,
-        "question": config.question or config.split,
-        "ways": None if config.source == "sinusoid" else config.ways,
-        "shots": config.shots,
-        "query_shots": config.test_query_shots,
-        "test_augment": config.test_augment,
-        "copies": config.test_copies,
-        "jitter": config.test_jitter if config.test_copies > 1 else 0.0,
-        "model": config.model,
+        "question": settings.question or settings.split,
+        "ways": None if source_of(settings).kind == "regression" else settings.ways,
+        "shots": settings.shots,
+        "query_shots": settings.test_query_shots,
+        "test_augment": settings.test_augment,
+        "copies": settings.test_copies,
+        "jitter": settings.test_jitter if settings.test_copies > 1 else 0.0,
+        "model": settings.model,
         "statistics": statistics,
         "transductive": statistics == "own" and _is_transductive(learner),
         "balanced": balanced,
     }
 
 
-def baselines(config: TrainConfig, data: Data, say):
+def baselines(settings: Settings, data: Data, say):
     """(label, scores, facts) of each baseline on the test tasks, step size and count tuned on training classes."""
-    if config.source == "sinusoid":
+    if source_of(settings).kind == "regression":
         return
-    counts = {"tasks": config.test_tasks, "tuning_tasks": min(config.test_tasks, 50)}
-    counts["statistics"] = config.statistics
+    counts = {"tasks": settings.test_tasks, "tuning_tasks": min(settings.test_tasks, 50)}
+    counts["statistics"] = settings.statistics
     say("baseline: the same network from a random start")
-    tuned = fine_tune(lambda n: build_model(config, 1000 + n), data.tuning, data.test, **counts)
+    tuned = fine_tune(lambda n: build_model(settings, 1000 + n), data.tuning, data.test, **counts)
     yield "random start, support set only", tuned.scores, _facts(tuned)
     learned = {"pretrained classifier, fine-tuned": data.own_classes}
-    if config.augment != "none":
+    if settings.augment != "none":
         learned["pretrained on augmented, fine-tuned"] = data.classes
     for label, classes in learned.items():
         say(f"baseline: the same network pretrained as a classifier of {len(classes)} classes")
-        model = pretrained(config, classes)
+        model = pretrained(settings, classes)
         tuned = fine_tune(model, data.tuning, data.test, **counts)
         yield label, tuned.scores, _facts(tuned)
-    yield "nearest centroid of the pixels", nearest_centroid(data.test, tasks=config.test_tasks), {}
+    yield "nearest centroid of the pixels", nearest_centroid(data.test, tasks=settings.test_tasks), {}
 
 
-def pretrained(config: TrainConfig, classes: ClassSource) -> nn.Module:
+def pretrained(settings: Settings, classes: ClassSource) -> nn.Module:
     """The run's network as an ordinary classifier of these classes has learned it, with a head of zeros: the
     classifier's own head means nothing under new labels.
     """
-    model = build_model(config)
+    model = build_model(settings)
     owner, _, last = head_name(model).rpartition(".")
     owner = model.get_submodule(owner)
     head = getattr(owner, last)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+        torch.manual_seed(settings.seed)
         setattr(owner, last, nn.Linear(head.in_features, len(classes)).to(head.weight))
-    pretrain(model, classes, seed=config.seed)
+    pretrain(model, classes, seed=settings.seed)
     setattr(owner, last, head)
     return model
 
 
 def evaluate_run(
-    config: TrainConfig,
+    settings: Settings,
     learner: MetaLearner,
     statistics: Sequence[Statistics] | None = None,
     seed: int | None = None,
@@ -137,18 +152,22 @@ def evaluate_run(
     Raises:
         InputError: no data, or no validation classes in them; balanced, and tasks without classes.
     """
-    data = open_data(config, test_seed=seed)
+    data = open_data(settings, test_seed=seed)
     if part == "validation":
         if data.validation is None:
             raise InputError(f"{data.unvalidated}; take --part test")
-        data = data._replace(test=data.validation)
+        data = dataclasses.replace(data, test=data.validation)
 
-    kinds = list(dict.fromkeys(statistics or [config.statistics]))
-    points = [(steps, kind) for kind in kinds for steps in config.test_steps]
-    scores = evaluate_at(for_test(config, learner), data.test, points, config.test_tasks, balanced=balanced)
+    kinds = list(dict.fromkeys(statistics or [settings.statistics]))
+    points = [(steps, kind) for kind in kinds for steps in settings.test_steps]
+    scores = evaluate_at(
+        for_test(settings, learner), data.test, points, settings.test_tasks, balanced=balanced
+    )
     found = [{steps: each for (steps, own), each in scores.items() if own == kind} for kind in kinds]
-    result, *others = (summary(config, learner, data, *each, balanced=balanced) for each in zip(found, kinds))
-    result |= {"part": part, "seed": config.seed if seed is None else seed}
+    result, *others = (
+        summary(settings, learner, data, *each, balanced=balanced) for each in zip(found, kinds)
+    )
+    result |= {"part": part, "seed": settings.seed if seed is None else seed}
     if others:
         result["by_statistics"] = dict(zip(kinds[1:], others))
         paired = estimate(found[0][result["steps"]] - found[1][result["steps"]])
@@ -170,7 +189,9 @@ def describe(result: dict) -> str:
     turns = ", each class turned at random" if protocol.get("test_augment") == "turns" else ""
     if protocol.get("copies", 1) > 1:
         turns += f", each image {protocol['copies']} times (jitter {protocol['jitter']:g})"
-    balanced = ", balanced: as many of each class taken for known" if protocol.get("balanced") else ""
+    balanced = (
+        ", balanced: the same number of query examples per class assumed" if protocol.get("balanced") else ""
+    )
     queries = f"{protocol['query_shots']} query {'example' if protocol['query_shots'] == 1 else 'examples'}"
     part = "validation" if result.get("part") == "validation" else "unseen"
     lines = [

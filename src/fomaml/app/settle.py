@@ -1,0 +1,233 @@
+"""From what was asked for to the settings of a run, checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from fomaml.app.algorithms import ALGORITHMS, ANY_WAYS
+from fomaml.app.build import NETWORKS
+from fomaml.app.defaults import DEFAULTS, FOLLOWING
+from fomaml.app.presets import PRESETS
+from fomaml.app.settings import Settings
+from fomaml.app.sources import SOURCES, names, source_of, split_name
+from fomaml.choices import check_choice
+from fomaml.errors import InputError, positive
+
+COUNTS = (
+    *(
+        "ways",
+        "shots",
+        "query_shots",
+        "train_ways",
+        "train_shots",
+        "test_query_shots",
+        "test_copies",
+        "inner_steps",
+    ),
+    *(
+        "meta_batch_size",
+        "iterations",
+        "validation_tasks",
+        "test_tasks",
+        "checkpoint_every",
+        "inner_batch_size",
+    ),
+    *("test_inner_batch_size", "multi_step_iterations", "patience", "tasks_at_once"),
+)
+SIZES = ("inner_lr", "meta_lr", "rates_lr", "clip", "seconds")
+BELOW = {"inner_momentum": 1, "weight_decay": math.inf, "jitter": 1, "test_jitter": 1}
+# The options that only some sources take, with their values for all others.
+OF_SOURCES: dict[str, Any] = {
+    option: False if value is False else None
+    for source in SOURCES.values()
+    for option, value in source.options.items()
+}
+# What makes no sense where there are no classes of images.
+OF_CLASSES = ("augment", "jitter", "test_augment", "test_copies", "inner_loss")
+CHOICES = {
+    name: get_args(hint)
+    for name, hint in get_type_hints(Settings).items()
+    for hint in (next((each for each in (hint, *get_args(hint)) if get_origin(each) is Literal), None),)
+    if hint is not None
+}
+
+
+def settle(**given: Any) -> Settings:
+    """The settings of a run out of the options that were given, by name; see `settle_with_origins`."""
+    return settle_with_origins(given)[0]
+
+
+def settle_with_origins(given: Mapping[str, Any]) -> tuple[Settings, dict[str, str]]:
+    """Fill in what was left out, and check every value that can be checked without data.
+
+    What was given comes first, then the preset's, the algorithm's and the source's values, then the default.
+
+    Returns the settings and, by name, where each came from.
+
+    Raises:
+        InputError: an unknown name (the message lists the known ones), a number that is not positive, or
+            options that do not go together.
+    """
+    unknown = sorted(set(given) - {field.name for field in dataclasses.fields(Settings)})
+    if unknown:
+        raise InputError(f"there is no option {unknown[0]!r}")
+    given = {name: value for name, value in given.items() if value is not None}
+    preset: Mapping[str, Any] = {}
+    if "preset" in given:
+        check_choice("preset", given["preset"], PRESETS)
+        preset = PRESETS[given["preset"]].settings
+    asked = {**preset, **given}
+    name, path = split_name(asked.get("source", ""))
+    if name not in SOURCES or bool(path) != bool(SOURCES[name].path):
+        check_choice("source", asked.get("source", ""), names())
+    source = SOURCES[name]
+    for option in OF_SOURCES:
+        if asked.get(option) and option not in source.options:
+            raise InputError(
+                f"the source {name} takes no --{option.replace('_', '-')}, got {asked[option]!r}"
+            )
+    algorithm = asked.get("algorithm", DEFAULTS["algorithm"])
+    check_choice("algorithm", algorithm, ALGORITHMS)
+    own = {**OF_SOURCES, **source.options}
+    question = asked.get("question", own["question"])
+    if question is not None:
+        check_choice("question", question, CHOICES["question"])
+    suited = source.defaults[question or ""]
+    shots = asked.get("shots", suited[min(suited)].get("shots", DEFAULTS["shots"]))
+    positive("shots", shots, integer=True)
+    layers = [
+        ("default", {**DEFAULTS, **own}),
+        (f"source {name}", suited[max(few for few in suited if few <= shots)]),
+        (f"algorithm {algorithm}", ALGORITHMS[algorithm].defaults.get(source.kind, {})),
+        (f"preset {given.get('preset')}", preset),
+        ("given", given),
+    ]
+    values, origins = {}, {}
+    for origin, layer in layers:
+        values |= layer
+        origins |= dict.fromkeys(layer, origin)
+    for follower, leader in FOLLOWING.items():
+        if follower not in values:
+            values[follower], origins[follower] = values[leader], f"as {leader}"
+    if algorithm == "maml++" and values["multi_step_iterations"] is None:
+        values["multi_step_iterations"] = max(1, values["iterations"] // 10)
+        origins["multi_step_iterations"] = "a tenth of iterations"
+    settings = Settings(**values)
+    check(settings, given)
+    return settings, origins
+
+
+def check(settings: Settings, given: Mapping[str, Any] = {}) -> None:
+    """Raise `InputError` where a value is none of those there are, or options do not go together.
+
+    given: the options that were asked for, where that makes a difference.
+    """
+    check_choice("model", settings.model, NETWORKS)
+    for name, choices in CHOICES.items():
+        if getattr(settings, name) is not None:
+            check_choice(name.replace("_", " "), getattr(settings, name), choices)
+    for name in COUNTS:
+        if getattr(settings, name) is not None:
+            positive(name, getattr(settings, name), integer=True)
+    for name in SIZES:
+        if getattr(settings, name) is not None:
+            positive(name, getattr(settings, name))
+    for name, most in BELOW.items():
+        check_below(name, getattr(settings, name), most)
+    if len(settings.channels) not in (1, 4):
+        raise InputError(
+            f"--channels takes one number or four, one for each convolution, got {list(settings.channels)}"
+        )
+    for channels in settings.channels:
+        positive("channels", channels, integer=True)
+    if settings.validate_every:
+        positive("validate_every", settings.validate_every, integer=True)
+    if "test_jitter" in given and settings.test_copies == 1:
+        raise InputError("--test-jitter moves the copies of each image: give --test-copies, 2 or more")
+    if settings.seconds is not None and "iterations" in given:
+        raise InputError(
+            f"the budget is --iterations {settings.iterations} or --seconds {settings.seconds:g}, not both"
+        )
+    check_steps(settings.test_steps)
+    check_classless(settings)
+    _check_algorithm(settings)
+    _check_network(settings)
+
+
+def check_below(name: str, value: float, most: float) -> None:
+    """Raise `InputError` unless 0 ≤ value < most."""
+    if not 0 <= value < most:
+        raise InputError(f"{name} must be 0 or more and below {most}, got {value}")
+
+
+def check_steps(steps: tuple[int, ...]) -> None:
+    """Raise `InputError` unless these are ascending whole numbers of 0 or more."""
+    if not steps or min(steps) < 0 or list(steps) != sorted(set(steps)):
+        raise InputError(f"test steps must be ascending whole numbers of 0 or more, got {list(steps)}")
+
+
+def check_classless(settings: Settings) -> None:
+    """Raise `InputError` where a source of functions is given an option of classes or images."""
+    if source_of(settings).kind == "classification":
+        return
+    name = split_name(settings.source)[0]
+    if settings.model != "mlp":
+        raise InputError(f"the source {name} goes with the model mlp, got {settings.model!r}")
+    if ALGORITHMS[settings.algorithm].any_ways:
+        raise InputError(f"the algorithm {settings.algorithm} needs classes: the source {name} has none")
+    for option in OF_CLASSES:
+        value, plain = getattr(settings, option), DEFAULTS[option]
+        if value != plain:
+            plain = 0 if plain == 0 else plain
+            raise InputError(f"the source {name} has no classes: {option} must be {plain}, got {value!r}")
+
+
+def _check_algorithm(settings: Settings) -> None:
+    """Options that go with some algorithms only."""
+    name = settings.algorithm
+    algorithm = ALGORITHMS[name]
+    if algorithm.models is not None and settings.model not in algorithm.models:
+        raise InputError(
+            f"the algorithm {name} goes with the model {' or '.join(algorithm.models)}, got {settings.model!r}"
+        )
+    if settings.train_ways != settings.ways and not algorithm.any_ways:
+        raise InputError(
+            f"{settings.train_ways} ways in training and {settings.ways} at test need a head made of classes: "
+            f"--algorithm {' or '.join(ANY_WAYS)}, got {name}"
+        )
+    for refused, why in algorithm.refuses.items():
+        option, _, value = refused.partition("=")
+        found = getattr(settings, option)
+        if str(found) == value if value else found != DEFAULTS[option]:
+            text = f"--{option.replace('_', '-')} {found}"
+            raise InputError(f"the option {text} does not go with the algorithm {name}: {why}")
+    if settings.inner_loss == "summed" and settings.train_ways != settings.ways:
+        raise InputError("--inner-loss summed is N times the mean: give no --train-ways beside it")
+    if settings.learn_rates == "elementwise" and settings.train_ways != settings.ways:
+        raise InputError(
+            f"--learn-rates elementwise learns a head of {settings.train_ways} classes, of which {settings.ways} "
+            "at test have no use: take per-step, or no --train-ways"
+        )
+    if settings.learn_rates != "none" and settings.inner_optimizer != "sgd":
+        raise InputError(f"--learn-rates goes with --inner-optimizer sgd, got {settings.inner_optimizer}")
+    if settings.multi_step_iterations is not None and settings.compile:
+        raise InputError(
+            "--compile does not take the multi-step loss, whose weights change at every iteration"
+        )
+    if settings.patience is not None and settings.validate_every == 0:
+        raise InputError("--patience counts validations: give --validate-every 1 or more, got 0")
+
+
+def _check_network(settings: Settings) -> None:
+    """Options of convolutions, where there are none."""
+    if settings.model != "mlp":
+        return
+    for name in ("channels", "norm_policy", "norm_parameters", "adapt"):
+        value = getattr(settings, name)
+        if value != DEFAULTS[name]:
+            value = " ".join(map(str, value)) if isinstance(value, tuple) else value
+            option = f"--{name.replace('_', '-')} {value}"
+            raise InputError(f"the model mlp has no convolutions and no batch norm: no {option}")

@@ -1,0 +1,178 @@
+"""The sources of the command line: an entry for each loads its examples and says what suits it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fomaml.app.algorithms import Kind
+from fomaml.app.settings import Settings
+from fomaml.data.folder import load_folder
+from fomaml.data.mnist import MNIST, load_mnist
+from fomaml.data.omniglot import load_omniglot
+from fomaml.data.source import ClassSource
+from fomaml.data.synthetic import Sinusoids
+
+DIGITS = [str(digit) for digit in range(10)]
+
+
+class Classes(NamedTuple):
+    """The classes to train, to validate and to test on, and the name and origin of the data."""
+
+    train: ClassSource
+    validation: ClassSource | None
+    test: ClassSource
+    name: str
+    origin: str
+
+
+class Functions(NamedTuple):
+    """A family of functions to regress, see `RegressionEpisodes`, and its name and origin."""
+
+    family: Any
+    name: str
+    origin: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source of tasks, to be chosen by name.
+
+    load: (settings, allow_download) → its examples.
+    kind: of its tasks.
+    path: what stands after a colon in its name, as in folder:PATH; empty where nothing does.
+    options: options that it alone understands, or shares with few, with their defaults.
+    defaults: what else it takes for options that are not given, by question ("" where it asks none), then by number of
+        shots; the nearest below counts.
+    outputs: the outputs of its networks, where they are not the ways.
+    inputs: the shape of an input where the data do not say it.
+    hidden, context: the hidden layers of its mlp, and the context parameters that CAVIA adds.
+    """
+
+    load: Callable[[Settings, bool], Classes | Functions]
+    kind: Kind = "classification"
+    path: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    defaults: Mapping[str, Mapping[int, Mapping[str, Any]]] = field(default_factory=dict)
+    outputs: int | None = None
+    inputs: tuple[int, ...] = (1, 28, 28)
+    hidden: tuple[int, ...] = (256,)
+    context: int = 100
+
+
+@functools.lru_cache(maxsize=1)
+def _mnist(root: Path | None, allow_download: bool) -> MNIST:
+    return load_mnist(root, allow_download)
+
+
+def load_digits(settings: Settings, allow_download: bool) -> Classes:
+    mnist = _mnist(settings.data_root, allow_download)
+    train, test = mnist.train, mnist.test
+    if settings.question == "new-digits":
+        train, test = train.select(DIGITS[:5]), test.select(DIGITS[5:])
+    return Classes(train, None, test, mnist.name, mnist.origin)
+
+
+def load_characters(settings: Settings, allow_download: bool) -> Classes:
+    omniglot = load_omniglot(
+        settings.data_root, split=settings.split, resize=settings.resize, allow_download=allow_download
+    )
+    return Classes(*omniglot[:3], "Omniglot", f"{omniglot.origin}, split {omniglot.split}")
+
+
+def load_images(settings: Settings, allow_download: bool) -> Classes:
+    path = split_name(settings.source)[1]
+    folder = load_folder(path, size=settings.image_size, colour="rgb" if settings.rgb else "grey")
+    return Classes(folder.train, folder.validation, folder.test, Path(path).name, folder.origin)
+
+
+def load_sinusoids(settings: Settings, allow_download: bool) -> Functions:
+    return Functions(Sinusoids(), "sinusoids", "y = A sin(x - p), A in [0.1, 5], p in [0, π]")
+
+
+# How the defaults of MNIST were found: docs/LOG.md.
+SOURCES: dict[str, Source] = {
+    "mnist": Source(
+        load_digits,
+        outputs=10,  # the tutorial's network has ten
+        options={"question": "new-labels"},
+        defaults={
+            "new-labels": {
+                1: {"inner_lr": 0.05, "inner_steps": 5, "meta_lr": 5e-3, "iterations": 1000},
+                5: {"inner_lr": 0.05, "inner_steps": 5, "meta_lr": 5e-3, "iterations": 800},
+            },
+            "new-digits": {
+                1: {
+                    "inner_lr": 0.05,
+                    "inner_steps": 5,
+                    "meta_batch_size": 32,
+                    "iterations": 500,
+                    "schedule": "constant",
+                    "augment": "rotations",
+                },
+                5: {"inner_lr": 0.02, "inner_steps": 10, "iterations": 400, "augment": "warps"},
+            },
+        },
+    ),
+    "omniglot": Source(
+        load_characters,
+        options={"split": "maml", "resize": "lanczos"},
+        defaults={
+            "": {
+                1: {
+                    "model": "conv4-strided",
+                    "inner_lr": 0.4,
+                    "inner_steps": 3,
+                    "meta_lr": 2e-3,
+                    "query_shots": 5,
+                    "iterations": 2000,
+                    "augment": "rotations",
+                },
+            }
+        },
+    ),
+    "folder": Source(
+        load_images,
+        path="PATH",
+        options={"image_size": None, "rgb": False},
+        defaults={"": {1: {"model": "conv4", "inner_lr": 0.05, "inner_steps": 5, "iterations": 2000}}},
+    ),
+    "sinusoid": Source(
+        load_sinusoids,
+        kind="regression",
+        defaults={
+            "": {
+                1: {
+                    "shots": 10,
+                    "inner_lr": 0.01,
+                    "inner_steps": 1,
+                    "iterations": 15000,
+                    "meta_batch_size": 25,
+                }
+            }
+        },
+        outputs=1,
+        inputs=(1,),
+        hidden=(40, 40),
+        context=5,
+    ),
+}
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """The name of an entry of SOURCES, and what stands after the colon."""
+    entry, _, path = name.partition(":")
+    return entry, path
+
+
+def source_of(settings: Settings) -> Source:
+    """The entry of a run's source."""
+    return SOURCES[split_name(settings.source)[0]]
+
+
+def names() -> list[str]:
+    """The sources as they are typed."""
+    return [f"{name}:{source.path}" if source.path else name for name, source in SOURCES.items()]
