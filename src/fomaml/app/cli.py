@@ -80,17 +80,17 @@ def _train(options: TrainOptions) -> None:
 
 def settled(settings: Settings, origins: dict[str, str]) -> str:
     """The settings of a run under the headings of the options, each with where it came from."""
-    text = []
+    lines = [["setting", "value", "from"]]
     for heading, names in headings(TrainOptions).items():
-        lines = [[heading or "Run", "", "from"]]
+        if heading:
+            lines.append([f"\n{heading}", "", ""])
         for name in names:
             if name in origins:
                 value = getattr(settings, name)
                 shown = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
                 lines.append([name, "-" if value is None else shown, origins[name]])
-        text.append(align(lines, left=True))
-    text.append("The data decide on validate_every, where it is not given, when the run begins.")
-    return "\n\n".join(text)
+    text = "\n".join(line.rstrip() for line in align(lines, left=True).splitlines())
+    return f"{text}\n\nThe data decide on validate_every, where it is not given, when the run begins."
 
 
 def _evaluate(options: EvaluateOptions) -> None:

@@ -82,7 +82,9 @@ def settle_with_origins(given: Mapping[str, Any]) -> tuple[Settings, dict[str, s
     asked = {**preset, **given}
     name, path = split_name(asked.get("source", ""))
     if name not in SOURCES or bool(path) != bool(SOURCES[name].path):
-        check_choice("source", asked.get("source", ""), names())
+        if "source" not in asked:
+            raise InputError(f"name a source of tasks: {', '.join(names())}")
+        check_choice("source", asked["source"], names())
     source = SOURCES[name]
     for option in OF_SOURCES:
         if asked.get(option) and option not in source.options:
@@ -91,16 +93,15 @@ def settle_with_origins(given: Mapping[str, Any]) -> tuple[Settings, dict[str, s
             )
     algorithm = asked.get("algorithm", DEFAULTS["algorithm"])
     check_choice("algorithm", algorithm, ALGORITHMS)
-    own = {**OF_SOURCES, **source.options}
-    question = asked.get("question", own["question"])
+    question = asked.get("question", source.options.get("question"))
     if question is not None:
         check_choice("question", question, CHOICES["question"])
     suited = source.defaults[question or ""]
     shots = asked.get("shots", suited[min(suited)].get("shots", DEFAULTS["shots"]))
     positive("shots", shots, integer=True)
     layers = [
-        ("default", {**DEFAULTS, **own}),
-        (f"source {name}", suited[max(few for few in suited if few <= shots)]),
+        ("default", {**DEFAULTS, **OF_SOURCES}),
+        (f"source {name}", {**source.options, **suited[max(few for few in suited if few <= shots)]}),
         (f"algorithm {algorithm}", ALGORITHMS[algorithm].defaults.get(source.kind, {})),
         (f"preset {given.get('preset')}", preset),
         ("given", given),
