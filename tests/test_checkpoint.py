@@ -5,19 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
-import fomaml.checkpoint as checkpoint
-from fomaml.checkpoint import (
-    load_state,
-    load_tensors,
-    load_weights,
-    save_state,
-    save_tensors,
-    save_weights,
-)
+import fomaml.files as files
+from fomaml.checkpoint import load_progress, load_state, load_weights, save_state, save_weights
 from fomaml.errors import InputError
-from fomaml.files import write_text
+from fomaml.files import load_tensors, save_tensors, write_text
 from fomaml.models import MLP
 from zoo import User
 
@@ -185,6 +180,134 @@ def test_a_state_of_an_optimiser_of_other_groups(path):
         load_state(path, model, torch.optim.Adam(groups))
 
 
+# --- digests --------------------------------------------------------------------------------------
+
+
+FACTS = {"iteration": 7, "names": ["é", None]}
+EVERY_KIND = {
+    "images": torch.arange(24.0).view(1, 2, 3, 4),
+    "half": torch.tensor([1.5, -2.0]).bfloat16(),
+    "complex": torch.tensor([1 + 2j]),
+    "empty": torch.zeros(0, 5),
+    "flag": torch.tensor(True),
+}
+
+
+def digest(path):
+    with safe_open(path, framework="pt") as file:
+        return file.metadata()["digest"]
+
+
+def reread(path):
+    """What a file holds, or None where it is refused as damaged."""
+    try:
+        return load_tensors(path, settings={"shots": 1})
+    except InputError as error:
+        assert "is damaged" in str(error) and str(path) in str(error) and "\n" not in str(error)
+        return None
+
+
+def test_a_changed_bit_is_noticed_wherever_it_is(path):
+    """Or it changes nothing, as in the padding of the header."""
+    save_tensors(path, EVERY_KIND, FACTS, {"shots": 1})
+    whole = path.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    refused = []
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+        if (found := reread(path)) is None:
+            refused.append(place)
+        else:
+            assert same(found[0], EVERY_KIND) and found[1] == FACTS
+    assert len(refused) > 0.95 * len(whole)
+    assert set(range(header, len(whole))) <= set(refused)
+    path.write_bytes(whole)
+    assert reread(path)[1] == FACTS
+
+
+def rewritten(path, change):
+    """The file with another header or other tensors, and the digest as it was."""
+    with safe_open(path, framework="pt") as file:
+        header, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    change(header, tensors)
+    save_file(tensors, path, header)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda header, tensors: header.update(fomaml='{"iteration": 8}'),
+        lambda header, tensors: header.update(settings=files.settings_digest({"shots": 5})),
+        lambda header, tensors: header.pop("settings"),
+        lambda header, tensors: header.pop("fomaml"),
+        lambda header, tensors: header.update(more="1"),
+        lambda header, tensors: tensors.update(a=tensors["a"].view(3, 2)),
+        lambda header, tensors: tensors.update(a=tensors["a"].int()),
+        lambda header, tensors: tensors.update(a=tensors["a"].view(torch.int32)),
+        lambda header, tensors: tensors.update(c=tensors.pop("b")),
+        lambda header, tensors: tensors.update(a=tensors["b"], b=tensors["a"]),
+        lambda header, tensors: tensors.pop("b"),
+        lambda header, tensors: tensors.update(c=torch.zeros(0)),
+    ],
+)
+def test_another_fact_name_shape_dtype_or_number_of_tensors_is_noticed(path, change):
+    save_tensors(path, {"a": torch.zeros(2, 3), "b": torch.ones(2, 3)}, FACTS, {"shots": 1})
+    rewritten(path, lambda header, tensors: None)
+    assert load_tensors(path)[1] == FACTS
+    rewritten(path, change)
+    with pytest.raises(InputError, match="is damaged: "):
+        load_tensors(path)
+
+
+def test_the_digest_is_that_of_the_values_in_any_memory_format(path):
+    images = torch.randn(2, 3, 4, 5)
+    found = set()
+    for other in (
+        images,
+        images.contiguous(memory_format=torch.channels_last),
+        images.mT.contiguous().mT,
+        nn.Parameter(images.clone()),
+        torch.stack([images, images], -1)[..., 0],
+    ):
+        save_tensors(path, {"b": other, "a": torch.ones(1)}, FACTS)
+        found.add(digest(path))
+        save_tensors(path, {"a": torch.ones(1), "b": other}, FACTS)
+        found.add(digest(path))
+    assert len(found) == 1
+    save_tensors(path, {"a": torch.ones(1), "b": images + 1}, FACTS)
+    assert digest(path) not in found
+
+
+@pytest.mark.parametrize("header", [{"fomaml": '{"iteration": 4}'}, {"format": "pt"}, None])
+def test_files_without_a_digest_are_read(path, header):
+    """Those of earlier runs, whose header has the facts alone, and those that others wrote."""
+    model = MLP(3, 2)
+    save_file(model.state_dict(), path, header)
+    assert same(load_weights(path, MLP(3, 2)).state_dict(), model.state_dict())
+    assert same(load_weights(path, MLP(3, 2), {"shots": 1}).state_dict(), model.state_dict())
+    assert load_tensors(path)[1] == ({"iteration": 4} if header == {"fomaml": '{"iteration": 4}'} else {})
+
+
+def test_files_of_other_settings_are_refused(path):
+    model = MLP(3, 2)
+    optimizer = torch.optim.Adam(model.parameters())
+    settings = {"shots": 1, "betas": (0.9, 0.1 + 0.2), "name": "é", "inner": {"lr": 0.1, "steps": None}}
+    again = {"name": "é", "inner": {"steps": None, "lr": 0.1}, "betas": [0.9, 0.1 + 0.2], "shots": 1}
+    message = "was written for other settings than those given"
+    save_weights(path, model, settings)
+    for known in (None, settings, again):
+        load_weights(path, model, known)
+    for other in ({}, settings | {"shots": 2}, settings | {"more": 1}):
+        with pytest.raises(InputError, match=message):
+            load_weights(path, model, other)
+    save_state(path, model, optimizer, 3, {"best": 1}, settings)
+    assert load_state(path, model, optimizer, again) == 3 and load_progress(path) == {"best": 1}
+    with pytest.raises(InputError, match=message):
+        load_state(path, model, optimizer, settings | {"shots": 2})
+    save_state(path, model, optimizer, 3)
+    assert load_state(path, model, optimizer, settings) == 3
+
+
 # --- whole or not there ---------------------------------------------------------------------------
 
 
@@ -197,7 +320,7 @@ def test_an_error_in_the_middle_leaves_the_old_file_and_nothing_else(path, monke
         Path(file).write_bytes(b"half")
         raise error
 
-    monkeypatch.setattr(checkpoint, "save_file", half)
+    monkeypatch.setattr(files, "save_file", half)
     with pytest.raises(type(error)):
         save_tensors(path, {"a": torch.zeros(3)})
     assert path.read_bytes() == before
@@ -206,18 +329,18 @@ def test_an_error_in_the_middle_leaves_the_old_file_and_nothing_else(path, monke
 
 KILLED = """
 import os, sys, torch
-import fomaml.checkpoint as checkpoint
+import fomaml.files as files
 def half(tensors, file, facts):
     open(file, "wb").write(b"half")
     os._exit(9)
-checkpoint.save_file = half
-checkpoint.save_tensors(sys.argv[1], {"a": torch.zeros(3)})
+files.save_file = half
+files.save_tensors(sys.argv[1], {"a": torch.zeros(3)})
 """
 
 
 def test_a_killed_run_leaves_the_old_file_whole(path):
     save_tensors(path, {"a": torch.ones(3)}, {"iteration": 4})
-    source = str(Path(checkpoint.__file__).parents[1])
+    source = str(Path(files.__file__).parents[1])
     killed = subprocess.run([sys.executable, "-c", KILLED, path], env=os.environ | {"PYTHONPATH": source})
     assert killed.returncode == 9
     tensors, facts = load_tensors(path)
@@ -230,7 +353,7 @@ def test_a_killed_run_leaves_the_old_file_whole(path):
 
 
 def test_a_killed_first_save_leaves_no_file(path):
-    source = str(Path(checkpoint.__file__).parents[1])
+    source = str(Path(files.__file__).parents[1])
     subprocess.run([sys.executable, "-c", KILLED, path], env=os.environ | {"PYTHONPATH": source})
     with pytest.raises(InputError, match="no file"):
         load_tensors(path)
@@ -245,7 +368,7 @@ def test_text_is_written_whole_in_utf8(tmp_path):
 
 
 def test_no_source_file_reads_pickles():
-    root = Path(checkpoint.__file__).parent
+    root = Path(files.__file__).parent
     for file in root.rglob("*.py"):
         code = [line for line in file.read_text(encoding="utf-8").splitlines() if not line.startswith('"""')]
         for word in ("torch.load(", "torch.save(", "import pickle", "allow_pickle", "joblib", "dill"):

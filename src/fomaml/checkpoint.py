@@ -1,55 +1,34 @@
-"""Weights and training states as safetensors files, written beside and renamed: whole or not there; no pickle."""
+"""Weights and training states as files of tensors: whole or not there, and still what was written."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fomaml.errors import InputError
-from fomaml.files import replacing
+from fomaml.files import load_tensors, save_tensors
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping | None = None) -> None:
-    """Write named tensors, and JSON-able facts in the file's header, atomically and flushed to disk."""
-    own = {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}
-    with replacing(path) as temporary:
-        save_file(own, temporary, {"fomaml": json.dumps(dict(facts or {}))})
+def save_weights(path: Path, module: nn.Module, settings: Mapping[str, Any] | None = None) -> None:
+    """Write a module's parameters and buffers; tied ones are written once each under their own names.
 
-
-def load_tensors(path: Path, device: str | torch.device = "cpu") -> tuple[dict[str, Tensor], dict]:
-    """Read a file of `save_tensors`: the tensors by name, and the facts.
-
-    Raises:
-        InputError: the file is not there, or damaged.
+    settings: JSON-able; the file keeps their digest, for `load_weights` to compare.
     """
-    try:
-        with safe_open(str(path), framework="pt", device=str(device)) as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return tensors, json.loads((file.metadata() or {}).get("fomaml", "{}"))
-    except FileNotFoundError:
-        raise InputError(f"no file {path}: was the run finished?") from None
-    except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"{path} is damaged or not a safetensors file ({error})") from None
+    save_tensors(path, module.state_dict(), settings=settings)
 
 
-def save_weights(path: Path, module: nn.Module) -> None:
-    """Write a module's parameters and buffers; tied ones are written once each under their own names."""
-    save_tensors(path, module.state_dict())
-
-
-def load_weights(path: Path, module: nn.Module) -> nn.Module:
+def load_weights(path: Path, module: nn.Module, settings: Mapping[str, Any] | None = None) -> nn.Module:
     """Read parameters and buffers into a module, in place; returns it.
 
     Raises:
-        InputError: a damaged file, or names or shapes that are not the module's.
+        InputError: a damaged file, one that was written for other settings, or names or shapes that are not the
+            module's.
     """
-    tensors, _ = load_tensors(path)
+    tensors, _ = load_tensors(path, settings=settings)
     try:
         module.load_state_dict(tensors)
     except RuntimeError as error:
@@ -63,12 +42,14 @@ def save_state(
     module: nn.Module,
     optimizer: torch.optim.Optimizer,
     iteration: int,
-    progress: Mapping | None = None,
+    progress: Mapping[str, Any] | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> None:
     """Write all that a run needs to go on: parameters, buffers, the optimiser's state, the iteration, and the
     state of torch's random numbers on the CPU, which dropout draws from.
 
     progress: further JSON-able facts, for `load_progress`.
+    settings: JSON-able; the file keeps their digest, for `load_state` to compare.
     """
     state = optimizer.state_dict()
     tensors = {f"module/{name}": t for name, t in module.state_dict().items()}
@@ -86,16 +67,21 @@ def save_state(
         "numbers": numbers,
         "progress": dict(progress or {}),
     }
-    save_tensors(path, tensors, facts)
+    save_tensors(path, tensors, facts, settings)
 
 
-def load_state(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+def load_state(
+    path: Path,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    settings: Mapping[str, Any] | None = None,
+) -> int:
     """Read a file of `save_state` into a module and its optimiser, in place; returns the iteration.
 
     Raises:
-        InputError: a damaged file, or one of another module or optimiser.
+        InputError: a damaged file, one that was written for other settings, or one of another module or optimiser.
     """
-    tensors, facts = load_tensors(path)
+    tensors, facts = load_tensors(path, settings=settings)
     own = {n.removeprefix("module/"): t for n, t in tensors.items() if n.startswith("module/")}
     state: dict[int, dict] = {int(i): dict(v) for i, v in facts.get("numbers", {}).items()}
     for name, tensor in tensors.items():

@@ -1,11 +1,30 @@
-"""Where files are kept between runs, and how they are written: whole, or not there."""
+"""Where files are kept between runs, and how they are written: whole, or not there; no pickle.
+
+Tensors are written as safetensors files that carry a digest of all that they hold, which is checked when they are read.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fomaml.errors import InputError
+
+ENTRIES = {
+    "fomaml",
+    "settings",
+    "digest",
+}  # of a header: facts as JSON, and two digests; earlier files have the first
 
 
 def user_cache() -> Path:
@@ -32,3 +51,64 @@ def replacing(path: Path) -> Iterator[Path]:
     with open(temporary, "rb") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def save_tensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    facts: Mapping[str, Any] | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> None:
+    """Write named tensors, and JSON-able facts in the file's header, atomically and flushed to disk.
+
+    settings: what they came from, JSON-able; the file keeps its digest, for `load_tensors` to compare.
+    """
+    own = {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}
+    header = {"fomaml": json.dumps(dict(facts or {}))}
+    if settings is not None:
+        header["settings"] = settings_digest(settings)
+    header["digest"] = _digest(own, header)
+    with replacing(path) as temporary:
+        save_file(own, temporary, header)
+
+
+def load_tensors(
+    path: Path, device: str | torch.device = "cpu", settings: Mapping[str, Any] | None = None
+) -> tuple[dict[str, Tensor], dict]:
+    """Read a file of `save_tensors`: the tensors by name, and the facts. Earlier files, without a digest, are read too.
+
+    Raises:
+        InputError: the file is not there or damaged, or it was written for other settings.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            header = file.metadata() or {}
+        facts = json.loads(header.get("fomaml", "{}"))
+    except FileNotFoundError:
+        raise InputError(f"no file {path}: was the run finished?") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"{path} is damaged or not a safetensors file ({error})") from None
+    if header.keys() & ENTRIES and not {"fomaml"} <= header.keys() <= ENTRIES:
+        raise InputError(f"{path} is damaged: its header has the entries {', '.join(sorted(header))}")
+    found = header.pop("digest", None)
+    if found is not None and found != _digest(tensors, header):
+        raise InputError(f"{path} is damaged: what it holds has another digest than what was written")
+    if settings is not None and header.get("settings") not in (None, settings_digest(settings)):
+        raise InputError(f"{path} was written for other settings than those given; use the ones of its run")
+    return {name: tensor.to(device) for name, tensor in tensors.items()}, facts
+
+
+def settings_digest(settings: Mapping[str, Any]) -> str:
+    """The SHA-256 digest of JSON-able settings, whatever the order of their names."""
+    return hashlib.sha256(json.dumps(dict(settings), sort_keys=True).encode()).hexdigest()
+
+
+def _digest(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
+    """The SHA-256 digest of names, dtypes, shapes, bytes and the rest of the header; the memory format is no matter."""
+    names = sorted(tensors)
+    kinds = [(name, str(tensors[name].dtype), list(tensors[name].shape)) for name in names]
+    found = hashlib.sha256(json.dumps([kinds, sorted(header.items())]).encode())
+    for name in names:
+        found.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()

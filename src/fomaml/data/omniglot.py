@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import os
 import random
 import re
@@ -16,15 +15,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor
 
 from fomaml.data.download import downloading
 from fomaml.data.folder import pillow
 from fomaml.data.source import ClassSource, pixels
 from fomaml.errors import InputError, positive
-from fomaml.files import replacing, user_cache
+from fomaml.files import load_tensors, save_tensors, user_cache
 
 CHARACTERS = {"images_background": 964, "images_evaluation": 659}
 DRAWINGS, SIDE = 20, 105  # of a character, and of a drawing in pixels
@@ -32,7 +30,7 @@ MAML = (1100, 100)  # characters for training and for validation; the rest are f
 ROTATIONS = ("rot000", "rot090", "rot180", "rot270")
 SPLITS = ("maml", "vinyals", "background-evaluation")
 FILTERS = ("lanczos", "nearest", "box", "bilinear")
-FORMAT = 1  # of the decoded images that are kept: to be raised when what they hold changes
+FORMAT = 2  # of the decoded images that are kept: to be raised when what they hold changes
 
 
 class Omniglot(NamedTuple):
@@ -104,12 +102,13 @@ def load_omniglot(
     else:
         root = Path(root).expanduser()
         cure = "give a folder that holds both of Omniglot's archives whole, or none to download them"
-    paths = [_find(root, part) for part in CHARACTERS]
-    for path, part in zip(paths, CHARACTERS):
-        if path is None:
+    paths = []
+    for part in CHARACTERS:
+        if (path := _find(root, part)) is None:
             raise _wrong(
                 root, f"no {part}", f"{part}.zip, the folder {part}, or omniglot-py with either", cure
             )
+        paths.append(path)
     images, names = _images(paths, size, resize, cache, cure)
     labels = torch.arange(len(images) // DRAWINGS).repeat_interleave(DRAWINGS)
     source = ClassSource(images, labels, [n for part in names for n in part], pixels(mean=0, std=1))
@@ -121,8 +120,13 @@ def load_omniglot(
         parts = _vinyals([paths[0].parent, root], source.names)
     else:
         parts = [names[0], [], names[1]]
-    chosen = (source.select(numbers[name] for name in part) if part else None for part in parts)
-    return Omniglot(*chosen, f"Omniglot in {paths[0].parent}, {size}x{size} by {resize}", split)
+    train, validation, test = (
+        source.select([numbers[name] for name in part]) if part else None for part in parts
+    )
+    assert train is not None and test is not None, "every split has both"
+    return Omniglot(
+        train, validation, test, f"Omniglot in {paths[0].parent}, {size}x{size} by {resize}", split
+    )
 
 
 # --- the parts ------------------------------------------------------------------------------------
@@ -141,14 +145,16 @@ def _vinyals(folders: list[Path], names: list[str]) -> list[list[str]]:
     Between them the files must name every character once in each rotation, and no character twice.
     """
     files = [f"vinyals_{part}.txt" for part in ("train", "val", "test")]
-    paths = [next((f / file for f in folders if (f / file).is_file()), None) for file in files]
-    if missing := [file for file, path in zip(files, paths) if path is None]:
+    places = {file: next((f / file for f in folders if (f / file).is_file()), None) for file in files}
+    if missing := [file for file, path in places.items() if path is None]:
         raise InputError(
             f"{folders[0]}: no {', '.join(missing)}, expected the text files {', '.join(files)} beside the "
             "data for the split vinyals; add them, or take the split maml or background-evaluation"
         )
     cure = "take Vinyals et al.'s text files as they are"
-    known, found = set(names), {}
+    paths = [path for path in places.values() if path is not None]
+    known = set(names)
+    found: dict[str, tuple[Path, set[str]]] = {}
     for path in paths:
         for line in _read(path, cure).decode("utf-8", "replace").split():
             name, _, rotation = line.rpartition("/")
@@ -294,39 +300,25 @@ def _checksum(content: bytes | dict[str, bytes]) -> bytes:
 def _read_cache(path: Path, size: int) -> tuple[Tensor, list[list[str]]] | None:
     """The images and names of a file of `_write_cache`; None if it is missing or damaged."""
     try:
-        with safe_open(str(path), framework="pt") as file:
-            images, facts = file.get_tensor("images"), file.metadata()
-        names = json.loads(facts["names"])
-        right = (
-            facts["checksum"] == _cache_checksum(images, facts["names"])
-            and [len(part) for part in names] == list(CHARACTERS.values())
-            and images.shape == (sum(CHARACTERS.values()) * DRAWINGS, 1, size, size)
-        )
-    except (OSError, SafetensorError, LookupError, TypeError, ValueError):
+        tensors, facts = load_tensors(path)
+        images, names = tensors["images"], facts["names"]
+    except (InputError, KeyError):
         return None
+    shape = (sum(CHARACTERS.values()) * DRAWINGS, 1, size, size)
+    right = [len(part) for part in names] == list(CHARACTERS.values()) and images.shape == shape
     return (images, names) if right else None
 
 
 def _write_cache(path: Path, images: Tensor, names: list[list[str]]) -> bool:
-    """Write the file beside its place and rename it; False if the folder takes none."""
-    text = json.dumps(names)
+    """Write the file; False if the folder takes none."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.parent.stat().st_mode & 0o222:  # read-only, though the superuser could write
             return False
-        with replacing(path) as temporary:
-            save_file(
-                {"images": images}, temporary, {"names": text, "checksum": _cache_checksum(images, text)}
-            )
+        save_tensors(path, {"images": images}, {"names": names})
     except (OSError, SafetensorError):
         return False
     return True
-
-
-def _cache_checksum(images: Tensor, names: str) -> str:
-    checksum = hashlib.sha256(names.encode())
-    checksum.update(images.contiguous().numpy())
-    return checksum.hexdigest()
 
 
 # --- the download ---------------------------------------------------------------------------------
