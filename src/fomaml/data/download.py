@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import socket
-import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -13,6 +13,7 @@ from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
+log = logging.getLogger(__name__)
 SECONDS = 2.0  # for a mirror to answer; a download may stall five times as long
 
 
@@ -26,7 +27,7 @@ def downloading(name: str, folder: Path, mirrors: list[str], file: str) -> Itera
         OSError: no mirror answers soon.
     """
     await_answer(mirrors, file)
-    print(f"downloading {name} to {folder}", file=sys.stderr)
+    log.info("downloading %s to %s", name, folder)
     folder.mkdir(parents=True, exist_ok=True)
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(5 * SECONDS)  # torchvision sets none: a stalled download never ends

