@@ -15,6 +15,7 @@ from fomaml.episodes import Episodes
 from fomaml.errors import InputError, positive
 from fomaml.learning.algorithms import FOMAML
 from fomaml.learning.learner import MetaLearner
+from fomaml.metrics import metric_for
 from fomaml.tasks import Task
 
 
@@ -107,11 +108,9 @@ def linear(iterations: int) -> Callable[[int], float]:
     return lambda iteration: 1 - iteration / iterations
 
 
-def scores(outputs: Tensor, targets: Tensor, losses: Tensor) -> Tensor:
+def scores(outputs: Tensor, targets: Tensor, losses: Tensor | None) -> Tensor:
     """(tasks,) per-task accuracy in [0, 1] if the targets are labels, else the losses as they are."""
-    if targets.is_floating_point():
-        return losses
-    return (outputs.argmax(-1) == targets).double().flatten(1).mean(1)
+    return metric_for(targets).score(outputs, targets, losses)
 
 
 @torch.no_grad()
