@@ -14,10 +14,10 @@ from fomaml.learning.objectives import Outcome, run
 
 @dataclass(frozen=True)
 class Clipped:
-    """The inner step's direction out of the gradient; `second_order`: it may be differentiated."""
+    """The inner step's direction out of the gradient, which may be differentiated; no state outlives a task."""
 
     limit: float = 1.0
-    second_order = True
+    second_order, carried = True, False
 
     def direction(self, gradient, parameter, state, step):
         return gradient.clamp(-self.limit, self.limit)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Protocol
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -17,6 +20,24 @@ def generator(seed: int, index: int) -> np.random.Generator:
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**128:
         raise InputError(f"seed must be a whole number from 0 to 2**128 - 1, got {seed!r}")
     return np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, index]))
+
+
+class TaskSequence(Protocol):
+    """What training and evaluation take tasks from, each a function of its index alone; `Episodes` is one.
+
+    ways: the number of classes of a task, None where targets are no labels.
+    copies: of each image of a query set, one after the other, over which outputs are averaged; 1 for no more than it.
+    """
+
+    @property
+    def ways(self) -> int | None: ...
+
+    @property
+    def copies(self) -> int: ...
+
+    def batch(self, start: int, tasks: int, /) -> Task:
+        """Tasks start … start + tasks - 1, with a leading axis (tasks, ...)."""
+        ...
 
 
 class Episodes:
@@ -158,15 +179,28 @@ def _distinct(counts: np.ndarray, randoms: np.ndarray, order: np.ndarray) -> np.
     return np.take_along_axis(chosen, order.argsort(axis=-1), axis=-1)
 
 
+class Family(Protocol):
+    """Functions to regress on. inputs: the interval that their arguments are drawn from."""
+
+    @property
+    def inputs(self) -> tuple[float, float]: ...
+
+    def draw(self, random: np.random.Generator, /) -> Callable[[np.ndarray], np.ndarray]:
+        """One function of the family, from (n,) to (n,)."""
+        ...
+
+
 class RegressionEpisodes:
     """An endless, indexable sequence of regression tasks drawn from a family of functions.
 
-    family: has `draw(generator)`, which returns one function from (n,) to (n,) numpy arrays, and
-        `inputs`, the interval they are drawn from; `fomaml.data.synthetic.Sinusoids` is one.
+    family: what the functions are drawn from; `fomaml.data.synthetic.Sinusoids` is one.
     Shapes of one task: inputs and targets (shots, 1) and (query_shots, 1), in torch's default dtype.
     """
 
-    def __init__(self, family, *, shots: int, query_shots: int, seed: int = 0, device=None):
+    ways = None
+    copies = 1
+
+    def __init__(self, family: Family, *, shots: int, query_shots: int, seed: int = 0, device=None):
         self.family = family
         self.shots = positive("shots", shots, integer=True)
         self.query_shots = positive("query_shots", query_shots, integer=True)
@@ -183,7 +217,8 @@ class RegressionEpisodes:
         for row in range(tasks):
             random = generator(self.seed, start + row)
             function = self.family.draw(random)
-            inputs[row, :, 0] = random.uniform(*self.family.inputs, drawn)
+            low, high = self.family.inputs
+            inputs[row, :, 0] = random.uniform(low, high, drawn)
             targets[row, :, 0] = function(inputs[row, :, 0])
         dtype = torch.get_default_dtype()
         inputs, targets = (

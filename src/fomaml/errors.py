@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import textwrap
+from typing import TypeVar
+
+Number = TypeVar("Number", bound=float)
 
 
 class InputError(ValueError):
@@ -12,7 +15,7 @@ class InputError(ValueError):
     """
 
 
-def positive(name: str, value, integer: bool = False):
+def positive(name: str, value: Number, integer: bool = False) -> Number:
     """Return `value` if it is a positive (whole) number, else raise `InputError` naming it."""
     kinds = (int,) if integer else (int, float)
     if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < float("inf"):

@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from fomaml.choices import Policy, check_choice
 from fomaml.errors import InputError
 
+# A batch that a layer has normalised by: the layer, the inner step, mean and variance, (channels,) each.
+Seen = tuple["BatchNorm", int, Tensor, Tensor]
+
 
 class _Norm(NamedTuple):
     """What the layers are told from outside: see `normalising`."""
@@ -22,14 +25,14 @@ class _Norm(NamedTuple):
     first: int | None = None
     step: int = -1
     running: bool | None = None
-    record: list | None = None
+    record: list[Seen] | None = None
 
 
 _norm: ContextVar[_Norm] = ContextVar("norm", default=_Norm())  # noqa: B039 - a tuple
 
 
 @contextmanager
-def normalising(**told) -> Iterator[list | None]:
+def normalising(**told) -> Iterator[None]:
     """Within this block every `BatchNorm` is told:
 
     first: take batch statistics from the first so many examples only. A forward pass over support and
@@ -38,11 +41,11 @@ def normalising(**told) -> Iterator[list | None]:
     step: the inner step, 0 … K, for per-step statistics; the last one where it is not told.
     running: whether the policies "running" and "per-step" use their running statistics; by default
         they do in `eval()` mode.
-    record: a list that receives (layer, step, mean, variance) of every batch seen; the block's value.
+    record: a list that receives (layer, step, mean, variance) of every batch seen.
     """
     token = _norm.set(_norm.get()._replace(**told))
     try:
-        yield _norm.get().record
+        yield
     finally:
         _norm.reset(token)
 
@@ -69,6 +72,9 @@ class BatchNorm(nn.Module):
         InputError: an unknown policy, or "per-step" without steps.
     """
 
+    mean: Tensor
+    variance: Tensor
+
     def __init__(
         self,
         channels: int,
@@ -79,14 +85,16 @@ class BatchNorm(nn.Module):
     ):
         super().__init__()
         check_choice("policy", policy, Policy)
-        if policy == "per-step" and steps is None:
-            raise InputError("the policy per-step needs steps, the number of inner steps")
+        sets = 1
+        if policy == "per-step":
+            if steps is None:
+                raise InputError("the policy per-step needs steps, the number of inner steps")
+            sets = steps + 1
         self.eps = eps
         self.policy = policy
         self.weight = nn.Parameter(torch.ones(channels)) if scale else None
         self.bias = nn.Parameter(torch.zeros(channels))
         if policy in ("running", "per-step", "frozen"):
-            sets = steps + 1 if policy == "per-step" else 1
             self.register_buffer("mean", torch.zeros(sets, channels))
             self.register_buffer("variance", torch.ones(sets, channels))
 
@@ -273,7 +281,7 @@ def _convert(model: nn.Module, policy: Policy, steps: int | None, done: dict[int
             new.weight, new.bias = model.weight, model.bias
         else:
             new.bias.requires_grad_(False)
-        if hasattr(new, "mean") and model.running_mean is not None:
+        if hasattr(new, "mean") and model.running_mean is not None and model.running_var is not None:
             new.mean = model.running_mean.expand(new.mean.shape).clone()
             new.variance = model.running_var.expand(new.mean.shape).clone()
         return new.train(model.training)

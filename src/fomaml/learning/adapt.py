@@ -19,6 +19,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fomaml.errors import InputError
+from fomaml.learning.contracts import InnerOptimizer
 
 Parameters = Mapping[str, Tensor]
 
@@ -63,6 +64,7 @@ class SGD:
     nesterov: bool = False
     weight_decay: float = 0.0
     second_order = True
+    carried = False
 
     def __post_init__(self):
         if self.nesterov and not self.momentum:
@@ -103,9 +105,8 @@ class Adam:
         first, second = self.betas
         mean = state.get("mean", 0.0) * first + (1 - first) * gradient
         square = state.get("square", 0.0) * second + (1 - second) * gradient.square()
-        weight = state.get("weight", 0.0) * second + (
-            1 - second
-        )  # 1 - β₂ᵗ after t steps, also of earlier tasks
+        # 1 - β₂ᵗ after t steps, also of earlier tasks
+        weight = state.get("weight", 0.0) * second + (1 - second)
         state["mean"], state["square"], state["weight"] = mean, square, weight
         root = (square / weight).sqrt() + self.eps
         direction = mean / (1 - first ** (step + 1)) / root
@@ -119,6 +120,7 @@ class Sign:
     """Steps along the sign of the gradient (Sign-MAML, Fan et al. 2021, eq. 5); first order only."""
 
     second_order = False
+    carried = False
 
     def direction(self, gradient: Tensor, parameter: Tensor, state: dict, step: int) -> Tensor:
         return gradient.sign()
@@ -129,7 +131,7 @@ def inner_loop(
     start: Parameters,
     rates: Callable[[int], Mapping[str, float | Tensor]],
     *,
-    optimizer: SGD | Adam | Sign = SGD(),
+    optimizer: InnerOptimizer = SGD(),
     first_order: bool = True,
     state: Mapping[str, dict] | None = None,
 ) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
@@ -188,7 +190,7 @@ class FastModel(nn.Module):
         super().__init__()
         self._model = (model,)  # in a tuple: not a submodule, so that parameters() stays empty
         self.first_order = first_order
-        self.weights = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.weights: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self._buffers_copy = {n: b.clone() for n, b in model.named_buffers()}
 
     def forward(self, *args, **kwargs):

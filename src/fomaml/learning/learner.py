@@ -5,23 +5,46 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import reduce
 from itertools import islice
+from typing import TypedDict, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fomaml.choices import Statistics, check_choice
+from fomaml.choices import LearnRates, Statistics, check_choice
 from fomaml.errors import InputError, positive
 from fomaml.learning import rates
 from fomaml.learning.adapt import SGD, load
+from fomaml.learning.contracts import (
+    Criterion,
+    InnerOptimizer,
+    InnerProblem,
+    Objective,
+    Outcome,
+    Start,
+    checked_objective,
+    checked_optimizer,
+)
 from fomaml.learning.moments import SecondMoments
-from fomaml.learning.objectives import Outcome, QueryLoss
+from fomaml.learning.objectives import QueryLoss
 from fomaml.learning.problem import Problem
-from fomaml.models import BatchNorm, normalising, refuse_native
+from fomaml.models import BatchNorm, Seen, normalising, refuse_native
 from fomaml.tasks import Examples, Task, count, one
 
-Criterion = Callable[[Tensor, Tensor], Tensor]
+
+class Choices(TypedDict, total=False):
+    """The arguments of `MetaLearner` that every algorithm passes on to it."""
+
+    adapted: str | Sequence[str]
+    frozen: str | Sequence[str]
+    first_order: bool | Callable[[int], bool]
+    learn_rates: LearnRates | None
+    optimizer: InnerOptimizer
+    objective: Objective | Callable[[InnerProblem], Outcome]
+    start: Start | None
+    inner_batch_size: int | None
 
 
 class MetaLearner(nn.Module):
@@ -42,9 +65,11 @@ class MetaLearner(nn.Module):
         learn_rates: None, "elementwise" (Meta-SGD) or "per-step" (one rate per tensor and inner step):
             inner_lr is then where the step sizes start, and they are meta-learned.
         optimizer: the inner optimiser, `SGD`, `Adam` or `Sign`, its state fresh for each task but for what
-            `Adam(carried=True)` carries on, which the learner holds as buffers, see `carry_moments`.
-        objective: what a task contributes to the meta-loss, see objectives.py.
-        start: where adaptation starts, if not at θ, see heads.py.
+            `Adam(carried=True)` carries on, which the learner holds as buffers, see `carry_moments`. One of your
+            own declares what contracts.py says.
+        objective: what a task contributes to the meta-loss, see objectives.py; one of your own is a function of
+            the problem, or an object that declares what contracts.py says.
+        start: where adaptation starts, if not at θ, see starts.py.
         inner_batch_size: take each inner step on a mini-batch of the support set: step k uses the
             examples i with i ≡ k modulo the number of mini-batches. Episodes order their examples by
             class, so a mini-batch is as balanced as it can be. None: the whole support set.
@@ -53,7 +78,8 @@ class MetaLearner(nn.Module):
         iteration: the outer iteration, from 0, which `train` sets; schedules read it.
 
     Raises:
-        InputError: step sizes or counts that are not positive, or globs that match nothing.
+        InputError: step sizes or counts that are not positive, globs that match nothing, or an inner optimiser or
+            an objective that does not declare what it must.
     """
 
     def __init__(
@@ -66,10 +92,10 @@ class MetaLearner(nn.Module):
         adapted: str | Sequence[str] = "*",
         frozen: str | Sequence[str] = (),
         first_order: bool | Callable[[int], bool] = True,
-        learn_rates: str | None = None,
-        optimizer=SGD(),  # noqa: B008 - frozen
-        objective: Callable[[Problem], Outcome] = QueryLoss(),  # noqa: B008 - frozen
-        start: Callable[[dict[str, Tensor], Problem], dict[str, Tensor]] | None = None,
+        learn_rates: LearnRates | None = None,
+        optimizer: InnerOptimizer = SGD(),  # noqa: B008 - frozen
+        objective: Objective | Callable[[InnerProblem], Outcome] = QueryLoss(),  # noqa: B008 - frozen
+        start: Start | None = None,
         inner_batch_size: int | None = None,
     ):
         super().__init__()
@@ -77,8 +103,8 @@ class MetaLearner(nn.Module):
         self.inner_steps = positive("inner_steps", inner_steps, integer=True)
         self.criterion = criterion
         self.first_order = first_order
-        self.optimizer = optimizer
-        self.objective = objective
+        self.optimizer = checked_optimizer(optimizer)
+        self.objective = checked_objective(objective)
         self.start = start
         if inner_batch_size is not None:
             positive("inner_batch_size", inner_batch_size, integer=True)
@@ -90,9 +116,11 @@ class MetaLearner(nn.Module):
         self.meta_learned = [name for name in trainable if name not in excluded]
         self.adapted = [name for name in select(trainable, adapted) if name not in excluded]
         sizes = rates.by_name(self.adapted, inner_lr)
+        check_choice("learn_rates", learn_rates, (None, *get_args(LearnRates)))
+        self.inner_lr: rates.ConstantRates | rates.LearnedRates
         if learn_rates is None:
             self.inner_lr = rates.ConstantRates(sizes)
-        elif learn_rates in ("elementwise", "per-step"):
+        else:
             elementwise = learn_rates == "elementwise"
             self.inner_lr = rates.LearnedRates(
                 {name: own[name] for name in self.adapted},
@@ -100,9 +128,7 @@ class MetaLearner(nn.Module):
                 elementwise=elementwise,
                 steps=None if elementwise else inner_steps,
             )
-        else:
-            raise InputError(f"unknown learn_rates {learn_rates!r}; there are: None, elementwise, per-step")
-        carried = self.adapted if getattr(optimizer, "carried", False) else []
+        carried = self.adapted if optimizer.carried else []
         if carried and start is not None:
             raise InputError("a carried Adam has its moments by θ: it does not go with another start")
         self.moments = SecondMoments({name: own[name] for name in carried})
@@ -124,8 +150,9 @@ class MetaLearner(nn.Module):
         tasks: tensors of shape (tasks, examples, ...). `fomaml.meta_gradient` computes the same gradient
         with less memory and, mostly, faster.
         """
-        n = count(tasks)
-        return sum(self.objective(Problem(self, one(tasks, i))).scalar for i in range(n)) / n
+        number = count(tasks)
+        outcomes = (self.objective(Problem(self, one(tasks, index))) for index in range(number))
+        return reduce(torch.add, (outcome.scalar for outcome in outcomes)) / number
 
     def adapt(self, support: Examples, steps: int | None = None, statistics: Statistics = "own") -> nn.Module:
         """Adapt to one task; returns an ordinary, independent module in the model's own mode.
@@ -147,7 +174,8 @@ class MetaLearner(nn.Module):
         module = load(copy.deepcopy(self.model), adapted)
         if statistics == "support" or self.uses_support_statistics():
             refuse_native(module)
-            with torch.no_grad(), normalising(record=[]) as seen:
+            seen: list[Seen] = []
+            with torch.no_grad(), normalising(record=seen):
                 module(support.inputs)
             for layer, _, mean, variance in seen:
                 layer.freeze(mean, variance)
@@ -166,7 +194,8 @@ class MetaLearner(nn.Module):
         if not any(layer.policy in ("running", "per-step") for layer in layers):
             return
         problem = Problem(self, one(tasks, 0))
-        with normalising(record=[]) as seen:
+        seen: list[Seen] = []
+        with normalising(record=seen):
             adapted = problem.start
             for adapted, _ in islice(problem.path(first_order=True), self.inner_steps):
                 pass

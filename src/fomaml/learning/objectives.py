@@ -1,38 +1,30 @@
 """What a task contributes to the meta-loss: one scalar whose gradient by θ is the meta-gradient.
 
-An objective is a callable of a `Problem` (learner.py), which is one task or a stack of tasks. It
-returns an `Outcome`; the engines differentiate and average.
+An objective, see contracts.py, is a callable of a `Problem`, which is one task or a stack of tasks. It returns an
+`Outcome`; the engines differentiate and average.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import islice
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fomaml.errors import InputError, positive
-
-
-class Outcome(NamedTuple):
-    """scalar: (), summed over the tasks. query_losses: () or (tasks,) and query_outputs at φ_K, detached.
-
-    support_losses: one (steps,) or (steps, tasks) tensor, the loss at the start of each inner step.
-    """
-
-    scalar: Tensor
-    query_losses: Tensor
-    query_outputs: Tensor
-    support_losses: Tensor
+from fomaml.learning.contracts import Adapted, InnerProblem, Outcome
 
 
 @dataclass(frozen=True)
 class QueryLoss:
     """L(φ_K; query): MAML, FOMAML, ANIL, BOIL, Meta-SGD (Finn et al. 2017, algorithm 1, line 8)."""
 
-    def __call__(self, problem) -> Outcome:
+    proximal = 0.0
+    differentiates_twice = False
+
+    def __call__(self, problem: InnerProblem) -> Outcome:
         adapted, support_losses = run(problem)
         losses, outputs = problem.query(adapted)
         return Outcome(losses.sum(), losses.detach(), outputs.detach(), support_losses)
@@ -42,7 +34,10 @@ class QueryLoss:
 class Displacement:
     """½‖θ - φ_K‖², φ_K held constant, whose gradient is θ - φ_K: Reptile (Nichol et al. 2018, algorithm 2)."""
 
-    def __call__(self, problem) -> Outcome:
+    proximal = 0.0
+    differentiates_twice = False
+
+    def __call__(self, problem: InnerProblem) -> Outcome:
         adapted, support_losses = run(problem)
         constant = {name: value.detach() for name, value in adapted.items()}
         scalar = sum((problem.start[name] - value).square().sum() / 2 for name, value in constant.items())
@@ -60,6 +55,8 @@ class MultiStepLoss:
     """
 
     iterations: int
+    proximal = 0.0
+    differentiates_twice = False
 
     def __post_init__(self):
         positive("iterations of the multi-step loss", self.iterations, integer=True)
@@ -69,9 +66,10 @@ class MultiStepLoss:
         early = max((1 - iteration / self.iterations) / steps, 0.03 / steps)
         return [early] * (steps - 1) + [1 - (steps - 1) * early]
 
-    def __call__(self, problem) -> Outcome:
+    def __call__(self, problem: InnerProblem) -> Outcome:
         weights = self.weights(problem.steps, problem.iteration)
-        scalar, support_losses = 0.0, []
+        scalar: Any = 0.0
+        support_losses = []
         for weight, (adapted, loss) in zip(weights, problem.path()):
             support_losses.append(loss)
             losses, outputs = problem.query(adapted, step=len(support_losses))
@@ -104,7 +102,11 @@ class Implicit:
         if self.damping != 0:
             positive("the damping of the implicit gradient, if not 0,", self.damping)
 
-    def __call__(self, problem) -> Outcome:
+    @property
+    def proximal(self) -> float:
+        return self.strength
+
+    def __call__(self, problem: InnerProblem) -> Outcome:
         still = set(problem.learner.meta_learned) - set(problem.start)
         if still:
             raise InputError(
@@ -159,7 +161,7 @@ def conjugate_gradients(product, right, steps: int, lead: int = 0) -> list[Tenso
     return solution
 
 
-def run(problem) -> tuple[dict[str, Tensor], Tensor]:
+def run(problem: InnerProblem) -> tuple[Adapted, Tensor]:
     """φ_K and the support losses by step; earlier φ are let go on the way."""
     adapted, losses = problem.start, []
     for adapted, loss in islice(problem.path(), problem.steps):

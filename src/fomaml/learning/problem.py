@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from fomaml.choices import Statistics, check_choice
 from fomaml.learning.adapt import call, inner_loop, open_attention
+from fomaml.learning.contracts import Adapted, Learner
 from fomaml.models import normalising, refuse_native
 from fomaml.tasks import Examples, Task
 
@@ -27,7 +28,7 @@ class Problem:
 
     def __init__(
         self,
-        learner,
+        learner: Learner,
         task: Task,
         stacked: bool = False,
         evaluating: bool = False,
@@ -46,7 +47,7 @@ class Problem:
         own = {n: p if n in learned else p.detach() for n, p in learner.model.named_parameters()}
         self.buffers = {name: buffer.clone() for name, buffer in learner.model.named_buffers()}
         self.meta = dict(own)
-        self.start = {name: own.pop(name) for name in learner.adapted}
+        self.start: Adapted = {name: own.pop(name) for name in learner.adapted}
         self.fixed = own
         if stacked:
             tasks = task.support.targets.shape[0]
@@ -61,7 +62,7 @@ class Problem:
 
     def path(
         self, first_order: bool | None = None, state: Mapping[str, dict] | None = None
-    ) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    ) -> Iterator[tuple[Adapted, Tensor]]:
         """(φₖ₊₁, support losses at φₖ) for k = 0, 1, …, without end. state: the inner optimiser's, see `inner_loop`."""
         return inner_loop(
             self.support_losses,
@@ -77,12 +78,12 @@ class Problem:
     ) -> Tensor:
         """The losses of inner step `step` at φ: () or (tasks,). constant: differentiate by φ alone.
 
-        proximal: with the term λ/2 ‖φ - θ‖² where the objective has a strength λ.
+        proximal: with the term λ/2 ‖φ - θ‖² where the objective has one.
         """
         examples = minibatch(self.task.support, self.learner.inner_batch_size, step, self.stacked)
         fixed = {n: p.detach() for n, p in self.fixed.items()} if constant else self.fixed
         losses = self._losses(adapted, fixed, examples, step=step)[0]
-        strength = getattr(self.learner.objective, "strength", 0.0)
+        strength = self.learner.objective.proximal
         if strength and proximal:
             lead = int(self.stacked)
             for name, value in adapted.items():
@@ -91,7 +92,7 @@ class Problem:
         return losses
 
     def query(
-        self, adapted: Mapping[str, Tensor], statistics: Statistics = "own", step: int | None = None
+        self, adapted: Adapted, statistics: Statistics = "own", step: int | None = None
     ) -> tuple[Tensor, Tensor]:
         """Losses () or (tasks,) and outputs on the query set at φ.
 
@@ -120,7 +121,8 @@ class Problem:
 
     def support_features(self, module: str) -> Tensor:
         """What goes into a module, by name, for the support examples at θ: (..., examples, features)."""
-        model, caught = self.learner.model, []
+        model = self.learner.model
+        caught: list[Tensor] = []
 
         def one_task(buffers, inputs):
             call(model, (self.meta, buffers), (inputs,))
@@ -145,7 +147,7 @@ class Problem:
 
     def _attention(self):
         """Attention written out, where it is differentiated twice or under vmap; as it is elsewhere."""
-        twice = not self.first_order or getattr(self.learner.objective, "differentiates_twice", False)
+        twice = not self.first_order or self.learner.objective.differentiates_twice
         if not (self.stacked or twice):
             return nullcontext()
         on_cpu = self.task.support.inputs.device.type == "cpu"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +63,8 @@ class LearnedRates(nn.Module):
 
     Shapes: per name (parameter shape) or (), with a leading axis (steps, …) where there are steps.
     """
+
+    sizes: ClassVar[Mapping[str, float]] = {}  # those that are plain numbers: none
 
     def __init__(
         self,

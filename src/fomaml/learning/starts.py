@@ -1,7 +1,7 @@
 """Where adaptation starts, if not at θ: heads that do not depend on the number of ways, and context parameters.
 
-A start is a callable (φ₀ by name, problem) → φ₀ by name. `problem.ways` is the number of classes of the
-task, and a Linear head takes as many outputs, whatever it had.
+A start, see contracts.py, is a callable (θ by name, problem) → φ₀ by name. `problem.ways` is the number of classes of
+the task, and a Linear head takes as many outputs, whatever it had.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fomaml.errors import InputError
+from fomaml.learning.contracts import InnerProblem
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class ZeroHead:
 
     head: str = "head"
 
-    def __call__(self, start: dict[str, Tensor], problem) -> dict[str, Tensor]:
+    def __call__(self, start: dict[str, Tensor], problem: InnerProblem) -> dict[str, Tensor]:
         weight, bias = _names(self.head, start)
         lead = start[weight].shape[:-2]
         zero = start[weight].new_zeros
@@ -45,14 +46,13 @@ class PrototypeHead:
 
     head: str = "head"
 
-    def __call__(self, start: dict[str, Tensor], problem) -> dict[str, Tensor]:
+    def __call__(self, start: dict[str, Tensor], problem: InnerProblem) -> dict[str, Tensor]:
         weight, bias = _names(self.head, start)
         features = problem.support_features(self.head)  # (..., examples, features)
         classes = torch.arange(problem.ways, device=features.device)
         members = (problem.task.support.targets.unsqueeze(-1) == classes).to(features.dtype)
-        prototypes = (
-            members.mT @ features / members.sum(-2).clamp(min=1).unsqueeze(-1)
-        )  # (..., ways, features)
+        sizes = members.sum(-2).clamp(min=1).unsqueeze(-1)
+        prototypes = members.mT @ features / sizes  # (..., ways, features)
         return {**start, weight: 2 * prototypes, bias: -prototypes.square().sum(-1)}
 
 
@@ -62,7 +62,7 @@ class ZeroContext:
 
     names: tuple[str, ...]
 
-    def __call__(self, start: dict[str, Tensor], problem) -> dict[str, Tensor]:
+    def __call__(self, start: dict[str, Tensor], problem: InnerProblem) -> dict[str, Tensor]:
         return {**start, **{name: torch.zeros_like(start[name]) for name in self.names}}
 
 

@@ -1,0 +1,171 @@
+"""What a learner is composed of, as contracts: what each part must declare and do, and the problem that it sees.
+
+Attributes are declared, never guessed. What lacks one is refused when the learner is made, by `checked_objective` and
+`checked_optimizer`.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor, nn
+
+from fomaml.choices import Statistics
+from fomaml.errors import InputError
+from fomaml.learning.moments import SecondMoments
+from fomaml.learning.rates import ConstantRates, LearnedRates
+from fomaml.tasks import Task
+
+Criterion = Callable[[Tensor, Tensor], Tensor]  # (outputs, targets) → the mean loss, a scalar
+# The parameters φ of one task, or of a stack of tasks: by name, but for the factored engine, which never builds them.
+Adapted = Any
+
+
+class InnerOptimizer(Protocol):
+    """The direction of an inner step; it is subtracted, times the step size. Its state is fresh for each task.
+
+    second_order: whether `direction` may be differentiated.
+    carried: whether "square" and "weight" of its state outlive a task, see `SecondMoments`.
+    """
+
+    @property
+    def second_order(self) -> bool: ...
+
+    @property
+    def carried(self) -> bool: ...
+
+    def direction(self, gradient: Tensor, parameter: Tensor, state: dict[str, Any], step: int, /) -> Tensor:
+        """state: this parameter's, updated in place. step: how many steps it has taken before, from 0."""
+        ...
+
+
+class Outcome(NamedTuple):
+    """scalar: (), summed over the tasks. query_losses: () or (tasks,) and query_outputs at φ_K, detached.
+
+    support_losses: one (steps,) or (steps, tasks) tensor, the loss at the start of each inner step.
+    """
+
+    scalar: Tensor
+    query_losses: Tensor
+    query_outputs: Tensor
+    support_losses: Tensor
+
+
+class Objective(Protocol):
+    """What a task contributes to the meta-loss: one scalar whose gradient by θ is the meta-gradient.
+
+    proximal: λ of the term λ/2 ‖φ - θ‖² that the inner problem has; 0 for none.
+    differentiates_twice: whether it differentiates the model twice by itself, whatever the order of the learner.
+    """
+
+    @property
+    def proximal(self) -> float: ...
+
+    @property
+    def differentiates_twice(self) -> bool: ...
+
+    def __call__(self, problem: InnerProblem, /) -> Outcome: ...
+
+
+class Start(Protocol):
+    """Where adaptation starts, if not at θ: φ₀ out of θ, both by name and differentiable."""
+
+    def __call__(self, start: dict[str, Tensor], problem: InnerProblem, /) -> dict[str, Tensor]: ...
+
+
+class Learner(Protocol):
+    """What a problem asks of a learner, see `MetaLearner`."""
+
+    model: nn.Module
+    inner_lr: ConstantRates | LearnedRates
+    inner_steps: int
+    inner_batch_size: int | None
+    criterion: Criterion
+    first_order: bool | Callable[[int], bool]
+    optimizer: InnerOptimizer
+    objective: Objective
+    start: Start | None
+    moments: SecondMoments
+    adapted: list[str]
+    meta_learned: list[str]
+    iteration: int
+
+    def uses_support_statistics(self) -> bool: ...
+
+
+class InnerProblem(Protocol):
+    """What an objective and a start see: the inner problem of one task or of a stack of tasks, see `Problem`."""
+
+    learner: Learner
+    task: Task
+    start: Adapted
+    stacked: bool
+    steps: int
+    iteration: int
+
+    @property
+    def ways(self) -> int: ...
+
+    def path(self) -> Iterator[tuple[Adapted, Tensor]]: ...
+
+    def support_losses(
+        self, adapted: Mapping[str, Tensor], constant: bool, step: int, proximal: bool = True
+    ) -> Tensor: ...
+
+    def query(
+        self, adapted: Adapted, statistics: Statistics = "own", step: int | None = None
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def support_features(self, module: str) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class PlainObjective:
+    """A function as an objective: no proximal term, and the model is differentiated as the learner's order says."""
+
+    function: Callable[[InnerProblem], Outcome]
+    proximal = 0.0
+    differentiates_twice = False
+
+    def __call__(self, problem: InnerProblem) -> Outcome:
+        return self.function(problem)
+
+
+def checked_objective(given: Objective | Callable[[InnerProblem], Outcome]) -> Objective:
+    """The objective, or a function that declares nothing as a `PlainObjective`.
+
+    Raises:
+        InputError: something else that lacks an attribute; the message names it.
+    """
+    names = "proximal", "differentiates_twice"
+    function = isinstance(
+        given, types.FunctionType | types.MethodType | types.BuiltinFunctionType | functools.partial
+    )
+    if function and not any(hasattr(given, name) for name in names):
+        return PlainObjective(given)
+    return _declaring("objective", given, (*names, "__call__"))
+
+
+def checked_optimizer(given: InnerOptimizer) -> InnerOptimizer:
+    """The inner optimiser.
+
+    Raises:
+        InputError: it lacks an attribute; the message names it.
+    """
+    return _declaring("inner optimiser", given, ("second_order", "carried", "direction"))
+
+
+def _declaring(what: str, given: Any, names: tuple[str, ...]) -> Any:
+    if isinstance(given, type):
+        raise InputError(f"the {what} {given.__name__} is a class, expected an instance: {given.__name__}(…)")
+    missing = [name for name in names if not hasattr(given, name)]
+    if missing:
+        label = given.__name__ if hasattr(given, "__name__") else type(given).__name__
+        raise InputError(
+            f"the {what} {label} has no {' and no '.join(missing)}; see fomaml.learning.contracts for what it needs"
+        )
+    return given
