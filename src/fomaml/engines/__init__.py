@@ -1,6 +1,10 @@
-"""How a whole meta-batch is computed: the same meta-gradient three ways."""
+"""How a whole meta-batch is computed: the same meta-gradient three ways, and the plan that says by which."""
 
-from fomaml.engines.common import MetaGradient
-from fomaml.engines.plan import ENGINES, check_outputs, choose, curve, curve_at, meta_gradient
+from fomaml.engines.common import Engine, MetaGradient
+from fomaml.engines.plan import ENGINES, Plan, choose, curve, curve_at, meta_gradient, plan
+from fomaml.engines.probes import check_outputs
 
-__all__ = ["ENGINES", "MetaGradient", "check_outputs", "choose", "curve", "curve_at", "meta_gradient"]
+__all__ = [
+    "ENGINES", "Engine", "MetaGradient", "Plan", "check_outputs", "choose", "curve", "curve_at", "meta_gradient",
+    "plan",
+]  # fmt: skip

@@ -11,6 +11,8 @@ from fomaml.learning.problem import Problem
 from fomaml.tasks import Task
 
 
-def problem(learner: MetaLearner, tasks: Task, **facts) -> Problem:
+def problem(
+    learner: MetaLearner, tasks: Task, *, evaluating: bool = False, ways: int | None = None
+) -> Problem:
     """The problem of a stack of tasks."""
-    return Problem(learner, tasks, stacked=True, **facts)
+    return Problem(learner, tasks, stacked=True, evaluating=evaluating, ways=ways)

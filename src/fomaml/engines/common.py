@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import islice
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +14,19 @@ from fomaml.choices import Statistics
 from fomaml.errors import InputError
 from fomaml.learning.learner import MetaLearner
 from fomaml.learning.problem import Problem
+from fomaml.tasks import Task
+
+
+class Engine(Protocol):
+    """A way to compute a chunk of a meta-batch: it makes the inner problem of a batch of tasks.
+
+    evaluating, ways: see `Problem`.
+    Raises `InputError` for a learner that it does not take.
+    """
+
+    def __call__(
+        self, learner: MetaLearner, tasks: Task, *, evaluating: bool = False, ways: int | None = None
+    ) -> Problem: ...
 
 
 class MetaGradient(NamedTuple):
@@ -128,10 +141,9 @@ def curves(
             for adapted, _ in islice(path, steps - done):
                 pass
             done = steps
-            buffers = problem.buffers  # a look at the query set must not change later steps
-            problem.buffers = {name: buffer.clone() for name, buffer in buffers.items()}
+            # the model may write into its buffers, and a look at the query set must not change later steps
+            buffers = {name: buffer.clone() for name, buffer in problem.buffers.items()}
             with torch.no_grad():
-                losses, outputs = problem.query(adapted, statistics)
-            problem.buffers = buffers
+                losses, outputs = problem.query(adapted, statistics, buffers=buffers)
             part.append((losses, outputs) if problem.stacked else (losses[None], outputs[None]))
     return [tuple(map(torch.cat, zip(*part))) for part in parts]

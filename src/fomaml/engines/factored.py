@@ -7,8 +7,7 @@ autograd's gradient of W is one matmul over all tasks' queries. Where a layer's 
 on any parameter (the first layer's), they are the same at every step: then Wx is computed once, and
 the outer products of all steps collapse into one.
 
-Exact in exact arithmetic. When the factors of a layer would cost more than the dense change, the
-change is kept dense.
+Exact in exact arithmetic. A change is kept as `Factors`, or `Dense` where its factors would cost more.
 """
 
 from __future__ import annotations
@@ -33,7 +32,9 @@ from fomaml.learning.problem import Problem
 from fomaml.tasks import Task
 
 
-def problem(learner: MetaLearner, tasks: Task, **facts) -> Problem:
+def problem(
+    learner: MetaLearner, tasks: Task, *, evaluating: bool = False, ways: int | None = None
+) -> Problem:
     """The problem of a stack of tasks, its Linear weights in factors.
 
     Raises:
@@ -42,7 +43,7 @@ def problem(learner: MetaLearner, tasks: Task, **facts) -> Problem:
     reason = refusal(learner)
     if reason:
         raise InputError(f"the factored engine does not take this learner: {reason}")
-    return FactoredProblem(learner, tasks, **facts)
+    return FactoredProblem(learner, tasks, evaluating=evaluating, ways=ways)
 
 
 def refusal(learner: MetaLearner) -> str | None:
@@ -74,18 +75,33 @@ def linear_weights(learner: MetaLearner) -> list[str]:
     return [n for n in learner.adapted if own[n].dim() == 2 and owners[id(own[n])] == {nn.Linear}]
 
 
+class Factors(NamedTuple):
+    """The change dᵀa of a Linear weight. a: (tasks, rows, in). d: (tasks, rows, out)."""
+
+    a: Tensor
+    d: Tensor
+
+
+class Dense(NamedTuple):
+    """The change of a Linear weight as it is, (tasks, out, in)."""
+
+    change: Tensor
+
+
+Change = Factors | Dense
+
+
 class _State(NamedTuple):
-    """φ of a stack of tasks. dense: the other parameters, (tasks, ...). changes: per Linear weight,
-    ("factors", a, d) with (tasks, rows, in) and (tasks, rows, out), or ("dense", ΔW) with (tasks, out, in)."""
+    """φ of a stack of tasks. dense: the other parameters, (tasks, ...). changes: by Linear weight, where it has one."""
 
     dense: dict[str, Tensor]
-    changes: dict[str, tuple[Tensor, ...]]
+    changes: dict[str, Change]
 
 
 class _Linears(TorchFunctionMode):
     """Within it, `F.linear` on a known weight adds the change of that weight; what went in and out is recorded."""
 
-    def __init__(self, names: Mapping[int, str], changes, kept):
+    def __init__(self, names: Mapping[int, str], changes: Mapping[str, Change], kept: Mapping[int, tuple]):
         super().__init__()
         self.names, self.changes, self.kept = names, changes, kept
         self.calls: list[str] = []
@@ -108,15 +124,14 @@ class _Linears(TorchFunctionMode):
         if shared is None:
             shared = F.linear(inputs, weight)
         output = shared
-        change = self.changes.get(name, ())
-        if len(change) == 1:
-            output = output + F.linear(inputs, change[0])
-        elif change:
-            a, d = change
-            if product is None:
-                product = inputs @ a.mT
-            self.products[call] = product
-            output = output + product @ d
+        match self.changes.get(name):
+            case Dense(change):
+                output = output + F.linear(inputs, change)
+            case Factors(a, d):
+                if product is None:
+                    product = inputs @ a.mT
+                self.products[call] = product
+                output = output + product @ d
         if bias is not None:
             output = output + bias
         self.calls.append(name)
@@ -152,8 +167,8 @@ def _linear_arguments(input, weight, bias=None):
 class FactoredProblem(Problem):
     """A stack of tasks whose Linear weights are never built."""
 
-    def __init__(self, learner: MetaLearner, tasks: Task, **facts):
-        super().__init__(learner, tasks, stacked=True, **facts)
+    def __init__(self, learner: MetaLearner, tasks: Task, evaluating: bool = False, ways: int | None = None):
+        super().__init__(learner, tasks, stacked=True, evaluating=evaluating, ways=ways)
         own = dict(learner.model.named_parameters())
         self.weights = {name: own[name] for name in linear_weights(learner)}
         self.names = {id(weight): name for name, weight in self.weights.items()}
@@ -190,7 +205,7 @@ class FactoredProblem(Problem):
                 if delta is None:
                     continue
                 a, d = _rows(a.detach()), _rows(delta) * -rates[name]
-                changes[name] = _add(changes.get(name, ()), a, d, call in constant)
+                changes[name] = _add(changes.get(name), a, d, call in constant)
             with torch.no_grad():
                 kept = {
                     i: (
@@ -203,16 +218,20 @@ class FactoredProblem(Problem):
             yield _State(dense, changes), losses.detach()
 
     def query(
-        self, adapted: _State, statistics: Statistics = "own", step: int | None = None
+        self,
+        adapted: _State,
+        statistics: Statistics = "own",
+        step: int | None = None,
+        buffers: Mapping[str, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         step = self.steps if step is None else step
         support = self._support_for(statistics), statistics == "with-query"
         losses, outputs, _ = self._forward(
-            adapted.dense, adapted.changes, self.fixed, self.task.query, {}, step, *support
+            adapted.dense, adapted.changes, self.fixed, self.task.query, {}, step, *support, buffers
         )
         return losses, outputs
 
-    def _forward(self, dense, changes, fixed, examples, kept, step, support=None, apart=False):
+    def _forward(self, dense, changes, fixed, examples, kept, step, support=None, apart=False, buffers=None):
         calls: list[str] = []
 
         def one_task(dense, changes, buffers, examples, kept, support):
@@ -226,7 +245,7 @@ class FactoredProblem(Problem):
         axes = (0, 0, 0, 0, 0, None if support is None else 0)
         with self._attention():
             losses, outputs, record = torch.func.vmap(one_task, axes, randomness="different")(
-                dense, changes, self.buffers, examples, kept, support
+                dense, changes, self.buffers if buffers is None else buffers, examples, kept, support
             )
         return losses, outputs, (calls, *record)
 
@@ -242,14 +261,16 @@ def rows(problem: FactoredProblem) -> dict[str, int]:
     return found
 
 
-def _product(products, inputs, call, change):
-    """a aᵀ of a layer whose inputs are the same at every step, and so are its factors' a."""
-    if len(change) == 1:
+def _product(
+    products: Mapping[int, Tensor], inputs: list[Tensor], call: int, change: Change
+) -> Tensor | None:
+    """x aᵀ of a layer whose inputs x are the same at every step, and so are its factors' a; None once it is dense."""
+    if isinstance(change, Dense):
         return None
     if call in products:
         return products[call].detach()
-    a = inputs[call].detach()  # (tasks, ..., in)
-    return (_rows(a) @ change[0].mT).view(*a.shape[:-1], -1)
+    x = inputs[call].detach()  # (tasks, ..., in)
+    return (_rows(x) @ change.a.mT).view(*x.shape[:-1], -1)
 
 
 def _rows(values: Tensor) -> Tensor:
@@ -257,17 +278,24 @@ def _rows(values: Tensor) -> Tensor:
     return values.reshape(len(values), -1, values.shape[-1])
 
 
-def _add(change: tuple, a: Tensor, d: Tensor, constant: bool) -> tuple[Tensor, ...]:
-    """Add dᵀa to a change; dense from when the factors would cost more than the weight."""
-    if len(change) == 2:
-        rows = change[0].shape[1]
-        if constant:
-            return change[0], change[1] + d
-        if (rows + a.shape[1]) * (a.shape[2] + d.shape[2]) <= a.shape[2] * d.shape[2]:
-            return torch.cat([change[0], a], 1), torch.cat([change[1], d], 1)
-        return (torch.baddbmm(change[1].mT @ change[0], d.mT, a),)
-    if len(change) == 1:
-        return (torch.baddbmm(change[0], d.mT, a),)
-    if constant or a.shape[1] * (a.shape[2] + d.shape[2]) <= a.shape[2] * d.shape[2]:
-        return a, d
-    return (d.mT @ a,)
+def _add(change: Change | None, a: Tensor, d: Tensor, constant: bool) -> Change:
+    """Add dᵀa to a change; dense from when the factors would cost more than the weight.
+
+    constant: a is the same at every step.
+    """
+    match change:
+        case Dense(before):
+            return Dense(torch.baddbmm(before, d.mT, a))
+        case Factors(before_a, before_d) if constant:
+            return Factors(before_a, before_d + d)
+        case Factors(before_a, before_d):
+            rows = before_a.shape[1] + a.shape[1]
+            if _pays(rows, a, d):
+                return Factors(torch.cat([before_a, a], 1), torch.cat([before_d, d], 1))
+            return Dense(torch.baddbmm(before_d.mT @ before_a, d.mT, a))
+    return Factors(a, d) if constant or _pays(a.shape[1], a, d) else Dense(d.mT @ a)
+
+
+def _pays(rows: int, a: Tensor, d: Tensor) -> bool:
+    """Whether factors of so many rows are smaller than the change that they stand for."""
+    return rows * (a.shape[2] + d.shape[2]) <= a.shape[2] * d.shape[2]

@@ -7,6 +7,8 @@ from fomaml.learning.problem import Problem
 from fomaml.tasks import Task, one
 
 
-def problem(learner: MetaLearner, tasks: Task, **facts) -> Problem:
+def problem(
+    learner: MetaLearner, tasks: Task, *, evaluating: bool = False, ways: int | None = None
+) -> Problem:
     """The problem of a batch of a single task."""
-    return Problem(learner, one(tasks, 0), **facts)
+    return Problem(learner, one(tasks, 0), evaluating=evaluating, ways=ways)

@@ -1,36 +1,267 @@
-"""The door to the engines: by name, or the one that suits the module, the sizes and the device."""
+"""The door to the engines: the rule that chooses one, the plan that its caller owns, and the short forms.
+
+`fomaml.engines.plan` is the function; what stands in this file comes by `from fomaml.engines.plan import …`.
+"""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
-from torch.random import fork_rng
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor
 
-from fomaml.choices import Statistics
+from fomaml.choices import Statistics, check_choice
 from fomaml.engines import batched, factored, loop
 from fomaml.engines.common import (
+    Engine,
     Found,
     MetaGradient,
     accumulate,
     curves,
     differentiate,
-    first_line,
     out_of_memory,
 )
-from fomaml.engines.compiled import trace
-from fomaml.errors import InputError, positive
+from fomaml.engines.probes import explain, flops, is_convolutional, takers
+from fomaml.errors import positive
 from fomaml.learning.learner import MetaLearner
-from fomaml.learning.problem import Problem
-from fomaml.tasks import Task, chunks, count, one
+from fomaml.tasks import Task, chunks, count
 
-ENGINES = {"loop": loop.problem, "batched": batched.problem, "factored": factored.problem}
+ENGINES: dict[str, Engine] = {
+    "loop": loop.problem,
+    "batched": batched.problem,
+    "factored": factored.problem,
+}
+
+# --- the rule -------------------------------------------------------------------------------------
+
+
+class Choice(NamedTuple):
+    """What follows from a learner, the shapes of its tasks, the device and the number of threads; see `Plan`.
+
+    stacks: whether convolutions are to be stacked when compiled.
+    """
+
+    engine: str
+    why: str
+    tasks_at_once: int
+    stacks: bool
+
+
+def choose(learner: MetaLearner, tasks: Task, compile: bool = False) -> tuple[str, str]:
+    """The name of the engine for this learner and these tasks, and the reason in one line.
+
+    A rule and no race: engines round differently, and a run must end the same however busy the machine was.
+    Measured on a CPU: vmap makes grouped convolutions of convolutions, 2.5-3.3 times slower than the loop on
+    Conv4, but on small strided ones the loop's overhead weighs more (2 times slower). Compiled, both take fused
+    kernels, tasks side by side, and small convolutions are stacked without being grouped. The factored engine pays
+    where few vectors go through wide Linear layers; other wide layers take the loop (1.3-1.8 times faster than vmap
+    on a 784-256-10 MLP, second order and Reptile), or, compiled, vmap.
+    """
+    device = tasks.support.inputs.device.type
+    if is_convolutional(learner) and device == "cpu":
+        millions = flops(learner, tasks) / 1e6
+        how = ", compiled" if compile else ""
+        if millions > 50 or not takers(learner, tasks)[0]:
+            return "loop", f"convolutions on a CPU, {millions:.0f} million operations a task{how}"
+        return "batched", f"small convolutions, {millions:.0f} million operations a task{how}"
+    vmaps, vectors = takers(learner, tasks)
+    if not vmaps:
+        return "loop", "something in the model that vmap does not take"
+    own = dict(learner.model.named_parameters())
+    wide = [
+        own[n] for n, rows in vectors.items() if min(own[n].shape) > 2 * rows or own[n].shape[1] > 8 * rows
+    ]
+    large = sum(weight.numel() for weight in wide)
+    # below 20 000 the bookkeeping costs more: 1.2 times on a 1-40-40-1 MLP
+    if large > max(20_000, sum(own[n].numel() for n in learner.adapted) / 2):
+        rows = max(vectors.values())
+        return "factored", f"linear layers much wider than the {rows} vectors of a support set"
+    if device != "cpu":
+        return "batched", f"one kernel for all tasks on {device}"
+    if max(own[n].numel() for n in learner.adapted) > 100_000 and not compile:
+        return "loop", "wide layers on a CPU, which the factored engine does not take here"
+    return "batched", "dense layers, compiled" if compile else "small dense layers"
+
+
+def _choice(
+    learner: MetaLearner, tasks: Task, engine: str, tasks_at_once: int | None, compile: bool
+) -> Choice:
+    check_choice("engine", engine, ("auto", *ENGINES))
+    engine, why = choose(learner, tasks, compile) if engine == "auto" else (engine, "as asked")
+    on_cpu = tasks.support.inputs.device.type == "cpu"
+    stacks = compile and engine == "batched" and on_cpu and is_convolutional(learner)
+    return Choice(engine, why, _at_once(learner, tasks, engine, tasks_at_once, compile), stacks)
+
+
+def _at_once(learner: MetaLearner, tasks: Task, engine: str, tasks_at_once: int | None, compile: bool) -> int:
+    """How many tasks to compute at once, where they fit into memory."""
+    if tasks_at_once is not None:
+        positive("tasks_at_once", tasks_at_once, integer=True)
+    if engine == "loop":
+        return 1
+    if tasks_at_once is not None:
+        return min(tasks_at_once, count(tasks))
+    if count(tasks) > 8 and tasks.support.inputs.device.type == "cpu":
+        if is_convolutional(learner):
+            # measured on small strided convolutions: 8 or 16 at once are 1.2 times as fast as 32, which leave the
+            # cache; but stacked 32 are 1.2 times as fast as 8, as there is less between their kernels
+            return min(count(tasks), 32) if compile else 8
+        if compile:
+            return _few(learner, tasks, engine)
+    return count(tasks)
+
+
+def _few(learner: MetaLearner, tasks: Task, engine: str) -> int:
+    """How many tasks of compiled dense layers on a CPU, each on one thread, are faster than all of them on all threads.
+
+    Measured: 8 of `batched` are 1.15 to 1.35 times as fast as 32 on one thread from 6 million operations a task on, as
+    fast at half a million. `factored` has large products that know no tasks: 16 are as fast as 32 on one thread and
+    1.2 times on two at 30 million, slower at 2 million. Fewer chunks than threads would leave threads without work.
+    """
+    number = count(tasks)
+    most, least_flops = {"batched": (8, 2e6), "factored": (16, 1e7)}[engine]
+    if flops(learner, tasks) < least_flops:
+        return number
+    enough = min(most, number // torch.get_num_threads())
+    return next((few for few in range(enough, most // 2 - 1, -1) if number % few == 0), number)
+
+
+# --- the plan -------------------------------------------------------------------------------------
+
+
+class Plan:
+    """How the meta-gradient of a learner is computed: `plan(tasks)`; see the function `plan`, which makes it.
+
+    engine: the engine's name. why: the reason, in one line.
+    tasks_at_once: at most so many tasks are in memory at a time. When memory runs out it is halved, with a warning,
+        and stays so: kept with a run, it can be given to the plan with which the run goes on.
+    """
+
+    def __init__(
+        self,
+        learner: MetaLearner,
+        choice: Choice,
+        compile: bool = False,
+        autocast: torch.dtype | None = None,
+    ):
+        self.learner = learner
+        self.choice = choice
+        self.compile = compile
+        self.autocast = autocast
+
+    @property
+    def engine(self) -> str:
+        return self.choice.engine
+
+    @property
+    def why(self) -> str:
+        return self.choice.why
+
+    @property
+    def tasks_at_once(self) -> int:
+        return self.choice.tasks_at_once
+
+    def __call__(self, tasks: Task) -> MetaGradient:
+        """The gradient of the meta-loss, averaged over a batch of tasks; see `meta_gradient`."""
+        return self._compute(tasks)
+
+    def curve(self, tasks: Task, points: Sequence[tuple[int, Statistics]]) -> list[tuple[Tensor, Tensor]]:
+        """Query losses (tasks,) and outputs (tasks, examples, ...) at each pair of a number of inner steps and
+        statistics, ascending by steps: tasks are adapted once for all of them.
+
+        Never compiled, and in the model's own precision. statistics: see `Problem.query`.
+        """
+        return self._curve(tasks, points)
+
+    def _curve(self, tasks: Task, points: Sequence[tuple[int, Statistics]]) -> list[tuple[Tensor, Tensor]]:
+        problem = ENGINES[self.engine]
+        while True:
+            size = min(self.tasks_at_once, count(tasks))
+            try:
+                return curves(
+                    (problem(self.learner, chunk, evaluating=True) for chunk in chunks(tasks, size)), points
+                )
+            except Exception as error:  # whatever a module raises
+                self._halve(size, error, tasks)
+
+    def _compute(self, tasks: Task) -> MetaGradient:
+        """As `__call__`; a frame between what the user calls and what warns, so that warnings name the user's line."""
+        learner, number, ways = self.learner, count(tasks), None
+        if learner.start is not None and not tasks.support.targets.is_floating_point():
+            ways = int(tasks.support.targets.max()) + 1
+        find = partial(self._find, number, ways, self.engine)
+        while True:
+            size = most = min(self.tasks_at_once, number)
+            try:
+                function = None
+                if self.compile:
+                    from fomaml.engines.compiled import trace  # with all that compiling needs of torch
+
+                    size = next(n for n in range(most, 0, -1) if number % n == 0)  # one shape, compiled once
+                    alone = partial(self._find, number, ways, "loop") if self.choice.stacks else None
+                    side_by_side = size < number and size * torch.get_num_threads() <= number
+                    facts = (self.engine, ways, self.autocast, number)
+                    function = trace.function(
+                        learner, next(chunks(tasks, size)), find, facts, alone, side_by_side
+                    )
+                if function is None:
+                    names, found = list(learner.meta_parameters()), map(find, chunks(tasks, size))
+                else:
+                    names, found = function.names, function.map(chunks(tasks, size))
+                return accumulate(names, found, self.engine)
+            except Exception as error:  # whatever a module raises
+                self._halve(most, error, tasks)
+
+    def _find(self, number: int, ways: int | None, engine: str, chunk: Task) -> Found:
+        """What a chunk contributes to the meta-gradient of so many tasks, by an engine."""
+        device = chunk.support.inputs.device.type
+        with torch.autocast(device, self.autocast) if self.autocast is not None else nullcontext():
+            return differentiate(self.learner, ENGINES[engine](self.learner, chunk, ways=ways), number)
+
+    def _halve(self, size: int, error: Exception, tasks: Task) -> None:
+        """Half as many tasks at once from now on, if that may mend the error of so many; else raise it."""
+        if size == 1 or not out_of_memory(error):
+            explain(error, self.learner, tasks, self.engine)
+            raise error
+        self.choice = self.choice._replace(tasks_at_once=(size + 1) // 2)
+        text = f"out of memory: {self.tasks_at_once} tasks at once from now on"
+        warnings.warn(text, RuntimeWarning, stacklevel=4)
+
+
+def plan(
+    learner: MetaLearner,
+    tasks: Task,
+    *,
+    engine: str = "auto",
+    tasks_at_once: int | None = None,
+    compile: bool = False,
+    autocast: torch.dtype | None = None,
+) -> Plan:
+    """The plan for a learner as it is now and for batches like `tasks`, to be kept for a whole run.
+
+    It depends on the learner, the shapes and dtypes of the tasks, the device and torch's number of threads alone, never
+    on what was computed before. The learner is tried on two of the tasks where the choice needs it.
+
+    tasks: tensors (tasks, examples, ...); later batches may have other sizes.
+    engine: "loop", "batched", "factored" or "auto".
+    tasks_at_once: at most so many tasks in memory at a time ("loop" takes one in any case), compiled on a CPU by each
+        thread; by default as many as suit the engine.
+    compile: compile the whole meta-gradient, once for each shape of the tasks; where that cannot be, a
+        warning says so and the engine runs uncompiled.
+    autocast: run the forward passes in this lower precision (`torch.bfloat16`), see `torch.autocast`.
+
+    Raises:
+        InputError: an unknown engine, or tasks_at_once that is no positive whole number.
+    """
+    return Plan(learner, _choice(learner, tasks, engine, tasks_at_once, compile), compile, autocast)
+
+
+# --- the short forms ------------------------------------------------------------------------------
 
 
 def meta_gradient(
@@ -44,28 +275,18 @@ def meta_gradient(
 ) -> MetaGradient:
     """The gradient of the meta-loss by meta-parameter name, averaged over a batch of tasks.
 
-    tasks: tensors (tasks, examples, ...). engine: "loop", "batched", "factored" or "auto".
-    tasks_at_once: at most so many tasks in memory at a time ("loop" takes one in any case), compiled on a CPU by each
-        thread; by default as many as suit the engine, and half as many, from then on, when memory runs out.
-    compile: compile the whole meta-gradient, once for each shape of the tasks; where that cannot be, a
-        warning says so and the engine runs uncompiled.
-    autocast: run the forward passes in this lower precision (`torch.bfloat16`), see `torch.autocast`.
+    The short form of a call of a `plan`, which has the same arguments. A plan is kept for each learner and shapes.
 
     Raises:
         InputError: an unknown engine, one that does not take this learner, or outputs narrower than
             the number of classes.
     """
-    engine, size, stacks = _plan(learner, tasks, engine, tasks_at_once, compile)
-    while True:
-        try:
-            names, found = _found(learner, tasks, engine, size, stacks, compile, autocast)
-            return accumulate(names, found, engine)
-        except Exception as error:  # whatever a module raises
-            if size == 1 or not out_of_memory(error):
-                _explain(error, learner, tasks, engine)
-                raise
-        size = _fits[learner] = (size + 1) // 2
-        warnings.warn(f"out of memory: {size} tasks at once from now on", RuntimeWarning, stacklevel=2)
+    known, key = _known(learner, tasks, engine, tasks_at_once, compile, autocast)
+    choice = known.get(key) or _choice(learner, tasks, engine, tasks_at_once, compile)
+    own = Plan(learner, choice, compile, autocast)
+    result = own._compute(tasks)
+    known[key] = own.choice  # only now: what fails may be the fault of these very tasks
+    return result
 
 
 def curve(
@@ -92,206 +313,58 @@ def curve_at(
     tasks_at_once: int | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
     """`curve` at pairs of steps and statistics, ascending: tasks are adapted once for all of them."""
-    engine, size, _ = _plan(learner, tasks, engine, tasks_at_once)
-    problems = (ENGINES[engine](learner, chunk, evaluating=True) for chunk in chunks(tasks, size))
-    try:
-        return curves(problems, points)
-    except Exception as error:
-        _explain(error, learner, tasks, engine)
-        raise
+    known, key = _known(learner, tasks, engine, tasks_at_once)
+    own = Plan(learner, known.get(key) or _choice(learner, tasks, engine, tasks_at_once, compile=False))
+    result = own._curve(tasks, points)
+    known[key] = own.choice
+    return result
 
 
-def _explain(error: Exception, learner: MetaLearner, tasks: Task, engine: str) -> None:
-    """Raise `InputError` where an engine's error has a reason that can be told in words."""
-    if isinstance(error, IndexError | RuntimeError):
-        check_outputs(learner, tasks)  # the likeliest reason
-    if engine == "loop" or isinstance(error, InputError) or out_of_memory(error):
-        return
-    if all(_works(learner, loop, task) for task in chunks(tasks, 1)):
-        raise InputError(
-            f"engine={engine!r} does not take this module, 'loop' does: {first_line(error)}"
-        ) from error
+def _known(
+    learner: MetaLearner,
+    tasks: Task,
+    engine: str,
+    tasks_at_once: int | None,
+    compile: bool = False,
+    autocast: torch.dtype | None = None,
+) -> tuple[dict[tuple, Choice], tuple]:
+    """The choices that the short forms keep of a learner, and the key of the one for these tasks.
 
-
-def check_outputs(learner: MetaLearner, tasks: Task, ways: int | None = None) -> None:
-    """Raise `InputError` where the model's output is narrower than the number of ways.
-
-    ways: by default the largest label of the tasks and one; with floating targets nothing is checked.
+    The key holds all that a choice depends on, so that what is kept is what would be chosen anew; only that fewer tasks
+    at once are kept where memory ran out.
     """
-    targets = tasks.query.targets
-    if targets.is_floating_point():
-        return
-    ways = int(targets.max()) + 1 if ways is None else ways
-    task = one(tasks, 0)
-    with torch.no_grad():
-        outputs = learner.adapt(task.support, steps=0)(task.query.inputs)
-    if outputs.dim() < 2 or outputs.shape[-1] < ways:
-        raise InputError(
-            f"the model's outputs have shape {tuple(outputs.shape)}, too narrow for {ways} ways: "
-            f"its last layer needs at least {ways} outputs"
-        )
+    kept = _kept.get(learner)
+    if kept is None or not kept.is_of(learner):
+        kept = _kept[learner] = _Kept(learner)
+    (inputs, targets), query = tasks
+    shapes = (inputs.shape, targets.shape, query.inputs.shape, query.targets.shape)
+    dtypes = (inputs.dtype, targets.dtype, query.inputs.dtype, query.targets.dtype)
+    numbers = (learner.inner_steps, learner.inner_batch_size, torch.get_num_threads())
+    names = (*learner.adapted, None, *learner.meta_learned)
+    modes = [module.training for module in kept.modules]
+    asked = (engine, tasks_at_once, compile, autocast)
+    return kept.choices, (*asked, inputs.device, *shapes, *dtypes, *numbers, *names, *modes)
 
 
-def choose(learner: MetaLearner, tasks: Task, compile: bool = False) -> tuple[str, str]:
-    """The name of the engine for this learner and these tasks, and the reason in one line.
+class _Kept:
+    """What the short forms keep of a learner while it consists of the same parts: choices by all else."""
 
-    A rule and no probe: engines round differently, and a run must end the same however busy the machine was.
-    Measured on a CPU: vmap makes grouped convolutions of convolutions, 2.5-3.3 times slower than the loop on
-    Conv4, but on small strided ones the loop's overhead weighs more (2 times slower). Compiled, both take fused
-    kernels, tasks side by side, and small convolutions are stacked without being grouped. The factored engine pays
-    where few vectors go through wide Linear layers; other wide layers take the loop (1.3-1.8 times faster than vmap
-    on a 784-256-10 MLP, second order and Reptile), or, compiled, vmap.
-    """
-    device = tasks.support.inputs.device.type
-    if _is_convolutional(learner) and device == "cpu":
-        flops = _flops(learner, tasks)
-        how = ", compiled" if compile else ""
-        if flops > 5e7 or not _tried(learner, tasks)[0]:
-            return "loop", f"convolutions on a CPU, {flops / 1e6:.0f} million operations a task{how}"
-        return "batched", f"small convolutions, {flops / 1e6:.0f} million operations a task{how}"
-    vmaps, vectors = _tried(learner, tasks)
-    if not vmaps:
-        return "loop", "something in the model that vmap does not take"
-    own = dict(learner.model.named_parameters())
-    wide = [
-        own[n] for n, rows in vectors.items() if min(own[n].shape) > 2 * rows or own[n].shape[1] > 8 * rows
-    ]
-    large = sum(
-        w.numel() for w in wide
-    )  # below 20 000 the bookkeeping costs more: 1.2 times on a 1-40-40-1 MLP
-    if large > max(20_000, sum(own[n].numel() for n in learner.adapted) / 2):
-        return (
-            "factored",
-            f"linear layers much wider than the {max(vectors.values())} vectors of a support set",
-        )
-    if device != "cpu":
-        return "batched", f"one kernel for all tasks on {device}"
-    if max(own[n].numel() for n in learner.adapted) > 100_000 and not compile:
-        return "loop", "wide layers on a CPU, which the factored engine does not take here"
-    return "batched", "dense layers, compiled" if compile else "small dense layers"
+    def __init__(self, learner: MetaLearner):
+        self.choices: dict[tuple, Choice] = {}
+        self.modules = tuple(learner.modules())[1:]  # not itself: it would live as long as what is kept
+        slots = [slot for module in learner.modules() for slot in (module._modules, module._parameters)]
+        self._filled = [slot for slot in slots if slot]
+        self._empty = [slot for slot in slots if not slot]
+        self._parts = self._parts_of(learner)  # held, so that their ids stay theirs
+        self._ids = tuple(map(id, self._parts))
+
+    def is_of(self, learner: MetaLearner) -> bool:
+        """Whether no part was replaced since; a walk through all modules would take four times as long."""
+        return not any(self._empty) and tuple(map(id, self._parts_of(learner))) == self._ids
+
+    def _parts_of(self, learner: MetaLearner) -> list:
+        rules = [learner.optimizer, learner.objective, learner.criterion, learner.start, learner.first_order]
+        return rules + [part for slot in self._filled for part in slot.values()]
 
 
-def _plan(
-    learner: MetaLearner, tasks: Task, engine: str, tasks_at_once: int | None, compile: bool = False
-) -> tuple[str, int, bool]:
-    """The engine's name, how many tasks to compute at once, and whether convolutions are to be stacked when compiled;
-    remembered for the shapes of the tasks.
-    """
-    inputs = tasks.support.inputs
-    shapes = inputs.shape, tasks.query.inputs.shape, inputs.device
-    asked = engine, tasks_at_once, compile, *shapes, torch.get_num_threads()
-    plans = _plans.setdefault(learner, {})
-    plan = plans.get(asked)
-    if plan is None:
-        if engine == "auto":
-            engine, _ = choose(learner, tasks, compile)
-        elif engine not in ENGINES:
-            raise InputError(f"unknown engine {engine!r}; there are: auto, {', '.join(ENGINES)}")
-        stacks = (
-            compile and engine == "batched" and inputs.device.type == "cpu" and _is_convolutional(learner)
-        )
-        plan = plans[asked] = engine, _at_once(learner, tasks, engine, tasks_at_once, compile), stacks
-    engine, size, stacks = plan
-    return engine, min(size, _fits.get(learner, size)) if _fits else size, stacks
-
-
-_plans: WeakKeyDictionary[MetaLearner, dict[tuple, tuple[str, int, bool]]] = WeakKeyDictionary()
-_fits: WeakKeyDictionary[MetaLearner, int] = WeakKeyDictionary()
-
-
-def _at_once(learner: MetaLearner, tasks: Task, engine: str, tasks_at_once: int | None, compile: bool) -> int:
-    """How many tasks to compute at once, where they fit into memory."""
-    if tasks_at_once is not None:
-        positive("tasks_at_once", tasks_at_once, integer=True)
-    if engine == "loop":
-        return 1
-    if tasks_at_once is not None:
-        return min(tasks_at_once, count(tasks))
-    if count(tasks) > 8 and tasks.support.inputs.device.type == "cpu":
-        if _is_convolutional(learner):
-            # measured on small strided convolutions: 8 or 16 at once are 1.2 times as fast as 32, which leave the
-            # cache; but stacked 32 are 1.2 times as fast as 8, as there is less between their kernels
-            return min(count(tasks), 32) if compile else 8
-        if compile:
-            return _few(learner, tasks, engine)
-    return count(tasks)
-
-
-def _few(learner: MetaLearner, tasks: Task, engine: str) -> int:
-    """How many tasks of compiled dense layers on a CPU, each on one thread, are faster than all of them on all threads.
-
-    Measured: 8 of `batched` are 1.15 to 1.35 times as fast as 32 on one thread from 6 million operations a task on, as
-    fast at half a million. `factored` has large products that know no tasks: 16 are as fast as 32 on one thread and
-    1.2 times on two at 30 million, slower at 2 million. Fewer chunks than threads would leave threads without work.
-    """
-    number = count(tasks)
-    most, least_flops = {"batched": (8, 2e6), "factored": (16, 1e7)}[engine]
-    if _flops(learner, tasks) < least_flops:
-        return number
-    enough = min(most, number // torch.get_num_threads())
-    return next((few for few in range(enough, most // 2 - 1, -1) if number % few == 0), number)
-
-
-def _found(learner, tasks, engine, size, stacks, compile, autocast) -> tuple[Sequence[str], Iterator[Found]]:
-    """The names of the gradients, and what `differentiate` finds chunk by chunk."""
-    ways = None
-    if learner.start is not None and not tasks.support.targets.is_floating_point():
-        ways = int(tasks.support.targets.max()) + 1
-    device, number = tasks.support.inputs.device.type, count(tasks)
-
-    def find(chunk: Task, engine: str = engine) -> Found:
-        with torch.autocast(device, autocast) if autocast is not None else nullcontext():
-            return differentiate(learner, ENGINES[engine](learner, chunk, ways=ways), number)
-
-    if compile:
-        size = next(n for n in range(size, 0, -1) if number % n == 0)  # one shape, compiled once
-        alone = partial(find, engine="loop") if stacks else None
-        side_by_side = size < number and size * torch.get_num_threads() <= number
-        facts = (engine, ways, autocast, number)
-        function = trace.function(learner, next(chunks(tasks, size)), find, facts, alone, side_by_side)
-        if function is not None:
-            return function.names, function.map(chunks(tasks, size))
-    return list(learner.meta_parameters()), map(find, chunks(tasks, size))
-
-
-def _tried(learner: MetaLearner, tasks: Task) -> tuple[bool, dict[str, int]]:
-    """Whether vmap takes the learner, and, where the factored engine does, how many vectors of a support set go
-    through each Linear weight; found out on two tasks, once per learner.
-    """
-    if learner not in _known:
-        pair = next(chunks(tasks, 2))
-        vmaps = _works(learner, batched, pair) is not None
-        problem = _works(learner, factored, pair) if vmaps and factored.refusal(learner) is None else None
-        _known[learner] = vmaps, {} if problem is None else factored.rows(problem)
-    return _known[learner]
-
-
-_known: WeakKeyDictionary[MetaLearner, tuple[bool, dict[str, int]]] = WeakKeyDictionary()
-
-
-def _works(learner: MetaLearner, engine, tasks: Task) -> Problem | None:
-    """A problem of this engine whose gradient could be computed, if it could."""
-    try:
-        with fork_rng(devices=[]):
-            differentiate(learner, engine.problem(learner, tasks), count(tasks))
-            return engine.problem(learner, tasks)
-    except Exception:  # whatever a module raises
-        return None
-
-
-def _flops(learner: MetaLearner, tasks: Task) -> int:
-    """The floating-point operations of the model on one task's query set."""
-    # whatever fails, such as the loss of too few outputs, fails again where it is told in words
-    with (
-        FlopCounterMode(display=False) as counter,
-        torch.no_grad(),
-        fork_rng(devices=[]),
-        suppress(Exception),
-    ):
-        problem = loop.problem(learner, next(chunks(tasks, 1)))
-        problem.query(problem.start)
-    return counter.get_total_flops()
-
-
-def _is_convolutional(learner: MetaLearner) -> bool:
-    return any(isinstance(m, nn.modules.conv._ConvNd) for m in learner.model.modules())
+_kept: WeakKeyDictionary[MetaLearner, _Kept] = WeakKeyDictionary()

@@ -92,7 +92,11 @@ class Problem:
         return losses
 
     def query(
-        self, adapted: Adapted, statistics: Statistics = "own", step: int | None = None
+        self,
+        adapted: Adapted,
+        statistics: Statistics = "own",
+        step: int | None = None,
+        buffers: Mapping[str, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Losses () or (tasks,) and outputs on the query set at φ.
 
@@ -100,6 +104,7 @@ class Problem:
             set, so that query examples do not inform each other; "with-query", the support set and the one query
             example at hand.
         step: the number of steps that led to φ, by default K.
+        buffers: the model's, which it may write into; by default those that the inner steps have.
         """
         step = self.steps if step is None else step
         return self._losses(
@@ -109,6 +114,7 @@ class Problem:
             self._support_for(statistics),
             step,
             statistics == "with-query",
+            buffers,
         )
 
     def _support_for(self, statistics: Statistics) -> Tensor | None:
@@ -133,12 +139,14 @@ class Problem:
             with self._attention():
                 return run(self.buffers, self.task.support.inputs)
 
-    def _losses(self, adapted, fixed, examples, support=None, step=0, apart=False) -> tuple[Tensor, Tensor]:
+    def _losses(
+        self, adapted, fixed, examples, support=None, step=0, apart=False, buffers=None
+    ) -> tuple[Tensor, Tensor]:
         def one_task(adapted, buffers, examples, support):
             outputs = self._outputs({**fixed, **adapted}, buffers, examples.inputs, support, step, apart)
             return self.learner.criterion(outputs, examples.targets), outputs
 
-        arguments = (dict(adapted), self.buffers, examples, support)
+        arguments = (dict(adapted), self.buffers if buffers is None else buffers, examples, support)
         axes = (0, 0, 0, None if support is None else 0)
         with self._attention():
             if not self.stacked:
