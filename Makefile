@@ -1,5 +1,6 @@
-# `make train` runs the main job, `make test` the tests, `make bench` the benchmarks; all set up .venv first.
-.PHONY: train test bench lint clean
+# `make train` runs the main job, `make test` the tests (`make test-long` those that are left out of it), `make bench`
+# the benchmarks; all set up .venv first.
+.PHONY: train test test-long bench lint clean
 
 PYTHON ?= python3
 SETUP = .venv/.installed
@@ -13,8 +14,13 @@ $(SETUP): pyproject.toml constraints.txt
 train: $(SETUP)
 	.venv/bin/python runs/mnist.py
 
+PYTEST = .venv/bin/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
+
 test: $(SETUP)
-	.venv/bin/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
+	$(PYTEST)
+
+test-long: $(SETUP)
+	$(PYTEST) -m long
 
 bench: $(SETUP)
 	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'

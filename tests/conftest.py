@@ -1,10 +1,13 @@
 import gc
+from pathlib import Path
 
 import pytest
 import torch
 import torch._inductor
 
 torch.set_num_threads(1)
+# Where an assertion of a shared module fails, its values are shown, as in a test file.
+pytest.register_assert_rewrite(*(path.stem for path in Path(__file__).parent.glob("*.py")))
 
 
 def pytest_collection_finish():

@@ -1,4 +1,3 @@
-import hashlib
 import math
 import os
 import subprocess
@@ -11,27 +10,11 @@ import pytest
 import torch
 
 import fomaml.errors
+from draws import COUNTS, digest, episodes, regression
 from fomaml.data.source import ClassSource
 from fomaml.data.synthetic import Sinusoids
 from fomaml.episodes import Episodes, RegressionEpisodes
 from fomaml.errors import InputError
-
-COUNTS = [5, 7, 20, 5]  # the first and the last are drawn whole by 2 shots + 3 query examples
-SIZES = {"ways": 3, "shots": 2, "query_shots": 3}
-
-
-def source(counts=COUNTS):
-    """Inputs (examples, 2): the class and the row within it."""
-    inputs = [[label, row] for label, count in enumerate(counts) for row in range(count)]
-    return ClassSource(torch.tensor(inputs), torch.tensor(inputs)[:, 0])
-
-
-def episodes(seed=0, **sizes):
-    return Episodes(source(), **(SIZES | sizes), seed=seed)
-
-
-def regression(seed=0, **sizes):
-    return RegressionEpisodes(Sinusoids(), **({"shots": 5, "query_shots": 7} | sizes), seed=seed)
 
 
 def same(a, b):
@@ -125,19 +108,9 @@ def test_global_random_state_is_neither_used_nor_touched(make):
     assert same(first, make()[0])
 
 
-def digest() -> str:
-    """Of 20 tasks of either kind."""
-    found = hashlib.sha256()
-    for tasks in (episodes(seed=5).batch(100, 20), regression(seed=5).batch(100, 20)):
-        for part in tasks:
-            for tensor in part:
-                found.update(tensor.numpy().tobytes())
-    return found.hexdigest()
-
-
 def test_two_processes_draw_the_same_bytes():
     here, package = Path(__file__).parent, Path(fomaml.errors.__file__).parents[1]
-    code = "import test_episodes; print(test_episodes.digest())"
+    code = "import draws; print(draws.digest())"
     processes = []
     for hash_seed in ("1", "2"):
         paths = os.pathsep.join([str(here), str(package), os.environ.get("PYTHONPATH", "")])
