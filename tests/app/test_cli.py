@@ -2,6 +2,7 @@
 
 import json
 import struct
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from fomaml.app.cli import main
 from fomaml.app.rundir import load_run
 
 QUICK = ["--iterations", "4", "--test-tasks", "20", "--meta-batch-size", "2", "--query-shots", "3"]
+SMALL = ["--model", "conv4-strided", "--channels", "8", "--test-steps", "0", "1", "3"]
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +88,25 @@ def test_the_same_seed_gives_the_same_weights_and_another_does_not(run, digits, 
     assert not torch.equal(own, other)
 
 
-def test_baselines_stand_on_the_same_tasks(digits, tmp_path, capsys):
+@pytest.fixture
+def quick_baselines(monkeypatch):
+    """Baselines that learn and are tuned for a few steps; the statistics that each of them is tested by."""
+    asked, fine_tune = [], judge.fine_tune
+
+    def few(*data, statistics, **options):
+        asked.append(statistics)
+        quick = {"tuning_tasks": 4, "inner_lrs": (0.01, 0.1), "at_steps": (1, 3)}
+        return fine_tune(*data, statistics=statistics, **(options | quick))
+
+    monkeypatch.setattr(judge, "fine_tune", few)
+    monkeypatch.setattr(judge, "pretrain", partial(judge.pretrain, iterations=5))
+    return asked
+
+
+@pytest.mark.parametrize("counts", ["few", pytest.param("those of every run", marks=pytest.mark.long)])
+def test_baselines_stand_on_the_same_tasks(counts, digits, tmp_path, capsys, request):
+    if counts == "few":
+        request.getfixturevalue("quick_baselines")
     main(["train", "mnist", "--data-root", str(digits), "--out", str(tmp_path / "r"), *QUICK, "--shots", "5"])
     result = json.loads((tmp_path / "r" / "result.json").read_text())
     labels = [row["label"] for row in result["rows"][5:]]
@@ -121,9 +141,8 @@ def test_both_statistics_are_reported_side_by_side(digits, tmp_path, capsys):
         "--out",
         str(out),
         *QUICK,
+        *SMALL,
         "--no-baselines",
-        "--model",
-        "conv4-strided",
     ]
     main(["train", "mnist", *base])
     capsys.readouterr()
@@ -155,15 +174,8 @@ def test_both_statistics_are_reported_side_by_side(digits, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("statistics", ["support", "with-query"])
-def test_a_run_is_tested_by_the_statistics_it_asks_for(statistics, digits, tmp_path, capsys, monkeypatch):
-    asked, fine_tune = [], judge.fine_tune
-
-    def noted(*data, **options):
-        asked.append(options["statistics"])
-        return fine_tune(*data, **options)
-
-    monkeypatch.setattr(judge, "fine_tune", noted)
-    quick = [*QUICK, "--model", "conv4-strided", "--data-root", str(digits), "--statistics", statistics]
+def test_a_run_is_tested_by_the_statistics_it_asks_for(statistics, digits, tmp_path, capsys, quick_baselines):
+    quick = [*QUICK, *SMALL, "--data-root", str(digits), "--statistics", statistics]
     main(["train", "mnist", *quick, "--out", str(tmp_path / "r")])
     result = json.loads((tmp_path / "r" / "result.json").read_text())
     assert result["protocol"]["statistics"] == statistics
@@ -176,7 +188,7 @@ def test_a_run_is_tested_by_the_statistics_it_asks_for(statistics, digits, tmp_p
     assert own == same and own["protocol"] == result["protocol"]
     assert own["rows"] == result["rows"][: len(own["rows"])] != other["rows"]
     assert other["protocol"]["transductive"]
-    assert len(asked) > 1 and set(asked) == {statistics}  # the baselines alike
+    assert len(quick_baselines) > 1 and set(quick_baselines) == {statistics}  # the baselines alike
 
 
 def test_sinusoid_lowers_the_error(tmp_path, capsys):
