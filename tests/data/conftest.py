@@ -1,6 +1,7 @@
 """Nothing in this folder reaches the network: caches are new folders, servers are on this machine."""
 
 import http.server
+import logging
 import threading
 from functools import partial
 
@@ -61,3 +62,16 @@ def tiny(monkeypatch):
 def root(tmp_path):
     """A folder with both archives of the tiny Omniglot."""
     return omniglot_files.write(tmp_path / "data")
+
+
+@pytest.fixture
+def said(caplog):
+    """What the library has logged since it was last asked, from information on: a list of (level, line)."""
+    caplog.set_level(logging.INFO, "fomaml")
+
+    def lines():
+        found = [(record.levelname, record.getMessage()) for record in caplog.records]
+        caplog.clear()
+        return found
+
+    return lines

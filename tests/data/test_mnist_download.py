@@ -48,13 +48,14 @@ def everything_in(folder):
     return sorted(path.name for path in folder.rglob("*") if path.is_file())
 
 
-def test_downloads_once_through_torchvision(cache, mirror, monkeypatch, capfd):
+def test_downloads_once_through_torchvision(cache, mirror, monkeypatch, capfd, said):
     forbid(monkeypatch, "_five_thousand")
     timeout = socket.getdefaulttimeout()
     found = load_mnist()
     assert_is_the_written_mnist(found)
     assert found.origin == f"torchvision's download in {cache}"
-    assert capfd.readouterr() == ("", f"downloading MNIST to {cache}\n")
+    assert said() == [("INFO", f"downloading MNIST to {cache}")]
+    assert capfd.readouterr() == ("", "")
     assert everything_in(cache) == sorted(mnist.FILES)
     assert list(cache.iterdir()) == [cache / "MNIST"]
     assert socket.getdefaulttimeout() == timeout
@@ -64,7 +65,7 @@ def test_downloads_once_through_torchvision(cache, mirror, monkeypatch, capfd):
     assert_is_the_written_mnist(load_mnist())
     assert_is_the_written_mnist(load_mnist(allow_download=False))
     assert mirror[1] == asked
-    assert capfd.readouterr() == ("", "")
+    assert said() == [] and capfd.readouterr() == ("", "")
 
 
 def test_a_deleted_file_is_downloaded_again(cache, mirror):
@@ -92,15 +93,16 @@ def five_thousand(monkeypatch):
     return digits
 
 
-def test_a_download_that_fails_its_md5_leaves_nothing(cache, mirror, five_thousand, capfd):
+def test_a_download_that_fails_its_md5_leaves_nothing(cache, mirror, five_thousand, capfd, said):
     path = mirror[0] / f"{TEST_LABELS}.gz"
     path.write_bytes(path.read_bytes()[:-3])
     assert load_mnist() is five_thousand
     assert everything_in(cache) == []
-    announced, explained = capfd.readouterr().err.splitlines()
-    assert announced == f"downloading MNIST to {cache}"
+    announced, (level, explained) = said()
+    assert announced == ("INFO", f"downloading MNIST to {cache}") and level == "WARNING"
     assert explained.startswith(f"MNIST was not downloaded (Error downloading {TEST_LABELS}.gz: ")
     assert explained.endswith("File not found or corrupted.); using the stand-in")
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_download_cut_short_while_unpacking_leaves_nothing(cache, mirror, five_thousand, monkeypatch):
@@ -116,13 +118,13 @@ def test_a_download_cut_short_while_unpacking_leaves_nothing(cache, mirror, five
     assert everything_in(cache) == []
 
 
-def test_without_a_network_the_5k_digits_come_fast(cache, five_thousand, capfd):
+def test_without_a_network_the_5k_digits_come_fast(cache, five_thousand, capfd, said):
     start = time.perf_counter()
     assert load_mnist() is five_thousand
     assert time.perf_counter() - start < download.SECONDS
     assert not cache.exists()
-    message = "MNIST was not downloaded (no answer from http://127.0.0.1:9/); using the stand-in\n"
-    assert capfd.readouterr() == ("", message)
+    message = "MNIST was not downloaded (no answer from http://127.0.0.1:9/); using the stand-in"
+    assert said() == [("WARNING", message)] and capfd.readouterr() == ("", "")
 
 
 def test_a_network_that_swallows_everything_is_given_up_soon(five_thousand, monkeypatch):
@@ -151,20 +153,21 @@ def test_a_look_up_of_names_that_hangs_is_given_up_soon(five_thousand, monkeypat
     done.set()
 
 
-def test_a_mirror_without_the_file_is_no_mirror(mirror, five_thousand, capfd):
+def test_a_mirror_without_the_file_is_no_mirror(mirror, five_thousand, said):
     (mirror[0] / f"{TRAIN_IMAGES}.gz").unlink()
     assert load_mnist() is five_thousand
-    assert "no answer from" in capfd.readouterr().err
+    [(level, explained)] = said()
+    assert level == "WARNING" and "no answer from" in explained
 
 
-def test_no_download_where_none_is_allowed(cache, five_thousand, monkeypatch, capfd):
+def test_no_download_where_none_is_allowed(cache, five_thousand, monkeypatch, capfd, said):
     forbid(monkeypatch, "_download")
     assert load_mnist(allow_download=False) is five_thousand
-    assert capfd.readouterr() == ("", "")
+    assert said() == [] and capfd.readouterr() == ("", "")
     assert not cache.exists()
 
 
-def test_a_broken_torchvision_does_not_matter(tmp_path, five_thousand, monkeypatch, capfd):
+def test_a_broken_torchvision_does_not_matter(tmp_path, five_thousand, monkeypatch, capfd, said):
     package = tmp_path / "site" / "torchvision"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("raise RuntimeError('operator nms\\ndoes not exist')")
@@ -172,5 +175,5 @@ def test_a_broken_torchvision_does_not_matter(tmp_path, five_thousand, monkeypat
     for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
         monkeypatch.delitem(sys.modules, name)
     assert load_mnist() is five_thousand
-    message = "MNIST was not downloaded (operator nms does not exist); using the stand-in\n"
-    assert capfd.readouterr() == ("", message)
+    message = "MNIST was not downloaded (operator nms does not exist); using the stand-in"
+    assert said() == [("WARNING", message)] and capfd.readouterr() == ("", "")

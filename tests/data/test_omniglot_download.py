@@ -29,13 +29,14 @@ def server(tmp_path, serve, monkeypatch):
     return folder, asked
 
 
-def test_downloads_once_through_torchvision(root, cache, server, monkeypatch, capfd):
+def test_downloads_once_through_torchvision(root, cache, server, monkeypatch, capfd, said):
     timeout = socket.getdefaulttimeout()
     found = load_omniglot()
     place = cache / "omniglot-py"
     assert found.origin == f"Omniglot in {place}, 28x28 by lanczos"
     assert_same(found, load_omniglot(root))
-    assert capfd.readouterr() == ("", f"downloading Omniglot to {place}\n")
+    assert said() == [("INFO", f"downloading Omniglot to {place}")]
+    assert capfd.readouterr() == ("", "")
     kept = {path.name for path in place.iterdir() if path.suffix != ".safetensors"}
     assert kept == {f"{BACKGROUND}.zip", f"{EVALUATION}.zip"}
     assert socket.getdefaulttimeout() == timeout
@@ -44,7 +45,7 @@ def test_downloads_once_through_torchvision(root, cache, server, monkeypatch, ca
     assert_same(load_omniglot(), found)
     assert_same(load_omniglot(allow_download=False), found)
     assert server[1] == asked
-    assert capfd.readouterr() == ("", "")
+    assert said() == [] and capfd.readouterr() == ("", "")
 
 
 def test_only_what_is_missing_is_downloaded(cache, server):
