@@ -1,5 +1,5 @@
-# `make train` runs the main job, `make test` the tests (`make test-long` those that are left out of it), `make bench`
-# the benchmarks; all set up .venv first.
+# `make train` runs the main job, `make test` the tests (`make test-long` those that are left out of it), `make lint` the
+# style and the types, `make bench` the benchmarks; all set up .venv first.
 .PHONY: train test test-long bench lint clean
 
 PYTHON ?= python3
@@ -27,8 +27,10 @@ bench: $(SETUP)
 	.venv/bin/python -m benchmarks $(BENCH)
 
 lint: $(SETUP)
-	.venv/bin/python -m pip install --quiet 'ruff>=0.9'
-	.venv/bin/ruff check . && .venv/bin/ruff format --check .
+	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
 
 clean:
 	rm -rf .venv out

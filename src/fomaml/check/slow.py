@@ -25,7 +25,8 @@ def reference(trial: Trial) -> tuple[dict[str, Tensor], set[str]]:
     No torch.func and nothing of this library, but that its `BatchNorm` is told the inner step.
     """
     torch.manual_seed(trial.seed)
-    totals, reached = {name: torch.zeros_like(p) for name, p in learned(trial.model).items()}, set()
+    totals = {name: torch.zeros_like(p) for name, p in learned(trial.model).items()}
+    reached: set[str] = set()
     for task in trial.each():
         model = _descend(trial, trial.copy(), task, reached)
         for name, gradient in _gradients(_query_loss(trial, model, task), model, reached).items():
@@ -40,7 +41,7 @@ def _descend(trial: Trial, model: nn.Module, task: Task, reached: set[str]) -> n
         gradients = _gradients(loss, model, reached)
         with torch.no_grad():
             for name, parameter in learned(model).items():
-                parameter -= trial.inner_lr * gradients[name]
+                parameter.sub_(trial.inner_lr * gradients[name])
     return model
 
 
@@ -66,7 +67,7 @@ def second_order(trial: Trial):
     directions = []
     for _ in range(DIRECTIONS):
         random = {name: torch.randn_like(p) for name, p in learned(trial.model).items()}
-        norm = sum(r.square().sum() for r in random.values()).sqrt()
+        norm = torch.as_tensor(sum(r.square().sum() for r in random.values())).sqrt()
         directions.append({name: r / norm for name, r in random.items()})
     slopes = _slopes(trial, directions)
     # what second order adds to first order is the measure: it may be small beside the gradient

@@ -14,6 +14,7 @@ from fomaml.check.findings import Finding
 from fomaml.engines import meta_gradient
 from fomaml.errors import InputError, in_one_line, positive
 from fomaml.learning.algorithms import FOMAML
+from fomaml.learning.learner import MetaLearner
 from fomaml.tasks import Examples, Task, count, one
 
 
@@ -29,9 +30,9 @@ class Trial(NamedTuple):
     random: bool = False
 
     def copy(self, name: str = "", value: Tensor | None = None) -> nn.Module:
-        """A copy, with a value written into the parameter `name`."""
+        """A copy, with a value written into the parameter `name` where there is one."""
         model = copy.deepcopy(self.model)
-        if name:
+        if value is not None:
             with torch.no_grad():
                 model.get_parameter(name).copy_(value)
         return model
@@ -52,9 +53,8 @@ class Trial(NamedTuple):
     def dtype(self) -> torch.dtype:
         return next(iter(learned(self.model).values())).dtype
 
-    def learner(self, first_order: bool = True):
-        choices = {"criterion": self.criterion, "first_order": first_order}
-        return FOMAML(self.copy(), self.inner_lr, self.inner_steps, **choices)
+    def learner(self, first_order: bool = True) -> MetaLearner:
+        return FOMAML(self.copy(), self.inner_lr, self.inner_steps, self.criterion, first_order=first_order)
 
     def gradient(self, engine: str, first_order: bool) -> tuple[dict[str, Tensor], list[str]]:
         """The meta-gradient, and the names of what computing it changed in the meta-model."""
@@ -62,9 +62,8 @@ class Trial(NamedTuple):
         before = snapshot(learner.model.state_dict())
         torch.manual_seed(self.seed)
         found = meta_gradient(learner, self.tasks, engine=engine).gradients
-        gradients = {
-            name: gradient.to_dense() for name, gradient in found.items()
-        }  # of nn.Embedding(sparse=True)
+        # sparse ones are those of nn.Embedding(sparse=True)
+        gradients = {name: gradient.to_dense() for name, gradient in found.items()}
         return gradients, [n for n, t in learner.model.state_dict().items() if differ(t, before[n])]
 
 

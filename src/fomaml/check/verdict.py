@@ -131,7 +131,7 @@ def _engines(own: Trial, trial: Trial, exact: Trial, expected: dict[str, Tensor]
 
     # finite differences are slow, and two steps of one task hold all there is to get wrong
     brief = exact._replace(tasks=next(chunks(exact.tasks, 1)), inner_steps=min(2, exact.inner_steps))
-    levels = {}
+    levels: dict[tuple[str, bool], str] = {}
     for first_order, wide, judge in ((True, exact, first), (False, brief, second_order(brief))):
         cure = READ if first_order or levels["loop", True] == "wrong" else DOUBLE
         for engine in ENGINES if first_order else ("loop", "batched"):

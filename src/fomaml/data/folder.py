@@ -66,7 +66,8 @@ def load_folder(
     if size is not None:
         if not isinstance(size, (tuple, list)) or len(size) != 2:
             raise InputError(f"size must be (height, width) or None, got {size!r}")
-        size = tuple(positive("each side of size", side, integer=True) for side in size)
+        height, width = (positive("each side of size", side, integer=True) for side in size)
+        size = height, width
     suffixes = readable_suffixes()
     parts = _given_parts(root)
     if parts is None:
@@ -83,9 +84,9 @@ def load_folder(
         if shared := sorted(set.union(*(a & b for a in classes for b in classes if a is not b))):
             split += f", which share {_counted(len(shared), 'class', 'classes')} ({shared[0]} …)"
     reader = _Reader(size, MODES[colour], suffixes)
-    sources = [reader.source(folders) for folders in parts]
+    train, validation, test = (reader.source(folders) for folders in parts)
     passed = f"; passed over {_counted(reader.others, 'file')} of other kinds" if reader.others else ""
-    return Folder(*sources, f"the folder {root}, {split}{passed}")
+    return Folder(train, validation, test, f"the folder {root}, {split}{passed}")
 
 
 def pillow():

@@ -68,7 +68,8 @@ class ClassSource:
             InputError: the dataset is empty, an item is no pair, a label is no integer, or the
                 inputs differ in shape.
         """
-        inputs, targets = [], []
+        inputs: list[Tensor] = []
+        targets: list[int] = []
         for index in range(len(dataset)):
             item = dataset[index]
             if not isinstance(item, (tuple, list)) or len(item) != 2:
@@ -85,8 +86,9 @@ class ClassSource:
             raise InputError("the dataset is empty")
         present = sorted(set(targets))
         known = getattr(dataset, "classes", None)
-        named = known is not None and present[0] >= 0 and present[-1] < len(known)
-        names = [str(known[label]) for label in present] if named else None
+        names = None
+        if known is not None and present[0] >= 0 and present[-1] < len(known):
+            names = [str(known[label]) for label in present]
         return cls(torch.stack(inputs), torch.tensor(targets), names, decode)
 
     def __len__(self) -> int:
