@@ -1,6 +1,6 @@
 #!/bin/sh
-# The tables of the README's comparison: the same tasks for all, one thread each.
-# sinusoid: as many iterations for each algorithm; MNIST: as many seconds.
+# The comparisons of docs/results.md: the same tasks for every algorithm, one thread each.
+# Sinusoids: the same number of iterations for each algorithm. MNIST: the same number of seconds.
 # Writes runs/compare/*.txt and *.json; pass the Python to use, by default .venv/bin/python. About half an hour.
 set -eu
 cd "$(dirname "$0")/.."
@@ -11,7 +11,7 @@ out=out/compare-$(date +%Y%m%d-%H%M%S)
 compare() {
     name=$1
     shift
-    "$python" -c "from fomaml.app.cli import main; main()" compare "$@" --out "$out/$name"
+    "$python" -m fomaml compare "$@" --out "$out/$name"
     mkdir -p runs/compare
     cp "$out/$name/compare.txt" "runs/compare/$name.txt"
     cp "$out/$name/compare.json" "runs/compare/$name.json"

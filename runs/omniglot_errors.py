@@ -1,4 +1,4 @@
-"""Which test images a finished Omniglot run gets wrong: how many of them make how many of the errors.
+"""Which test images a finished Omniglot run gets wrong, and which share of the errors the worst of them make.
 
 python -m runs.omniglot_errors docs/results/omniglot_best --ways 5 --shots 5 --data-root my/omniglot
 """
@@ -27,8 +27,8 @@ BESIDE = 8  # images of the same class, in the plot
 
 @dataclass(frozen=True)
 class Options:
-    """Judge a run on its test tasks, count the errors by query image, and show the images most often wrong beside
-    others of their class.
+    """Judge a run on its test tasks, count the errors by query image, and show the images that are wrong most often
+    beside others of their class.
     """
 
     run: tyro.conf.Positional[Path]

@@ -1,6 +1,7 @@
 #!/bin/sh
-# Validation accuracy at 5-way 1-shot against seconds of training: docs/results/omniglot_seconds.png. FOMAML, MAML and Reptile are
-# the runs of their rows in docs/results.md. OMNIGLOT: the folder of the archives; PYTHON: .venv/bin/python.
+# Draws docs/results/omniglot_seconds.png: validation accuracy at 5-way 1-shot against seconds of training. It trains
+# first-order Proto-MAML; the lines of FOMAML, MAML and Reptile come from the runs kept under docs/results/.
+# Environment: OMNIGLOT, the folder of the archives (else the user's cache, or a download); PYTHON (.venv/bin/python).
 set -eu
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
@@ -8,7 +9,7 @@ kept=runs/omniglot/seconds/proto-maml
 out=${OUT:-out}/seconds-$(date +%Y%m%d-%H%M%S)
 export OMP_NUM_THREADS=1
 
-"$python" -c "from fomaml.app.cli import main; main()" train --preset best-omniglot --ways 5 --test-augment turns --jitter 0 \
+"$python" -m fomaml train --preset best-omniglot --ways 5 --test-augment turns --jitter 0 \
     --iterations 1200 --validate-every 100 --seed 0 --compile --no-baselines --validation-tasks 200 --out "$out" \
     ${OMNIGLOT:+--data-root "$OMNIGLOT"}
 mkdir -p "$kept"

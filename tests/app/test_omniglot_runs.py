@@ -1,10 +1,8 @@
-"""The scripts behind the Omniglot figures, on a small Omniglot: keep, table, plot, and one command for each preset."""
+"""The scripts behind the Omniglot figures, on a small Omniglot: rows, tables, errors and the plot."""
 
 import json
-import os
-import subprocess
 from collections import Counter
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,10 +13,11 @@ from fomaml.app.cli import main
 from fomaml.app.presets import PRESETS
 from fomaml.app.rundir import load_run
 from fomaml.errors import InputError
-from runs import omniglot_errors, omniglot_keep, omniglot_plot, omniglot_table
+from runs import omniglot, omniglot_errors, omniglot_plot, omniglot_table
+from runs.omniglot import ROWS, Row
 from runs.omniglot_table import figure
 
-RUNS = Path(omniglot_keep.__file__).parent
+PLAIN = Row()
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +38,14 @@ def trained(root, out, preset="fomaml-omniglot-5w1s", *options):
     return out
 
 
-def keep(run, to, **options):
-    omniglot_keep.main(omniglot_keep.Options(run, to, tasks=3, **options))
+def keep(run, to, row=PLAIN, **options):
+    omniglot.keep(run, to, row, omniglot.Options(tasks=3, **options))
     return to
+
+
+def cells(table):
+    """The cells of the rows of a Markdown table, without its heading."""
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
 
 
 def test_a_kept_run_is_judged_by_every_protocol_and_works_from_a_fresh_clone(root, tmp_path, capsys):
@@ -119,8 +123,8 @@ def test_a_run_whose_head_is_made_of_classes_is_judged_at_other_ways_and_shots(r
     run = trained(
         root, tmp_path / "run", "best-omniglot", "--ways", "5", "--train-ways", "8", "--jitter", "0.125"
     )
-    further = {"copies": 2, "turned": True, "balanced": True}
-    folder = keep(run, tmp_path / "results" / "omniglot_best", also=("3w2s",), **further)
+    row = Row(also=("3w2s",), copies=2, turned=True, balanced=True)
+    folder = keep(run, tmp_path / "results" / "omniglot_best", row)
     judged = json.loads((folder / "evaluations.json").read_text())["evaluations"]
     tasks = [
         tuple(found["protocol"][k] for k in ("ways", "shots", "query_shots", "copies")) for found in judged
@@ -130,20 +134,27 @@ def test_a_run_whose_head_is_made_of_classes_is_judged_at_other_ways_and_shots(r
     choices = [(found["protocol"]["test_augment"], found["protocol"]["balanced"]) for found in judged]
     assert choices == [*3 * [("none", False)], ("turns", False), ("turns", True)] * 2
     assert judged[2]["protocol"]["jitter"] == 0.125 and [row["steps"] for row in judged[2]["rows"]] == [1]
-    rows = omniglot_table.table(tmp_path / "results").splitlines()[2:]
-    for row, (plain, many, copied, turned, balanced) in zip(rows, (judged[5:], judged[:5])):
-        cells = row.split(" | ")
-        assert cells[2:4] == [
-            f"{figure(turned)} transductive, 3 tasks",
-            figure(turned["by_statistics"]["support"]),
-        ]
-        assert cells[4].split("; ") == [
-            f"not turned, {figure(plain)}, inductive {figure(plain['by_statistics']['support'])}",
-            f"not turned, 2 copies: {figure(copied)}, inductive {figure(copied['by_statistics']['support'])}",
-            f"balanced: {figure(balanced)}",
-        ]
-        assert cells[5] == f"not turned, {figure(many)} transductive"
-    assert [row.split(", ")[0] for row in rows] == ["| 3-way 2-shot", "| 5-way 1-shot"]
+    [kept] = omniglot_table.load(tmp_path / "results")
+    assert kept.tasks() == [(3, 2), (5, 1)]
+    link = "[best-omniglot](results/omniglot_best)"
+    texts = ("1 query image", "15 query images", "1 query image", "1 query image", "1 query image")
+    choices = ("", "", ", 2 copies", ", classes turned", ", classes turned, balanced")
+    protocols = cells(omniglot_table.appendix([kept]).split("\n\n")[1])
+    for task, part, rows in (((3, 2), judged[5:], protocols[:5]), ((5, 1), judged[:5], protocols[5:])):
+        _, published, here, support, _ = omniglot_table.row(kept, task)
+        turned = part[3]
+        assert here == f"{figure(turned)} transductive, 3 tasks"
+        assert support == figure(turned["by_statistics"]["support"])
+        assert published == ("95.8 ± 0.3 (Finn et al. 2017)" if task == (5, 1) else "")
+        for found, text, choice, line in zip(part, texts, choices, rows, strict=True):
+            queries = text if task == (5, 1) else text.replace("1 query image", "2 query images")
+            assert line == [
+                f"{omniglot_table.name_of(task)}, {link}",
+                f"{queries} per class{choice}, 3 tasks",
+                figure(found),
+                figure(found["by_statistics"]["support"]),
+                "",
+            ]
 
 
 def test_a_head_of_so_many_ways_takes_no_other(root, tmp_path, capsys):
@@ -156,11 +167,11 @@ def test_a_head_of_so_many_ways_takes_no_other(root, tmp_path, capsys):
 def test_the_last_weights_are_kept_where_asked_for(root, tmp_path, capsys):
     run = trained(root, tmp_path / "run")
     (run / "weights.safetensors").write_bytes(b"the best ones, which nobody reads")
-    folder = keep(run, tmp_path / "results" / "omniglot_last", weights="last")
+    folder = keep(run, tmp_path / "results" / "omniglot_last", Row(weights="last"))
     assert (folder / "weights.safetensors").read_bytes() == (run / "last.safetensors").read_bytes()
     assert json.loads((folder / "evaluations.json").read_text())["weights"] == "last"
-    [row] = omniglot_table.table(tmp_path / "results").splitlines()[2:]
-    assert "| 2 |" in row and "best at" not in row
+    [kept] = omniglot_table.load(tmp_path / "results")
+    assert omniglot_table.iterations(kept) == "2"
     capsys.readouterr()
     main(["evaluate", str(run), "--weights", "last", "--json"])
     last = json.loads(capsys.readouterr().out)["accuracy"]
@@ -183,48 +194,83 @@ def test_an_unfinished_run_is_not_kept(root, tmp_path):
     assert not (tmp_path / "to").exists()
 
 
-def test_the_table_sets_published_beside_measured(root, tmp_path):
+def page(path, *names):
+    """A page with the marks of these tables."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    marks = "".join(f"<!-- {name}: begin -->\nold\n<!-- {name}: end -->\n" for name in names)
+    path.write_text(f"before\n{marks}after\n")
+    return path
+
+
+def test_the_tables_set_published_beside_measured(root, tmp_path):
     docs = tmp_path / "docs"
     for name in ("reptile-omniglot-5w1s", "fomaml-omniglot-5w1s"):
         run = trained(root, tmp_path / name, name, "--seed", "3")
-        keep(run, docs / "results" / f"omniglot_{name}")
-    page = docs / "results.md"
-    page.write_text(f"before\n{omniglot_table.BEGIN}\nold\n{omniglot_table.END}\nafter\n")
-    omniglot_table.main(docs)
-    text = page.read_text()
+        keep(run, docs / "results" / omniglot.folder(name))
+    results = page(docs / "results.md", "omniglot", "omniglot appendix")
+    readme = page(tmp_path / "README.md", "omniglot")
+    omniglot_table.main(tmp_path)
+    text = results.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
-    lines = [line for line in text.splitlines() if line.startswith("|")]
-    assert len(lines) == 4 and len({line.count("|") for line in lines}) == 1
-    for line, name in zip(lines[2:], ("fomaml-omniglot-5w1s", "reptile-omniglot-5w1s")):
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
-        folder = docs / "results" / f"omniglot_{name}"
-        own, many = json.loads((folder / "evaluations.json").read_text())["evaluations"]
-        published = own if name.startswith("fomaml") else own["with-query"]
-        assert cells[0] == f"5-way 1-shot, [omniglot_{name}](results/omniglot_{name})"
-        assert cells[1] == f"{PRESETS[name].aim} (Nichol et al. 2018)"
-        assert cells[2].startswith(f"{100 * published['accuracy']:.2f} ± {100 * published['interval']:.2f} ")
-        assert PRESETS[name].statistics in cells[2]
-        assert cells[4] == "" and cells[5].startswith(f"{100 * many['accuracy']:.2f} ± ")
-        assert cells[7] == "3, tasks 1" and cells[8].startswith("2, best at ")
-        assert cells[10] == f"`sh runs/omniglot_{name}.sh`"
-    omniglot_table.main(docs)
-    assert page.read_text() == text
-    page.write_text("no marks")
+    main_table, training, protocols = (
+        [line for line in part.splitlines() if line.startswith("|")]
+        for part in (
+            text.split("<!-- omniglot: end -->")[0],
+            *text.split("omniglot appendix: begin")[1].split("\n\n"),
+        )
+    )
+    for lines in (main_table, training, protocols):
+        assert {line.count("|") for line in lines} == {6}  # five columns
+    assert "### 5-way 1-shot" in text
+    published = []
+    for line, trained_line, name in zip(
+        cells("\n".join(main_table)),
+        cells("\n".join(training)),
+        ("fomaml-omniglot-5w1s", "reptile-omniglot-5w1s"),
+    ):
+        folder = docs / "results" / omniglot.folder(name)
+        own, _ = json.loads((folder / "evaluations.json").read_text())["evaluations"]
+        support = own["by_statistics"]["support"]
+        published.append(own if name.startswith("fomaml") else own["by_statistics"]["with-query"])
+        assert line[0] == f"[{name}](results/{folder.name})" == trained_line[0]
+        assert line[1] == f"{PRESETS[name].aim} (Nichol et al. 2018)"
+        assert line[2] == f"{figure(published[-1])} {PRESETS[name].statistics}, 3 tasks"
+        assert line[3] == figure(support)
+        assert trained_line[1] == f"`python runs/omniglot.py {name}`"
+        assert trained_line[2].startswith("2, best at ") and trained_line[3] == "3"
+    rows = cells("\n".join(protocols))
+    assert [row[1].split(" per ")[0] for row in rows] == ["1 query image", "15 query images"] * 2
+    assert [row[4] for row in rows] == ["", "", figure(published[1]), ""]
+    overview = [line for line in readme.read_text().splitlines() if line.startswith("|")]
+    assert cells("\n".join(overview))[1] == ["FOMAML, here", figure(published[0]), "", "", ""]
+    both = results.read_text(), readme.read_text()
+    omniglot_table.main(tmp_path)
+    assert (results.read_text(), readme.read_text()) == both
+    readme.write_text("no marks")
     with pytest.raises(InputError, match="needs the marks"):
-        omniglot_table.main(docs)
+        omniglot_table.main(tmp_path)
 
 
 def test_other_shots_stand_beside_the_same_algorithm(root, tmp_path):
-    run = trained(root, tmp_path / "run", "fomaml-omniglot-5w1s", "--query-shots", "2")
-    keep(run, tmp_path / "omniglot_fomaml", also=("5w5s",))
-    _, _, own, other = omniglot_table.table(tmp_path).splitlines()
-    for line, preset in ((own, "fomaml-omniglot-5w1s"), (other, "fomaml-omniglot-5w5s")):
-        assert line.split("|")[2].strip() == f"{PRESETS[preset].aim} (Nichol et al. 2018)"
+    run = trained(root, tmp_path / "run", "fomaml-omniglot-5w1s-short", "--query-shots", "2")
+    keep(run, tmp_path / "omniglot_fomaml", Row(also=("5w5s",)))
+    [kept] = omniglot_table.load(tmp_path)
+    for task, preset in (((5, 1), "fomaml-omniglot-5w1s"), ((5, 5), "fomaml-omniglot-5w5s")):
+        assert omniglot_table.row(kept, task)[1] == f"{PRESETS[preset].aim} (Nichol et al. 2018)"
 
 
-def test_the_page_has_the_marks_of_the_table():
-    text = (omniglot_table.DOCS / "results.md").read_text(encoding="utf-8")
-    assert text.count(omniglot_table.BEGIN) == text.count(omniglot_table.END) == 1
+def test_the_pages_hold_the_tables_of_what_is_kept():
+    kept = omniglot_table.load(omniglot_table.ROOT / "docs" / "results")
+    results = (omniglot_table.ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    readme = (omniglot_table.ROOT / "README.md").read_text(encoding="utf-8")
+    for text, name, table in (
+        (results, "omniglot", omniglot_table.tables(kept)),
+        (results, "omniglot appendix", omniglot_table.appendix(kept)),
+        (readme, "omniglot", omniglot_table.overview(kept)),
+    ):
+        assert f"<!-- {name}: begin -->\n{table}\n<!-- {name}: end -->" in text
+    for run in kept:
+        assert run.row() in ROWS and omniglot.folder(run.row()) == run.name
 
 
 def test_the_plot_is_of_validations(root, tmp_path):
@@ -255,44 +301,55 @@ def test_a_run_that_cannot_be_plotted_is_named(tmp_path, monkeypatch):
         omniglot_plot.main(omniglot_plot.Options((str(tmp_path),)))
 
 
-def test_every_preset_has_a_command_of_its_own():
-    for name in PRESETS:
-        algorithm, _, *task = name.split("-")
-        path = RUNS / f"{'_'.join(['omniglot', algorithm, *task])}.sh"
-        command = path.read_text().splitlines()[-1]
-        assert f'exec sh "$(dirname "$0")/omniglot.sh" {path.stem} --preset {name} --seed 0' in command
+def test_every_preset_of_omniglot_is_a_row(capsys):
+    assert list(ROWS) == [name for name in PRESETS if "omniglot" in name]
+    omniglot.main(omniglot.Options(show=True))
+    lines = capsys.readouterr().out.splitlines()[2:]
+    assert [line.split()[0] for line in lines] == list(ROWS)
+    for options, message in (
+        (("nosuch",), "unknown row 'nosuch'; there are: "),
+        ((), "give the name of a row"),
+    ):
+        with pytest.raises(InputError, match=message):
+            omniglot.main(omniglot.Options(*options))
 
 
-CALLED = """#!/bin/sh
-echo "$@" >> "$CALLS"
-"""
+def test_a_row_is_trained_then_gone_on_with_then_only_judged(tmp_path, monkeypatch):
+    """With a command line that only notes what it was asked."""
+    asked, kept, threads = [], [], torch.get_num_threads()
+    monkeypatch.setattr(omniglot.cli, "main", asked.append)
+    monkeypatch.setattr(omniglot, "keep", lambda run, to, row, options: kept.append((run, to, row)))
+    monkeypatch.setattr(omniglot.subprocess, "run", lambda command, check: kept.append(command[1].name))
+    name, run = "fomaml-omniglot-5w1s-short", tmp_path / "omniglot_fomaml_5w1s_short"
+    options = omniglot.Options(name, out=tmp_path, data_root=tmp_path / "a b", threads=threads)
+    train = ["train", "--preset", name, "--no-baselines", "--compile", "--out", str(run)]
 
+    def steps(options):
+        asked.clear()
+        omniglot.main(options)
+        return list(asked)
 
-def test_the_shared_script_trains_then_goes_on_then_only_judges(tmp_path):
-    """With a Python that only says what it was asked."""
-    python, calls, out = tmp_path / "python", tmp_path / "calls", tmp_path / "out put"
-    python.write_text(CALLED)
-    python.chmod(0o755)
-    run = out / "omniglot_fomaml_5w1s"
-    run.mkdir(parents=True)
-    environment = os.environ | {"PYTHON": str(python), "CALLS": str(calls), "OUT": str(out)}
-
-    def asked(**more):
-        calls.write_text("")
-        command = ["sh", str(RUNS / "omniglot_fomaml_5w1s.sh")]
-        subprocess.run(command, check=True, env=environment | more, cwd=tmp_path)
-        return [line.partition("main() ")[2] or line for line in calls.read_text().splitlines()]
-
-    keep = f"runs/omniglot_keep.py {run} --to docs/results/omniglot_fomaml_5w1s"
-    train = f"train --preset fomaml-omniglot-5w1s --seed 0 --no-baselines --out {run}"
-    assert asked(OMNIGLOT="a b") == [
-        f"{train} --data-root a b",
-        f"{keep} --data-root a b",
-        "runs/omniglot_table.py",
-    ]
-    environment.pop("OMNIGLOT", None)
-    assert asked() == [train, keep, "runs/omniglot_table.py"]
+    assert steps(options) == [[*train, "--data-root", str(tmp_path / "a b")]]
+    assert steps(replace(options, data_root=None)) == [train]
+    run.mkdir()
     (run / "config.json").write_text("")
-    assert asked() == [f"train --resume {run}", keep, "runs/omniglot_table.py"]
+    assert steps(options) == [["train", "--resume", str(run)]]
     (run / "result.json").write_text("")
-    assert asked() == [keep, "runs/omniglot_table.py"]
+    assert steps(options) == []
+    docs = omniglot_table.ROOT / "docs" / "results" / run.name
+    assert kept == 4 * [(run, docs, ROWS[name]), "omniglot_table.py"]
+
+
+def test_a_row_from_training_to_what_is_kept(root, tmp_path, monkeypatch):
+    quick = ["--iterations", "2", "--meta-batch-size", "1", "--test-tasks", "2", "--validation-tasks", "2"]
+    monkeypatch.setitem(ROWS, "fomaml-omniglot-5w1s", Row(options=(*quick, "--channels", "4")))
+    monkeypatch.setattr(omniglot, "HERE", tmp_path / "runs")
+    (tmp_path / "runs").mkdir()
+    renew = "from pathlib import Path; (Path(__file__).parent / 'renewed').touch()"
+    (tmp_path / "runs" / "omniglot_table.py").write_text(renew)
+    options = {"data_root": root, "out": tmp_path / "out", "threads": torch.get_num_threads(), "tasks": 3}
+    omniglot.main(omniglot.Options("fomaml-omniglot-5w1s", **options))
+    [kept] = omniglot_table.load(tmp_path / "docs" / "results")
+    assert kept.config["preset"] == kept.row() == "fomaml-omniglot-5w1s" and kept.config["data_root"] is None
+    assert [each["tasks"] for each in kept.judged["evaluations"]] == [3, 3]
+    assert (tmp_path / "runs" / "renewed").exists()
