@@ -12,17 +12,16 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import torch
-import tyro
 
 from fomaml.app import cli
 from fomaml.app.judge import evaluate_run, told
+from fomaml.app.parser import option, parse, positional
 from fomaml.app.presets import PRESETS
 from fomaml.app.report import align
-from fomaml.app.session import circumstances, load_config, load_run, weights_file
-from fomaml.app.settings import TrainConfig, to_json
+from fomaml.app.rundir import circumstances, load_run, load_settings, weights_file
+from fomaml.app.settings import Settings, to_json
 from fomaml.errors import InputError
 from fomaml.files import write_text
 
@@ -73,20 +72,17 @@ class Options:
     A finished run is judged again without training.
     """
 
-    name: tyro.conf.Positional[str | None] = None
-    """The row, which is the name of its preset; see --list."""
-    show: Annotated[bool, tyro.conf.arg(name="list")] = False
-    """List the rows and stop."""
-    data_root: Path | None = None
-    """The folder of Omniglot's archives; by default the user's cache, or a download."""
-    out: Path = Path("out")
-    """Where run directories go."""
-    threads: int = 1
-    """The number of threads."""
-    tasks: int = 1000
-    """The number of test tasks of each protocol."""
-    seed: int = 1
-    """The seed of the test tasks, which are not those of the run's own result."""
+    name: str | None = positional(
+        "the row, which is the name of its preset; see --list", None, metavar="NAME"
+    )
+    show: bool = option("list the rows and stop", False, name="list")
+    data_root: Path | None = option(
+        "the folder of Omniglot's archives; default: the user's cache, or a download"
+    )
+    out: Path = option("where run directories go", Path("out"))
+    threads: int = option("the number of threads", 1)
+    tasks: int = option("the number of test tasks of each protocol", 1000)
+    seed: int = option("the seed of the test tasks, which are not those of the run's own result", 1)
 
 
 def main(options: Options) -> None:
@@ -137,22 +133,22 @@ def keep(run: Path, to: Path, row: Row, options: Options) -> None:
     """
     if missing := [name for name in (*FILES, "weights.safetensors") if not (run / name).exists()]:
         raise InputError(f"{run} has no {missing[0]}: is the run finished?")
-    config, here = load_config(run), circumstances()  # before anything is written: of a clean tree
+    settings, here = load_settings(run), circumstances()  # before anything is written: of a clean tree
     evaluations = [
-        judged(run, row.weights, options, **changes) for changes in protocols(row, config, options.tasks)
+        judged(run, row.weights, options, **changes) for changes in protocols(row, settings, options.tasks)
     ]
     to.mkdir(parents=True, exist_ok=True)
     for name in FILES:
         shutil.copyfile(run / name, to / name)
     shutil.copyfile(weights_file(run, row.weights), to / "weights.safetensors")
-    write_text(to / "config.json", to_json(dataclasses.replace(config, data_root=None, out=None)))
+    write_text(to / "config.json", to_json(dataclasses.replace(settings, data_root=None, out=None)))
     facts = {"seed": options.seed, "weights": row.weights, **here, "evaluations": evaluations}
     write_text(to / "evaluations.json", json.dumps(facts, indent=2) + "\n")
 
 
-def protocols(row: Row, config: TrainConfig, tasks: int) -> list[dict]:
+def protocols(row: Row, settings: Settings, tasks: int) -> list[dict]:
     """What each evaluation changes of the run's settings, and `balanced`."""
-    queries_of = {(config.ways, config.shots): (config.test_query_shots, 1, MANY)}
+    queries_of = {(settings.ways, settings.shots): (settings.test_query_shots, 1, MANY)}
     for name in row.also:
         ways, shots = map(int, name.removesuffix("s").split("w"))
         queries_of[ways, shots] = (*queries_of.get((ways, shots), ()), shots, MANY)
@@ -168,18 +164,18 @@ def protocols(row: Row, config: TrainConfig, tasks: int) -> list[dict]:
     for (ways, shots), queries in queries_of.items():
         task = {"ways": ways, "shots": shots, "test_tasks": tasks}
         changes += [task | {"test_query_shots": query} for query in dict.fromkeys(queries)]
-        task |= {"test_query_shots": queries[0], "test_steps": (config.inner_steps,)}
+        task |= {"test_query_shots": queries[0], "test_steps": (settings.inner_steps,)}
         changes += [task | each for each in further]
     return changes
 
 
 def judged(run: Path, weights: str, options: Options, balanced: bool = False, **changes) -> dict:
     """The result of one evaluation, which is also printed."""
-    config, learner = load_run(run, weights, data_root=options.data_root, **changes)
-    preset = PRESETS.get(config.preset)
+    settings, learner = load_run(run, weights, data_root=options.data_root, **changes)
+    preset = PRESETS.get(settings.preset)
     with_query = preset and preset.statistics == "with-query" and changes["test_query_shots"] != MANY
     statistics = ("own", "support", "with-query") if with_query else ("own", "support")
-    result = evaluate_run(config, learner, statistics, options.seed, balanced=balanced)
+    result = evaluate_run(settings, learner, statistics, options.seed, balanced=balanced)
     for each in (result, *result["by_statistics"].values()):
         protocol = each["protocol"]
         choices = f", {protocol['copies']} copies" if protocol["copies"] > 1 else ""
@@ -194,4 +190,4 @@ def judged(run: Path, weights: str, options: Options, balanced: bool = False, **
 
 if __name__ == "__main__":
     with cli.told_in_one_line():
-        main(tyro.cli(Options))
+        main(parse(Options))

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import tyro
 
 from fomaml.app.build import for_test, open_data
 from fomaml.app.cli import told_in_one_line
-from fomaml.app.session import load_run
+from fomaml.app.parser import option, parse, positional
+from fomaml.app.rundir import load_run
 from fomaml.data.source import ClassSource
 from fomaml.engines import curve
 from fomaml.episodes import Episodes
@@ -31,26 +31,16 @@ class Options:
     beside others of their class.
     """
 
-    run: tyro.conf.Positional[Path]
-    """The run directory, or a folder kept under docs/results/."""
-    ways: int | None = None
-    """N, for heads that do not depend on it; by default the run's."""
-    shots: int | None = None
-    """K; by default the run's."""
-    query_shots: int | None = None
-    """Query images per class; by default K."""
-    tasks: int = 4000
-    """The number of test tasks."""
-    seed: int = 1
-    """The seed of the test tasks."""
-    worst: int = 20
-    """How many images to show."""
-    weights: str = "best"
-    """The best weights by validation, or the last."""
-    data_root: Path | None = None
-    """The folder of Omniglot's archives; by default the run's."""
-    plot: Path | None = None
-    """A PNG file of the worst images; by default none."""
+    run: Path = positional("the run directory, or a folder kept under docs/results/", metavar="RUN")
+    ways: int | None = option("N, for heads that do not depend on it; default: the run's")
+    shots: int | None = option("K; default: the run's")
+    query_shots: int | None = option("query images per class; default: K")
+    tasks: int = option("the number of test tasks", 4000)
+    seed: int = option("the seed of the test tasks", 1)
+    worst: int = option("how many images to show", 20)
+    weights: str = option("the best weights by validation, or the last", "best")
+    data_root: Path | None = option("the folder of Omniglot's archives; default: the run's")
+    plot: Path | None = option("a PNG file of the worst images; default: none")
 
 
 def main(options: Options) -> None:
@@ -123,4 +113,4 @@ def draw(source: ClassSource, worst: list[tuple[int, int]], path: Path) -> None:
 
 if __name__ == "__main__":
     with told_in_one_line():
-        main(tyro.cli(Options))
+        main(parse(Options))

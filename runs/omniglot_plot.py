@@ -6,9 +6,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
 from fomaml.app.cli import told_in_one_line
+from fomaml.app.parser import option, parse, positional
 from fomaml.errors import InputError
 
 
@@ -18,12 +17,11 @@ class Options:
     seconds of training. A label comes after the path with a colon: `out/a:FOMAML out/b:MAML`.
     """
 
-    runs: tyro.conf.Positional[tuple[str, ...]]
-    """The folders, each with its label if it is not to be the folder's name."""
-    out: Path = Path("omniglot.png")
-    """The PNG file to write."""
-    floor: float = 80.0
-    """The lowest accuracy shown, in %."""
+    runs: tuple[str, ...] = positional(
+        "the folders, each with its label if it is not to be the folder's name", metavar="RUNS"
+    )
+    out: Path = option("the PNG file to write", Path("omniglot.png"))
+    floor: float = option("the lowest accuracy shown, in %", 80.0)
 
 
 def main(options: Options) -> None:
@@ -82,4 +80,4 @@ def pyplot():
 
 if __name__ == "__main__":
     with told_in_one_line():
-        main(tyro.cli(Options))
+        main(parse(Options))
