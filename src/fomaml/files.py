@@ -20,12 +20,6 @@ from torch import Tensor
 
 from fomaml.errors import InputError
 
-ENTRIES = {
-    "fomaml",
-    "settings",
-    "digest",
-}  # of a header: facts as JSON, and two digests; earlier files have the first
-
 
 def user_cache() -> Path:
     """$XDG_CACHE_HOME or ~/.cache, folder fomaml."""
@@ -64,12 +58,12 @@ def save_tensors(
     settings: what they came from, JSON-able; the file keeps its digest, for `load_tensors` to compare.
     """
     own = {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}
-    header = {"fomaml": json.dumps(dict(facts or {}))}
+    entry: dict[str, Any] = {"facts": dict(facts or {})}
     if settings is not None:
-        header["settings"] = settings_digest(settings)
-    header["digest"] = _digest(own, header)
+        entry["settings"] = settings_digest(settings)
+    entry["digest"] = _digest(own, entry)
     with replacing(path) as temporary:
-        save_file(own, temporary, header)
+        save_file(own, temporary, {"fomaml": json.dumps(entry)})  # one entry: of several the order is chance
 
 
 def load_tensors(
@@ -84,18 +78,25 @@ def load_tensors(
         with safe_open(str(path), framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             header = file.metadata() or {}
-        facts = json.loads(header.get("fomaml", "{}"))
+        entry = json.loads(header.get("fomaml", "{}"))
     except FileNotFoundError:
         raise InputError(f"no file {path}: was the run finished?") from None
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{path} is damaged or not a safetensors file ({error})") from None
-    if header.keys() & ENTRIES and not {"fomaml"} <= header.keys() <= ENTRIES:
+    if header and header.keys() not in ({"fomaml"}, {"format"}):  # of this project, or of others
         raise InputError(f"{path} is damaged: its header has the entries {', '.join(sorted(header))}")
-    found = header.pop("digest", None)
-    if found is not None and found != _digest(tensors, header):
-        raise InputError(f"{path} is damaged: what it holds has another digest than what was written")
-    if settings is not None and header.get("settings") not in (None, settings_digest(settings)):
-        raise InputError(f"{path} was written for other settings than those given; use the ones of its run")
+    if not entry.keys() & {"facts", "digest"}:
+        facts = entry
+    elif not {"facts", "digest"} <= entry.keys() <= {"facts", "settings", "digest"}:
+        raise InputError(f"{path} is damaged: its header speaks of {', '.join(sorted(entry))}")
+    else:
+        if entry.pop("digest") != _digest(tensors, entry):
+            raise InputError(f"{path} is damaged: what it holds has another digest than what was written")
+        if settings is not None and entry.get("settings") not in (None, settings_digest(settings)):
+            raise InputError(
+                f"{path} was written for other settings than those given; use the ones of its run"
+            )
+        facts = entry["facts"]
     return {name: tensor.to(device) for name, tensor in tensors.items()}, facts
 
 
@@ -104,11 +105,11 @@ def settings_digest(settings: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(dict(settings), sort_keys=True).encode()).hexdigest()
 
 
-def _digest(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
+def _digest(tensors: Mapping[str, Tensor], entry: Mapping[str, Any]) -> str:
     """The SHA-256 digest of names, dtypes, shapes, bytes and the rest of the header; the memory format is no matter."""
     names = sorted(tensors)
     kinds = [(name, str(tensors[name].dtype), list(tensors[name].shape)) for name in names]
-    found = hashlib.sha256(json.dumps([kinds, sorted(header.items())]).encode())
+    found = hashlib.sha256(json.dumps([kinds, dict(entry)], sort_keys=True).encode())
     for name in names:
         found.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy().data)
     return found.hexdigest()

@@ -98,12 +98,12 @@ def train(
         yield Record(iteration + 1, meta_loss, before, after)
 
 
-def cosine(iterations: int) -> Callable[[int], float]:
+def cosine(iterations: float) -> Callable[[float], float]:
     """A schedule from 1 to 0 along half a cosine (Loshchilov & Hutter 2017, eq. 5, one period)."""
     return lambda iteration: 0.5 * (1 + math.cos(math.pi * iteration / iterations))
 
 
-def linear(iterations: int) -> Callable[[int], float]:
+def linear(iterations: float) -> Callable[[float], float]:
     """A schedule from 1 to 0 along a line: Reptile's (Nichol et al. 2018, section 6.1)."""
     return lambda iteration: 1 - iteration / iterations
 

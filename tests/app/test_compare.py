@@ -48,7 +48,7 @@ def options(**choices):
 
 
 def alone(settings, out, cosine_every=None):
-    return run_one(dataclasses.replace(settings, out=out), cosine_every, threads=1)
+    return run_one(settings, out, cosine_every, threads=1)
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -52,8 +53,12 @@ def open_data(settings: Settings, test_seed: int | None = None, allow_download: 
     """Load the source and draw its episodes, on the run's device; training and test seeds never meet."""
     device = check_device(settings.device)
     other = settings.seed if test_seed is None else test_seed
-    training = {"shots": settings.train_shots, "query_shots": settings.query_shots, "seed": 3 * settings.seed}
-    testing = {"shots": settings.shots, "query_shots": settings.test_query_shots}
+    training: dict[str, Any] = {
+        "shots": settings.train_shots,
+        "query_shots": settings.query_shots,
+        "seed": 3 * settings.seed,
+    }
+    testing: dict[str, Any] = {"shots": settings.shots, "query_shots": settings.test_query_shots}
     tuning_seed, validation_seed, seed = 3 * settings.seed + 1, 3 * other + 1, 3 * other + 2
     found = source_of(settings).load(settings, allow_download)
     if isinstance(found, Functions):
@@ -179,7 +184,7 @@ def build_learner(settings: Settings, model: nn.Module) -> MetaLearner:
     """The run's algorithm around a model."""
     algorithm = ALGORITHMS[settings.algorithm]
     criterion = F.mse_loss if source_of(settings).kind == "regression" else F.cross_entropy
-    choices = dict(settings.choices or {})
+    choices: dict[str, Any] = dict(settings.choices or {})
     if algorithm.head is not None:
         choices["head"] = algorithm.head.format(head_name(model))
     if settings.algorithm == "maml++":
@@ -243,14 +248,13 @@ def build_schedule(settings: Settings, spent: Callable[[], float] = float) -> Ca
 
     spent: the seconds of training so far, which count instead of iterations where the run is limited by them.
     """
-    schedules = {"constant": None, "cosine": cosine, "linear": linear}
-    schedule = schedules[settings.schedule]
-    if schedule is None:
+    if settings.schedule == "constant":
         return None
-    if settings.seconds is None:
+    schedule, seconds = {"cosine": cosine, "linear": linear}[settings.schedule], settings.seconds
+    if seconds is None:
         return schedule(settings.iterations)
-    pace = schedule(settings.seconds)
-    return lambda iteration: pace(min(spent(), settings.seconds))
+    pace = schedule(seconds)
+    return lambda iteration: pace(min(spent(), seconds))
 
 
 def check_device(name: str) -> torch.device:
@@ -275,9 +279,8 @@ def zero_head(model: nn.Module) -> None:
     """Set the last Linear layer to zero. Labels are shuffled anew in each task, so no label is to be preferred
     before adaptation.
     """
-    head = model.get_submodule(head_name(model))
-    nn.init.zeros_(head.weight)
-    nn.init.zeros_(head.bias)
+    for parameter in model.get_submodule(head_name(model)).parameters():
+        nn.init.zeros_(parameter)
 
 
 def head_name(model: nn.Module) -> str:

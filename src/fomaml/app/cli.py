@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
@@ -40,7 +41,7 @@ from fomaml.errors import InputError, positive
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; exits with status 2 and one line on standard error where the input is bad."""
     try:
-        with told_in_one_line():
+        with told_in_one_line(), log_shown():
             kinds = {name: command.options for name, command in COMMANDS.items()}
             options = parse_command(kinds, arguments, "fomaml", "First-order MAML and its relatives.")
             [run] = [command.run for command in COMMANDS.values() if command.options is type(options)]
@@ -58,6 +59,20 @@ def told_in_one_line() -> Iterator[None]:
     except InputError as error:
         print(f"fomaml: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+@contextlib.contextmanager
+def log_shown() -> Iterator[None]:
+    """Within a command: what the library logs, downloads say, is shown on standard error."""
+    handler, logger = logging.StreamHandler(), logging.getLogger("fomaml")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def _train(options: TrainOptions) -> None:

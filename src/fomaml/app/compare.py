@@ -22,7 +22,7 @@ from fomaml.app.algorithms import ALGORITHMS
 from fomaml.app.build import build_learner, build_model, open_data, with_image
 from fomaml.app.commands import CompareOptions, given
 from fomaml.app.judge import protocol, told
-from fomaml.app.report import align, figure
+from fomaml.app.report import align
 from fomaml.app.rundir import circumstances
 from fomaml.app.session import NO_LIMIT, session
 from fomaml.app.settings import Settings
@@ -36,6 +36,7 @@ from fomaml.files import write_text
 from fomaml.learning.algorithms import FOMAML, MAML
 from fomaml.learning.learner import MetaLearner
 from fomaml.learning.objectives import Implicit
+from fomaml.metrics import METRICS, Metric
 from fomaml.tasks import Task, one
 
 
@@ -78,14 +79,15 @@ def compare(options: CompareOptions, out: Path, *, say: Callable[[str], None] = 
     for number, settings in enumerate(runs, 1):
         name = settings.algorithm
         say(f"{ALGORITHMS[name].title} ({number}/{len(runs)}): training in a process of its own")
-        found[name] = isolated(run_one, settings, options.cosine_every)
+        found[name] = isolated(run_one, settings, out / name, options.cosine_every)
         row = found[name]
         say(f"  {row['failed']}" if "failed" in row else f"  {row['iterations']} iterations, {_pace(row)}")
     cosines = found["fomaml"].pop("cosines", [])
     result = {
         "budget": {"seconds": first.seconds} if first.seconds else {"iterations": first.iterations},
         "protocol": facts,
-        "metric": "loss" if source_of(first).kind == "regression" else "accuracy",
+        "metric": source_of(first).metric.name,
+        "measured": source_of(first).measured,
         "tasks": first.test_tasks,
         "steps": first.test_steps[-1],
         "rows": _rows(found),
@@ -99,8 +101,8 @@ def compare(options: CompareOptions, out: Path, *, say: Callable[[str], None] = 
     return result
 
 
-def run_one(settings: Settings, cosine_every: int | None, threads: int) -> dict:
-    """Train one algorithm, evaluate it and write its run directory, `settings.out`.
+def run_one(settings: Settings, out: Path, cosine_every: int | None, threads: int) -> dict:
+    """Train one algorithm, evaluate it and write the run directory `out`.
 
     Returns its costs and `scores`: per number of inner steps the list of scores by task. Data, the first
     use of everything, the cosines and the evaluation are outside the measured time.
@@ -109,9 +111,7 @@ def run_one(settings: Settings, cosine_every: int | None, threads: int) -> dict:
         InputError: the loss is no longer finite.
     """
     torch.set_num_threads(threads)
-    with session(
-        settings, settings.out, say=lambda line: None, allow_download=False
-    ) as run:  # the parent's data
+    with session(settings, out, say=lambda line: None, allow_download=False) as run:  # the parent's data
         settings, learner, model = run.settings, run.learner, run.learner.model
         first = run.data.train.batch(0, 1)
         gradients, products = gradient_evaluations(learner, one(first, 0))
@@ -215,7 +215,7 @@ class Memory:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 1e6
         after = high_water()
-        return None if after is None else (after - self.before) / 1e6
+        return None if after is None or self.before is None else (after - self.before) / 1e6
 
 
 def high_water() -> int | None:
@@ -266,7 +266,7 @@ def _rows(found: dict[str, dict]) -> list[dict]:
     reference = found["fomaml"].get("scores")
     rows = []
     for algorithm, facts in found.items():
-        row = {"algorithm": algorithm, "name": ALGORITHMS[algorithm].title}
+        row: dict = {"algorithm": algorithm, "name": ALGORITHMS[algorithm].title}
         if "failed" not in facts:
             scores = {steps: torch.tensor(s, dtype=torch.float64) for steps, s in facts["scores"].items()}
             last = max(scores)
@@ -287,21 +287,21 @@ def _summed(scores: torch.Tensor) -> dict:
     return {"mean": found.mean, "interval": found.interval}
 
 
-def _cell(found: dict | None, metric: str, signed: bool = False) -> str:
+def _cell(found: dict | None, metric: Metric, signed: bool = False) -> str:
     if found is None:
         return ""
     if found["mean"] is None or abs(found["mean"]) > 1000:
         return "diverges"
-    return ("+" if signed and found["mean"] > 0 else "") + figure(found, metric)
+    return ("+" if signed and found["mean"] > 0 else "") + metric.text(found["mean"], found["interval"])
 
 
 def describe(result: dict) -> str:
     """The result as text: what was measured, the tables, the cosines."""
-    facts, metric = result["protocol"], result["metric"]
+    facts, metric = result["protocol"], METRICS[result["metric"]]
     ways = f"{facts['ways']}-way " if facts["ways"] else ""
     budget, threads = result["budget"], result["threads"]
     each = f"{budget['seconds']:g} s" if "seconds" in budget else f"{budget['iterations']} iterations"
-    what = "accuracy in %" if metric == "accuracy" else "mean squared error"
+    what = result["measured"]
     heading = ["", f"after {result['steps']} steps", "from FOMAML", "iterations", "seconds", "tasks/s"]
     lines = [[*heading, "peak MB", "gradients/task"]]
     good = [row for row in result["rows"] if "failed" not in row]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +64,7 @@ def summary(
     steps = max(found)
     name = ALGORITHMS[settings.algorithm].title
     headline = estimate(found[steps])
-    metric = "loss" if source_of(settings).kind == "regression" else "accuracy"
+    metric = source_of(settings).metric.name
     facts = protocol(settings, data, learner, statistics, balanced) | {"inner_steps": steps}
     if rows is None:
         rows = [_row(f"{name}, {_steps(k)}", scores, steps=k) for k, scores in found.items()]
@@ -75,6 +76,7 @@ def summary(
         "name": name,
         "steps": steps,
         "metric": metric,
+        "measured": source_of(settings).measured,
         "rows": rows,
         "differences": list(differences),
     }
@@ -102,19 +104,20 @@ def protocol(
 
 def baselines(settings: Settings, data: Data, say):
     """(label, scores, facts) of each baseline on the test tasks, step size and count tuned on training classes."""
-    if source_of(settings).kind == "regression":
+    own_classes, classes = data.own_classes, data.classes
+    if own_classes is None or classes is None:
         return
-    counts = {"tasks": settings.test_tasks, "tuning_tasks": min(settings.test_tasks, 50)}
+    counts: dict[str, Any] = {"tasks": settings.test_tasks, "tuning_tasks": min(settings.test_tasks, 50)}
     counts["statistics"] = settings.statistics
     say("baseline: the same network from a random start")
     tuned = fine_tune(lambda n: build_model(settings, 1000 + n), data.tuning, data.test, **counts)
     yield "random start, support set only", tuned.scores, _facts(tuned)
-    learned = {"pretrained classifier, fine-tuned": data.own_classes}
+    learned = {"pretrained classifier, fine-tuned": own_classes}
     if settings.augment != "none":
-        learned["pretrained on augmented, fine-tuned"] = data.classes
-    for label, classes in learned.items():
-        say(f"baseline: the same network pretrained as a classifier of {len(classes)} classes")
-        model = pretrained(settings, classes)
+        learned["pretrained on augmented, fine-tuned"] = classes
+    for label, known in learned.items():
+        say(f"baseline: the same network pretrained as a classifier of {len(known)} classes")
+        model = pretrained(settings, known)
         tuned = fine_tune(model, data.tuning, data.test, **counts)
         yield label, tuned.scores, _facts(tuned)
     yield "nearest centroid of the pixels", nearest_centroid(data.test, tasks=settings.test_tasks), {}

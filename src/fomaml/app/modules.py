@@ -54,6 +54,7 @@ def _import(source: str):
         if not is_file:
             return importlib.import_module(source)
         spec = importlib.util.spec_from_file_location(f"_checked_{path.stem}", path)
+        assert spec is not None and spec.loader is not None  # of a .py file that is there
         namespace = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(namespace)
         return namespace

@@ -97,7 +97,7 @@ def _read(parser, own, kind: type[Options], arguments) -> Options:
     return _made(kind, vars(values))
 
 
-def _made(kind: type[Options], values: Mapping[str, Any]) -> Options:
+def _made(kind: type, values: Mapping[str, Any]) -> Any:
     made = {}
     for field in dataclasses.fields(kind):
         nested = _group_of(field)

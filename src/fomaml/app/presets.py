@@ -25,7 +25,7 @@ for test (see data/omniglot.py).
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Preset(NamedTuple):
@@ -149,7 +149,7 @@ def _published() -> dict[str, Preset]:
         ("reptile", "Reptile without transduction", "Nichol et al. 2018"),
     ):
         for (ways, shots), aim in zip(TASKS, AIMS[algorithm]):
-            settings = {"ways": ways, "shots": shots}
+            settings: dict[str, Any] = {"ways": ways, "shots": shots}
             if algorithm == "reptile":
                 settings |= REPTILE | REPTILE_BY_WAYS[ways]
             else:

@@ -62,10 +62,11 @@ class Watch:
             self.say(f"{unit} {done}/{total}  {figures}  {duration(left)} left")
 
     def figures(self, record: Record, seconds: float) -> str:
+        assert record.before is not None and record.after is not None  # a measured record
         before, after = record.before.item(), record.after.item()
-        if source_of(self.settings).kind == "regression":
-            moved = f"query error {before:.2f} → {after:.2f}"
-        else:
-            moved = f"query accuracy {100 * before:.0f} → {100 * after:.0f} %"
+        metric = source_of(self.settings).metric
+        digits = 0 if metric.unit == "%" else 2
+        numbers = " → ".join(f"{metric.scale * score:.{digits}f}" for score in (before, after))
+        moved = f"query {metric.name} {numbers} {metric.unit}".rstrip()
         speed = record.iteration * self.settings.meta_batch_size / seconds
         return f"meta-loss {record.meta_loss.item():.3f}  {moved}  {speed:.0f} tasks/s"

@@ -5,34 +5,28 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-
-def figure(row: dict, metric: str) -> str:
-    """A mean and its interval, "85.3 ± 0.6" in per cent for an accuracy, else as a plain number."""
-    if metric == "accuracy":
-        return f"{100 * row['mean']:.1f} ± {100 * row['interval']:.1f}"
-    return f"{row['mean']:.3f} ± {row['interval']:.3f}"
+from fomaml.metrics import METRICS, Metric
 
 
 def table(columns: Sequence[tuple[str, dict]]) -> str:
     """One column per result, one row per method and number of inner steps; columns of one metric.
 
-    columns: (heading, result) pairs; a result has `metric`, `rows` and `differences`, see run.py.
+    columns: (heading, result) pairs; a result has `metric`, `measured`, `rows` and `differences`, see judge.py.
     """
-    metric = columns[0][1]["metric"]
+    metric = METRICS[columns[0][1]["metric"]]
     labels: list[str] = []
     for _, result in columns:
         labels += [row["label"] for row in result["rows"] if row["label"] not in labels]
-    unit = "accuracy in %, " if metric == "accuracy" else "mean squared error, "
-    lines = [[unit + "± 95 % interval", *(heading for heading, _ in columns)]]
+    lines = [[f"{columns[0][1]['measured']}, ± 95 % interval", *(text for text, _ in columns)]]
     for label in labels:
         lines.append([label, *(_cell(result, label, metric) for _, result in columns)])
     return align(lines)
 
 
-def _cell(result: dict, label: str, metric: str) -> str:
+def _cell(result: dict, label: str, metric: Metric) -> str:
     for row in result["rows"]:
         if row["label"] == label:
-            return figure(row, metric)
+            return metric.text(row["mean"], row["interval"])
     return ""
 
 
@@ -49,19 +43,18 @@ def align(lines: list[list[str]], left: bool = False) -> str:
 
 def verdict(result: dict) -> str:
     """One line: whether the learner beats every baseline by more than the interval of the paired difference."""
-    metric, rows = result["metric"], result["differences"]
+    metric, rows = METRICS[result["metric"]], result["differences"]
     if not rows:
         return ""
-    sign = 1 if metric == "accuracy" else -1
-    hardest = min(rows, key=lambda row: sign * row["mean"])
-    gain = {"mean": sign * hardest["mean"], "interval": hardest["interval"]}
-    how = "by" if metric == "accuracy" else "by a lower error of"
-    points = " points" if metric == "accuracy" else ""
-    text = f"{figure(gain, metric)}{points}, on the same tasks"
+    hardest = min(rows, key=lambda row: metric.direction * row["mean"])
+    gain, interval = metric.direction * hardest["mean"], hardest["interval"]
+    how = "by" if metric.direction > 0 else "by a lower error of"
+    points = " points" if metric.unit == "%" else ""
+    text = f"{metric.text(gain, interval)}{points}, on the same tasks"
     name, steps = result["name"], result["steps"]
-    if gain["mean"] > gain["interval"]:
+    if gain > interval:
         return f"{name} after {steps} steps beats every baseline; the best, {hardest['to']}, {how} {text}"
-    outcome = "is not told apart from" if gain["mean"] > -gain["interval"] else "LOSES to"
+    outcome = "is not told apart from" if gain > -interval else "LOSES to"
     return f"{name} after {steps} steps {outcome} the baseline {hardest['to']}: {text}"
 
 

@@ -21,7 +21,7 @@ import torch
 
 from fomaml.app.algorithms import ALGORITHMS, ANY_WAYS
 from fomaml.app.build import build_learner, build_model
-from fomaml.app.settings import Settings, from_json
+from fomaml.app.settings import Settings, from_json, identity
 from fomaml.app.settle import check_classless
 from fomaml.checkpoint import load_weights
 from fomaml.errors import InputError
@@ -119,7 +119,8 @@ def load_run(run: Path, weights: str = "best", **changes) -> tuple[Settings, Met
         trained, device=settings.device
     )  # the network as it was trained, whatever the tasks
     learner = build_learner(like, build_model(like))
-    return settings, load_weights(weights_file(run, weights), learner)
+    load_weights(weights_file(run, weights), learner, identity(trained))
+    return settings, learner
 
 
 def weights_file(run: Path, weights: str) -> Path:

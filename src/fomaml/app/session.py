@@ -26,7 +26,7 @@ from fomaml.app.build import (
 )
 from fomaml.app.judge import describe, judge
 from fomaml.app.rundir import circumstances
-from fomaml.app.settings import Settings, to_json
+from fomaml.app.settings import Settings, identity, to_json
 from fomaml.app.validate import Best, is_due, validate, with_validation
 from fomaml.checkpoint import load_progress, load_state, load_weights, save_state, save_weights
 from fomaml.engines import choose
@@ -108,6 +108,7 @@ class Session:
     def __init__(self, settings: Settings, out: Path, say: Say, watch: Watch, allow_download: bool = True):
         self.data = open_data(settings, allow_download=allow_download)
         self.settings = with_precision(with_validation(with_image(settings, self.data), self.data))
+        self.identity = identity(self.settings)
         self.out, self.say, self.watch = out, say, watch
         self.learner = build_learner(self.settings, build_model(self.settings))
         check_width(self.learner, self.data.test)
@@ -170,13 +171,13 @@ class Session:
         settings, out, learner = self.settings, self.out, self.learner
         weights: dict = {"kept": "last", "iteration": self.done}
         if settings.validate_every:
-            save_weights(out / rundir.LAST, learner)
-            load_weights(out / rundir.WEIGHTS, learner)
+            save_weights(out / rundir.LAST, learner, self.identity)
+            load_weights(out / rundir.WEIGHTS, learner, self.identity)
             best = self.best
             facts = {"iteration": best.iteration, "accuracy": best.accuracy, "interval": best.interval}
             weights = {"kept": "best by validation", **facts, "validation_tasks": settings.validation_tasks}
         else:
-            save_weights(out / rundir.WEIGHTS, learner)
+            save_weights(out / rundir.WEIGHTS, learner, self.identity)
         result, self.scores = judge(settings, learner, self.data, self.say)
         result |= {"iterations": self.done, "weights": weights, "preset": settings.preset}
         spent = dataclasses.asdict(self.clock)
@@ -214,7 +215,7 @@ class Session:
     def _resume(self) -> None:
         state, metrics = self.out / rundir.STATE, self.out / rundir.METRICS
         if state.exists():
-            self.done = self.validated = load_state(state, self.learner, self.optimizer)
+            self.done = self.validated = load_state(state, self.learner, self.optimizer, self.identity)
             progress = load_progress(state)
             self.best, self.clock = Best(**progress.get("best", {})), Clock(**progress.get("clock", {}))
         if metrics.exists():
@@ -248,7 +249,7 @@ class Session:
         self._log(validation=found.mean, interval=found.interval)
         better = self.best.beaten_by(found, self.done)
         if better:
-            save_weights(self.out / rundir.WEIGHTS, self.learner)
+            save_weights(self.out / rundir.WEIGHTS, self.learner, self.identity)
         text = f"{100 * found.mean:.2f} ± {100 * found.interval:.2f} %"
         best = ", the best so far" if better else ""
         self.say(f"iteration {self.done}: validation accuracy {text}{best}")
@@ -260,4 +261,4 @@ class Session:
 
     def _save(self) -> None:
         progress = {"best": dataclasses.asdict(self.best), "clock": dataclasses.asdict(self.clock)}
-        save_state(self.out / rundir.STATE, self.learner, self.optimizer, self.done, progress)
+        save_state(self.out / rundir.STATE, self.learner, self.optimizer, self.done, progress, self.identity)

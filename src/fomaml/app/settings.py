@@ -107,6 +107,16 @@ class Settings:
     image: tuple[int, ...] | None = None
 
 
+# What may be another when a run goes on or is judged: where it lies and is computed, and what only judges it.
+MAY_CHANGE = frozenset({"out", "data_root", "device", "test_tasks", "baselines"})
+
+
+def identity(settings: Settings) -> dict[str, Any]:
+    """What a run's weights are made by, JSON-able: its files of tensors carry a digest of it."""
+    values = dataclasses.asdict(settings)
+    return json.loads(json.dumps({n: v for n, v in values.items() if n not in MAY_CHANGE}, default=str))
+
+
 def to_json(settings: Settings) -> str:
     """The settings as an indented JSON object."""
     values = {"format": FORMAT, **dataclasses.asdict(settings)}

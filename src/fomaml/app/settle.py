@@ -106,7 +106,8 @@ def settle_with_origins(given: Mapping[str, Any]) -> tuple[Settings, dict[str, s
         (f"preset {given.get('preset')}", preset),
         ("given", given),
     ]
-    values, origins = {}, {}
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
     for origin, layer in layers:
         values |= layer
         origins |= dict.fromkeys(layer, origin)

@@ -15,6 +15,7 @@ from fomaml.data.mnist import MNIST, load_mnist
 from fomaml.data.omniglot import load_omniglot
 from fomaml.data.source import ClassSource
 from fomaml.data.synthetic import Sinusoids
+from fomaml.metrics import ACCURACY, LOSS, Metric
 
 DIGITS = [str(digit) for digit in range(10)]
 
@@ -62,6 +63,16 @@ class Source:
     hidden: tuple[int, ...] = (256,)
     context: int = 100
 
+    @property
+    def metric(self) -> Metric:
+        """What its tasks are scored by."""
+        return LOSS if self.kind == "regression" else ACCURACY
+
+    @property
+    def measured(self) -> str:
+        """What tables say above the scores: for regression, which loss it is."""
+        return "mean squared error" if self.kind == "regression" else f"{ACCURACY.name} in {ACCURACY.unit}"
+
 
 @functools.lru_cache(maxsize=1)
 def _mnist(root: Path | None, allow_download: bool) -> MNIST:
@@ -77,6 +88,7 @@ def load_digits(settings: Settings, allow_download: bool) -> Classes:
 
 
 def load_characters(settings: Settings, allow_download: bool) -> Classes:
+    assert settings.split is not None and settings.resize is not None  # its own options have defaults
     omniglot = load_omniglot(
         settings.data_root, split=settings.split, resize=settings.resize, allow_download=allow_download
     )

@@ -52,8 +52,8 @@ def with_validation(settings: Settings, data: Data) -> Settings:
 
 def is_due(settings: Settings, iteration: int) -> bool:
     """Whether to validate after this iteration: every so many, and after the last."""
-    every = settings.validate_every
-    return bool(every) and (iteration % every == 0 or iteration == settings.iterations)
+    every = settings.validate_every or 0
+    return every > 0 and (iteration % every == 0 or iteration == settings.iterations)
 
 
 def validate(settings: Settings, learner: MetaLearner, data: Data) -> Estimate:
