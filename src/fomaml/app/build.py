@@ -67,11 +67,11 @@ def open_data(settings: Settings, test_seed: int | None = None, allow_download: 
             return RegressionEpisodes(found.family, **facts, device=device)
 
         return Data(
-            found.name,
-            found.origin,
-            draw(**training),
-            draw(**testing, seed=tuning_seed),
-            draw(**testing, seed=seed),
+            name=found.name,
+            origin=found.origin,
+            train=draw(**training),
+            tuning=draw(**testing, seed=tuning_seed),
+            test=draw(**testing, seed=seed),
             unvalidated=f"the source {settings.source} has no validation classes",
         )
     own_classes, test_classes = found.train.to(device), found.test.to(device)
@@ -88,11 +88,11 @@ def open_data(settings: Settings, test_seed: int | None = None, allow_download: 
     }
     turns = settings.augment == "turns"
     data = Data(
-        found.name,
-        found.origin,
-        Episodes(classes, ways=settings.train_ways, turns=turns, jitter=settings.jitter, **training),
-        Episodes(own_classes, seed=tuning_seed, **testing),
-        Episodes(test_classes, seed=seed, **testing),
+        name=found.name,
+        origin=found.origin,
+        train=Episodes(classes, ways=settings.train_ways, turns=turns, jitter=settings.jitter, **training),
+        tuning=Episodes(own_classes, seed=tuning_seed, **testing),
+        test=Episodes(test_classes, seed=seed, **testing),
         unvalidated=f"{found.name} has no validation classes",
         own_classes=own_classes,
         classes=classes,
