@@ -60,10 +60,10 @@ def main() -> None:
         results[kind][name] = measure[kind](name, options) | {"run": run}
         write(results, out)
     if arguments.render:
-        report.put(report.overview(results), ROOT / "README.md")
-        report.put(report.details(results), ROOT / "docs" / "benchmarks.md")
+        report.put(report.summary(results), ROOT / "README.md")
+        report.put(report.page(results), ROOT / "docs" / "benchmarks.md")
     else:
-        print(report.overview(results), report.details(results), sep="\n\n")
+        print(report.page(results))
 
 
 def circumstances(options: Options) -> dict:

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 
 
+def summary(results: dict) -> str:
+    """The README's table, one row a workload: how many times faster than the fastest of all others."""
+    lines = ["| one meta-gradient of | fastest alternative | times faster here |", "|---|---|---|"]
+    for name, record, ours, peers in _compared(results):
+        peer = _fastest(peers)
+        lines.append(f"| {name} {record['title']} | {peer} | **{peers[peer]['ratio']:.2f}** |")
+    return "\n".join(lines)
+
+
 def overview(results: dict) -> str:
-    """One row a workload: this project's fastest against the fastest of all others."""
+    """One row a workload: this project's fastest against the fastest of all others, and what else was aimed at."""
     lines = [
-        "| workload | fastest here | fastest peer | times faster | target | `auto` to the best engine "
-        "| of GEMM peak | peak memory, to plain loop |",
+        "| workload | fastest here | fastest peer | times faster | target | `auto` / best engine "
+        "| of GEMM peak | peak memory / plain loop's |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for name, record in sorted(results["workloads"].items()):
-        rows = {key: row for key, row in record["contestants"].items() if "ratio" in row}
-        ours = {key: row for key, row in rows.items() if row["ours"]}
-        peers = {key: row for key, row in rows.items() if not row["ours"]}
-        if not ours or not peers:
-            continue
-        best, peer = (min(some, key=lambda k, some=some: some[k]["milliseconds"]) for some in (ours, peers))
+    for name, record, ours, peers in _compared(results):
+        best, peer = _fastest(ours), _fastest(peers)
         cells = [
             f"{name} {record['title']}",
             _short(best),
@@ -29,10 +34,15 @@ def overview(results: dict) -> str:
             f"{record['target']:g}" if record["target"] else "",
             _auto(ours),
             f"{ours[best]['of_gemm_peak']:.0%}",
-            _times(ours[best]["memory"], rows.get("plain loop", {}).get("memory")),
+            _times(ours[best]["memory"], peers.get("plain loop", {}).get("memory")),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def page(results: dict) -> str:
+    """What stands in docs/benchmarks.md: the overview, then every workload."""
+    return f"{overview(results)}\n\n{details(results)}"
 
 
 def details(results: dict) -> str:
@@ -49,7 +59,7 @@ def details(results: dict) -> str:
             f"{run['commit']}, {run['date']}, seed {run['seed']}, {record['rounds']} rounds; GEMM peak "
             f"{record['gemm_gflops']:.0f} GFLOP/s, {record['flops'] / 1e9:.3g} GFLOP a meta-gradient.",
             "",
-            "| | time, to the fastest here | of GEMM peak | compile | peak memory | error in float64 |",
+            "| | time / fastest here | of GEMM peak | compile | peak memory | error in float64 |",
             "|---|---|---|---|---|---|",
         ]
         for key in timed:
@@ -82,6 +92,20 @@ def put(text: str, document: Path) -> None:
         )
     before, rest = whole.split(BEGIN, 1)
     document.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END, 1)[1]}")
+
+
+def _compared(results: dict) -> Iterator[tuple[str, dict, dict, dict]]:
+    """(name, record, rows of this project, rows of all others) of each workload that has both."""
+    for name, record in sorted(results["workloads"].items()):
+        rows = {key: row for key, row in record["contestants"].items() if "ratio" in row}
+        ours = {key: row for key, row in rows.items() if row["ours"]}
+        peers = {key: row for key, row in rows.items() if not row["ours"]}
+        if ours and peers:
+            yield name, record, ours, peers
+
+
+def _fastest(rows: dict) -> str:
+    return min(rows, key=lambda key: rows[key]["milliseconds"])
 
 
 def _memory(name: str, record: dict) -> str:
