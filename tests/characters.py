@@ -6,6 +6,7 @@ import zipfile
 import numpy as np
 from PIL import Image
 
+from fomaml.app.settle import settle
 from fomaml.data import omniglot
 
 HALVES = {"images_background": 40, "images_evaluation": 26}  # characters
@@ -36,3 +37,8 @@ def shrink(monkeypatch):
     monkeypatch.setattr(omniglot, "DRAWINGS", DRAWINGS)
     monkeypatch.setattr(omniglot, "SIDE", SIDE)
     monkeypatch.setattr(omniglot, "MAML", SPLIT)
+
+
+def settings(**options):
+    """Those of a small network on it."""
+    return settle(**{"source": "omniglot", "model": "conv4-strided", "channels": (4,), **options})

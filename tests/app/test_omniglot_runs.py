@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-import characters
 from fomaml.app.build import open_data
 from fomaml.app.cli import main
 from fomaml.app.presets import PRESETS
@@ -17,17 +16,9 @@ from runs import omniglot, omniglot_errors, omniglot_plot, omniglot_table
 from runs.omniglot import ROWS, Row
 from runs.omniglot_table import figure
 
+pytestmark = pytest.mark.usefixtures("small")
+
 PLAIN = Row()
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return characters.write(tmp_path_factory.mktemp("omniglot"))
-
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch):
-    characters.shrink(monkeypatch)
 
 
 def trained(root, out, preset="fomaml-omniglot-5w1s", *options):

@@ -6,7 +6,6 @@ import time
 import pytest
 import torch
 
-import characters
 from commands import refused
 from fomaml import checkpoint
 from fomaml.app import session
@@ -17,6 +16,8 @@ from fomaml.app.settle import settle
 from fomaml.app.validate import Best
 from fomaml.errors import InputError
 from fomaml.evaluate import Estimate
+
+pytestmark = pytest.mark.usefixtures("small")
 
 OPTIONS = {
     "source": "omniglot",
@@ -39,16 +40,6 @@ OPTIONS = {
 
 class Killed(BaseException):
     pass
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return characters.write(tmp_path_factory.mktemp("omniglot"))
-
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch):
-    characters.shrink(monkeypatch)
 
 
 def settings(root, **options):
