@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import get_args
 
-from fomaml.app.cli import told_in_one_line
+from fomaml.app.cli import log_shown, told_in_one_line
 from fomaml.app.judge import told
 from fomaml.app.parser import option, parse
 from fomaml.app.progress import watching
@@ -77,5 +77,5 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    with told_in_one_line():
+    with told_in_one_line(), log_shown():
         main(parse(Options))
