@@ -359,7 +359,9 @@ def test_what_a_process_answers(error, monkeypatch):
 
 def test_from_the_command_line(tmp_path, capsys):
     out = tmp_path / "out"
-    arguments = f"compare sinusoid --algorithms fomaml --iterations 3 --test-tasks 5 --test-steps 0 1 --out {out}"
+    arguments = (
+        f"compare sinusoid --algorithms fomaml --iterations 3 --test-tasks 5 --test-steps 0 1 --out {out}"
+    )
     main(arguments.split())
     assert (out / "compare.txt").read_text() in capsys.readouterr().out
     with pytest.raises(SystemExit) as end:

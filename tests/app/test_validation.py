@@ -6,6 +6,7 @@ import time
 import pytest
 import torch
 
+import characters
 from commands import refused
 from fomaml import checkpoint
 from fomaml.app import session
@@ -274,15 +275,27 @@ WHERE = {  # and in which of the calls
 }
 
 
+STOPPED = {2: 0.3, 4: 0.5, 6: 0.4, 8: 0.45, 10: 0.2, 12: 0.9}  # after iteration 10, with a patience of 3
+
+
+@pytest.fixture(scope="module")
+def whole(root, tmp_path_factory):
+    """The uninterrupted run that each killed one must end as."""
+    with pytest.MonkeyPatch.context() as patch:
+        characters.shrink(patch)
+        finds(patch, STOPPED)
+        out = tmp_path_factory.mktemp("whole") / "run"
+        quiet(settings(root, iterations=12, patience=3), out)
+    assert json.loads((out / "result.json").read_text())["iterations"] == 10
+    return out
+
+
 @pytest.mark.parametrize(
     ("name", "nth"), [pytest.param(n, i, id=f"{w} {i}") for w, (n, each) in WHERE.items() for i in each]
 )
-def test_it_does_not_matter_where_it_was_killed(name, nth, root, tmp_path, monkeypatch):
-    accuracies = {2: 0.3, 4: 0.5, 6: 0.4, 8: 0.45, 10: 0.2, 12: 0.9}
-    finds(monkeypatch, accuracies)
+def test_it_does_not_matter_where_it_was_killed(name, nth, whole, root, tmp_path, monkeypatch):
+    finds(monkeypatch, STOPPED)
     config = settings(root, iterations=12, patience=3)
-    quiet(config, tmp_path / "whole")
-    assert json.loads((tmp_path / "whole" / "result.json").read_text())["iterations"] == 10
     real, calls = getattr(session, name), []
 
     def die(*args, **options):
@@ -296,7 +309,7 @@ def test_it_does_not_matter_where_it_was_killed(name, nth, root, tmp_path, monke
         with pytest.raises(Killed):
             quiet(config, tmp_path / "killed")
     quiet(load_settings(tmp_path / "killed"), tmp_path / "killed", resume=True)
-    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+    assert_same_run(whole, tmp_path / "killed")
 
 
 def test_a_run_that_was_stopped_early_does_not_go_on(root, tmp_path, monkeypatch):
