@@ -1,6 +1,6 @@
-"""An algorithm of your own is one short function: an inner optimiser, an objective, and what composes them.
+"""An algorithm of your own: an inner optimiser, an objective, and one short function that composes them.
 
-Here: inner gradients clipped element by element, and a meta-loss that asks φ_K to fit the support set too.
+Here the inner gradients are clipped element by element, and the meta-loss asks φ_K to fit the support set too.
 """
 
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ def ClippedMAML(model, inner_lr, inner_steps, criterion, **choices):
 
 def main():
     torch.manual_seed(0)
-    # The check: without first order the meta-gradient is that of `learner(tasks)`, so finite differences know it.
+    # The check: in second order the meta-gradient is the derivative of `learner(tasks)`, as finite differences see it.
     tasks = RegressionEpisodes(Sinusoids(), shots=10, query_shots=10).batch(0, 4).to(dtype=torch.float64)
     learner = ClippedMAML(MLP(1, 8, 1).double(), 0.01, 2, F.mse_loss, first_order=False)
     inputs = list(learner.parameters())

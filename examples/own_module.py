@@ -6,7 +6,7 @@ from torch.utils.data import TensorDataset
 
 import fomaml
 
-# Your data: 40 classes of 20 points each. Any dataset of (input, label) pairs does.
+# Your data: 40 classes of 20 points each. Any dataset of (input, integer label) pairs will do.
 torch.manual_seed(0)
 labels = torch.arange(40).repeat_interleave(20)
 inputs = torch.randn(40, 8)[labels] + 0.5 * torch.randn(800, 8)
@@ -27,5 +27,5 @@ for steps, scores in fomaml.evaluate(learner, new_tasks, tasks=500).items():
     print(f"new classes, {steps:2d} inner steps: {100 * accuracy:.1f} ± {100 * interval:.1f} %")
 
 task = new_tasks[0]
-adapted = learner.adapt(task.support, steps=10)  # an ordinary nn.Module of its own
+adapted = learner.adapt(task.support, steps=10)  # an independent nn.Module that has learned the task
 print("predicted:", adapted(task.query.inputs).argmax(1)[:5].tolist())

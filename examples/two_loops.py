@@ -1,4 +1,4 @@
-"""A loop that looks like FOMAML and learns nothing, beside FOMAML: what happens to the meta-parameters."""
+"""A loop that looks like FOMAML and learns nothing, beside FOMAML: how far the meta-parameters move in each."""
 
 import copy
 

@@ -131,6 +131,17 @@ def test_the_pages_hold_the_tables_of_the_benchmarks():
         assert f"{report.BEGIN}\n{table}\n{report.END}" in (ROOT / page).read_text(encoding="utf-8")
 
 
+def test_the_page_holds_the_kept_table_of_mnist():
+    kept = (ROOT / "runs" / "mnist" / "mnist-5k.txt").read_text(encoding="utf-8").splitlines()
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").replace("**", "")
+    rows = [line for line in kept if re.search(r" ± .* ± ", line)]
+    assert len(rows) == 9
+    for line in rows:
+        label, *figures = re.split(r"  +", line)
+        cells = [label, *[""] * (4 - len(figures)), *figures]
+        assert f"| {' | '.join(cells)} |".replace("|  |", "| |").replace("|  |", "| |") in page
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     text = page.read_text(encoding="utf-8")

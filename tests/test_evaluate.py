@@ -141,7 +141,7 @@ def test_evaluate_balances_where_asked_for(options):
 def test_balanced_needs_labels_that_are_balanced():
     targets = torch.tensor([[0, 0, 1, 1], [0, 1, 1, 1]])
     with pytest.raises(
-        InputError, match=r"^balanced needs as many query examples of each class, got 1 to 3$"
+        InputError, match=r"^balanced needs the same number of query examples per class, got 1 to 3$"
     ):
         balance(torch.zeros(2, 4, 2), targets)
     meta = FOMAML(MLP(1, 8, 1), 0.01, 1, F.mse_loss)

@@ -54,7 +54,7 @@ def evaluate(
         set is normalised as a whole); "support", the support set, so that query examples do not inform each other
         (inductive); "with-query", the support set and one query example at a time (the published code of Nichol et
         al. 2018).
-    balanced: take it for known that a query set holds as many examples of each class, see `balance`.
+    balanced: assume that a query set holds the same number of examples per class, see `balance`.
 
     Raises:
         InputError: a model whose output is narrower than the number of ways; balanced, and the queries are not.
@@ -102,7 +102,7 @@ def balance(outputs: Tensor, targets: Tensor) -> Tensor:
     counts = F.one_hot(targets, ways).sum(1)
     if counts.min() != counts.max():
         raise InputError(
-            f"balanced needs as many query examples of each class, got {counts.min()} to {counts.max()}"
+            f"balanced needs the same number of query examples per class, got {counts.min()} to {counts.max()}"
         )
     assigned = outputs[..., :ways].to(torch.promote_types(outputs.dtype, torch.float32))
     for _ in range(SCALINGS):

@@ -86,7 +86,7 @@ def assert_same_run(a, b):
 
 
 def test_the_best_weights_are_the_runs_and_the_last_are_kept_beside(root, tmp_path, monkeypatch):
-    finds(monkeypatch, {2: 0.5, 4: 0.7, 6: 0.6, 8: 0.7})  # of equals the earlier one
+    finds(monkeypatch, {2: 0.5, 4: 0.7, 6: 0.6, 8: 0.7})  # ties keep the earlier
     result = quiet(settings(root), tmp_path / "a")
     assert result["weights"] == {
         "kept": "best by validation",
