@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from fomaml.choices import Statistics
 from fomaml.data.source import ClassSource
+from fomaml.episodes import TaskSequence
 from fomaml.errors import positive
 from fomaml.evaluate import batches, copies_of, evaluate, judged
 from fomaml.learning.algorithms import FOMAML
 from fomaml.tasks import Task
 
 
-def nearest_centroid(episodes, *, tasks: int = 1000, tasks_at_once: int = 100) -> Tensor:
+def nearest_centroid(episodes: TaskSequence, *, tasks: int = 1000, tasks_at_once: int = 100) -> Tensor:
     """(tasks,) accuracies of the class whose mean support input is nearest, in Euclidean distance."""
     found = []
     for batch in batches(episodes, tasks, tasks_at_once):
@@ -40,8 +41,8 @@ class Tuned(NamedTuple):
 
 def fine_tune(
     model: nn.Module | Callable[[int], nn.Module],
-    tuning_episodes,
-    episodes,
+    tuning_episodes: TaskSequence,
+    episodes: TaskSequence,
     *,
     tasks: int = 1000,
     tuning_tasks: int = 100,
@@ -55,12 +56,13 @@ def fine_tune(
     model: the start for every task, or a function from a number to a fresh random start: then every
         hundred tasks get a start of their own.
     """
-    fixed = isinstance(model, nn.Module)
 
-    def run(episodes, tasks, inner_lr, at_steps):
+    def run(
+        episodes: TaskSequence, tasks: int, inner_lr: float, at_steps: Sequence[int]
+    ) -> dict[int, Tensor]:
         parts = []
         for number in range(math.ceil(tasks / 100)):
-            start = model if fixed else model(number)
+            start = model if isinstance(model, nn.Module) else model(number)
             learner = FOMAML(start, inner_lr, max(at_steps))
             part = _Slice(episodes, 100 * number)
             few = min(100, tasks - 100 * number)
@@ -102,12 +104,9 @@ def pretrain(
 class _Slice:
     """Episodes from `start` on."""
 
-    def __init__(self, episodes, start: int):
+    def __init__(self, episodes: TaskSequence, start: int):
         self.episodes, self.start = episodes, start
         self.ways, self.copies = episodes.ways, copies_of(episodes)
-
-    def __getitem__(self, index: int) -> Task:
-        return self.episodes[self.start + index]
 
     def batch(self, start: int, tasks: int) -> Task:
         return self.episodes.batch(self.start + start, tasks)

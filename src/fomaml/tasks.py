@@ -1,7 +1,12 @@
 """The two shapes everything else is written in: labelled examples, and a task made of two such sets."""
 
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from operator import itemgetter
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -25,11 +30,11 @@ class Task(NamedTuple):
     support: Examples
     query: Examples
 
-    def to(self, device=None, dtype=None) -> "Task":
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Task:
         """Move all tensors to `device`; cast the floating ones to `dtype`."""
         return self.map(lambda t: t.to(device, dtype if t.is_floating_point() else None))
 
-    def map(self, function) -> "Task":
+    def map(self, function: Callable[[Tensor], Tensor]) -> Task:
         """Apply `function` to each of the four tensors."""
         return Task(*(Examples(*(function(tensor) for tensor in part)) for part in self))
 
@@ -44,10 +49,10 @@ def one(tasks: Task, index: int) -> Task:
     return tasks.map(lambda tensor: tensor[index])
 
 
-def chunks(tasks: Task, size: int):
+def chunks(tasks: Task, size: int) -> Iterator[Task]:
     """Split a batch into batches of at most `size` tasks, in order."""
     if size >= count(tasks):
         yield tasks
         return
     for start in range(0, count(tasks), size):
-        yield tasks.map(lambda tensor, start=start: tensor[start : start + size])
+        yield tasks.map(itemgetter(slice(start, start + size)))
