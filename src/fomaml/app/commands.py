@@ -201,36 +201,22 @@ class MachineOptions:
 
 
 @dataclass(frozen=True)
-class TrainOptions:
-    """Meta-train on a source and write a run directory.
-
-    Options that are left out take the value of the preset, else of the algorithm, else of the source, else the default;
-    --dry-run shows which. config.json in the run directory records every value.
-
-    Example: fomaml train mnist --question new-labels --shots 1 --out out/digits
-    Example: fomaml train folder:my/photos --image-size 84 84 --rgb --ways 3
-    Example: fomaml train --preset fomaml-omniglot-5w1s --data-root my/omniglot
-    """
+class RunOptions:
+    """What every training is made of."""
 
     source: str = positional(SOURCE, "", metavar="SOURCE")
-    preset: str | None = option("a published setting, see `fomaml presets`; any option beside it wins")
-    algorithm: str | None = option("the algorithm (default: fomaml)", choices=tuple(ALGORITHMS))
+    ways: int | None = option("N, the classes of a task (default: 5)")
+    shots: int | None = option(
+        "K, the support examples per class (default: 1), or per sinusoid (default: 10)"
+    )
     model: str | None = option(
         "the network: mlp (784-256-10 on images, 1-40-40-1 on sinusoids; default for mnist), conv4 (default for "
         "folder), conv4-strided (mean over space; default for omniglot) or conv4-strided-flat (Reptile's)",
         choices=tuple(NETWORKS),
     )
-    ways: int | None = option("N, the classes of a task (default: 5)")
-    shots: int | None = option(
-        "K, the support examples per class (default: 1), or per sinusoid (default: 10)"
-    )
     iterations: int | None = option("the number of outer steps; default: the source's")
     data_root: Path | None = option(DATA_ROOT)
-    out: Path | None = option("the run directory to write; default: a new one under out/")
-    resume: Path | None = option(
-        "finish this run directory, with its own settings; no other option goes with it"
-    )
-    dry_run: bool = option("print the settings and where each came from, and do nothing", False)
+    out: Path | None = option("the folder to write; default: a new one under out/")
     data: DataOptions = group(DataOptions)
     tasks: TaskOptions = group(TaskOptions)
     network: AlgorithmOptions = group(AlgorithmOptions)
@@ -241,7 +227,27 @@ class TrainOptions:
 
 
 @dataclass(frozen=True)
-class CompareOptions:
+class TrainOptions(RunOptions):
+    """Meta-train on a source and write a run directory.
+
+    Options that are left out take the value of the preset, else of the algorithm, else of the source, else the default;
+    --dry-run shows which. config.json in the run directory records every value.
+
+    Example: fomaml train mnist --question new-labels --shots 1 --out out/digits
+    Example: fomaml train folder:my/photos --image-size 84 84 --rgb --ways 3
+    Example: fomaml train --preset fomaml-omniglot-5w1s --data-root my/omniglot
+    """
+
+    algorithm: str | None = option("the algorithm (default: fomaml)", choices=tuple(ALGORITHMS))
+    preset: str | None = option("a published setting, see `fomaml presets`; any option beside it wins")
+    resume: Path | None = option(
+        "finish this run directory, with its own settings; no other option goes with it"
+    )
+    dry_run: bool = option("print the settings and where each came from, and do nothing", False)
+
+
+@dataclass(frozen=True)
+class CompareOptions(RunOptions):
     """Train several algorithms with the same budget, and judge them on the same unseen tasks.
 
     The budget is a number of outer steps, or of seconds of training each; all see the same tasks, from the same start.
@@ -251,31 +257,15 @@ class CompareOptions:
     Example: fomaml compare sinusoid --algorithms fomaml maml reptile anil --seconds 60
     """
 
-    source: str = positional(SOURCE, "", metavar="SOURCE")
     algorithms: tuple[str, ...] = option(
         "the algorithms (default: fomaml maml reptile anil); fomaml, from which differences are taken, is always among "
         "them",
         ("fomaml", "maml", "reptile", "anil"),
         choices=tuple(ALGORITHMS),
     )
-    model: str | None = option("the network, see `fomaml train`", choices=tuple(NETWORKS))
-    ways: int | None = option("N, the classes of a task (default: 5)")
-    shots: int | None = option(
-        "K, the support examples per class (default: 1), or per sinusoid (default: 10)"
-    )
-    iterations: int | None = option("the number of outer steps; default: the source's")
-    data_root: Path | None = option(DATA_ROOT)
-    out: Path | None = option("the folder to write; default: a new one under out/")
     cosine_every: int | None = option(
         "the outer steps of FOMAML between two comparisons of its meta-gradient with MAML's; default: a tenth of all"
     )
-    data: DataOptions = group(DataOptions)
-    tasks: TaskOptions = group(TaskOptions)
-    network: AlgorithmOptions = group(AlgorithmOptions)
-    inner: InnerOptions = group(InnerOptions)
-    outer: OuterOptions = group(OuterOptions)
-    evaluation: EvaluationOptions = group(EvaluationOptions)
-    machine: MachineOptions = group(MachineOptions)
 
 
 @dataclass(frozen=True)
