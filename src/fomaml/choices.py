@@ -11,7 +11,6 @@ from fomaml.errors import InputError
 Statistics = Literal["own", "support", "with-query"]
 # What a `BatchNorm` normalises by when nothing else is asked for.
 Policy = Literal["batch", "support", "running", "per-step", "frozen"]
-Engine = Literal["auto", "loop", "batched", "factored"]
 LearnRates = Literal["elementwise", "per-step"]
 
 

@@ -225,7 +225,7 @@ def test_the_tables_set_published_beside_measured(root, tmp_path):
         published.append(own if name.startswith("fomaml") else own["by_statistics"]["with-query"])
         assert line[0] == f"[{name}](results/{folder.name})" == trained_line[0]
         assert line[1] == f"{PRESETS[name].aim} (Nichol et al. 2018)"
-        assert line[2] == f"{figure(published[-1])} {PRESETS[name].statistics}, 3 tasks"
+        assert line[2] == f"{figure(published[-1])} {omniglot_table.kind(published[-1])}, 3 tasks"
         assert line[3] == figure(support)
         assert trained_line[1] == f"`python runs/omniglot.py {name}`"
         assert trained_line[2].startswith("2, best at ") and trained_line[3] == "3"

@@ -104,8 +104,8 @@ def settled(settings: Settings, origins: dict[str, str]) -> str:
                 value = getattr(settings, name)
                 shown = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
                 lines.append([name, "-" if value is None else shown, origins[name]])
-    text = "\n".join(line.rstrip() for line in align(lines, left=True).splitlines())
-    return f"{text}\n\nThe data decide on validate_every, where it is not given, when the run begins."
+    told = "The data decide on validate_every, where it is not given, when the run begins."
+    return f"{align(lines, left=True)}\n\n{told}"
 
 
 def _evaluate(options: EvaluateOptions) -> None:
@@ -146,7 +146,7 @@ def _presets(options: PresetsOptions) -> None:
     if options.json:
         print(json.dumps({name: preset._asdict() for name, preset in PRESETS.items()}, indent=2))
         return
-    lines = [["preset", "aims at, %", "batch norm", "source", "what it is"]]
+    lines = [["preset", "aims at, %", "statistics", "source", "what it is"]]
     lines += [[name, p.aim, p.statistics, p.source, p.summary] for name, p in PRESETS.items()]
     print(align(lines, left=True))
     print("\nfomaml train --preset NAME --data-root FOLDER; add --dry-run to see every setting")

@@ -28,9 +28,11 @@ from fomaml.app.settings import (
     TestAugmentation,
     Weights,
 )
-from fomaml.choices import Engine, Statistics
+from fomaml.app.sources import names
+from fomaml.choices import Statistics
+from fomaml.engines import ENGINES
 
-SOURCE = "where tasks come from: mnist, omniglot, folder:PATH (one directory of images per class) or sinusoid"
+SOURCE = f"where tasks come from: {', '.join(names())}; PATH holds one directory of images per class"
 DATA_ROOT = (
     "the folder of the data: MNIST/raw/*-ubyte, or the archives of Omniglot; default: torchvision's download, or "
     "MNIST-5k without a network"
@@ -185,7 +187,7 @@ class EvaluationOptions:
 class MachineOptions:
     """Machine."""
 
-    engine: Engine | None = option("how a meta-batch is computed (default: auto)")
+    engine: str | None = option("how a meta-batch is computed (default: auto)", choices=("auto", *ENGINES))
     tasks_at_once: int | None = option(
         "at most so many tasks in memory at a time; default: what suits the engine"
     )

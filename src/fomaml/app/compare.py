@@ -262,7 +262,7 @@ def _answer(sender, function, arguments, threads: int) -> None:
 
 
 def _rows(found: dict[str, dict]) -> list[dict]:
-    """A row per algorithm: its scores summed up, the difference to FOMAML on the same tasks, its costs."""
+    """A row per algorithm: its scores summed up, the difference from FOMAML on the same tasks, its costs."""
     reference = found["fomaml"].get("scores")
     rows = []
     for algorithm, facts in found.items():

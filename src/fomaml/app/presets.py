@@ -27,17 +27,19 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from fomaml.choices import Statistics
+
 
 class Preset(NamedTuple):
     """settings: options by name. aim: the published accuracy in %. source: of the figure. summary: one line.
-    statistics: how the published figure was measured, transductive or with-query.
+    statistics: whose examples batch norms normalised by where the published figure was measured.
     """
 
     settings: dict
     aim: str
     source: str
     summary: str
-    statistics: str = "transductive"
+    statistics: Statistics = "own"
 
 
 ORIGINAL = {
@@ -156,7 +158,7 @@ def _published() -> dict[str, Preset]:
                 settings |= ORIGINAL | BY_WAYS[ways] | {"algorithm": algorithm}
                 settings |= {"query_shots": shots, "test_query_shots": shots}
             name = f"{algorithm}-omniglot-{ways}w{shots}s"
-            statistics = settings.get("statistics", "transductive")
+            statistics = settings.get("statistics", "own")
             presets[name] = Preset(settings, aim, source, f"{title}, {ways}-way {shots}-shot", statistics)
     return presets
 

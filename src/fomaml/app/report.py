@@ -38,7 +38,7 @@ def align(lines: list[list[str]], left: bool = False) -> str:
         "  ".join([line[0].ljust(widths[0]), *(flush(c, w) for c, w in zip(line[1:], widths[1:]))])
         for line in lines
     ]
-    return "\n".join([text[0], "─" * len(text[0]), *text[1:]])
+    return "\n".join(line.rstrip() for line in (text[0], "─" * len(text[0]), *text[1:]))
 
 
 def verdict(result: dict) -> str:

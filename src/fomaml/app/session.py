@@ -73,12 +73,12 @@ def session(
     allow_download: bool = True,
 ) -> Iterator[Session]:
     """A run that holds its directory while the block lasts; arguments and errors as of `train_run`."""
+    if resume and (out / rundir.RESULT).exists():
+        raise InputError(f"the run in {out} is finished; see {out / rundir.RESULT_TEXT}")
     run = Session(settings, out, say, watch, allow_download)
     if not resume:
         rundir.claim(out)
     with rundir.alone(out):
-        if resume and (out / rundir.RESULT).exists():
-            raise InputError(f"the run in {out} is finished; see {out / rundir.RESULT_TEXT}")
         if not resume:
             write_text(out / rundir.CONFIG, to_json(run.settings))
         yield run

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fomaml.app.defaults import DEFAULTS, FOLLOWING
-from fomaml.choices import Engine, Statistics
+from fomaml.choices import Statistics
 from fomaml.errors import InputError
 
 FORMAT = 1  # of config.json; a run without one has format 0
@@ -98,7 +98,7 @@ class Settings:
     statistics: Statistics
     baselines: bool
     # the machine
-    engine: Engine
+    engine: str
     tasks_at_once: int | None
     compile: bool
     autocast: Precision

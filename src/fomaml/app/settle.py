@@ -14,6 +14,7 @@ from fomaml.app.presets import PRESETS
 from fomaml.app.settings import Settings
 from fomaml.app.sources import SOURCES, names, source_of, split_name
 from fomaml.choices import check_choice
+from fomaml.engines import ENGINES
 from fomaml.errors import InputError, positive
 
 COUNTS = (
@@ -128,6 +129,7 @@ def check(settings: Settings, given: Mapping[str, Any] = {}) -> None:
     given: the options that were asked for, where that makes a difference.
     """
     check_choice("model", settings.model, NETWORKS)
+    check_choice("engine", settings.engine, ("auto", *ENGINES))
     for name, choices in CHOICES.items():
         if getattr(settings, name) is not None:
             check_choice(name.replace("_", " "), getattr(settings, name), choices)
