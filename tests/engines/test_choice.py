@@ -1,0 +1,99 @@
+"""Which engine is chosen, and what is said where one does not suit."""
+
+from functools import partial
+
+import pytest
+import torch.nn.functional as F
+from torch import nn
+
+from family import LR, STEPS, answer, assert_agrees
+from fomaml.engines import curve, meta_gradient
+from fomaml.engines.plan import choose
+from fomaml.errors import InputError
+from fomaml.learning.algorithms import FOMAML
+from fomaml.models import MLP, Conv4
+from fomaml.tasks import Examples
+from zoo import draw, example
+
+
+@pytest.mark.parametrize(
+    ("build", "shape", "shots", "expected", "compiled"),
+    [
+        (partial(Conv4, 4), (1, 28, 28), 1, "loop", "loop"),
+        (partial(Conv4, 4, channels=8, image=(1, 16, 16)), (1, 16, 16), 1, "batched", "batched"),
+        (partial(MLP, 784, 256, 4), (784,), 1, "factored", "factored"),
+        (partial(MLP, 784, 256, 4), (784,), 100, "loop", "batched"),
+        (partial(MLP, 1, 40, 40, 4), (1,), 20, "batched", "batched"),
+        (
+            partial(nn.TransformerEncoderLayer, 32, 2, 64, 0.0, batch_first=True),
+            (40, 32),
+            1,
+            "batched",
+            "batched",
+        ),
+        (partial(nn.LSTMCell, 6, 4), (6,), 1, "loop", "loop"),
+        (partial(nn.Embedding, 6, 4, sparse=True), (), 1, "loop", "loop"),
+    ],
+)
+def test_choose_names_the_engine_and_the_reason(build, shape, shots, expected, compiled):
+    def criterion(outputs, targets):
+        return (outputs[0] if isinstance(outputs, tuple) else outputs).square().mean()
+
+    learner = FOMAML(build().double(), LR, STEPS, criterion)
+    tasks = draw(shape, F.cross_entropy, shots=shots)
+    if isinstance(learner.model, nn.Embedding):
+        tasks = tasks._replace(
+            **{part: Examples(e.targets, e.targets) for part, e in tasks._asdict().items()}
+        )
+    assert choose(learner, tasks, compile=True)[0] == compiled
+    name, reason = choose(learner, tasks)
+    assert name == expected
+    assert reason and "\n" not in reason
+
+
+def test_auto_is_the_engine_of_choose():
+    model, tasks, criterion = example("conv4")
+    result = meta_gradient(FOMAML(model, LR, STEPS, criterion), tasks)
+    assert result.engine == choose(FOMAML(model, LR, STEPS, criterion), tasks)[0] == "batched"
+    assert_agrees(result, answer("fomaml", "conv4"), 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"engine": "fast"}, "unknown engine 'fast'; there are: auto, loop, batched, factored"),
+        ({"tasks_at_once": 0}, "tasks_at_once must be a whole number of 1 or more, got 0"),
+    ],
+)
+def test_errors_of_meta_gradient_and_curve(options, message):
+    model, tasks, criterion = example("mlp")
+    learner = FOMAML(model, LR, STEPS, criterion)
+    for call in (meta_gradient, partial(curve, at_steps=[1])):
+        with pytest.raises(InputError) as raised:
+            call(learner, tasks, **options)
+        assert str(raised.value) == message
+
+
+def test_outputs_narrower_than_the_classes_are_an_input_error():
+    _, tasks, _ = example("mlp")
+    with pytest.raises(InputError, match="3"):
+        meta_gradient(FOMAML(MLP(36, 12, 3).double(), LR, STEPS), tasks)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("engine", ["auto", "batched"])
+@pytest.mark.parametrize("shape", [(36,), (1, 6, 6)], ids=["dense", "convolutions"])
+def test_too_few_outputs_are_told_in_words(shape, engine, compile, recwarn):
+    """Also where what a task costs is counted before it is computed."""
+    convolutions = [nn.Unflatten(1, (1, 6, 6)), nn.Conv2d(1, 3, 1), nn.Flatten()] if len(shape) > 1 else []
+    model = nn.Sequential(nn.Flatten(), *convolutions, nn.Linear(108 if convolutions else 36, 3)).double()
+    with pytest.raises(InputError, match="too narrow for 4 ways"):
+        meta_gradient(
+            FOMAML(model, LR, 1), draw(shape, F.cross_entropy, tasks=9), engine=engine, compile=compile
+        )
+
+
+def test_factored_refuses_a_model_without_adapted_linear_weights():
+    model, tasks, criterion = example("conv4")
+    with pytest.raises(InputError, match=r"no adapted nn\.Linear weight"):
+        meta_gradient(FOMAML(model, LR, 1, criterion, adapted="body.*"), tasks, engine="factored")
