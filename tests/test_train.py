@@ -1,4 +1,5 @@
 import math
+import sys
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from clusters import clusters, episodes, learner
 from fomaml.checkpoint import load_state, save_state
 from fomaml.data.source import ClassSource
 from fomaml.data.synthetic import Sinusoids
-from fomaml.engines import meta_gradient
+from fomaml.engines import ENGINES, meta_gradient, plan
 from fomaml.episodes import RegressionEpisodes
 from fomaml.errors import InputError
 from fomaml.evaluate import evaluate
@@ -141,6 +142,101 @@ def test_running_statistics_move_in_the_outer_loop_only():
     variance, mean = torch.var_mean(inputs, 0)
     assert (layer.mean[0] - mean).abs().max() < variance.sqrt().max()
     assert layer.mean.abs().max() > 0.1
+
+
+# --- the plan -------------------------------------------------------------------------------------
+
+
+class OnlyBatches:
+    """Episodes of one's own: `batch` and nothing else."""
+
+    def batch(self, start, tasks):
+        return episodes().batch(start, tasks)
+
+
+def test_own_episodes_may_have_batch_alone():
+    found = []
+    for tasks in (episodes(), OnlyBatches()):
+        meta = learner()
+        options = {"iterations": 3, "meta_batch_size": 4}
+        list(train(meta, tasks, torch.optim.SGD(meta.parameters(), lr=0.1), **options))
+        found.append([*bits(meta), *evaluate(meta, tasks, tasks=5, at_steps=[0, 2]).values()])
+    assert same(*found)
+
+
+def test_a_run_has_one_plan_which_its_first_look_does_not_change(monkeypatch):
+    """Before the first meta-gradient it looks at the query sets without gradients."""
+    plans = []
+    training = sys.modules["fomaml.train"]  # the package's own `train` is the function
+    monkeypatch.setattr(training, "make_plan", lambda *a, **o: plans.append(plan(*a, **o)) or plans[-1])
+    torch.manual_seed(5)
+    meta = FOMAML(MLP(6, 200, 200, 3), 0.1, 2)
+    records = run(meta, torch.optim.SGD(meta.parameters(), lr=0.1), iterations=3)
+    assert all(record.before is not None for record in records)
+    assert [own.engine for own in plans] == ["factored"]
+
+
+@pytest.mark.parametrize("engine", ["loop", "batched", "factored"])
+def test_a_run_by_its_callers_plan_is_that_by_the_same_options(engine):
+    found = []
+    for given in (False, True):
+        meta = learner()
+        options = {"engine": engine, "tasks_at_once": 2}
+        if given:
+            options = {"plan": plan(meta, episodes().batch(0, 4), **options)}
+        records = run(meta, torch.optim.SGD(meta.parameters(), lr=0.1), **options)
+        found.append([*bits(meta), *(tensor for record in records for tensor in record[1:])])
+    assert same(*found)
+
+
+def test_a_plan_that_was_halved_is_handed_on_to_the_run_that_goes_on(monkeypatch):
+    most, problem = 3, ENGINES["batched"]
+
+    def guarded(learner, chunk, **facts):
+        if len(chunk.support.targets) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return problem(learner, chunk, **facts)
+
+    monkeypatch.setitem(ENGINES, "batched", guarded)
+    whole, parts = learner(), learner()
+    own = plan(whole, episodes().batch(0, 4), engine="batched")
+    with pytest.warns(RuntimeWarning, match="out of memory: 2 tasks at once from now on"):
+        run(whole, torch.optim.SGD(whole.parameters(), lr=0.1), plan=own)
+    assert own.tasks_at_once == 2
+    optimizer = torch.optim.SGD(parts.parameters(), lr=0.1)
+    first = plan(parts, episodes().batch(0, 4), engine="batched")
+    with pytest.warns(RuntimeWarning):
+        run(parts, optimizer, iterations=3, plan=first)
+    most = 4  # as on another machine: the bits stay those of the run that was not interrupted
+    run(parts, optimizer, start=3, engine="batched", tasks_at_once=first.tasks_at_once)
+    assert same(bits(whole), bits(parts))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"engine": "loop"}, "engine='loop' goes to engines.plan, not to train beside a plan"),
+        ({"tasks_at_once": 0}, "tasks_at_once=0 goes to engines.plan, not to train beside a plan"),
+        ({"compile": True}, "compile=True goes to engines.plan, not to train beside a plan"),
+        (
+            {"autocast": torch.bfloat16},
+            "autocast=torch.bfloat16 goes to engines.plan, not to train beside a plan",
+        ),
+    ],
+)
+def test_a_plan_has_settled_what_it_was_made_with(options, message):
+    meta = learner()
+    own = plan(meta, episodes().batch(0, 4))
+    with pytest.raises(InputError) as raised:
+        run(meta, torch.optim.SGD(meta.parameters(), lr=0.1), plan=own, **options)
+    assert str(raised.value) == message
+
+
+def test_a_plan_is_for_its_own_learner():
+    meta = learner()
+    own = plan(learner(), episodes().batch(0, 4))
+    with pytest.raises(InputError, match=r"^the plan was made for another learner; make one for this one$"):
+        run(meta, torch.optim.SGD(meta.parameters(), lr=0.1), plan=own)
 
 
 # --- the same bits --------------------------------------------------------------------------------

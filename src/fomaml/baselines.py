@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from fomaml.choices import Statistics
 from fomaml.data.source import ClassSource
-from fomaml.episodes import TaskSequence
+from fomaml.episodes import TaskSequence, copies_of, ways_of
 from fomaml.errors import positive
-from fomaml.evaluate import batches, copies_of, evaluate, judged
+from fomaml.evaluate import batches, evaluate, judged
 from fomaml.learning.algorithms import FOMAML
 from fomaml.tasks import Task
 
@@ -106,7 +106,7 @@ class _Slice:
 
     def __init__(self, episodes: TaskSequence, start: int):
         self.episodes, self.start = episodes, start
-        self.ways, self.copies = episodes.ways, copies_of(episodes)
+        self.ways, self.copies = ways_of(episodes), copies_of(episodes)
 
     def batch(self, start: int, tasks: int) -> Task:
         return self.episodes.batch(self.start + start, tasks)

@@ -25,19 +25,32 @@ def generator(seed: int, index: int) -> np.random.Generator:
 class TaskSequence(Protocol):
     """What training and evaluation take tasks from, each a function of its index alone; `Episodes` is one.
 
-    ways: the number of classes of a task, None where targets are no labels.
-    copies: of each image of a query set, one after the other, over which outputs are averaged; 1 for no more than it.
+    ways: the number of classes of a task; None for regression, or where it is not known.
+    copies: how many times each image of a set stands in it, one after the other, see `Episodes`.
+
+    An object of one's own may have `batch` alone: it then counts as tasks of unknown ways and of one copy. A type
+    checker wants all three, which a subclass of this has.
     """
 
     @property
-    def ways(self) -> int | None: ...
+    def ways(self) -> int | None:
+        return None
 
     @property
-    def copies(self) -> int: ...
+    def copies(self) -> int:
+        return 1
 
     def batch(self, start: int, tasks: int, /) -> Task:
         """Tasks start … start + tasks - 1, with a leading axis (tasks, ...)."""
         ...
+
+
+def ways_of(episodes: TaskSequence) -> int | None:
+    return getattr(episodes, "ways", None)
+
+
+def copies_of(episodes: TaskSequence) -> int:
+    return getattr(episodes, "copies", 1)
 
 
 class Episodes:

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fomaml.choices import Statistics
-from fomaml.engines import curve_at
+from fomaml.engines import Plan
+from fomaml.engines import plan as make_plan
+from fomaml.episodes import TaskSequence, copies_of
 from fomaml.errors import InputError, positive
 from fomaml.learning.learner import MetaLearner
 from fomaml.tasks import Task
@@ -36,7 +38,7 @@ def estimate(values: Tensor) -> Estimate:
 
 def evaluate(
     learner: MetaLearner,
-    episodes,
+    episodes: TaskSequence,
     *,
     tasks: int = 1000,
     at_steps: Sequence[int] = (0, 1, 5, 10, 20),
@@ -66,7 +68,7 @@ def evaluate(
 
 def evaluate_at(
     learner: MetaLearner,
-    episodes,
+    episodes: TaskSequence,
     points: Sequence[tuple[int, Statistics]],
     tasks: int = 1000,
     tasks_at_once: int = 100,
@@ -77,8 +79,10 @@ def evaluate_at(
     check_width(learner, episodes)
     points = sorted(dict.fromkeys(points), key=lambda point: point[0])
     parts: list[list[Tensor]] = [[] for _ in points]
+    plan: Plan | None = None
     for batch in batches(episodes, tasks, max(1, tasks_at_once // copies_of(episodes))):
-        found = curve_at(learner, batch, points, engine)
+        plan = plan or make_plan(learner, batch, engine=engine)
+        found = plan.curve(batch, points)
         for part, (losses, outputs) in zip(parts, found):
             part.append(judged(episodes, outputs, batch.query.targets, losses, balanced).double().cpu())
     return dict(zip(points, map(torch.cat, parts)))
@@ -110,12 +114,12 @@ def balance(outputs: Tensor, targets: Tensor) -> Tensor:
     return assigned
 
 
-def copies_of(episodes) -> int:
-    return getattr(episodes, "copies", 1)
-
-
 def judged(
-    episodes, outputs: Tensor, targets: Tensor, losses: Tensor | None = None, balanced: bool = False
+    episodes: TaskSequence,
+    outputs: Tensor,
+    targets: Tensor,
+    losses: Tensor | None = None,
+    balanced: bool = False,
 ) -> Tensor:
     """`scores`, of outputs that are averaged over the copies of a query image, and balanced if asked for."""
     copies = copies_of(episodes)
@@ -126,7 +130,7 @@ def judged(
     return scores(outputs, targets, losses)
 
 
-def batches(episodes, tasks: int, tasks_at_once: int) -> Iterator[Task]:
+def batches(episodes: TaskSequence, tasks: int, tasks_at_once: int) -> Iterator[Task]:
     positive("tasks", tasks, integer=True)
     for start in range(0, tasks, tasks_at_once):
         yield episodes.batch(start, min(tasks_at_once, tasks - start))

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fomaml.data.source import ClassSource
-from fomaml.engines import check_outputs, curve, meta_gradient
-from fomaml.episodes import Episodes
+from fomaml.engines import Plan, check_outputs
+from fomaml.engines import plan as make_plan
+from fomaml.episodes import TaskSequence, Episodes, ways_of
 from fomaml.errors import InputError, positive
 from fomaml.learning.algorithms import FOMAML
 from fomaml.learning.learner import MetaLearner
@@ -34,7 +35,7 @@ class Record(NamedTuple):
 
 def train(
     learner: MetaLearner,
-    episodes,
+    episodes: TaskSequence,
     optimizer: torch.optim.Optimizer,
     *,
     iterations: int,
@@ -47,35 +48,40 @@ def train(
     tasks_at_once: int | None = None,
     compile: bool = False,
     autocast: torch.dtype | None = None,
+    plan: Plan | None = None,
 ) -> Iterator[Record]:
     """Meta-train `learner` in place on episodes start · meta_batch_size … (Finn et al. 2017, algorithm 1).
 
     Iteration i uses the episodes i · meta_batch_size and following, so a run continues exactly from
     `start`, the learner's parameters and the optimiser's state.
 
-    episodes: has `batch(start, tasks) -> Task`, see episodes.py.
+    episodes: what has `batch(start, tasks) -> Task`, see `TaskSequence`.
     optimizer: over the learner's parameters; its step sizes at this call are the meta_lr.
     schedule: iteration (from 0) → factor of the meta_lr.
     measure_every: on every so-many-th iteration, and the last, the record has `before` and `after`.
     clip: the largest norm of the whole meta-gradient; a longer one is scaled down to it.
-    engine, tasks_at_once, compile, autocast: see `meta_gradient`.
+    engine, tasks_at_once, compile, autocast: of the plan for the whole run, see `engines.plan`.
+    plan: in place of these four, a plan of the caller's for this learner, whose `tasks_at_once` a run can save and
+        its continuation begin with.
 
     Raises:
-        InputError: counts that are not positive, outputs narrower than the number of ways, or a
-            meta-loss that is no longer finite.
+        InputError: counts that are not positive, outputs narrower than the number of ways, a
+            meta-loss that is no longer finite, or a plan and what would make one, or one for another learner.
     """
     positive("iterations", iterations, integer=True)
     positive("meta_batch_size", meta_batch_size, integer=True)
     positive("measure_every", measure_every, integer=True)
+    asked = {"engine": engine, "tasks_at_once": tasks_at_once, "compile": compile, "autocast": autocast}
+    if plan is not None:
+        check_plan(plan, learner, asked)
     check_width(learner, episodes)
     for iteration in range(start, iterations):
         learner.iteration = iteration
         tasks = episodes.batch(iteration * meta_batch_size, meta_batch_size)
         measured = (iteration + 1) % measure_every == 0 or iteration + 1 == iterations
-        before = score_before(learner, tasks, engine, tasks_at_once) if measured else None
-        result = meta_gradient(
-            learner, tasks, engine=engine, tasks_at_once=tasks_at_once, compile=compile, autocast=autocast
-        )
+        plan = plan or make_plan(learner, tasks, **asked)
+        before = score_before(plan, tasks) if measured else None
+        result = plan(tasks)
         for group in optimizer.param_groups if schedule is not None else ():
             # "initial_lr" as torch's schedulers keep it: saved with the optimiser, so a run resumes with it
             group["lr"] = group.setdefault("initial_lr", group["lr"]) * schedule(iteration)
@@ -114,17 +120,25 @@ def scores(outputs: Tensor, targets: Tensor, losses: Tensor | None) -> Tensor:
 
 
 @torch.no_grad()
-def score_before(
-    learner: MetaLearner, tasks: Task, engine: str = "auto", tasks_at_once: int | None = None
-) -> Tensor:
+def score_before(plan: Plan, tasks: Task) -> Tensor:
     """The mean score of the meta-model itself on the query sets, before any adaptation."""
-    [(losses, outputs)] = curve(learner, tasks, [0], engine=engine, tasks_at_once=tasks_at_once)
+    [(losses, outputs)] = plan.curve(tasks, [(0, "own")])
     return scores(outputs, tasks.query.targets, losses).mean()
 
 
-def check_width(learner: MetaLearner, episodes) -> None:
+def check_width(learner: MetaLearner, episodes: TaskSequence) -> None:
     """Raise `InputError` where the model's output is narrower than the number of ways."""
-    check_outputs(learner, episodes.batch(0, 1), getattr(episodes, "ways", None))
+    check_outputs(learner, episodes.batch(0, 1), ways_of(episodes))
+
+
+def check_plan(plan: Plan, learner: MetaLearner, asked: dict[str, Any]) -> None:
+    """Raise `InputError` where a plan is another learner's, or comes with arguments that it has settled."""
+    if plan.learner is not learner:
+        raise InputError("the plan was made for another learner; make one for this one")
+    plain = {"engine": "auto", "tasks_at_once": None, "compile": False, "autocast": None}
+    for name, value in asked.items():
+        if value != plain[name]:
+            raise InputError(f"{name}={value!r} goes to engines.plan, not to train beside a plan")
 
 
 def fomaml_train(

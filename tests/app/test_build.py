@@ -172,8 +172,8 @@ def test_the_engines_options_reach_the_meta_gradient(root, tmp_path, monkeypatch
         return real(learner, tasks, engine=options["engine"])
 
     training = sys.modules["fomaml.train"]  # the package's own `train` is the function
-    real = training.meta_gradient
-    monkeypatch.setattr(training, "meta_gradient", spy)
+    real = training.make_plan
+    monkeypatch.setattr(training, "make_plan", spy)
     quick = ["--iterations", "1", "--meta-batch-size", "2", "--test-tasks", "2", "--no-baselines"]
     options = ["--engine", "batched", "--tasks-at-once", "2", "--compile", "--autocast", "bfloat16"]
     base = ["train", "omniglot", "--channels", "4", "--data-root", str(root), "--validate-every", "0"]
