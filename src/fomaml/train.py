@@ -12,7 +12,7 @@ from torch import Tensor
 from fomaml.data.source import ClassSource
 from fomaml.engines import Plan, check_outputs
 from fomaml.engines import plan as make_plan
-from fomaml.episodes import TaskSequence, Episodes, ways_of
+from fomaml.episodes import Episodes, TaskSequence, ways_of
 from fomaml.errors import InputError, positive
 from fomaml.learning.algorithms import FOMAML
 from fomaml.learning.learner import MetaLearner
@@ -71,7 +71,12 @@ def train(
     positive("iterations", iterations, integer=True)
     positive("meta_batch_size", meta_batch_size, integer=True)
     positive("measure_every", measure_every, integer=True)
-    asked = {"engine": engine, "tasks_at_once": tasks_at_once, "compile": compile, "autocast": autocast}
+    asked: dict[str, Any] = {
+        "engine": engine,
+        "tasks_at_once": tasks_at_once,
+        "compile": compile,
+        "autocast": autocast,
+    }
     if plan is not None:
         check_plan(plan, learner, asked)
     check_width(learner, episodes)
@@ -82,9 +87,11 @@ def train(
         plan = plan or make_plan(learner, tasks, **asked)
         before = score_before(plan, tasks) if measured else None
         result = plan(tasks)
-        for group in optimizer.param_groups if schedule is not None else ():
-            # "initial_lr" as torch's schedulers keep it: saved with the optimiser, so a run resumes with it
-            group["lr"] = group.setdefault("initial_lr", group["lr"]) * schedule(iteration)
+        if schedule is not None:
+            factor = schedule(iteration)
+            for group in optimizer.param_groups:
+                # "initial_lr" as torch's schedulers keep it: saved with the optimiser, so a run resumes with it
+                group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
         result.apply_to(learner)
         if clip is not None:
             torch.nn.utils.clip_grad_norm_(learner.meta_parameters().values(), clip)

@@ -2,13 +2,13 @@
 
 import dataclasses
 import json
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from characters import settings
+from fomaml.app import session
 from fomaml.app.build import build_learner, build_model, build_optimizer, build_schedule, for_test, open_data
 from fomaml.app.cli import main
 from fomaml.learning.objectives import MultiStepLoss
@@ -164,23 +164,22 @@ def test_clipping_bounds_the_whole_gradient(root):
     assert torch.equal(moved(1e6), free)
 
 
-def test_the_engines_options_reach_the_meta_gradient(root, tmp_path, monkeypatch):
+def test_the_engines_options_reach_the_plan(root, tmp_path, monkeypatch):
     seen = []
 
     def spy(learner, tasks, **options):
         seen.append(options)
         return real(learner, tasks, engine=options["engine"])
 
-    training = sys.modules["fomaml.train"]  # the package's own `train` is the function
-    real = training.make_plan
-    monkeypatch.setattr(training, "make_plan", spy)
+    real = session.plan
+    monkeypatch.setattr(session, "plan", spy)
     quick = ["--iterations", "1", "--meta-batch-size", "2", "--test-tasks", "2", "--no-baselines"]
     options = ["--engine", "batched", "--tasks-at-once", "2", "--compile", "--autocast", "bfloat16"]
     base = ["train", "omniglot", "--channels", "4", "--data-root", str(root), "--validate-every", "0"]
     main([*base, *quick, *options, "--out", str(tmp_path / "a")])
     main([*base, *quick, "--out", str(tmp_path / "b")])
     asked = {"engine": "batched", "tasks_at_once": 2, "compile": True, "autocast": torch.bfloat16}
-    plain = {"engine": "batched", "tasks_at_once": None, "compile": False, "autocast": None}
+    plain = {"engine": "auto", "tasks_at_once": None, "compile": False, "autocast": None}
     assert seen == [asked, plain]
 
 

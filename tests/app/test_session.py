@@ -6,8 +6,9 @@ import subprocess
 import pytest
 
 import characters
-from fomaml.app import rundir
+from fomaml.app import rundir, session
 from fomaml.app.cli import main
+from fomaml.app.settle import settle
 
 SINUSOID = "sinusoid --iterations 6 --meta-batch-size 2 --test-tasks 5 --test-steps 0 1 --no-baselines"
 SHORT = (
@@ -63,6 +64,39 @@ def test_a_run_by_seconds_says_that_it_cannot_be_repeated(tmp_path, capsys):
     result = json.loads((out / "result.json").read_text())
     assert result["training_seconds"] >= 0.2 and result["iterations"] >= 1
     assert json.loads((out / "config.json").read_text())["seconds"] == 0.2
+
+
+def test_memory_that_has_run_out_is_remembered_by_a_resumed_run(tmp_path, capsys, monkeypatch):
+    """From the checkpoint on as few tasks are computed at once as had fitted into memory."""
+    made = []
+
+    class Killed(BaseException):
+        pass
+
+    def watch(record, seconds):
+        if record.iteration == 2:
+            made[-1].choice = made[-1].choice._replace(tasks_at_once=1)  # as after an error of memory
+        if record.iteration == 5:
+            raise Killed
+
+    def noted(*arguments, **options):
+        made.append(plan(*arguments, **options))
+        return made[-1]
+
+    plan = session.plan
+    monkeypatch.setattr(session, "plan", noted)
+    base = {
+        "source": "sinusoid",
+        "iterations": 8,
+        "meta_batch_size": 4,
+        "checkpoint_every": 4,
+        "test_tasks": 4,
+    }
+    settings = settle(**base, engine="batched", test_steps=(0, 1))
+    with pytest.raises(Killed):
+        session.train_run(settings, tmp_path / "run", say=lambda line: None, watch=watch)
+    session.train_run(settings, tmp_path / "run", say=lambda line: None, resume=True)
+    assert [each.tasks_at_once for each in made] == [1, 4, 1]
 
 
 def test_the_commit_is_that_of_this_project_alone(tmp_path):

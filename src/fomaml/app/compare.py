@@ -116,7 +116,7 @@ def run_one(settings: Settings, out: Path, cosine_every: int | None, threads: in
         first = run.data.train.batch(0, 1)
         gradients, products = gradient_evaluations(learner, one(first, 0))
         with torch.random.fork_rng(devices=[]):
-            meta_gradient(learner, first, engine=run.engine)
+            meta_gradient(learner, first, engine=run.plan.engine)
         every = cosine_every or max(1, settings.iterations // 10)
         snapshots: dict[int, Path] = {}
 
@@ -143,7 +143,7 @@ def run_one(settings: Settings, out: Path, cosine_every: int | None, threads: in
             "iterations": run.done,
             "seconds": spent,
             "tasks_per_second": tasks / spent,
-            "engine": run.engine,
+            "engine": run.plan.engine,
             "peak_memory_mb": peak,
             "memory": memory.kind,
             "gradients_per_task": gradients,

@@ -29,7 +29,7 @@ from fomaml.app.rundir import circumstances
 from fomaml.app.settings import Settings, identity, to_json
 from fomaml.app.validate import Best, is_due, validate, with_validation
 from fomaml.checkpoint import load_progress, load_state, load_weights, save_state, save_weights
-from fomaml.engines import choose
+from fomaml.engines import Plan, plan
 from fomaml.errors import InputError
 from fomaml.files import write_text
 from fomaml.train import Record, check_width, train
@@ -113,7 +113,7 @@ class Session:
         self.learner = build_learner(self.settings, build_model(self.settings))
         check_width(self.learner, self.data.test)
         self.optimizer = build_optimizer(self.settings, self.learner)
-        self.engine, self.why = self._engine()
+        self.plan = self._plan(self.settings.tasks_at_once)
         self.best, self.clock = Best(), Clock()
         self.done = self.validated = 0
         self.scores: dict[int, Tensor] = {}
@@ -141,10 +141,7 @@ class Session:
             schedule=build_schedule(settings, lambda: self.clock.training),
             measure_every=measure_every or max(1, settings.iterations // 100),
             clip=settings.clip,
-            engine=self.engine,
-            tasks_at_once=settings.tasks_at_once,
-            compile=settings.compile,
-            autocast=None if settings.autocast == "none" else getattr(torch, settings.autocast),
+            plan=self.plan,
         )
         while not self._is_over():
             with self.clock.counting("training"):
@@ -188,15 +185,22 @@ class Session:
         (out / rundir.STATE).unlink(missing_ok=True)
         return result
 
-    def _engine(self) -> tuple[str, str]:
-        if self.settings.engine != "auto":
-            return self.settings.engine, "as asked"
-        return choose(self.learner, self.data.train.batch(0, 1), self.settings.compile)
+    def _plan(self, tasks_at_once: int | None) -> Plan:
+        """How the whole run's meta-gradients are computed."""
+        settings = self.settings
+        return plan(
+            self.learner,
+            self.data.train.batch(0, settings.meta_batch_size),
+            engine=settings.engine,
+            tasks_at_once=tasks_at_once,
+            compile=settings.compile,
+            autocast=None if settings.autocast == "none" else getattr(torch, settings.autocast),
+        )
 
     def _announce(self) -> None:
         settings, data = self.settings, self.data
         self.say(f"{data.name}: {data.origin}")
-        self.say(f"engine: {self.engine} ({self.why})")
+        self.say(f"engine: {self.plan.engine} ({self.plan.why})")
         if settings.autocast != "none":
             slow = "" if has_bfloat16(settings.device) else ", which this device may only imitate, slowly"
             self.say(f"forward passes in {settings.autocast}{slow}")
@@ -218,6 +222,7 @@ class Session:
             self.done = self.validated = load_state(state, self.learner, self.optimizer, self.identity)
             progress = load_progress(state)
             self.best, self.clock = Best(**progress.get("best", {})), Clock(**progress.get("clock", {}))
+            self.plan = self._plan(progress.get("tasks_at_once", self.settings.tasks_at_once))
         if metrics.exists():
             rundir.keep_metrics(metrics, self.done)
             limit = "" if self.settings.seconds else f" of {self.settings.iterations}"
@@ -260,5 +265,9 @@ class Session:
             metrics.write(line + "\n")
 
     def _save(self) -> None:
-        progress = {"best": dataclasses.asdict(self.best), "clock": dataclasses.asdict(self.clock)}
+        progress = {
+            "best": dataclasses.asdict(self.best),
+            "clock": dataclasses.asdict(self.clock),
+            "tasks_at_once": self.plan.tasks_at_once,  # halved where memory has run out
+        }
         save_state(self.out / rundir.STATE, self.learner, self.optimizer, self.done, progress, self.identity)

@@ -58,6 +58,7 @@ def is_due(settings: Settings, iteration: int) -> bool:
 
 def validate(settings: Settings, learner: MetaLearner, data: Data) -> Estimate:
     """The accuracy on the validation tasks after the last of the test's numbers of steps."""
+    assert data.validation is not None  # as `with_validation` has made sure
     steps = settings.test_steps[-1]
     found = evaluate(
         for_test(settings, learner),

@@ -33,7 +33,7 @@ def takers(learner: MetaLearner, tasks: Task) -> tuple[bool, dict[str, int]]:
         if not vmaps or factored.refusal(learner) is not None:
             return vmaps, {}
         problem = _taken(learner, factored.problem, pair)
-        return vmaps, {} if problem is None else factored.rows(problem)
+        return vmaps, factored.rows(problem) if isinstance(problem, factored.FactoredProblem) else {}
 
 
 def flops(learner: MetaLearner, tasks: Task) -> int:
