@@ -245,9 +245,12 @@ class WithContext(nn.Module):
         return self.model(torch.cat([inputs, self.context.expand(len(inputs), -1)], dim=1))
 
 
+NATIVE_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
 def native_batch_norms(model: nn.Module) -> list[str]:
     """The names of the model's `nn.BatchNorm1d/2d/3d` layers."""
-    return [n for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    return [n for n, m in model.named_modules() if isinstance(m, NATIVE_BATCH_NORMS)]
 
 
 def refuse_native(model: nn.Module) -> None:
@@ -273,7 +276,7 @@ def _convert(model: nn.Module, policy: Policy, steps: int | None, done: dict[int
     if id(model) in done:
         return done[id(model)]
     done[id(model)] = new = model
-    if isinstance(model, nn.modules.batchnorm._BatchNorm):
+    if isinstance(model, NATIVE_BATCH_NORMS):
         done[id(model)] = new = BatchNorm(model.num_features, model.eps, model.affine, policy, steps)
         if model.running_mean is not None:
             new.to(model.running_mean)

@@ -7,11 +7,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from fomaml.check.findings import Finding, listed, of_kinds
 from fomaml.check.trial import Trial, differ, drops, is_regression, learned, plain_tensors, snapshot
-from fomaml.models import BatchNorm
+from fomaml.engines import _torch
+from fomaml.models import NATIVE_BATCH_NORMS, BatchNorm
+
+NATIVE_NORMS = (*NATIVE_BATCH_NORMS, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
 
 def width_for_ways(outputs: Tensor, ways: int) -> Finding:
@@ -31,8 +33,8 @@ def kinds_of_layers(own: Trial) -> dict[str, list[str]]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         groups.setdefault(id(parameter), []).append(name)
     layers = [(f"{type(m).__name__} {n}".strip(), m) for n, m in model.named_modules()]
-    running = [(n, m) for n, m in layers if isinstance(m, _NormBase) and m.running_mean is not None]
-    batch = [n for n, m in layers if isinstance(m, _BatchNorm) and m.running_mean is None]
+    running = [(n, m) for n, m in layers if isinstance(m, NATIVE_NORMS) and m.running_mean is not None]
+    batch = [n for n, m in layers if isinstance(m, NATIVE_BATCH_NORMS) and m.running_mean is None]
     return {
         "frozen": [n for n, p in model.named_parameters() if not p.requires_grad],
         "tied": [" = ".join(names) for names in groups.values() if len(names) > 1],
@@ -48,10 +50,10 @@ def state_of_forward(trial: Trial) -> Iterator[Finding]:
     """What one forward pass leaves behind."""
     model = trial.copy()
     parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
-    before, versions = snapshot(parameters | buffers), {n: p._version for n, p in parameters.items()}
-    norms = [n for n, m in model.named_modules() if isinstance(m, _NormBase)]
+    before, versions = snapshot(parameters | buffers), {n: _torch.version(p) for n, p in parameters.items()}
+    norms = [n for n, m in model.named_modules() if isinstance(m, NATIVE_NORMS)]
     first = trial.outputs(model)
-    moved = [n for n, p in parameters.items() if p._version != versions[n] or differ(p, before[n])]
+    moved = [n for n, p in parameters.items() if _torch.version(p) != versions[n] or differ(p, before[n])]
     changed = [n for n, b in buffers.items() if differ(b, before[n]) and n.rpartition(".")[0] not in norms]
     assigned = [n for n, b in model.named_buffers() if b is not buffers.get(n)]
     yield from of_kinds({"moved": moved, "buffers": changed, "assigned": assigned})
@@ -63,7 +65,7 @@ def state_of_forward(trial: Trial) -> Iterator[Finding]:
 def randomness_of_forward(trial: Trial) -> Iterator[Finding]:
     if trial.random:
         yield Finding("note", "forward draws random numbers of its own: only the loop can be compared")
-    elif not any(isinstance(m, (BatchNorm, _BatchNorm)) for m in trial.model.modules()):
+    elif not any(isinstance(m, (BatchNorm, *NATIVE_BATCH_NORMS)) for m in trial.model.modules()):
         inputs = trial.tasks.support.inputs[0]
         half = len(inputs) // 2  # the last half: what a recurrent layer gives depends on what came before
         if differ(trial.outputs(trial.copy())[half:], trial.outputs(trial.copy(), inputs[half:]), 1e-3):

@@ -121,6 +121,11 @@ def widened(trial: Trial) -> tuple[Trial, list[Finding]]:
         return trial, [Finding("note", what)]
 
 
+DROPOUTS = (
+    nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout,
+)  # fmt: skip
+
+
 def drops(module: nn.Module) -> bool:
     """Whether a layer draws a dropout mask; recurrent and attention layers hold the rate themselves."""
     rate = getattr(module, _rate(module), 0.0)
@@ -128,7 +133,7 @@ def drops(module: nn.Module) -> bool:
 
 
 def _rate(module: nn.Module) -> str:
-    return "p" if isinstance(module, nn.modules.dropout._DropoutNd) else "dropout"
+    return "p" if isinstance(module, DROPOUTS) else "dropout"
 
 
 def without_dropout(model: nn.Module) -> nn.Module:

@@ -8,9 +8,9 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fomaml.choices import Statistics
+from fomaml.engines import _torch
 from fomaml.errors import InputError
 from fomaml.learning.learner import MetaLearner
 from fomaml.learning.problem import Problem
@@ -84,33 +84,11 @@ def accumulate(names: Sequence[str], found: Iterable[Found], engine: str) -> Met
     rest = []
     for chunk in found:
         # not in place: autograd may hand two parameters the same tensor
-        gradients = torch._foreach_add(gradients, chunk.gradients)
+        gradients = _torch.add(gradients, chunk.gradients)
         rest.append(chunk[1:])
     if rest:
         seen = map(torch.cat, zip(seen, *rest))
     return MetaGradient(dict(zip(names, gradients)), *seen, engine)
-
-
-class Draws(TorchDispatchMode):
-    """Notices operators that may draw random numbers within it, in a trace too: found.
-
-    Those that are not torch's own count as such, as they can hide anything.
-    """
-
-    supports_higher_order_operators = True
-
-    def __init__(self):
-        super().__init__()
-        self.found = False
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.found = self.found or function.namespace not in ("aten", "prim") or is_random(function)
-        return function(*args, **(kwargs or {}))
-
-
-def is_random(function) -> bool:
-    """Whether an operator draws random numbers."""
-    return torch.Tag.nondeterministic_seeded in getattr(function, "tags", ())
 
 
 def out_of_memory(error: Exception) -> bool:

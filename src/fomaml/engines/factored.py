@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fomaml.choices import Statistics
-from fomaml.engines.common import Draws
+from fomaml.engines import _torch
 from fomaml.errors import InputError
 from fomaml.learning.adapt import SGD
 from fomaml.learning.learner import MetaLearner
@@ -180,9 +180,9 @@ class FactoredProblem(Problem):
         support = self.task.support
         rates = self.learner.inner_lr(0)
         kept: dict[int, tuple] = {}
-        versions = [buffer._version for buffer in self.buffers.values()]
+        versions = [*map(_torch.version, self.buffers.values())]
         for step in itertools.count():
-            with torch.enable_grad(), nullcontext() if changes else Draws() as draws:
+            with torch.enable_grad(), nullcontext() if changes else _torch.draws() as draws:
                 point = {n: p.detach().requires_grad_() for n, p in dense.items()}
                 fixed = {n: p.detach() for n, p in self.fixed.items()}
                 losses, _, record = self._forward(point, changes, fixed, support, kept, step)
@@ -194,7 +194,7 @@ class FactoredProblem(Problem):
             }
             if not changes:
                 # whether a buffer was written, not whether it changed: its values are not known in a trace
-                written = versions != [buffer._version for buffer in self.buffers.values()]
+                written = None in versions or versions != [*map(_torch.version, self.buffers.values())]
                 constant = {
                     i
                     for i, a in enumerate(inputs)

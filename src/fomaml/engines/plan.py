@@ -200,15 +200,14 @@ class Plan:
             try:
                 function = None
                 if self.compile:
-                    from fomaml.engines.compiled import trace  # with all that compiling needs of torch
+                    from fomaml.engines.compiled import cache
 
                     size = next(n for n in range(most, 0, -1) if number % n == 0)  # one shape, compiled once
                     alone = partial(self._find, number, ways, "loop") if self.choice.stacks else None
                     side_by_side = size < number and size * torch.get_num_threads() <= number
                     facts = (self.engine, ways, self.autocast, number)
-                    function = trace.function(
-                        learner, next(chunks(tasks, size)), find, facts, alone, side_by_side
-                    )
+                    rest = chunks(tasks, size)
+                    function = cache.function(learner, next(rest), find, facts, alone, side_by_side, rest)
                 if function is None:
                     names, found = list(learner.meta_parameters()), map(find, chunks(tasks, size))
                 else:

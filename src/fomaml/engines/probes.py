@@ -19,9 +19,13 @@ from fomaml.learning.learner import MetaLearner
 from fomaml.learning.problem import Problem
 from fomaml.tasks import Task, chunks, count, one
 
+CONVOLUTIONS = (
+    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+)  # fmt: skip
+
 
 def is_convolutional(learner: MetaLearner) -> bool:
-    return any(isinstance(m, nn.modules.conv._ConvNd) for m in learner.model.modules())
+    return any(isinstance(module, CONVOLUTIONS) for module in learner.model.modules())
 
 
 def takers(learner: MetaLearner, tasks: Task) -> tuple[bool, dict[str, int]]:

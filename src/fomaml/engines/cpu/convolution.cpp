@@ -7,106 +7,13 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstring>
-#include <type_traits>
 #include <vector>
 
 #include "crew.h"
+#include "patches.h"
+#include "tiles.h"
 
 namespace {
-
-using Size = std::ptrdiff_t;
-
-// A vector register of the processor that this is built for. Wider ones would live in memory, several times slower.
-#if defined(__AVX512F__)
-constexpr int BYTES = 64, REGISTERS = 32;
-#elif defined(__AVX__)
-constexpr int BYTES = 32, REGISTERS = 16;
-#elif defined(__aarch64__)
-constexpr int BYTES = 16, REGISTERS = 32;
-#else
-constexpr int BYTES = 16, REGISTERS = 16;
-#endif
-
-template <typename T>
-struct Lanes;
-template <>
-struct Lanes<float> {
-    typedef float V __attribute__((vector_size(BYTES), aligned(4), may_alias));
-    typedef int I __attribute__((vector_size(BYTES)));
-    static constexpr int L = BYTES / sizeof(float);
-};
-template <>
-struct Lanes<double> {
-    typedef double V __attribute__((vector_size(BYTES), aligned(8), may_alias));
-    typedef long long I __attribute__((vector_size(BYTES)));
-    static constexpr int L = BYTES / sizeof(double);
-};
-
-struct Shape {
-    Size images, height, width, channels, outputs, rows, columns, stride_y, stride_x, pad_y, pad_x;
-
-    Size out_height() const { return (height + 2 * pad_y - rows) / stride_y + 1; }
-    Size out_width() const { return (width + 2 * pad_x - columns) / stride_x + 1; }
-    Size pixels() const { return images * out_height() * out_width(); }
-    Size line() const { return (width + 2 * pad_x) * channels; }           // of a padded image
-    Size padded() const { return (height + 2 * pad_y) * line(); }          // a padded image
-    Size run() const { return columns * channels; }                        // one row of a patch
-    Size patch() const { return rows * run(); }
-};
-
-template <typename T>
-void pad(const T* x, const Shape& s, std::vector<T>& to) {
-    to.assign(s.images * s.padded(), T(0));
-    for (Size n = 0; n < s.images; ++n)
-        for (Size i = 0; i < s.height; ++i)
-            std::memcpy(to.data() + n * s.padded() + (i + s.pad_y) * s.line() + s.pad_x * s.channels,
-                        x + (n * s.height + i) * s.width * s.channels, s.width * s.channels * sizeof(T));
-}
-
-// where in the padded images each output pixel's patch begins
-void places(const Shape& s, std::vector<Size>& at) {
-    at.resize(s.pixels());
-    Size* to = at.data();
-    for (Size n = 0; n < s.images; ++n)
-        for (Size i = 0; i < s.out_height(); ++i)
-            for (Size j = 0; j < s.out_width(); ++j)
-                *to++ = n * s.padded() + i * s.stride_y * s.line() + j * s.stride_x * s.channels;
-}
-
-// one vector of the sums of L vectors: halves are folded together until each lane holds a sum
-template <typename T>
-inline typename Lanes<T>::V sums(typename Lanes<T>::V* v) {
-    using V = typename Lanes<T>::V;
-    constexpr int L = Lanes<T>::L;
-    int left = L;
-#pragma GCC unroll 4
-    for (int half = L / 2; half >= 1; half /= 2) {
-        typename Lanes<T>::I low, high;
-#pragma GCC unroll 16
-        for (int i = 0; i < L; ++i) {
-            const int block = i / (2 * half) * (2 * half), within = i % (2 * half);
-            low[i] = within < half ? block + within : L + block + within - half;
-            high[i] = within < half ? block + within + half : L + block + within;
-        }
-        left /= 2;
-        // folding v[i] with v[i + left] leaves the lanes in order
-#pragma GCC unroll 8
-        for (int i = 0; i < left; ++i) {
-            const V a = v[i], b = v[i + left];
-#if defined(__clang__)
-            V x, y;
-            for (int l = 0; l < L; ++l) {
-                x[l] = low[l] < L ? a[low[l]] : b[low[l] - L];
-                y[l] = high[l] < L ? a[high[l]] : b[high[l] - L];
-            }
-            v[i] = x + y;
-#else
-            v[i] = __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
-#endif
-        }
-    }
-    return v[0];
-}
 
 constexpr int DOWN = 4, ACROSS = REGISTERS / 8;  // of a tile of dot products; it fills half of the registers
 
@@ -149,70 +56,6 @@ void forward_wide(const T* padded, const std::vector<Size>& at, const T* w, cons
                     y[(p + r) * s.outputs + o + c] = found[ACROSS * r + c] + (bias ? bias[o + c] : T(0));
         }
     }
-}
-
-constexpr Size MANY = 100;  // pixels of a task from which on turning its weights pays
-constexpr int ROWS = 6, WIDTH = REGISTERS / 8;  // of a tile of vectors; it fills three quarters of the registers
-
-// acc[r] += sum over k of a[r][k * step] · b(k), b(k) a row of VECTORS vectors
-template <typename T, int VECTORS, typename B>
-inline void outer(const T* const* a, Size step, Size count, B b, typename Lanes<T>::V (*acc)[VECTORS]) {
-    using V = typename Lanes<T>::V;
-    constexpr int L = Lanes<T>::L;
-    V sum[ROWS][VECTORS];
-    for (int r = 0; r < ROWS; ++r)
-        for (int v = 0; v < VECTORS; ++v) sum[r][v] = acc[r][v];
-    for (Size k = 0; k < count; ++k) {
-        const T* row = b(k);
-        V right[VECTORS];
-#pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; ++v) right[v] = *reinterpret_cast<const V*>(row + v * L);
-#pragma GCC unroll 6
-        for (int r = 0; r < ROWS; ++r) {
-            const T x = a[r][k * step];
-#pragma GCC unroll 4
-            for (int v = 0; v < VECTORS; ++v) sum[r][v] += x * right[v];
-        }
-    }
-    for (int r = 0; r < ROWS; ++r)
-        for (int v = 0; v < VECTORS; ++v) acc[r][v] = sum[r][v];
-}
-
-// calls body<vectors>(first column) over columns, WIDTH vectors at a time and then what is left
-template <typename T, int VECTORS = WIDTH, typename Body>
-inline void over_columns(Size columns, Body body, Size c = 0) {
-    constexpr int STEP = VECTORS * Lanes<T>::L;
-    for (; c + STEP <= columns; c += STEP) body(c, std::integral_constant<int, VECTORS>());
-    if constexpr (VECTORS > 1) over_columns<T, VECTORS / 2>(columns, body, c);
-}
-
-// Pixels of the images whose row and column leave the same remainders by the strides: the same weights reach them.
-struct Reached {
-    std::vector<Size> pixels;
-    std::vector<Size> weights;  // where in a patch
-    std::vector<Size> sources;  // for each weight, which output it reaches each pixel from; -1 for none
-};
-
-void reached(const Shape& s, std::vector<Reached>& found) {
-    for (Size y = 0; y < std::min(s.stride_y, s.height); ++y)
-        for (Size x = 0; x < std::min(s.stride_x, s.width); ++x) {
-            found.emplace_back();
-            Reached& own = found.back();
-            for (Size n = 0; n < s.images; ++n)
-                for (Size i = y; i < s.height; i += s.stride_y)
-                    for (Size j = x; j < s.width; j += s.stride_x) own.pixels.push_back((n * s.height + i) * s.width + j);
-            for (Size u = (y + s.pad_y) % s.stride_y; u < s.rows; u += s.stride_y)
-                for (Size v = (x + s.pad_x) % s.stride_x; v < s.columns; v += s.stride_x) {
-                    own.weights.push_back((u * s.columns + v) * s.channels);
-                    for (Size n = 0; n < s.images; ++n)
-                        for (Size i = y + s.pad_y - u; i < s.height + s.pad_y - u; i += s.stride_y)
-                            for (Size j = x + s.pad_x - v; j < s.width + s.pad_x - v; j += s.stride_x) {
-                                const Size down = i / s.stride_y, across = j / s.stride_x;
-                                const bool inside = i >= 0 && j >= 0 && down < s.out_height() && across < s.out_width();
-                                own.sources.push_back(inside ? (n * s.out_height() + down) * s.out_width() + across : -1);
-                            }
-                }
-        }
 }
 
 // the derivatives by the images: each pixel gathers from the outputs whose patches it is in
@@ -267,27 +110,6 @@ void by_weights(const T* slope, const T* padded, const std::vector<Size>& at, T*
         });
 }
 
-// few channels: the patches are copied, and vectors run over the outputs
-template <typename T>
-void patches(const T* padded, const std::vector<Size>& at, std::vector<T>& to, const Shape& s) {
-    to.resize(s.pixels() * s.patch());
-    T* row = to.data();
-    for (Size place : at)
-        for (Size i = 0; i < s.rows; ++i)
-            for (Size k = 0; k < s.run(); ++k) *row++ = padded[place + i * s.line() + k];
-}
-
-// turned[k][out] = w[out][k]
-template <typename T>
-void turn(const T* w, std::vector<T>& turned, const Shape& s) {
-    constexpr Size BLOCK = 16;
-    const Size length = s.patch();
-    turned.resize(length * s.outputs);
-    for (Size o = 0; o < s.outputs; o += BLOCK)
-        for (Size k = 0; k < length; ++k)
-            for (Size n = o; n < std::min(o + BLOCK, s.outputs); ++n) turned[k * s.outputs + n] = w[n * length + k];
-}
-
 // outputs[pixel][out] = bias + patch · turned weights, vectors along the outputs
 template <typename T>
 void forward_turned(const T* padded, const std::vector<Size>& at, const T* turned, const T* bias, T* y,
@@ -333,6 +155,8 @@ void by_weights_narrow(const T* slope, const T* patch, T* by_w, const Shape& s) 
         }
     });
 }
+
+constexpr Size MANY = 100;  // pixels of a task from which on turning its weights pays
 
 template <typename T>
 void forward(const T* x, const T* w, const T* bias, T* y, Size tasks, Size w_step, Size bias_step, const Shape& s,

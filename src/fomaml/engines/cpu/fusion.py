@@ -10,9 +10,9 @@ import operator
 from typing import NamedTuple
 
 import torch
-from torch._ops import OpOverload, OpOverloadPacket
 from torch.fx import Graph, GraphModule, Node
 
+from fomaml.engines._torch import OPERATOR, schema
 from fomaml.engines.cpu.kernels import (
     NAMES,
     channels_last,
@@ -81,7 +81,7 @@ def _out_of_place(graph: Graph) -> None:
         if not writes(node):
             continue
         written = node.args[0]
-        name = node.target._schema.name.split("::")[1]
+        name = schema(node.target).name.split("::")[1]
         ordinary = _of_types(getattr(aten, name.removesuffix("_"), None), node.target)
         tensors = [a for a in node.args if isinstance(a, Node)]
         if (
@@ -90,23 +90,22 @@ def _out_of_place(graph: Graph) -> None:
             or written.op != "call_function"
             or _is_view(written)
             or any(order[u] > order[node] or (u is not node and _is_view(u)) for u in written.users)
-            or any(
-                a.meta["val"].dtype != node.meta["val"].dtype for a in tensors
-            )  # the result's might be another
+            # the result's might be another
+            or any(a.meta["val"].dtype != node.meta["val"].dtype for a in tensors)
         ):
             continue
         node.target = ordinary
 
 
-def _of_types(packet: OpOverloadPacket | None, like: OpOverload) -> OpOverload | None:
+def _of_types(packet, like):
     """The operator of this name that takes the same arguments and changes none; its overload may have another name."""
 
-    def types(operator: OpOverload) -> list[tuple]:
-        return [(argument.type, argument.default_value) for argument in operator._schema.arguments]
+    def types(operator) -> list[tuple]:
+        return [(argument.type, argument.default_value) for argument in schema(operator).arguments]
 
     for overload in () if packet is None else packet.overloads():
         found = getattr(packet, overload)
-        if types(found) == types(like) and not found._schema.is_mutable:
+        if types(found) == types(like) and not schema(found).is_mutable:
             return found
     return None
 
@@ -115,22 +114,22 @@ def keeps_memory(node: Node) -> bool:
     """Whether a node writes in place, or what it finds depends on the order of its inputs in memory: weight norm (2.14)
     ignores strides.
     """
-    if not isinstance(node.target, OpOverload):
+    if not isinstance(node.target, OPERATOR):
         return False
-    dependent = node.target._schema.name.startswith(("aten::_weight_norm", "aten::linalg", "aten::_linalg"))
+    dependent = schema(node.target).name.startswith(("aten::_weight_norm", "aten::linalg", "aten::_linalg"))
     return dependent or node.target is aten.as_strided.default or writes(node)
 
 
 def writes(node: Node) -> bool:
     """Whether a node changes an argument in place."""
-    return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
+    return isinstance(node.target, OPERATOR) and schema(node.target).is_mutable
 
 
 def _is_view(node: Node) -> bool:
     """Whether a node shares memory with an argument of its."""
     if node.target is operator.getitem:
         return _is_view(node.args[0])
-    returns = node.target._schema.returns if isinstance(node.target, OpOverload) else []
+    returns = schema(node.target).returns if isinstance(node.target, OPERATOR) else []
     return any(value.alias_info is not None for value in returns)
 
 

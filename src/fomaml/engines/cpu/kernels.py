@@ -1,121 +1,34 @@
-"""Fused kernels for a CPU: built with the machine's C++ compiler at first use, kept in the user's cache folder."""
+"""Calls of the fused kernels for a CPU: of tensors, in the order of memory and with the memory that they want."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import functools
-import hashlib
 import math
-import os
-import platform
-import shlex
-import shutil
-import subprocess
-import tempfile
 import threading
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fomaml.files import user_cache
+from fomaml.engines.cpu.build import library
 
-SOURCES = [
-    Path(__file__).with_name(name) for name in ("norm_relu_pool.cpp", "convolution.cpp", "vectors.cpp")
-]
-HEADER = Path(__file__).with_name("crew.h")
-NATIVE = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
-FAST = ("-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math")
-FLAGS = (*FAST, NATIVE, "-std=c++17", "-shared", "-fPIC", "-pthread")
 NAMES = {torch.float32: "float32", torch.float64: "float64"}
-COMPILERS = ("c++", "g++", "clang++")
-DIGEST = hashlib.sha256().digest_size
-
-
-def compiler() -> list[str]:
-    """The command of the machine's C++ compiler, empty if there is none: $CXX, or the first of the usual names."""
-    return shlex.split(os.environ.get("CXX", "")) or list(filter(shutil.which, COMPILERS))[:1]
-
-
-@functools.cache
-def library() -> ctypes.CDLL:
-    """The kernels, built where they are not in the cache for this source, compiler and processor.
-
-    Raises:
-        RuntimeError: no compiler, or it fails; the message says why.
-    """
-    command = compiler()
-    if not command:
-        raise RuntimeError("there is no C++ compiler on this machine")
-    facts = [
-        *(source.read_text(encoding="utf-8") for source in (*SOURCES, HEADER)),
-        *command,
-        *FLAGS,
-        platform.machine(),
-        _processor(),
-    ]
-    name = f"kernels-{hashlib.sha256(' '.join(facts).encode()).hexdigest()[:16]}.so"
-    for folder in (user_cache(), Path(tempfile.gettempdir()) / f"fomaml-{os.getuid()}"):
-        path = folder / name
-        try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if folder.stat().st_uid != os.getuid():
-                raise PermissionError(f"{folder} belongs to somebody else")
-            kept = path.read_bytes() if path.exists() else b""
-            code = kept[:-DIGEST]
-            if not kept or hashlib.sha256(code).digest() != kept[-DIGEST:]:  # none yet, or a damaged one
-                _build(command, path)
-        except OSError as error:  # a folder that takes no files: the next one
-            reason = error
-            continue
-        try:
-            return ctypes.CDLL(str(path))
-        except OSError as error:
-            raise RuntimeError(f"{command[0]} made something that does not load: {error}") from None
-    raise RuntimeError(f"the kernels could not be kept: {reason}")
-
-
-def _build(command: list[str], path: Path) -> None:
-    """Build the kernels in a file of its own beside `path` and move it there whole, its digest at the end."""
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as folder:
-        temporary = Path(folder) / path.name
-        try:
-            build = [*command, *FLAGS, "-o", str(temporary), *map(str, SOURCES)]
-            done = subprocess.run(build, capture_output=True, text=True)
-        except OSError as error:
-            raise RuntimeError(f"{command[0]} failed: {error}") from None
-        if done.returncode:
-            raise RuntimeError(
-                f"{command[0]} failed: {(done.stderr.strip() or 'no message').splitlines()[0]}"
-            )
-        code = temporary.read_bytes()
-        temporary.write_bytes(code + hashlib.sha256(code).digest())  # the loader does not mind what follows
-        os.replace(temporary, path)
-
-
-def _processor() -> str:
-    """What the code is built for: a cache folder may be shared by machines."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
 @contextlib.contextmanager
 def sharing(threads: int, memory: Memory) -> Iterator[None]:
     """The kernels that this thread calls share their tasks out to so many threads, and write into this memory."""
-    library().use_threads(ctypes.c_longlong(threads))
+    library().use_threads(threads)
     _own.memory = memory
     try:
         yield
     finally:
         _own.memory = None
-        library().use_threads(ctypes.c_longlong(1))
+        library().use_threads(1)
 
 
 class Memory:
@@ -199,7 +112,7 @@ def norm_relu_pool(
     pointers = _pointers(inputs, gamma, beta, outputs, won, mean, deviation)
     kernel = getattr(library(), f"forward_{NAMES[inputs.dtype]}")
     sizes = (*_batch(batch), height, width, channels, *map(_step, (gamma, beta)), pool)
-    kernel(*pointers, _sizes(*sizes), ctypes.c_double(eps))
+    kernel(*pointers, _sizes(*sizes), eps)
     return images(outputs), images(inputs), images(won), mean, deviation
 
 
@@ -282,7 +195,7 @@ def sums(tensors: Sequence[Tensor]) -> list[Tensor]:
     found = [tensor.new_empty_strided(tensor.shape[1:], tensor.stride()[1:]) for tensor in tensors]
     lengths = _sizes(*(tensor.numel() for tensor in found))
     kernel = getattr(library(), f"sums_{NAMES[tensors[0].dtype]}")
-    kernel(_array(tensors), _array(found), lengths, *map(ctypes.c_longlong, (len(tensors), len(tensors[0]))))
+    kernel(_array(tensors), _array(found), lengths, len(tensors), len(tensors[0]))
     return found
 
 
@@ -300,8 +213,8 @@ def subtract(lefts: Sequence[Tensor], rights: Sequence[Tensor], scale: float) ->
     lengths = [right[0].numel() for right in rights]
     steps = [length if one.dim() == two.dim() else 0 for one, two, length in zip(lefts, rights, lengths)]
     kernel = getattr(library(), f"subtract_{NAMES[rights[0].dtype]}")
-    numbers = (*map(ctypes.c_longlong, (len(rights), len(rights[0]))), ctypes.c_double(scale))
-    kernel(*map(_array, (lefts, rights, found)), _sizes(*lengths), _sizes(*steps), *numbers)
+    arrays = map(_array, (lefts, rights, found))
+    kernel(*arrays, _sizes(*lengths), _sizes(*steps), len(rights), len(rights[0]), scale)
     return found
 
 
@@ -364,8 +277,8 @@ def _step(vector: Tensor | None) -> int:
     return vector.shape[-1] if vector is not None and vector.dim() == 2 else 0
 
 
-def _pointers(*tensors: Tensor | None) -> list[ctypes.c_void_p]:
-    return [ctypes.c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in tensors]
+def _pointers(*tensors: Tensor | None) -> list[int | None]:
+    return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
 def _sizes(*sizes: int) -> ctypes.Array:

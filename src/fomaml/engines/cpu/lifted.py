@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Interpreter, Node
-from torch.fx.experimental.proxy_tensor import make_fx
 
+from fomaml.engines import _torch
 from fomaml.engines.cpu import fusion, kernels
 
 aten = torch.ops.aten
@@ -42,8 +42,8 @@ def lift(module: GraphModule, inputs: Sequence[Tensor], shared: int, summed: int
         return [*(each.sum(0) for each in found[:summed]), *(each.flatten(0, 1) for each in found[summed:])]
 
     stacks = [example.expand(tasks, *example.shape[1:]).contiguous() for example in inputs[shared:]]
-    result = make_fx(lifted, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs[:shared], *stacks)
-    functions = {made._opoverload: function for made, function in _OPERATORS.values()}
+    result = _torch.trace(lifted, *inputs[:shared], *stacks)
+    functions = {getattr(torch.ops.fomaml, own.__name__).default: own for _, own in _OPERATORS.values()}
     for node in result.graph.nodes:
         node.target = functions.get(node.target, node.target)
     fusion.reshape_views(result.graph)

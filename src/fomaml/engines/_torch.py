@@ -1,0 +1,174 @@
+"""Every private name of torch that the package uses, each looked up when it is asked for.
+
+`import fomaml` asks for none of them, and the eager engines can do without. Where one is missing that compiling needs,
+`compile=True` says so in one line and the engine runs as it is.
+
+Not here: `_parameters`, `_buffers` and `_modules` of a module, which modules that were saved whole hold by these names.
+"""
+
+from __future__ import annotations
+
+import functools
+import pkgutil
+import re
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+COMPILING = "compile=True warns, and the engine runs uncompiled"
+# name → what happens without it
+NAMES = {
+    "torch._guards:TracingContext": COMPILING,
+    "torch._guards:tracing": COMPILING,
+    "torch._subclasses.fake_tensor:FakeTensorMode": COMPILING,
+    "torch.fx.experimental.proxy_tensor:make_fx": COMPILING,
+    "torch._inductor:compile": COMPILING,
+    "torch._ops:OpOverload._schema": COMPILING,
+    "torch.nn:Module._forward_hooks": COMPILING,
+    "torch.nn:Module._forward_pre_hooks": COMPILING,
+    "torch.nn:Module._backward_hooks": COMPILING,
+    "torch.nn:Module._backward_pre_hooks": COMPILING,
+    "torch._subclasses.fake_tensor:DataDependentOutputException": "a warning gives torch's reason alone",
+    "torch._subclasses.fake_tensor:DynamicOutputShapeException": "a warning gives torch's reason alone",
+    "torch.utils._python_dispatch:TorchDispatchMode": "a forward pass counts as one that draws random numbers",
+    "torch:Tensor._version": "a buffer counts as written",
+    "torch:_foreach_add": "tensors are added one by one",
+}
+
+
+class Missing(RuntimeError):
+    """This torch lacks a private name."""
+
+
+def find(name: str, owner: Any = None) -> Any:
+    """What a name of `NAMES` stands for, or that attribute of an object, its owner.
+
+    Raises:
+        Missing: in this torch it stands for nothing.
+    """
+    try:
+        return pkgutil.resolve_name(name) if owner is None else getattr(owner, re.split("[:.]", name)[-1])
+    except (ImportError, AttributeError):
+        raise Missing(f"torch {torch.__version__} has no {name.replace(':', '.')}") from None
+
+
+# --- compiling --------------------------------------------------------------------------------------
+
+
+def trace(function: Callable, *inputs: Tensor) -> GraphModule:
+    """The tensor operations of a function as a graph, found out without data."""
+    make_fx = find("torch.fx.experimental.proxy_tensor:make_fx")
+    # one fake mode: by itself make_fx makes another for each node, which took more than half of its time
+    fake = find("torch._subclasses.fake_tensor:FakeTensorMode")
+    shapes = fake(allow_fallback_kernels=True, allow_non_fake_inputs=True)
+    context = find("torch._guards:TracingContext")(shapes)
+    with _without_torchs_warnings(), find("torch._guards:tracing")(context):
+        # without data, or the trace holds that of several steps at once
+        return make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
+
+
+def induce(graph: GraphModule, inputs: Sequence[Tensor], options: dict) -> Callable:
+    """What `torch.compile`'s backend makes of a graph."""
+    with _without_torchs_warnings():
+        return find("torch._inductor:compile")(graph, inputs, options)
+
+
+@contextmanager
+def _without_torchs_warnings() -> Iterator[None]:
+    """No warnings of torch about itself: of deprecated names in its own files, say. A module's own ones are shown."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"torch(\.|$)")
+        yield
+
+
+def depends_on_values(error: Exception) -> bool:
+    """Whether a trace failed at what depends on the values of tensors, as far as can be known."""
+    for name in ("DataDependentOutputException", "DynamicOutputShapeException"):
+        try:
+            if isinstance(error, find(f"torch._subclasses.fake_tensor:{name}")):
+                return True
+        except Missing:
+            continue
+    return False
+
+
+def schema(operator: Any) -> Any:
+    """The names and types of what an operator of torch takes and gives, and what it writes."""
+    return find("torch._ops:OpOverload._schema", operator)
+
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def check_hooks(module: nn.Module) -> None:
+    """Raise `Missing` where a module's hooks are not held under the names of `HOOKS`, so that a new one goes unseen."""
+    for name in HOOKS:
+        find(f"torch.nn:Module.{name}", module)
+
+
+# --- what the eager engines use where it is there ---------------------------------------------------
+
+
+def add(lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The sum of each pair."""
+    try:
+        return find("torch:_foreach_add", torch)(lefts, rights)
+    except (Missing, TypeError):
+        return [left + right for left, right in zip(lefts, rights)]
+
+
+def version(tensor: Tensor) -> int | None:
+    """How often a tensor was written in place; None where that is not known."""
+    try:
+        return find("torch:Tensor._version", tensor)
+    except Missing:
+        return None
+
+
+def draws() -> AbstractContextManager:
+    """A context whose `found` says whether an operator within it may have drawn random numbers, in a trace too.
+
+    Operators that are not torch's own count as such, as they can hide anything.
+    """
+    try:
+        return _watching(find("torch.utils._python_dispatch:TorchDispatchMode"))()
+    except (Missing, TypeError):
+        return _Unknown()
+
+
+class _Unknown(nullcontext):
+    found = True
+
+    def __enter__(self):
+        return self
+
+
+@functools.cache
+def _watching(mode: type) -> type:
+    class Draws(mode):
+        supports_higher_order_operators = True
+
+        def __init__(self):
+            super().__init__()
+            self.found = False
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            own = getattr(function, "namespace", None) in ("aten", "prim")
+            self.found = self.found or not own or is_random(function)
+            return function(*args, **(kwargs or {}))
+
+    return Draws
+
+
+OPERATOR = type(torch.ops.aten.relu.default)
+
+
+def is_random(function: Any) -> bool:
+    """Whether a function is an operator that draws random numbers, or does not tell."""
+    tags = getattr(function, "tags", None)
+    return isinstance(function, OPERATOR) if tags is None else torch.Tag.nondeterministic_seeded in tags

@@ -1,0 +1,249 @@
+"""The compiled functions of a learner, each found again by all that it depends on."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from fomaml.engines import _torch
+from fomaml.engines.common import first_line, out_of_memory
+from fomaml.engines.cpu.build import compiler
+from fomaml.errors import InputError
+from fomaml.learning.learner import MetaLearner
+from fomaml.learning.objectives import MultiStepLoss
+from fomaml.tasks import Task, count
+
+if TYPE_CHECKING:  # with all that compiling needs of torch: loaded below, where its absence is a warning
+    from fomaml.engines.compiled.trace import Compiled, Find
+
+
+def function(
+    learner: MetaLearner,
+    tasks: Task,
+    find: Find,
+    facts: tuple,
+    alone: Find | None = None,
+    side_by_side: bool = False,
+    others: Iterable[Task] = (),
+) -> Compiled | None:
+    """`find` compiled for chunks of this shape, the same function at every call; None if it cannot be compiled,
+    which a warning has then said. Where several tasks are out of memory, that error goes through.
+
+    find: what `differentiate` finds for a chunk of tasks. facts: what it depends on beside the learner and
+        the shapes.
+    alone: finds the same for a chunk of one task; given where convolutions on a CPU are to be stacked.
+    side_by_side: there are chunks for all threads, so that on a CPU each can take its own.
+    others: chunks of the same meta-batch, to compare with the eager engine where this one does not settle it.
+
+    Raises:
+        InputError: the multi-step loss, whose weights change at every iteration.
+    """
+    if isinstance(learner.objective, MultiStepLoss):
+        raise InputError(
+            "compile=True does not take the multi-step loss: its weights change at every iteration"
+        )
+    watched = _current(learner)
+    parts = (learner.optimizer, learner.objective, learner.criterion, learner.start)
+    key = Key(
+        facts,
+        side_by_side,
+        learner.first_order(learner.iteration) if callable(learner.first_order) else learner.first_order,
+        learner.inner_steps,
+        learner.inner_batch_size,
+        tuple(learner.adapted),
+        tuple(learner.meta_learned),
+        tuple(getattr(learner.inner_lr, "sizes", {}).items()),
+        tuple([module.training for module in watched.modules]),
+        tuple([(parameter.dtype, parameter.requires_grad) for parameter in watched.parameters]),
+        tuple((tensor.shape, tensor.dtype, tensor.device) for part in tasks for tensor in part),
+        tuple(map(id, parts)),
+    )
+    found = watched.known.get(key)  # once: the key's hash takes a hundredth of a small compiled meta-gradient
+    if found is None:
+        made = _made(learner, tasks, find, alone, side_by_side, others)
+        found = watched.known[key] = made, parts  # held, so that their ids stay theirs
+        watched.settle()
+    return found[0]
+
+
+class Key(NamedTuple):
+    """What a compiled function depends on, beside the values of parameters and buffers.
+
+    facts, side_by_side: see `function`. first_order, …, adapted, meta_learned: the learner's, as they are now.
+    rates: the constant step sizes by name. modes: `training` of each module. kinds: dtype and `requires_grad` of
+    each parameter. tensors: shape, dtype and device of each tensor of a chunk. parts: the ids of the learner's
+    optimiser, objective, criterion and start.
+    """
+
+    facts: tuple
+    side_by_side: bool
+    first_order: bool
+    inner_steps: int
+    inner_batch_size: int | None
+    adapted: tuple[str, ...]
+    meta_learned: tuple[str, ...]
+    rates: tuple[tuple[str, float], ...]
+    modes: tuple[bool, ...]
+    kinds: tuple[tuple[torch.dtype, bool], ...]
+    tensors: tuple[tuple[torch.Size, torch.dtype, torch.device], ...]
+    parts: tuple[int, ...]
+
+
+def _made(learner, tasks, find, alone, side_by_side, others) -> Compiled | None:
+    """What is compiled, once it was seen to agree with the eager engine; None where a warning says why not."""
+    reason = _too_old()
+    if reason:
+        _warn(reason)
+        return None
+    try:
+        from fomaml.engines.compiled.trace import Compiled
+        from fomaml.engines.compiled.trust import compare
+
+        _torch.check_hooks(learner)
+        made = Compiled(learner, tasks, find, alone, side_by_side)
+        unchecked = compare(learner, made, find, tasks, others)
+    except InputError:
+        raise
+    except Exception as error:  # the compilers' errors have no common base
+        if count(tasks) > 1 and out_of_memory(error):
+            raise  # fewer tasks at once may do
+        reason = first_line(error)
+        if _torch.depends_on_values(error):
+            reason = f"what {reason} gives depends on values, which a trace does not have"
+        elif tasks.support.inputs.device.type == "cpu" and not compiler():
+            reason = "there is no C++ compiler on this machine"
+        _warn(f"compile=True runs uncompiled: {reason}")
+        return None
+    if unchecked:
+        _warn(f"compile=True runs what was not compared with the eager engine: {unchecked}")
+    return made
+
+
+OLDEST = (2, 7)  # the first torch on which every kind of compiled function works, see runs/torch_versions.py
+
+
+def _too_old() -> str:
+    """What to say where this torch is older than any that compiles; else ""."""
+    release = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if release >= OLDEST:
+        return ""
+    return f"compile=True needs torch >= {'.'.join(map(str, OLDEST))}, this is {torch.__version__}: runs uncompiled"
+
+
+def _warn(text: str) -> None:
+    """Warn in the line of whoever called `meta_gradient` or a plan; for what `function` calls."""
+    warnings.warn(text, RuntimeWarning, stacklevel=6)
+
+
+# --- what changes -----------------------------------------------------------------------------------
+
+
+def _current(learner: MetaLearner) -> Watched:
+    """What was compiled for a learner whose modules are as they were; nothing yet where one has changed."""
+    watched = _watched.get(learner)
+    changed = watched and watched.changed()
+    if watched is None or changed:
+        times = watched.times + 1 if watched else 0
+        if times == MANY_TIMES:
+            _warn(
+                f"{changed} has changed {times} times; what is compiled has it built in, and is compiled anew: "
+                "make it a buffer, or use compile=False"
+            )
+        watched = _watched[learner] = Watched(learner, times)
+    return watched
+
+
+class Watched:
+    """What was compiled for a learner, and its modules as they were then.
+
+    known: the functions by what they depend on. modules, parameters: kept since walking through them would take a tenth
+    of a small compiled meta-gradient. times: how often something had changed before.
+    """
+
+    def __init__(self, learner: MetaLearner, times: int = 0):
+        self.known: dict[tuple, tuple] = {}
+        self.times = times
+        self.modules = tuple(learner.modules())[1:]
+        self.parameters = tuple(learner.parameters())
+        self._no_hooks: list[dict] = []
+        self._attributes: list[tuple] = []  # name, where it is, key, value
+        self._containers: list[tuple] = []  # name, container, a copy
+        self._nested: list[tuple] = []  # name, container, what is in it
+        for module_name, module in learner.named_modules():
+            own = vars(module)
+            self._no_hooks += [own[name] for name in _torch.HOOKS if name in own and not own[name]]
+            keys = [] if module is learner else [key for key in own if key not in OF_ALL_MODULES]
+            for key in (*filter(own.get, ("_modules", *_torch.HOOKS)), *keys):
+                self._watch(f"{module_name}.{key}".removeprefix("model.").lstrip("."), own, key)
+
+    def _watch(self, name: str, own: dict, key: str) -> None:
+        value = own[key]
+        self._attributes.append((name, own, key, value))
+        if not isinstance(value, CONTAINERS):
+            return
+        content = _content(value)
+        if not all(map(_compares, content)):
+            self._nested.append((name, value, content))
+        elif not isinstance(value, tuple):  # which is another if its content is
+            self._containers.append((name, value, copy.copy(value)))
+
+    def changed(self) -> str:
+        """What was replaced or has other contents: an attribute of a module, its hooks and children too; else "".
+
+        What was traced has them built in.
+        """
+        if any(self._no_hooks):
+            return "a hook of a module"
+        for name, own, key, value in self._attributes:
+            now = own.get(key)
+            if now is not value and not _same(_content(now), _content(value)):
+                return name
+        for name, now, then in self._containers:
+            if now != then:
+                return name
+        return next((name for name, now, then in self._nested if not _same(_content(now), then)), "")
+
+    def settle(self) -> None:
+        """Watch no more what the trace has changed: the forward pass writes it itself."""
+        self._no_hooks = [hooks for hooks in self._no_hooks if not hooks]
+        while name := self.changed():
+            for kind in (self._attributes, self._containers, self._nested):
+                kind[:] = [each for each in kind if each[0] != name]
+
+
+OF_ALL_MODULES = frozenset(vars(nn.Module()))
+CONTAINERS = dict | list | tuple | set
+PLAIN = int | float | complex | str | bytes | None
+MANY_TIMES = 5
+
+
+def _content(value):
+    """What is in a container; any other value itself."""
+    if isinstance(value, dict):
+        return [*value, *map(_content, value.values())]
+    return [*map(_content, value)] if isinstance(value, CONTAINERS) else value
+
+
+def _same(now, then) -> bool:
+    """Whether it is the same tensor, function or other object; plain values and contents may be equal ones."""
+    if now is then:
+        return True
+    if type(now) is not type(then):
+        return False
+    if isinstance(now, list):
+        return len(now) == len(then) and all(map(_same, now, then))
+    return isinstance(now, PLAIN) and now == then
+
+
+def _compares(value) -> bool:
+    """Whether == says if it is the same: not so for tensors."""
+    return isinstance(value, PLAIN) or type(value).__eq__ is object.__eq__
+
+
+_watched: WeakKeyDictionary[MetaLearner, Watched] = WeakKeyDictionary()

@@ -1,0 +1,206 @@
+"""compile=True on several threads: tasks side by side, and stacks whose kernels share them out."""
+
+import time
+from threading import Barrier, Lock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from compiling import SMALL_CONV4, SMALL_MLP, assert_current, made
+from family import LR
+from fomaml.engines import meta_gradient
+from fomaml.engines.compiled import cache, trace
+from fomaml.engines.cpu import kernels
+from fomaml.engines.cpu.threads import one_by_one, side_by_side
+from fomaml.engines.plan import _at_once
+from fomaml.learning.algorithms import FOMAML
+from zoo import draw
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_side_by_side_keeps_the_order_and_the_number_of_threads(threads):
+    torch.set_num_threads(threads)
+    try:
+        lock, now, most, seen, drawn = Lock(), 0, 0, set(), []
+
+        def work(i):
+            nonlocal now, most
+            with lock:
+                now += 1
+                most = max(most, now)
+                seen.add(torch.get_num_threads())
+            time.sleep(0.02 if i % 3 == 0 else 0.002)
+            with lock:
+                now -= 1
+            return i * i
+
+        def items():
+            for i in range(20):
+                drawn.append(i)
+                yield i
+
+        ahead = []
+        found = []
+        for result in side_by_side(work, items()):
+            found.append(result)
+            ahead.append(len(drawn) - len(found))
+        assert found == [i * i for i in range(20)]
+        assert most == threads
+        assert max(ahead) <= threads  # what waits holds its memory
+        assert seen == {1}
+        assert torch.get_num_threads() == threads
+        large = torch.randn(300, 300)
+        torch.testing.assert_close(
+            large @ large, (large.double() @ large.double()).float(), rtol=1e-3, atol=1e-3
+        )
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_side_by_side_of_few_items(number, two_threads):
+    assert list(side_by_side(str, range(number))) == [str(i) for i in range(number)]
+
+
+def test_side_by_side_raises_what_the_function_raised_and_goes_on_afterwards(two_threads):
+    done = []
+
+    def work(i):
+        time.sleep(0.01)
+        if i == 3:
+            raise ValueError("three")
+        done.append(i)
+        return i
+
+    found = []
+    with pytest.raises(ValueError, match="three"):
+        for result in side_by_side(work, range(50)):
+            found.append(result)
+    assert found == [0, 1, 2]
+    number = len(done)
+    time.sleep(0.1)
+    assert len(done) == number <= 7  # nothing runs on
+    assert torch.get_num_threads() == 2
+    assert list(side_by_side(work, range(2))) == [0, 1]
+
+
+def test_the_caller_has_one_thread_while_tasks_run(two_threads):
+    """What it does between two results must not wake helpers that spin on the cores of the tasks."""
+    results = side_by_side(str, range(3))
+    assert [torch.get_num_threads() for _ in results] == [1, 1, 1]
+    assert torch.get_num_threads() == 2
+    results = side_by_side(str, range(3))
+    next(results)
+    results.close()  # left alone half way
+    assert torch.get_num_threads() == 2
+
+
+def test_stacks_one_by_one_on_all_threads(two_threads):
+    memory, threads = kernels.Memory(), []
+
+    def work(i):
+        threads.append((torch.get_num_threads(), kernels._own.memory))
+        if i == 3:
+            raise ValueError("three")
+        return i
+
+    results = one_by_one(work, range(3), memory)
+    assert [(i, torch.get_num_threads()) for i in results] == [(0, 1), (1, 1), (2, 1)]
+    assert threads == [(1, memory)] * 3
+    assert torch.get_num_threads() == 2 and kernels._own.memory is None
+    results = one_by_one(work, range(9), memory)
+    next(results)
+    results.close()  # left alone half way
+    assert torch.get_num_threads() == 2 and kernels._own.memory is None
+    with pytest.raises(ValueError, match="three"):
+        list(one_by_one(work, range(9), memory))
+    assert torch.get_num_threads() == 2 and kernels._own.memory is None
+
+
+@pytest.mark.parametrize(
+    ("model", "engine", "at_once"),
+    [
+        *((SMALL_CONV4, engine, at_once) for engine in ("loop", "batched") for at_once in (1, 5)),
+        (SMALL_MLP, "loop", 1),
+        (SMALL_MLP, "batched", 1),
+        (SMALL_MLP, "factored", 1),
+    ],
+)
+def test_one_thread_and_two_give_the_same_bits(model, engine, at_once):
+    make, shape = model
+    tasks = draw(shape, F.cross_entropy, tasks=5).to(dtype=torch.float32)
+    learner = FOMAML(make(), 0.1, 2)
+    one = meta_gradient(learner, tasks, engine=engine, tasks_at_once=at_once, compile=True)
+    torch.set_num_threads(2)
+    try:
+        for _ in range(3):
+            two = meta_gradient(learner, tasks, engine=engine, tasks_at_once=at_once, compile=True)
+            assert all(torch.equal(one.gradients[n], two.gradients[n]) for n in one.gradients)
+            assert all(torch.equal(a, b) for a, b in zip(one[1:4], two[1:4]))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+    assert made(learner) == 1
+
+
+def test_chunks_of_dense_layers_are_computed_side_by_side(two_threads, monkeypatch):
+    """Each on one thread, and both at the same time."""
+    make, shape = SMALL_MLP
+    tasks = draw(shape, F.cross_entropy, tasks=6)
+    learner = FOMAML(make().double(), LR, 1)
+    meta_gradient(learner, tasks, engine="batched", tasks_at_once=3, compile=True)
+    [(function, _)] = cache._watched[learner].known.values()
+    both, threads, run = Barrier(2), [], function._run
+
+    def watched(*arguments):
+        both.wait(timeout=60)
+        threads.append(torch.get_num_threads())
+        return run(*arguments)
+
+    monkeypatch.setattr(function, "_run", watched)
+    assert_current(learner, tasks, engine="batched", tasks_at_once=3)
+    assert threads == [1, 1]
+
+
+@pytest.mark.parametrize(("few", "threads"), [(trace.FEW_OPERATIONS, 1), (0, 2)])
+def test_a_function_of_few_operations_runs_on_one_thread(few, threads, two_threads, monkeypatch):
+    monkeypatch.setattr(trace, "FEW_OPERATIONS", few)
+    make, shape = SMALL_MLP
+    tasks = draw(shape, F.cross_entropy, tasks=6)
+    learner = FOMAML(make().double(), LR, 1)
+    meta_gradient(learner, tasks, engine="batched", compile=True)
+    [(function, _)] = cache._watched[learner].known.values()
+    seen, run = [], function._run
+    monkeypatch.setattr(function, "_run", lambda *args: (seen.append(torch.get_num_threads()), run(*args))[1])
+    assert_current(learner, tasks, engine="batched")
+    assert seen == [threads] and torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize(
+    ("tasks", "engine", "hidden", "threads", "size"),
+    [
+        (32, "batched", 3000, 1, 8),
+        (30, "batched", 3000, 1, 6),
+        (31, "batched", 3000, 1, 31),
+        (12, "batched", 3000, 2, 6),
+        (32, "batched", 3000, 9, 32),
+        (32, "batched", 20, 1, 32),
+        (32, "factored", 3000, 1, 32),
+        (32, "factored", 20_000, 2, 16),
+        (32, "factored", 20_000, 3, 8),
+    ],
+)
+def test_large_dense_tasks_are_compiled_for_few_at_once(tasks, engine, hidden, threads, size):
+    model = nn.Sequential(nn.Linear(36, hidden), nn.ReLU(), nn.Linear(hidden, 4)).double()
+    learner = FOMAML(model, LR, 1)
+    drawn = draw((36,), F.cross_entropy, tasks=tasks)
+    torch.set_num_threads(threads)
+    try:
+        assert _at_once(learner, drawn, engine, None, compile=True) == size
+    finally:
+        torch.set_num_threads(1)
+    assert _at_once(learner, drawn, engine, None, compile=False) == tasks
+    assert _at_once(learner, drawn, engine, 3, compile=True) == 3

@@ -1,0 +1,61 @@
+"""compile=True traces without data: nothing of the first tasks is built in."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from family import LR, assert_agrees
+from fomaml.engines import meta_gradient
+from fomaml.engines.compiled import trust
+from fomaml.learning.algorithms import FOMAML
+from zoo import draw
+
+
+class Watching(nn.Module):
+    """Notes whether its inputs have data."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.has_data = nn.Conv2d(2, 4, 8), []
+        self.scale = torch.full((4,), 2.0, dtype=torch.float64)  # no buffer: a constant of the trace
+
+    def forward(self, inputs):
+        self.has_data.append(not isinstance(inputs, FakeTensor))
+        return self.conv(inputs).flatten(1) * self.scale
+
+
+def test_a_trace_holds_no_data(monkeypatch):
+    monkeypatch.setattr(trust, "compare", lambda *arguments: "")  # which runs the engine itself
+    learner, tasks = FOMAML(Watching().double(), LR, 3), draw((2, 8, 8), F.cross_entropy)
+    found = meta_gradient(learner, tasks, engine="loop", compile=True)
+    assert learner.model.has_data and not any(learner.model.has_data)
+    assert_agrees(found, meta_gradient(learner, tasks, engine="loop"), 1e-10)
+
+
+@pytest.mark.parametrize(
+    ("depends", "reason"),
+    [
+        (lambda inputs: inputs[inputs[:, 0] > 0].mean(0), r"nonzero.*depends on values"),
+        (lambda inputs: float(inputs.detach().numpy().std()), r"numpy"),
+        (lambda inputs: inputs.sum().item(), r"depends on values|data-dependent"),
+    ],
+)
+def test_what_depends_on_values_runs_uncompiled(depends, reason):
+    """It must not be built in as it was for the first tasks."""
+
+    class Depends(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(6, 4)
+
+        def forward(self, inputs):
+            return self.layer(inputs * depends(inputs))
+
+    learner = FOMAML(Depends().double(), LR, 2)
+    with pytest.warns(RuntimeWarning, match=f"compile=True runs uncompiled: .*{reason}"):
+        meta_gradient(learner, draw((6,), F.cross_entropy), engine="loop", compile=True)
+    tasks = draw((6,), F.cross_entropy)
+    found = meta_gradient(learner, tasks, engine="loop", compile=True)
+    assert_agrees(found, meta_gradient(learner, tasks, engine="loop"), 1e-10)
