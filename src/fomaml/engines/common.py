@@ -86,9 +86,8 @@ def accumulate(names: Sequence[str], found: Iterable[Found], engine: str) -> Met
         # not in place: autograd may hand two parameters the same tensor
         gradients = _torch.add(gradients, chunk.gradients)
         rest.append(chunk[1:])
-    if rest:
-        seen = map(torch.cat, zip(seen, *rest))
-    return MetaGradient(dict(zip(names, gradients)), *seen, engine)
+    losses, support_losses, outputs = map(torch.cat, zip(seen, *rest)) if rest else seen
+    return MetaGradient(dict(zip(names, gradients)), losses, support_losses, outputs, engine)
 
 
 def out_of_memory(error: Exception) -> bool:
@@ -111,7 +110,7 @@ def curves(
     """For each number of steps, ascending, and statistics: query losses (tasks,) and outputs
     (tasks, examples, ...), no graph kept.
     """
-    parts: list[list] = [[] for _ in points]
+    parts: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in points]
     for problem in problems:
         path = problem.path(first_order=True)
         adapted, done = problem.start, 0
@@ -123,5 +122,6 @@ def curves(
             buffers = {name: buffer.clone() for name, buffer in problem.buffers.items()}
             with torch.no_grad():
                 losses, outputs = problem.query(adapted, statistics, buffers=buffers)
-            part.append((losses, outputs) if problem.stacked else (losses[None], outputs[None]))
-    return [tuple(map(torch.cat, zip(*part))) for part in parts]
+            for of_all, of_these in zip(part, (losses, outputs)):
+                of_all.append(of_these if problem.stacked else of_these[None])
+    return [(torch.cat(losses), torch.cat(outputs)) for losses, outputs in parts]

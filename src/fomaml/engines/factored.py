@@ -174,8 +174,10 @@ class FactoredProblem(Problem):
         self.names = {id(weight): name for name, weight in self.weights.items()}
         self.start = _State({n: p for n, p in self.start.items() if n not in self.weights}, {})
 
-    def path(self, first_order: bool | None = None) -> Iterator[tuple[_State, Tensor]]:
-        """(φₖ₊₁, support losses at φₖ) for k = 0, 1, …, without end."""
+    def path(
+        self, first_order: bool | None = None, state: Mapping[str, dict] | None = None
+    ) -> Iterator[tuple[_State, Tensor]]:
+        """(φₖ₊₁, support losses at φₖ) for k = 0, 1, …, without end. Always of first order; plain SGD has no state."""
         dense, changes = self.start
         support = self.task.support
         rates = self.learner.inner_lr(0)
@@ -192,7 +194,7 @@ class FactoredProblem(Problem):
                 name: p if g is None else p - rates[name] * g
                 for (name, p), g in zip(dense.items(), gradients)
             }
-            if not changes:
+            if draws is not None:
                 # whether a buffer was written, not whether it changed: its values are not known in a trace
                 written = None in versions or versions != [*map(_torch.version, self.buffers.values())]
                 constant = {
