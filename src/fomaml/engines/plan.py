@@ -281,10 +281,11 @@ def meta_gradient(
             the number of classes.
     """
     known, key = _known(learner, tasks, engine, tasks_at_once, compile, autocast)
-    choice = known.get(key) or _choice(learner, tasks, engine, tasks_at_once, compile)
-    own = Plan(learner, choice, compile, autocast)
+    choice = known.get(key)
+    own = Plan(learner, choice or _choice(learner, tasks, engine, tasks_at_once, compile), compile, autocast)
     result = own._compute(tasks)
-    known[key] = own.choice  # only now: what fails may be the fault of these very tasks
+    if own.choice is not choice:
+        known[key] = own.choice  # only now: what fails may be the fault of these very tasks
     return result
 
 
@@ -335,14 +336,12 @@ def _known(
     kept = _kept.get(learner)
     if kept is None or not kept.is_of(learner):
         kept = _kept[learner] = _Kept(learner)
-    (inputs, targets), query = tasks
-    shapes = (inputs.shape, targets.shape, query.inputs.shape, query.targets.shape)
-    dtypes = (inputs.dtype, targets.dtype, query.inputs.dtype, query.targets.dtype)
+    (a, b), (c, d) = tasks
+    like = (a.device, a.shape, b.shape, c.shape, d.shape, a.dtype, b.dtype, c.dtype, d.dtype)
     numbers = (learner.inner_steps, learner.inner_batch_size, torch.get_num_threads())
     names = (*learner.adapted, None, *learner.meta_learned)
     modes = [module.training for module in kept.modules]
-    asked = (engine, tasks_at_once, compile, autocast)
-    return kept.choices, (*asked, inputs.device, *shapes, *dtypes, *numbers, *names, *modes)
+    return kept.choices, (engine, tasks_at_once, compile, autocast, *like, *numbers, *names, *modes)
 
 
 class _Kept:
@@ -362,8 +361,10 @@ class _Kept:
         return not any(self._empty) and tuple(map(id, self._parts_of(learner))) == self._ids
 
     def _parts_of(self, learner: MetaLearner) -> list:
-        rules = [learner.optimizer, learner.objective, learner.criterion, learner.start, learner.first_order]
-        return rules + [part for slot in self._filled for part in slot.values()]
+        parts = [learner.optimizer, learner.objective, learner.criterion, learner.start, learner.first_order]
+        for slot in self._filled:
+            parts += slot.values()
+        return parts
 
 
 _kept: WeakKeyDictionary[MetaLearner, _Kept] = WeakKeyDictionary()
