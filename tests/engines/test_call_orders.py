@@ -15,7 +15,7 @@ from torch import nn
 from family import LR, STEPS
 from fomaml.engines import choose, curve, meta_gradient, plan, probes
 from fomaml.engines.common import differentiate
-from fomaml.engines.compiled import trace
+from fomaml.engines.compiled import cache
 from fomaml.errors import InputError
 from fomaml.evaluate import evaluate
 from fomaml.learning.adapt import SGD
@@ -146,7 +146,7 @@ CALLS = {
 @pytest.mark.parametrize("name", CHOICES)
 @pytest.mark.parametrize("first", CALLS)
 def test_a_choice_does_not_depend_on_what_was_called_before(first, name, monkeypatch):
-    monkeypatch.setattr(trace, "function", lambda *_: None)  # as where nothing compiles
+    monkeypatch.setattr(cache, "function", lambda *_: None)  # as where nothing compiles
     learner, tasks = made(name)
     eager, compiled = CHOICES[name][3:]
     random = Random(f"{name} {first}")
