@@ -8,7 +8,7 @@ import functools
 import math
 import threading
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -58,6 +58,8 @@ class Memory:
 
 class _Lent(np.ndarray):
     """A block while a tensor holds it."""
+
+    give_back: Callable[[], None]
 
     def __del__(self):
         self.give_back()

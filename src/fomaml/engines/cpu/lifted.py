@@ -148,7 +148,7 @@ def convolution(inputs: Tensor, weights: Tensor, bias: Tensor | None, *kind) -> 
 def by_inputs(slope: Tensor, inputs: Tensor, weights: Tensor, *kind) -> Tensor:
     """The derivatives of `convolution` by its inputs."""
     if _takes(inputs, weights, kind, by_inputs=True):
-        return kernels.convolution_backward(slope, inputs, weights, *kind[:2], (True, False, False))[0]
+        return kernels.convolution_backward(slope, inputs, weights, *kind[:2], wanted=(True, False, False))[0]
     order = kernels.channels_last
     if kind[3]:  # transposed: a convolution of the slope
         order = _order(slope, inputs)
@@ -161,7 +161,7 @@ def by_inputs(slope: Tensor, inputs: Tensor, weights: Tensor, *kind) -> Tensor:
 def by_weights(slope: Tensor, inputs: Tensor, weights: Tensor, *kind) -> tuple[Tensor, Tensor]:
     """The derivatives of `convolution` by its weights and its bias, of each task."""
     if _takes(inputs, weights, kind):
-        return kernels.convolution_backward(slope, inputs, weights, *kind[:2], (False, True, True))[1:]
+        return kernels.convolution_backward(slope, inputs, weights, *kind[:2], wanted=(False, True, True))[1:]
     channels = [slope.shape[2]]
     alone = [
         aten.convolution_backward(kernels.channels_last(own), *pair, channels, *kind, (False, True, True))[1:]
