@@ -20,7 +20,7 @@ from fomaml.data.source import ClassSource
 from fomaml.errors import InputError
 from fomaml.evaluate import estimate, evaluate, evaluate_at
 from fomaml.learning.learner import MetaLearner
-from fomaml.models import BatchNorm
+from fomaml.models import NATIVE_BATCH_NORMS, BatchNorm
 
 
 def judge(
@@ -239,7 +239,7 @@ def _is_transductive(learner: MetaLearner) -> bool:
     def mixes(layer: nn.Module) -> bool:
         if isinstance(layer, BatchNorm):
             return layer.policy == "batch"
-        native = isinstance(layer, nn.modules.batchnorm._BatchNorm)
+        native = isinstance(layer, NATIVE_BATCH_NORMS)
         return native and (layer.training or not layer.track_running_stats)
 
     return any(map(mixes, learner.model.modules()))

@@ -44,6 +44,9 @@ NAMES = {
 class Missing(RuntimeError):
     """This torch lacks a private name."""
 
+    def __init__(self, name: str):
+        super().__init__(f"torch {torch.__version__} has no {name.replace(':', '.')}")
+
 
 def find(name: str, owner: Any = None) -> Any:
     """What a name of `NAMES` stands for, or that attribute of an object, its owner.
@@ -54,7 +57,7 @@ def find(name: str, owner: Any = None) -> Any:
     try:
         return pkgutil.resolve_name(name) if owner is None else getattr(owner, re.split("[:.]", name)[-1])
     except (ImportError, AttributeError):
-        raise Missing(f"torch {torch.__version__} has no {name.replace(':', '.')}") from None
+        raise Missing(name) from None
 
 
 # --- compiling --------------------------------------------------------------------------------------
@@ -152,6 +155,10 @@ class _Unknown(nullcontext):
 def _watching(mode: type) -> type:
     class Draws(mode):
         supports_higher_order_operators = True
+
+        @classmethod
+        def _should_skip_dynamo(cls) -> bool:
+            return False  # to be told to, torch loads all of its compiler, which takes seconds
 
         def __init__(self):
             super().__init__()

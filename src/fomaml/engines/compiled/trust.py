@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,27 +36,25 @@ def compare(
     Losses and outputs are to agree to `TOLERANCE`, gradients too, relative to their norms; or to four times the eager
     engine's own error against float64, where that is more. One ReLU that rounds the other way moves a gradient by per
     cents, so a miss is repeated on two other chunks: of `others`, or these tasks with their inputs moved a little.
+    Measured on workloads C and E: 15 and 60 % of the first chunks, of one task each, are off by more than `TOLERANCE`.
     Random numbers are drawn the same in both; the state that draws them stays as it was, and so does the learner's.
 
     Raises:
         Wrong: three misses.
     """
     device = tasks.support.inputs.device
-    devices = [device] if device.type == "cuda" else []
     for chunk in islice(chain([tasks], others, _moved(tasks)), CHUNKS):
-        with fork_rng(devices=devices):
-            [found] = compiled.map([chunk])
+        [found], drawn = _run(lambda chunk=chunk: [*compiled.map([chunk])], device)
         try:
-            with fork_rng(devices=devices), torch.enable_grad():
-                expected = find(chunk)
+            expected, drawn_eagerly = _run(lambda chunk=chunk: find(chunk), device)
         except Exception as error:  # whatever a module raises
             if out_of_memory(error):
                 return "that takes more memory than there is"
             raise
         apart = _apart(found, expected)
-        if _within(apart, learner, find, chunk, expected, devices):
+        if max(apart) <= _least(learner) or _rounds_so(apart, learner, find, chunk):
             return ""
-        if compiled.draws_its_own:
+        if compiled.draws_its_own and not torch.equal(drawn, drawn_eagerly):
             return "its random numbers are others"
     losses, gradients = apart
     raise Wrong(
@@ -62,33 +62,48 @@ def compare(
     )
 
 
-def _within(apart, learner, find, chunk, expected, devices) -> bool:
-    """Whether the differences, of losses and of gradients, are as small as those of rounding."""
-    if all(tensor.dtype == torch.float64 for tensor in _floating(learner.state_dict().values())):
-        return max(apart) <= TOLERANCE_OF_FLOAT64
-    if max(apart) <= TOLERANCE:
-        return True
-    with fork_rng(devices=devices), torch.enable_grad():
-        exact = _exact(learner, find, chunk)
-    if exact is None:
+def _run(function: Callable, device: torch.device) -> tuple[Any, Tensor]:
+    """What a function finds, and the state of the random numbers after it, which is then as it was before."""
+    on_gpu = device.type == "cuda"
+    with fork_rng(devices=[device] if on_gpu else []), torch.enable_grad():
+        found = function()
+        return found, torch.cuda.get_rng_state(device) if on_gpu else torch.get_rng_state()
+
+
+def _least(learner: MetaLearner) -> float:
+    """How far what was compiled may be off in any case."""
+    exactly = all(t.dtype == torch.float64 for t in learner.state_dict().values() if t.is_floating_point())
+    return TOLERANCE_OF_FLOAT64 if exactly else TOLERANCE
+
+
+def _rounds_so(apart: tuple[float, float], learner: MetaLearner, find: Find, chunk: Task) -> bool:
+    """Whether the eager engine is so far off float64 itself, by a fourth at least."""
+    if _least(learner) < TOLERANCE:
         return False
-    return all(one <= max(TOLERANCE, 4 * own) for one, own in zip(apart, _apart(expected, exact)))
-
-
-def _exact(learner: MetaLearner, find: Find, chunk: Task) -> Found | None:
-    """What the eager engine finds in float64; None where the model does not run in it."""
-    holder = Holder(learner)
-    tensors = dict(holder.named_parameters()) | dict(holder.named_buffers())
-    state = {
-        name: (tensor.detach().double() if tensor.is_floating_point() else tensor.detach()).requires_grad_(
-            tensor.requires_grad
-        )
-        for name, tensor in tensors.items()
-    }
+    device = chunk.support.inputs.device
     try:
-        return call(holder, state, (chunk.to(dtype=torch.float64), find))
-    except Exception:  # whatever a module raises
-        return None
+        exact, drawn = _run(lambda: _exactly_found(learner, find, chunk), device)
+    except Exception:  # whatever a module raises that does not run in float64
+        return False
+    # whether a ReLU rounds the other way is chance: three roundings show it where one may not
+    others = islice(_moved(chunk, torch.finfo(torch.float32).eps), 2 if _floating(chunk) else 0)
+    for rounded in (chunk, *others):
+        found, drawn_so = _run(lambda rounded=rounded: find(rounded), device)
+        if not torch.equal(drawn, drawn_so):
+            return False  # float64 draws other numbers
+        if all(one <= max(TOLERANCE, 4 * own) for one, own in zip(apart, _apart(found, exact))):
+            return True
+    return False
+
+
+def _exactly_found(learner: MetaLearner, find: Find, chunk: Task) -> Found:
+    """What the eager engine finds in float64."""
+    holder = Holder(learner)
+    state = {}
+    for name, tensor in (*holder.named_parameters(), *holder.named_buffers()):
+        exact = tensor.detach().double() if tensor.is_floating_point() else tensor.detach()
+        state[name] = exact.requires_grad_(tensor.requires_grad)
+    return call(holder, state, (chunk.to(dtype=torch.float64), find))
 
 
 def _apart(found: Found, expected: Found) -> tuple[float, float]:
@@ -124,19 +139,19 @@ def _exactly(tensor: Tensor) -> Tensor:
     return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float64))
 
 
-def _moved(tasks: Task) -> Iterator[Task]:
-    """The tasks with a little noise on their inputs; where these are whole numbers, dealt to other examples."""
-    for seed in range(1, CHUNKS):
+def _moved(tasks: Task, by: float = 0.01) -> Iterator[Task]:
+    """The tasks with noise of this relative size on their inputs, without end; whole numbers go to other examples."""
+    for seed in itertools.count(1):
         draw = torch.Generator().manual_seed(seed)
 
         def move(inputs: Tensor, draw=draw, seed=seed) -> Tensor:
-            if not inputs.is_floating_point():
+            if not _floating(tasks):
                 return inputs.roll(seed, 1)
             noise = torch.randn(inputs.shape, generator=draw).to(inputs)
-            return inputs + 0.01 * inputs.abs().mean() * noise
+            return inputs + by * inputs.abs().mean() * noise
 
         yield Task(*(part._replace(inputs=move(part.inputs)) for part in tasks))
 
 
-def _floating(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
-    return (tensor for tensor in tensors if tensor.is_floating_point())
+def _floating(tasks: Task) -> bool:
+    return tasks.support.inputs.is_floating_point()
