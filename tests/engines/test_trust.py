@@ -25,8 +25,8 @@ OFF = "compile=True runs uncompiled: what was compiled is off the eager engine b
 def scaled(function, number, by=1.01):
     """The function with one of its results wrong by a per cent."""
 
-    def wrong(*arguments):
-        found = list(function(*arguments))
+    def wrong(*arguments, **options):
+        found = list(function(*arguments, **options))
         found[number] = None if found[number] is None else found[number] * by
         return found
 

@@ -13,6 +13,7 @@ SDPA = "with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
 FIRST = "first order"
 CUDNN = "with torch.backends.cudnn.flags(enabled=False): around it, or first order"
 DOUBLE = "first order; torch.autograd.gradgradcheck finds the layer whose double backward is wrong"
+AGAIN = "its forward runs again in the backward pass, when a task's parameters are gone"
 # part of torch's message: (the reason in plain words, the cure)
 REASONS = {
     "data-dependent": ("its forward branches on the values of a tensor", f"{LOOP}, or torch.where"),
@@ -21,10 +22,8 @@ REASONS = {
     "rnn_backward": ("the fused recurrent kernel has no double backward", CUDNN),
     "Batching rule not": ("vmap has no rule for one of its operations; recurrent layers have none", LOOP),
     "setup_context": ("vmap does not take its autograd.Function", f"{LOOP}, or write setup_context"),
-    "may have escaped": (
-        "its forward runs again in the backward pass, when a task's parameters are gone",
-        "no torch.utils.checkpoint",
-    ),
+    "may have escaped": (AGAIN, "no torch.utils.checkpoint"),
+    "_NoopSaveInputs": (AGAIN, "no torch.utils.checkpoint"),  # torch 2.6 and 2.7
     "inplace arithmetic": (
         "its forward writes in place into what all tasks share",
         f"{LOOP}, or torch.stack",
