@@ -15,10 +15,12 @@ from family import LR, assert_agrees
 from fomaml.engines import ENGINES, meta_gradient
 from fomaml.engines.common import differentiate
 from fomaml.engines.compiled import cache, trace, trust
+from fomaml.engines.compiled.cache import too_old
 from fomaml.engines.cpu import fusion, kernels
 from fomaml.learning.algorithms import FOMAML
 from zoo import draw, example
 
+pytestmark = pytest.mark.skipif(bool(too_old()), reason=too_old())
 OFF = "compile=True runs uncompiled: what was compiled is off the eager engine by "
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 COMPILING = "compile=True warns, and the engine runs uncompiled"
 # name → what happens without it
@@ -33,6 +33,7 @@ NAMES = {
     "torch.nn:Module._forward_pre_hooks": COMPILING,
     "torch.nn:Module._backward_hooks": COMPILING,
     "torch.nn:Module._backward_pre_hooks": COMPILING,
+    "torch:ops.aten._native_batch_norm_legit": "the batch norms of torch 2.7 and 2.8 are not fused",
     "torch._subclasses.fake_tensor:DataDependentOutputException": "a warning gives torch's reason alone",
     "torch._subclasses.fake_tensor:DynamicOutputShapeException": "a warning gives torch's reason alone",
     "torch.utils._python_dispatch:TorchDispatchMode": "a forward pass counts as one that draws random numbers",
@@ -98,6 +99,20 @@ def depends_on_values(error: Exception) -> bool:
         except Missing:
             continue
     return False
+
+
+def normalise_batch_norm(node: Node) -> None:
+    """Give a batch norm that torch 2.7 or 2.8 has traced the operator that later ones trace."""
+    try:
+        earlier = find("torch:ops.aten._native_batch_norm_legit")
+    except Missing:
+        return
+    if node.target is earlier.no_stats:
+        inputs, gamma, beta, *others = node.args
+        node.args = (inputs, gamma, beta, None, None, *others)
+    elif node.target is not earlier.default:
+        return
+    node.target = torch.ops.aten.native_batch_norm.default
 
 
 def schema(operator: Any) -> Any:

@@ -97,7 +97,7 @@ class Key(NamedTuple):
 
 def _made(learner, tasks, find, alone, side_by_side, others) -> Compiled | None:
     """What is compiled, once it was seen to agree with the eager engine; None where a warning says why not."""
-    reason = _too_old()
+    reason = too_old()
     if reason:
         _warn(reason)
         return None
@@ -128,7 +128,7 @@ def _made(learner, tasks, find, alone, side_by_side, others) -> Compiled | None:
 OLDEST = (2, 7)  # the first torch on which every kind of compiled function works, see runs/torch_versions.py
 
 
-def _too_old() -> str:
+def too_old() -> str:
     """What to say where this torch is older than any that compiles; else ""."""
     release = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if release >= OLDEST:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from fomaml.engines._torch import OPERATOR, schema
+from fomaml.engines._torch import OPERATOR, normalise_batch_norm, schema
 from fomaml.engines.cpu.kernels import (
     NAMES,
     channels_last,
@@ -40,6 +40,8 @@ def rewrite(module: GraphModule) -> set[int]:
     its tensors in memory stays as it is.
     """
     graph = module.graph
+    for node in graph.nodes:
+        normalise_batch_norm(node)
     columns = [node for node in graph.nodes if _is_misread(node)]
     for node in list(graph.nodes):
         if node.target in SAME:
