@@ -17,27 +17,13 @@ from fomaml.choices import check_choice
 from fomaml.engines import ENGINES
 from fomaml.errors import InputError, positive
 
-COUNTS = (
-    *(
-        "ways",
-        "shots",
-        "query_shots",
-        "train_ways",
-        "train_shots",
-        "test_query_shots",
-        "test_copies",
-        "inner_steps",
-    ),
-    *(
-        "meta_batch_size",
-        "iterations",
-        "validation_tasks",
-        "test_tasks",
-        "checkpoint_every",
-        "inner_batch_size",
-    ),
-    *("test_inner_batch_size", "multi_step_iterations", "patience", "tasks_at_once"),
-)
+HINTS = get_type_hints(Settings)
+# Whole numbers of 1 or more; the other two may be 0.
+COUNTS = [
+    name
+    for name, hint in HINTS.items()
+    if hint in (int, int | None) and name not in ("seed", "validate_every")
+]
 SIZES = ("inner_lr", "meta_lr", "rates_lr", "clip", "seconds")
 BELOW = {"inner_momentum": 1, "weight_decay": math.inf, "jitter": 1, "test_jitter": 1}
 # The options that only some sources take, with their values for all others.
@@ -50,7 +36,7 @@ OF_SOURCES: dict[str, Any] = {
 OF_CLASSES = ("augment", "jitter", "test_augment", "test_copies", "inner_loss")
 CHOICES = {
     name: get_args(hint)
-    for name, hint in get_type_hints(Settings).items()
+    for name, hint in HINTS.items()
     for hint in (next((each for each in (hint, *get_args(hint)) if get_origin(each) is Literal), None),)
     if hint is not None
 }

@@ -125,7 +125,7 @@ def _made(learner, tasks, find, alone, side_by_side, others) -> Compiled | None:
     return made
 
 
-OLDEST = (2, 7)  # the first torch on which every kind of compiled function works, see runs/torch_versions.py
+OLDEST = (2, 7)  # the first torch on which every kind of compiled function works, see runs/torch_versions.sh
 
 
 def too_old() -> str:
