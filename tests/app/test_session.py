@@ -16,6 +16,10 @@ SHORT = (
 )
 
 
+def in_this_process(function, *arguments):
+    return function(*arguments, threads=1)
+
+
 def same(train, compare):
     names = sorted(path.name for path in train.iterdir())
     assert names == sorted(path.name for path in compare.iterdir())
@@ -35,7 +39,9 @@ def same(train, compare):
         "--inner-batch-size 5 --test-inner-batch-size 3 --inner-momentum 0.5 --seed 3",
     ],
 )
-def test_compare_trains_what_train_trains(options, tmp_path):
+def test_compare_trains_what_train_trains(options, tmp_path, monkeypatch):
+    if options:  # processes of their own once: torch takes seconds to import
+        monkeypatch.setattr("fomaml.app.compare.isolated", in_this_process)
     arguments = f"{SINUSOID} {options}".split()
     main(["compare", *arguments, "--algorithms", "anil", "--out", str(tmp_path / "compared")])
     for algorithm in ("fomaml", "anil"):
@@ -47,7 +53,7 @@ def test_compare_trains_what_train_trains(options, tmp_path):
 def test_compare_validates_as_train_does(tmp_path, monkeypatch):
     """In this process: the characters are fewer than the archives have."""
     characters.shrink(monkeypatch)
-    monkeypatch.setattr("fomaml.app.compare.isolated", lambda function, *given: function(*given, threads=1))
+    monkeypatch.setattr("fomaml.app.compare.isolated", in_this_process)
     root = characters.write(tmp_path / "data")
     base = ["omniglot", "--data-root", str(root), *SHORT.split(), "--no-baselines", "--validate-every", "2"]
     base += ["--validation-tasks", "5", "--patience", "1"]
