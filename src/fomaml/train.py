@@ -103,11 +103,7 @@ def train(
         after = None
         if measured:
             after = scores(result.query_outputs, tasks.query.targets, result.query_losses).mean()
-            if not math.isfinite(meta_loss.item()):
-                raise InputError(
-                    f"the meta-loss is {meta_loss.item()} at iteration {iteration + 1}: "
-                    "try a smaller inner_lr or meta_lr"
-                )
+            check_finite(meta_loss.item(), iteration + 1)
         yield Record(iteration + 1, meta_loss, before, after)
 
 
@@ -136,6 +132,14 @@ def score_before(plan: Plan, tasks: Task) -> Tensor:
 def check_width(learner: MetaLearner, episodes: TaskSequence) -> None:
     """Raise `InputError` where the model's output is narrower than the number of ways."""
     check_outputs(learner, episodes.batch(0, 1), ways_of(episodes))
+
+
+def check_finite(meta_loss: float, iteration: int) -> None:
+    """Raise `InputError` where a meta-loss is no longer finite."""
+    if not math.isfinite(meta_loss):
+        raise InputError(
+            f"the meta-loss is {meta_loss} at iteration {iteration}: try a smaller inner_lr or meta_lr"
+        )
 
 
 def check_plan(plan: Plan, learner: MetaLearner, asked: dict[str, Any]) -> None:

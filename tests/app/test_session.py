@@ -105,6 +105,29 @@ def test_memory_that_has_run_out_is_remembered_by_a_resumed_run(tmp_path, capsys
     assert [each.tasks_at_once for each in made] == [1, 4, 1]
 
 
+def test_a_run_by_seconds_is_validated_where_it_ends_also_when_killed_there(tmp_path, monkeypatch):
+    """Its time is over at its last checkpoint, and it was not validated yet."""
+    characters.shrink(monkeypatch)
+    root = characters.write(tmp_path / "data")
+    base = {"source": "omniglot", "data_root": root, "channels": (4,), "ways": 3, "query_shots": 2}
+    counts = {"meta_batch_size": 2, "validation_tasks": 5, "test_tasks": 4, "test_steps": (0, 1)}
+    often = {"seconds": 0.01, "validate_every": 1000, "checkpoint_every": 1, "baselines": False}
+    settings = settle(**base, **counts, **often)
+
+    class Killed(BaseException):
+        pass
+
+    def die(*_):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(session, "validate", die)
+        with pytest.raises(Killed):
+            session.train_run(settings, tmp_path / "run", say=lambda line: None)
+    result = session.train_run(settings, tmp_path / "run", say=lambda line: None, resume=True)
+    assert result["weights"]["iteration"] == result["iterations"] >= 1
+
+
 def test_the_commit_is_that_of_this_project_alone(tmp_path):
     """An environment inside of another repository: its commit says nothing of what is installed there."""
     package = tmp_path / "environment" / "src" / "fomaml"

@@ -100,6 +100,17 @@ def test_eager_engines_do_without_every_private_name(name, hindrance, monkeypatc
         assert_agrees(found, known, 1e-12)
 
 
+@pytest.mark.parametrize("hindrance", [gone, broken])
+def test_a_cpu_that_does_not_tell_counts_as_one_that_imitates_bfloat16(hindrance, monkeypatch):
+    names = [name for name in OTHERS if "torch:cpu." in name]
+    for name in names:
+        monkeypatch.setattr(torch.cpu, name.rpartition(".")[2], lambda: True)
+    assert len(names) == 2 and _torch.cpu_has_bfloat16()
+    for name in names:
+        hindrance(name, monkeypatch)
+    assert not _torch.cpu_has_bfloat16()
+
+
 @compiles
 @pytest.mark.parametrize(("name", "hindrance"), hindrances(COMPILING))
 @pytest.mark.parametrize("engine", ["loop", "batched"])

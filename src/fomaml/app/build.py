@@ -18,6 +18,7 @@ from fomaml.app.settings import Settings
 from fomaml.app.sources import Functions, source_of
 from fomaml.data.augment import rotated, warped
 from fomaml.data.source import ClassSource
+from fomaml.engines._torch import cpu_has_bfloat16
 from fomaml.episodes import Episodes, RegressionEpisodes
 from fomaml.errors import InputError
 from fomaml.learning import adapt
@@ -126,10 +127,7 @@ def has_bfloat16(name: str) -> bool:
     device = check_device(name)
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
-        names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-        return any(getattr(torch.cpu, name, bool)() for name in names)
-    return False
+    return device.type == "cpu" and cpu_has_bfloat16()
 
 
 def _mlp(settings: Settings, outputs: int) -> nn.Module:

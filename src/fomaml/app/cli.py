@@ -30,11 +30,11 @@ from fomaml.app.progress import watching
 from fomaml.app.report import align
 from fomaml.app.rundir import load_run, load_settings
 from fomaml.app.session import train_run
-from fomaml.app.settings import Settings
+from fomaml.app.settings import Part, Settings, TestAugmentation, Weights
 from fomaml.app.settle import check_below, check_steps, settle_with_origins
 from fomaml.app.sources import split_name
 from fomaml.check import check
-from fomaml.choices import check_choice
+from fomaml.choices import Statistics, check_choice
 from fomaml.errors import InputError, positive
 
 
@@ -115,11 +115,11 @@ def _evaluate(options: EvaluateOptions) -> None:
     if options.steps is not None:
         check_steps(options.steps)
     for statistics in options.statistics or ():
-        check_choice("statistics", statistics, ("own", "support", "with-query"))
-    check_choice("part", options.part, ("test", "validation"))
-    check_choice("weights", options.weights, ("best", "last"))
+        check_choice("statistics", statistics, Statistics)
+    check_choice("part", options.part, Part)
+    check_choice("weights", options.weights, Weights)
     if options.test_augment is not None:
-        check_choice("test augment", options.test_augment, ("none", "turns"))
+        check_choice("test augment", options.test_augment, TestAugmentation)
     if options.jitter is not None:
         check_below("jitter", options.jitter, 1)
     settings, learner = load_run(

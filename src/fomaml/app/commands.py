@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from fomaml.app.algorithms import ALGORITHMS, ANY_WAYS
 from fomaml.app.build import NETWORKS
@@ -301,7 +301,7 @@ class EvaluateOptions:
     statistics: tuple[Statistics, ...] | None = option(
         "whose examples batch norms normalise by: own, support or with-query, see `fomaml train`. Several may be "
         "given, with a warning where the first two differ by more than the interval. Default: as the run",
-        choices=("own", "support", "with-query"),
+        choices=get_args(Statistics),
     )
     balanced: bool = option(
         "assume the same number of query examples per class, and scale the outputs to it; no published figure does",

@@ -147,7 +147,7 @@ def evaluate_run(
     part: str = "test",
     balanced: bool = False,
 ) -> dict:
-    """Evaluate a loaded run on unseen tasks; statistics, part and balanced as in `EvaluateConfig`.
+    """Evaluate a loaded run on unseen tasks; statistics, part and balanced as in `EvaluateOptions`.
 
     Of several statistics the result is that of the first, those of the others stand by name under "by_statistics", and
     "warning" says so where the paired difference of the first two is larger than its interval.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,7 +31,7 @@ from fomaml.checkpoint import load_progress, load_state, load_weights, save_stat
 from fomaml.engines import Plan, plan
 from fomaml.errors import InputError
 from fomaml.files import write_text
-from fomaml.train import Record, check_width, train
+from fomaml.train import Record, check_finite, check_width, train
 
 NO_LIMIT = 2**62
 Say = Callable[[str], None]
@@ -219,10 +218,12 @@ class Session:
     def _resume(self) -> None:
         state, metrics = self.out / rundir.STATE, self.out / rundir.METRICS
         if state.exists():
-            self.done = self.validated = load_state(state, self.learner, self.optimizer, self.identity)
+            self.done = load_state(state, self.learner, self.optimizer, self.identity)
             progress = load_progress(state)
             self.best, self.clock = Best(**progress.get("best", {})), Clock(**progress.get("clock", {}))
-            self.plan = self._plan(progress.get("tasks_at_once", self.settings.tasks_at_once))
+            self.validated = progress.get("validated", 0)
+            if progress.get("tasks_at_once", self.plan.tasks_at_once) != self.plan.tasks_at_once:
+                self.plan = self._plan(progress["tasks_at_once"])
         if metrics.exists():
             rundir.keep_metrics(metrics, self.done)
             limit = "" if self.settings.seconds else f" of {self.settings.iterations}"
@@ -239,10 +240,7 @@ class Session:
         if record.after is None and self.settings.seconds is None and record.meta_loss.device.type != "cpu":
             return {}
         loss = record.meta_loss.item()
-        if not math.isfinite(loss):
-            raise InputError(
-                f"the meta-loss is {loss} at iteration {record.iteration}: try a smaller inner_lr or meta_lr"
-            )
+        check_finite(loss, record.iteration)
         if record.before is None or record.after is None:
             return {"meta_loss": loss}
         return {"meta_loss": loss, "before": record.before.item(), "after": record.after.item()}
@@ -268,6 +266,7 @@ class Session:
         progress = {
             "best": dataclasses.asdict(self.best),
             "clock": dataclasses.asdict(self.clock),
+            "validated": self.validated,
             "tasks_at_once": self.plan.tasks_at_once,  # halved where memory has run out
         }
         save_state(self.out / rundir.STATE, self.learner, self.optimizer, self.done, progress, self.identity)

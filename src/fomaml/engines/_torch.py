@@ -39,6 +39,8 @@ NAMES = {
     "torch.utils._python_dispatch:TorchDispatchMode": "a forward pass counts as one that draws random numbers",
     "torch:Tensor._version": "a buffer counts as written",
     "torch:_foreach_add": "tensors are added one by one",
+    "torch:cpu._is_avx512_bf16_supported": "a CPU counts as one that imitates bfloat16",
+    "torch:cpu._is_amx_tile_supported": "a CPU counts as one that imitates bfloat16",
 }
 
 
@@ -146,6 +148,17 @@ def version(tensor: Tensor) -> int | None:
         return find("torch:Tensor._version", tensor)
     except Missing:
         return None
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether the CPU is known to have instructions for bfloat16."""
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        try:
+            if find(f"torch:cpu.{name}")():
+                return True
+        except (Missing, TypeError):
+            continue
+    return False
 
 
 def draws() -> AbstractContextManager:

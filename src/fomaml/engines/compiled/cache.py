@@ -58,7 +58,7 @@ def function(
         learner.inner_batch_size,
         tuple(learner.adapted),
         tuple(learner.meta_learned),
-        tuple(getattr(learner.inner_lr, "sizes", {}).items()),
+        tuple(learner.inner_lr.sizes.items()),
         tuple([module.training for module in watched.modules]),
         tuple([(parameter.dtype, parameter.requires_grad) for parameter in watched.parameters]),
         tuple((tensor.shape, tensor.dtype, tensor.device) for part in tasks for tensor in part),
