@@ -82,6 +82,7 @@ def test_batched_copies_no_weight_for_each_token():
     assert {shapes[0][0] for shapes in products.seen} == {4, attention}
 
 
+@pytest.mark.long  # torch's compiler takes a quarter of a minute
 def test_second_order_compiled():
     model, tasks = made(False)
     found = meta_gradient(MAML(model, LR, 1), tasks, engine="loop", compile=True)

@@ -29,7 +29,7 @@ def test_the_memory_of_a_stack_does_not_grow_with_the_inner_steps():
         [(function, _)] = cache._watched[learner].known.values()
         return sum(block.nbytes for free in function._memory._free.values() for block, _ in free)
 
-    assert kept(8) <= 1.05 * kept(2) > 0
+    assert kept(5) <= 1.05 * kept(2) > 0
 
 
 class TensorBytes(TorchDispatchMode):
@@ -82,7 +82,7 @@ def test_the_tensors_of_a_loop_do_not_grow_with_the_inner_steps(build, preset):
                 meta_gradient(learner, tasks, engine="loop", compile=True)
         return tensors.peak
 
-    ratio = peak(8) / peak(2)
+    ratio = peak(5) / peak(1)
     assert ratio <= 1.05 if preset is FOMAML else ratio > 2
 
 

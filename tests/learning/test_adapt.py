@@ -230,8 +230,8 @@ def test_load_copies_in_place_and_resizes_a_head():
     model = nn.Sequential(nn.Linear(3, 2))
     own = model[0].weight
     value = torch.randn(2, 3)
-    assert load(model, {"0.weight": value}) is model
+    assert load(model, {"0.weight": value}, {}) is model
     assert model[0].weight is own and torch.equal(own, value)
-    load(model, {"0.weight": torch.ones(5, 3), "0.bias": torch.zeros(5)})
+    load(model, {"0.weight": torch.ones(5, 3), "0.bias": torch.zeros(5)}, {})
     assert model[0].out_features == 5
     assert model(torch.ones(1, 3)).tolist() == [[3.0] * 5]

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 LOOP, INPLACE = "engine='loop'", "compute a new tensor in forward, and use that"
-READ = "read parameters in forward, as self.weight, not from a list or cache; keep no state on self; no checkpointing"
+READ = "read parameters in forward, as self.weight, not from a cache or an object of your own; keep no state on self"
 SDPA = "with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH): around it, or first order"
 FIRST = "first order"
 CUDNN = "with torch.backends.cudnn.flags(enabled=False): around it, or first order"
 DOUBLE = "first order; torch.autograd.gradgradcheck finds the layer whose double backward is wrong"
-AGAIN = "its forward runs again in the backward pass, when a task's parameters are gone"
+AGAIN = "its forward runs again in the backward pass, outside of vmap"
 # part of torch's message: (the reason in plain words, the cure)
 REASONS = {
     "data-dependent": ("its forward branches on the values of a tensor", f"{LOOP}, or torch.where"),
@@ -22,8 +22,8 @@ REASONS = {
     "rnn_backward": ("the fused recurrent kernel has no double backward", CUDNN),
     "Batching rule not": ("vmap has no rule for one of its operations; recurrent layers have none", LOOP),
     "setup_context": ("vmap does not take its autograd.Function", f"{LOOP}, or write setup_context"),
-    "may have escaped": (AGAIN, "no torch.utils.checkpoint"),
-    "_NoopSaveInputs": (AGAIN, "no torch.utils.checkpoint"),  # torch 2.6 and 2.7
+    "may have escaped": (AGAIN, LOOP),
+    "_NoopSaveInputs": (AGAIN, LOOP),  # torch 2.6 and 2.7
     "inplace arithmetic": (
         "its forward writes in place into what all tasks share",
         f"{LOOP}, or torch.stack",
@@ -45,8 +45,6 @@ KINDS = {
     "recurrent": ("note", "on CUDA, cuDNN has no double backward for", CUDNN),
     "moved": ("wrong", "forward changes parameters in place, and so the meta-model in every task", INPLACE),
     "buffers": ("note", "buffers that forward changes; each task starts from the meta-model's, which stay", ""),
-    "assigned": ("note", "buffers that forward assigns, so that their change is lost after each inner step",
-        "change them in place, self.name.copy_(...)"),
     "dropout": ("note", "dropout is active, a mask of its own in each task and step, in evaluation too (compared "
         "without it)", "model.eval() before evaluate and adapt"),
     "stale": ("wrong", "computed from parameters before forward, so adapted ones do not reach it", READ),

@@ -54,9 +54,9 @@ def state_of_forward(trial: Trial) -> Iterator[Finding]:
     norms = [n for n, m in model.named_modules() if isinstance(m, NATIVE_NORMS)]
     first = trial.outputs(model)
     moved = [n for n, p in parameters.items() if _torch.version(p) != versions[n] or differ(p, before[n])]
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in before}  # also new ones
     changed = [n for n, b in buffers.items() if differ(b, before[n]) and n.rpartition(".")[0] not in norms]
-    assigned = [n for n, b in model.named_buffers() if b is not buffers.get(n)]
-    yield from of_kinds({"moved": moved, "buffers": changed, "assigned": assigned})
+    yield from of_kinds({"moved": moved, "buffers": changed})
     if differ(first, trial.outputs(lambda inputs: functional_call(model, before, (inputs,)))):
         what = "forward keeps state on self that is no buffer: one task leaks into the next"
         yield Finding("wrong", what, "register_buffer for what changes; no counters or caches on self")

@@ -239,16 +239,17 @@ class FactoredProblem(Problem):
         def one_task(dense, changes, buffers, examples, kept, support):
             parameters = {**fixed, **self.weights, **dense}
             with _Linears(self.names, changes, kept) as linears:
-                outputs = self._outputs(parameters, buffers, examples.inputs, support, step, apart)
+                judged = self._judged(parameters, buffers, examples, support, step, apart)
             calls[:] = linears.calls
-            record = linears.inputs, linears.shared, linears.products, linears.outputs
-            return self.learner.criterion(outputs, examples.targets), outputs, record
+            return *judged, (linears.inputs, linears.shared, linears.products, linears.outputs)
 
+        buffers = self.buffers if buffers is None else buffers
         axes = (0, 0, 0, 0, 0, None if support is None else 0)
         with self._attention():
-            losses, outputs, record = torch.func.vmap(one_task, axes, randomness="different")(
-                dense, changes, self.buffers if buffers is None else buffers, examples, kept, support
+            losses, outputs, assigned, record = torch.func.vmap(one_task, axes, randomness="different")(
+                dense, changes, buffers, examples, kept, support
             )
+        buffers.update(assigned)
         return losses, outputs, (calls, *record)
 
 

@@ -6,37 +6,20 @@ adapts one task or, with one more leading axis on every tensor, a stack of tasks
 
 from __future__ import annotations
 
-import copy
 import itertools
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fomaml.errors import InputError
 from fomaml.learning.contracts import InnerOptimizer
+from fomaml.learning.replica import Replicas
 
 Parameters = Mapping[str, Tensor]
-
-
-def call(model: nn.Module, state, args: tuple, kwargs: dict | None = None):
-    """`torch.func.functional_call`, after which the model has its own parameters again.
-
-    torch itself swaps those of a module that is reachable under two names twice, and puts the wrong ones back.
-    """
-    times = Counter(module for _, module in model.named_modules(remove_duplicate=False))
-    shared = [module for module, number in times.items() if number > 1]
-    own = [(slots, dict(slots)) for module in shared for slots in (module._parameters, module._buffers)]
-    try:
-        return functional_call(model, state, args, kwargs)
-    finally:
-        for slots, values in own:
-            slots.update(values)
 
 
 @contextmanager
@@ -188,15 +171,16 @@ class FastModel(nn.Module):
 
     def __init__(self, model: nn.Module, first_order: bool = True):
         super().__init__()
-        self._model = (model,)  # in a tuple: not a submodule, so that parameters() stays empty
+        self._replicas = Replicas(model)
         self.first_order = first_order
         self.weights: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self._buffers_copy = {n: b.clone() for n, b in model.named_buffers()}
 
     def forward(self, *args, **kwargs):
         """The model's forward with the fast weights in place of its own."""
-        with nullcontext() if self.first_order else open_attention(everywhere=True):
-            return call(self._model[0], (self.weights, self._buffers_copy), args, kwargs)
+        holding = self._replicas.holding(self.weights, self._buffers_copy, keep=True)
+        with nullcontext() if self.first_order else open_attention(everywhere=True), holding as model:
+            return model(*args, **kwargs)
 
     def step(self, loss: Tensor, lr: float | Mapping[str, float | Tensor]) -> None:
         """One step of gradient descent on `loss`, a scalar computed with this object.
@@ -218,25 +202,33 @@ class FastModel(nn.Module):
                 self.weights[name] = self.weights[name] - rate * gradient
 
     def module(self) -> nn.Module:
-        """An ordinary, independent copy of the model with the fast weights, to save or serve."""
-        copied = copy.deepcopy(self._model[0])
-        return load(copied, self.weights)
+        """An ordinary, independent copy of the model with the fast weights, and the buffers as the forward passes have
+        left them, to save or serve.
+        """
+        return load(self._replicas.duplicate(), self.weights, self._buffers_copy)
 
 
-def load(module: nn.Module, parameters: Parameters) -> nn.Module:
-    """Copy named values into a module's own parameters, in place; returns the module.
+@torch.no_grad()
+def load(module: nn.Module, parameters: Parameters, buffers: Parameters) -> nn.Module:
+    """Copy named values into a module's own parameters and buffers, in place; returns the module.
 
     A value of another shape, a head of another number of ways, takes the parameter's place.
     """
     for name, value in parameters.items():
         own = module.get_parameter(name)
         if own.shape == value.shape:
-            with torch.no_grad():
-                own.copy_(value)
+            own.copy_(value)
             continue
         owner, _, last = name.rpartition(".")
         owner = module.get_submodule(owner)
         setattr(owner, last, nn.Parameter(value.detach().clone(), own.requires_grad))
         if isinstance(owner, nn.Linear):
             owner.out_features, owner.in_features = owner.weight.shape
+    for name, value in buffers.items():
+        own = module.get_buffer(name)
+        if (own.shape, own.dtype) == (value.shape, value.dtype):
+            own.copy_(value)
+        else:
+            owner, _, last = name.rpartition(".")
+            setattr(module.get_submodule(owner), last, value.detach().clone())
     return module

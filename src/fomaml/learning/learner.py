@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import reduce
@@ -30,6 +29,7 @@ from fomaml.learning.contracts import (
 from fomaml.learning.moments import SecondMoments
 from fomaml.learning.objectives import QueryLoss
 from fomaml.learning.problem import Problem
+from fomaml.learning.replica import check_module, original
 from fomaml.models import BatchNorm, Seen, normalising, refuse_native
 from fomaml.tasks import Examples, Task, count, one
 
@@ -99,6 +99,7 @@ class MetaLearner(nn.Module):
         inner_batch_size: int | None = None,
     ):
         super().__init__()
+        check_module(model)
         self.model = model
         self.inner_steps = positive("inner_steps", inner_steps, integer=True)
         self.criterion = criterion
@@ -171,7 +172,7 @@ class MetaLearner(nn.Module):
         adapted = problem.start
         for adapted, _ in islice(problem.path(first_order=True), steps):
             pass
-        module = load(copy.deepcopy(self.model), adapted)
+        module = load(problem.replicas.duplicate(), adapted, problem.buffers)
         if statistics == "support" or self.uses_support_statistics():
             refuse_native(module)
             seen: list[Seen] = []
@@ -201,7 +202,7 @@ class MetaLearner(nn.Module):
                 pass
             problem.query(adapted)
         for layer, step, mean, variance in seen:
-            layer.update(step, mean, variance, momentum)
+            original(layer).update(step, mean, variance, momentum)
 
     @torch.no_grad()
     def carry_moments(self, tasks: Task) -> None:

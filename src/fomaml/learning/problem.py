@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fomaml.choices import Statistics, check_choice
-from fomaml.learning.adapt import call, inner_loop, open_attention
+from fomaml.learning.adapt import inner_loop, open_attention
 from fomaml.learning.contracts import Adapted, Learner
+from fomaml.learning.replica import Replicas
 from fomaml.models import normalising, refuse_native
 from fomaml.tasks import Examples, Task
 
@@ -43,6 +44,7 @@ class Problem:
         self.iteration = learner.iteration
         choice = learner.first_order
         self.first_order = choice(learner.iteration) if callable(choice) else choice
+        self.replicas = Replicas(learner.model)
         learned = set(learner.meta_learned)
         own = {n: p if n in learned else p.detach() for n, p in learner.model.named_parameters()}
         self.buffers = {name: buffer.clone() for name, buffer in learner.model.named_buffers()}
@@ -127,14 +129,16 @@ class Problem:
 
     def support_features(self, module: str) -> Tensor:
         """What goes into a module, by name, for the support examples at θ: (..., examples, features)."""
-        model = self.learner.model
         caught: list[Tensor] = []
 
         def one_task(buffers, inputs):
-            call(model, (self.meta, buffers), (inputs,))
+            with self.replicas.holding(self.meta, buffers) as model:
+                model(inputs)
             return caught.pop()
 
-        with model.get_submodule(module).register_forward_pre_hook(lambda _, args: caught.append(args[0])):
+        with self.learner.model.get_submodule(module).register_forward_pre_hook(
+            lambda _, args: caught.append(args[0])
+        ):
             run = torch.func.vmap(one_task, randomness="different") if self.stacked else one_task
             with self._attention():
                 return run(self.buffers, self.task.support.inputs)
@@ -143,15 +147,28 @@ class Problem:
         self, adapted, fixed, examples, support=None, step=0, apart=False, buffers=None
     ) -> tuple[Tensor, Tensor]:
         def one_task(adapted, buffers, examples, support):
-            outputs = self._outputs({**fixed, **adapted}, buffers, examples.inputs, support, step, apart)
-            return self.learner.criterion(outputs, examples.targets), outputs
+            parameters = {**fixed, **adapted}
+            return self._judged(parameters, buffers, examples, support, step, apart)
 
-        arguments = (dict(adapted), self.buffers if buffers is None else buffers, examples, support)
+        buffers = self.buffers if buffers is None else buffers
+        arguments = (dict(adapted), buffers, examples, support)
         axes = (0, 0, 0, None if support is None else 0)
         with self._attention():
             if not self.stacked:
-                return one_task(*arguments)
-            return torch.func.vmap(one_task, axes, randomness="different")(*arguments)
+                loss, outputs, _ = one_task(*arguments)
+            else:
+                # the function has a mapping of its own, into which it writes
+                loss, outputs, assigned = torch.func.vmap(one_task, axes, randomness="different")(*arguments)
+                buffers.update(assigned)
+        return loss, outputs
+
+    def _judged(self, parameters, buffers, examples, support, step, apart) -> tuple[Tensor, Tensor, dict]:
+        """The loss and the outputs of one task, and the buffers that the forward pass has assigned."""
+        given = dict(buffers)
+        with self.replicas.holding(parameters, buffers) as model:
+            outputs = self._outputs(model, examples.inputs, support, step, apart)
+            loss = self.learner.criterion(outputs, examples.targets)
+        return loss, outputs, {name: b for name, b in buffers.items() if b is not given[name]}
 
     def _attention(self):
         """Attention written out, where it is differentiated twice or under vmap; as it is elsewhere."""
@@ -161,16 +178,16 @@ class Problem:
         on_cpu = self.task.support.inputs.device.type == "cpu"
         return open_attention(everywhere=twice or on_cpu)
 
-    def _outputs(self, parameters, buffers, inputs, support, step, apart=False) -> Tensor:
-        """The model's outputs for the inputs of one task, batch norms told what they need to know.
+    def _outputs(self, model, inputs, support, step, apart=False) -> Tensor:
+        """The outputs for the inputs of one task, batch norms told what they need to know.
 
-        apart: one input at a time, each in a batch with the support set.
+        model: the forward pass. apart: one input at a time, each in a batch with the support set.
         """
 
         def run(inputs, first=None):
             told = normalising(first=first, step=step, running=self.evaluating or None)
             with told, Stacked() if self.stacked else nullcontext():
-                return call(self.learner.model, (parameters, buffers), (inputs,))
+                return model(inputs)
 
         if support is None:
             return run(inputs)

@@ -7,12 +7,14 @@ operations, which `torch.compile`'s backend fuses; no autograd graph is recorded
 from __future__ import annotations
 
 import gc
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.fx import GraphModule
 
 from fomaml.engines import _torch
@@ -22,7 +24,6 @@ from fomaml.engines.cpu import fusion, kernels, lifted
 from fomaml.engines.cpu.build import library
 from fomaml.engines.cpu.threads import on_one_thread, one_by_one, side_by_side
 from fomaml.errors import InputError
-from fomaml.learning.adapt import call
 from fomaml.learning.learner import MetaLearner
 from fomaml.tasks import Examples, Task, chunks, count
 
@@ -64,7 +65,7 @@ class Compiled:
                     for name, value in zip(tensors, values)
                 }
                 chunk = Task(Examples(*examples[:2]), Examples(*examples[2:]))
-                gradients, *seen = call(holder, state, (chunk, find))
+                gradients, *seen = holder.at(state, chunk, find)
                 return [*(gradient.detach() for gradient in gradients), *seen]
 
             with torch.enable_grad():
@@ -164,7 +165,7 @@ def _tensors(tasks: Task) -> list[Tensor]:
 
 
 class Holder(nn.Module):
-    """Holds the learner so that `call` can swap its state for the arguments of a trace."""
+    """Holds the learner so that its state can be swapped for the arguments of a trace."""
 
     def __init__(self, learner: MetaLearner):
         super().__init__()
@@ -172,6 +173,20 @@ class Holder(nn.Module):
 
     def forward(self, tasks: Task, find: Find) -> Found:
         return find(tasks)
+
+    def at(self, state: dict[str, Tensor], tasks: Task, find: Find) -> Found:
+        """What is found where these are the learner's parameters and buffers; it has its own again afterwards.
+
+        `functional_call` swaps those of a module that is reachable under two names twice, and puts the wrong ones back.
+        """
+        times = Counter(module for _, module in self.named_modules(remove_duplicate=False))
+        shared = [module for module, number in times.items() if number > 1]
+        own = [(slots, dict(slots)) for module in shared for slots in (module._parameters, module._buffers)]
+        try:
+            return functional_call(self, state, (tasks, find))
+        finally:
+            for slots, values in own:
+                slots.update(values)
 
 
 def _slot(module: nn.Module, name: str) -> tuple[dict[str, Tensor], str]:

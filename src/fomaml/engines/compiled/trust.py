@@ -14,7 +14,6 @@ from torch.random import fork_rng
 
 from fomaml.engines.common import Found, out_of_memory
 from fomaml.engines.compiled.trace import Compiled, Find, Holder
-from fomaml.learning.adapt import call
 from fomaml.learning.learner import MetaLearner
 from fomaml.tasks import Task
 
@@ -103,7 +102,7 @@ def _exactly_found(learner: MetaLearner, find: Find, chunk: Task) -> Found:
     for name, tensor in (*holder.named_parameters(), *holder.named_buffers()):
         exact = tensor.detach().double() if tensor.is_floating_point() else tensor.detach()
         state[name] = exact.requires_grad_(tensor.requires_grad)
-    return call(holder, state, (chunk.to(dtype=torch.float64), find))
+    return holder.at(state, chunk.to(dtype=torch.float64), find)
 
 
 def _apart(found: Found, expected: Found) -> tuple[float, float]:

@@ -1,0 +1,290 @@
+"""Replicas of a module that hold other tensors, those of one task: what runs later still finds them there.
+
+A replica shares everything with its module but the tensors it holds. The module itself is not left changed. What is
+made in a forward pass of a replica, and runs after it, such as the second forward pass of `torch.utils.checkpoint` or
+a hook of the backward pass, computes with the task's tensors whenever it runs.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import types
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from fomaml.errors import InputError
+
+PLAIN = frozenset({bool, int, float, complex, str, bytes, type(None)})
+OF_ALL_MODULES = frozenset(vars(nn.Module())) - {
+    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",
+}  # fmt: skip
+
+
+class Replicas:
+    """Makes replicas of a module as it is now.
+
+    Raises:
+        InputError: a module that no replica can be made of; see `check_module`.
+    """
+
+    def __init__(self, model: nn.Module):
+        check_module(model)
+        self.modules = list(model.modules())
+        self._index = {id(module): number for number, module in enumerate(self.modules)}
+        named = chain(model.named_parameters(), model.named_buffers())
+        self._names = {id(tensor): name for name, tensor in named}
+        self._slots = [
+            tuple(
+                [(key, self._names.get(id(tensor)), tensor) for key, tensor in slot.items()]
+                for slot in (module._parameters, module._buffers)
+            )
+            for module in self.modules
+        ]
+        self._attributes = [self._known(vars(module)) for module in self.modules]
+        self._tried = False
+
+    def make(self, tensors: Mapping[str, Tensor]) -> list[nn.Module]:
+        """Replicas of all modules, the root's first, that hold these tensors in place of the parameters and buffers of
+        their names. Others are the module's own; a tensor that has several names goes by the first.
+        """
+        found = [object.__new__(type(module)) for module in self.modules]
+        for replica, module, slots, attributes in zip(found, self.modules, self._slots, self._attributes):
+            own = replica.__dict__
+            own.update(module.__dict__)
+            own["_original"] = module
+            own["_parameters"], own["_buffers"] = (
+                {key: tensor if name is None else tensors.get(name, tensor) for key, name, tensor in slot}
+                for slot in slots
+            )
+            children = module._modules
+            if children:
+                own["_modules"] = {
+                    key: None if child is None else found[self._index[id(child)]]
+                    for key, child in children.items()
+                }
+            own.pop(
+                "_compiled_call_impl", None
+            )  # of `Module.compile`, which has the module's tensors built in
+            for key, value in attributes:
+                own[key] = self._moved(value, found, tensors)
+        return found
+
+    @contextmanager
+    def holding(
+        self, tensors: Mapping[str, Tensor], buffers: MutableMapping[str, Tensor], keep: bool = False
+    ) -> Iterator[Callable]:
+        """The forward pass with these tensors and buffers; within the block the module itself has them too, and all
+        that the forward pass has set, for a criterion that looks at the module.
+
+        A buffer that the forward pass assigns takes its place in `buffers`. keep: what else it has set on the module,
+        such as a term of the loss, stays there.
+        """
+        replicas = self.make({**tensors, **buffers})
+        before = [module.__dict__ for module in self.modules]
+        try:
+            for module, replica in zip(self.modules, replicas):
+                object.__setattr__(module, "__dict__", replica.__dict__)
+            yield functools.partial(self._run, replicas, buffers)
+        finally:
+            for module, own, attributes in zip(self.modules, before, self._attributes):
+                after = module.__dict__
+                object.__setattr__(module, "__dict__", own)
+                if keep:
+                    moved = OF_ALL_MODULES.union(["_original"], (key for key, _ in attributes))
+                    own.update((key, value) for key, value in after.items() if key not in moved)
+
+    def duplicate(self) -> nn.Module:
+        """An independent copy of the module, which keeps neither what a tensor of it was computed from, as
+        `torch.nn.utils.weight_norm` does, nor functions that know the module itself.
+        """
+        memo: dict[int, Any] = {}
+        for module in self.modules:
+            for value in vars(module).values():
+                if isinstance(value, Tensor) and value.grad_fn is not None:
+                    memo[id(value)] = value.detach().clone()
+        copied = copy.deepcopy(self.modules[0], memo)
+        modules = list(copied.modules())
+        tensors = dict(chain(copied.named_parameters(), copied.named_buffers()))
+        for module in modules:
+            own = vars(module)
+            for key, value in self._known(own):
+                own[key] = self._moved(value, modules, tensors)
+        return copied
+
+    def _run(self, replicas, buffers, *args, **kwargs):
+        if self._tried:
+            found = replicas[0](*args, **kwargs)
+        else:  # once: it takes as long as the forward pass of a small module
+            with _refusing(self._index):
+                found = replicas[0](*args, **kwargs)
+            self._tried = True
+        for replica, (_, slots) in zip(replicas, self._slots):
+            for key, name, _ in slots:
+                if name is not None and replica._buffers.get(key) is not buffers.get(name) is not None:
+                    buffers[name] = replica._buffers[key].detach()
+        return found
+
+    # --- what refers to a module or a tensor of the tree ------------------------------------------
+
+    def _known(self, attributes: Mapping[str, Any]) -> list[tuple[str, Any]]:
+        """The attributes of a module that refer to the tree."""
+        return [
+            (key, value)
+            for key, value in attributes.items()
+            if key not in OF_ALL_MODULES and type(value) not in PLAIN and self._refers(value, set())
+        ]
+
+    def _refers(self, value: Any, seen: set[int]) -> bool:
+        """Whether a module or tensor of the tree is in it, or a function that knows one."""
+        if isinstance(value, Tensor):
+            return id(value) in self._names
+        if isinstance(value, nn.Module):
+            return id(value) in self._index
+        if id(value) in seen:
+            return False
+        seen.add(id(value))
+        parts = _parts(value)
+        if len(parts) > 100 and set(map(type, parts)) <= PLAIN:
+            return False
+        return any(type(part) not in PLAIN and self._refers(part, seen) for part in parts)
+
+    def _moved(self, value: Any, found: list[nn.Module], tensors: Mapping[str, Tensor]) -> Any:
+        """The same with the modules and tensors of the replica in it."""
+        if isinstance(value, Tensor):
+            return tensors.get(self._names.get(id(value), ""), value)
+        if isinstance(value, nn.Module):
+            number = self._index.get(id(value))
+            return value if number is None else found[number]
+        if not self._refers(value, set()):
+            return value
+
+        def move(part):
+            return self._moved(part, found, tensors)
+
+        if isinstance(value, types.MethodType):
+            return types.MethodType(value.__func__, move(value.__self__))
+        if isinstance(value, functools.partial):
+            keywords = {key: move(part) for key, part in value.keywords.items()}
+            return functools.partial(move(value.func), *map(move, value.args), **keywords)
+        if isinstance(value, types.FunctionType):
+            return _function(value, move)
+        if isinstance(value, dict):
+            moved = copy.copy(value)
+            moved.clear()
+            moved.update({move(key): move(part) for key, part in value.items()})
+            return moved
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return type(value)(*map(move, value))
+        return type(value)(map(move, value))
+
+
+def original(module: nn.Module) -> nn.Module:
+    """The module that this is a replica of, or itself."""
+    return vars(module).get("_original", module)
+
+
+def _parts(value: Any) -> list:
+    """What a container, a function or a bound method holds."""
+    if isinstance(value, types.MethodType):
+        return [value.__self__]
+    if isinstance(value, functools.partial):
+        return [value.func, *value.args, *value.keywords.values()]
+    if isinstance(value, types.FunctionType):
+        cells = [cell.cell_contents for cell in value.__closure__ or () if _filled(cell)]
+        return [*cells, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+    if isinstance(value, dict):
+        return [*value, *value.values()]
+    return list(value) if isinstance(value, list | tuple | set | deque) else []
+
+
+def _filled(cell: types.CellType) -> bool:
+    try:
+        return bool(cell.cell_contents) or True
+    except ValueError:  # a variable that was not assigned yet
+        return False
+
+
+def _function(function: types.FunctionType, move: Callable) -> types.FunctionType:
+    """A function whose variables from outside and defaults are moved."""
+    cells = [types.CellType(move(c.cell_contents)) if _filled(c) else c for c in function.__closure__ or ()]
+    defaults = function.__defaults__ and tuple(map(move, function.__defaults__))
+    found = types.FunctionType(
+        function.__code__, function.__globals__, function.__name__, defaults, tuple(cells) or None
+    )
+    found.__kwdefaults__ = function.__kwdefaults__ and {
+        key: move(part) for key, part in function.__kwdefaults__.items()
+    }
+    found.__dict__.update(function.__dict__)
+    return found
+
+
+@contextmanager
+def _refusing(index: Mapping[int, int]) -> Iterator[None]:
+    """Within it a forward pass that calls a module of the tree itself, and not its replica, is an `InputError`."""
+
+    def refuse(module, args):
+        if id(module) in index:
+            raise InputError(
+                f"the module calls its {type(module).__name__} by a reference that no copy of it follows, such as a "
+                "global variable or an object of your own: call it as an attribute of self"
+            )
+
+    handle = register_module_forward_pre_hook(refuse)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+# --- what no replica can be made of ---------------------------------------------------------------
+
+
+def check_module(model: nn.Module) -> None:
+    """Raise `InputError` for a module whose tensors cannot be replaced: a wrapper that keeps others of its own, such as
+    `nn.parallel.DistributedDataParallel`, a compiled or a scripted module, a lazy one that has no shape yet, and one
+    with a hook on the gradient of a parameter, which the gradients of replicas do not pass.
+    """
+    for name, module in model.named_modules():
+        cure = _wrapper(module)
+        if cure:
+            what = (
+                f"the module {name!r} is a {type(module).__name__}" if name else f"a {type(module).__name__}"
+            )
+            raise InputError(f"{what}, which keeps its parameters from being replaced: {cure}")
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise InputError(
+                f"the lazy parameter {name!r} has no shape yet: run the module once on a batch before"
+            )
+        if type(parameter).__module__.startswith("torch.distributed"):
+            raise InputError(
+                f"the parameter {name!r} is spread over processes: give the module as it was before"
+            )
+        if parameter.requires_grad and getattr(parameter, "_backward_hooks", None):
+            raise InputError(
+                f"a hook on the gradient of the parameter {name!r}: gradients here are of a task's own copy of it, "
+                "where the hook does not run; mask the parameter in forward instead (torch.nn.utils.parametrize)"
+            )
+
+
+def _wrapper(module: nn.Module) -> str:
+    """What to give in place of a module that keeps its parameters to itself; "" for any other."""
+    origin = type(module).__module__
+    if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        return "give the module that it wraps, its .module"
+    if origin.startswith("torch.distributed"):
+        return "give the module that it wraps"
+    if origin.startswith("torch._dynamo"):
+        return "give the module that was compiled, its ._orig_mod, and compile=True where you train it"
+    scripted = isinstance(module, torch.jit.ScriptModule)
+    if scripted and any(True for _ in chain(module.parameters(), module.buffers())):
+        return "give the module that it was made of"
+    return ""
