@@ -17,7 +17,7 @@ class Clipped:
     """The inner step's direction out of the gradient, which may be differentiated; no state outlives a task."""
 
     limit: float = 1.0
-    second_order, carried = True, False
+    second_order, carried, elementwise = True, False, True
 
     def direction(self, gradient, parameter, state, step):
         return gradient.clamp(-self.limit, self.limit)

@@ -68,7 +68,8 @@ def test_records_hold_the_losses_and_the_scores_of_before_and_after():
     assert [r.before is not None for r in records] == [False, False, True, False, True]
     assert [r.after is not None for r in records] == [False, False, True, False, True]
     assert torch.equal(records[0].meta_loss, result.query_losses.mean())
-    [first] = run(learner(), optimizer, iterations=1)
+    other = learner()
+    [first] = run(other, torch.optim.SGD(other.parameters(), lr=0.1), iterations=1)
     assert first.before.item() == pytest.approx(expected.item())
     right = result.query_outputs.argmax(-1) == tasks.query.targets
     assert first.after.item() == pytest.approx(right.double().mean().item())

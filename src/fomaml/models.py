@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -246,11 +247,33 @@ class WithContext(nn.Module):
 
 
 NATIVE_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+NATIVE_NORMS = (*NATIVE_BATCH_NORMS, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
 
 def native_batch_norms(model: nn.Module) -> list[str]:
     """The names of the model's `nn.BatchNorm1d/2d/3d` layers."""
     return [n for n, m in model.named_modules() if isinstance(m, NATIVE_BATCH_NORMS)]
+
+
+def warn_of_unmoved(model: nn.Module) -> None:
+    """Warn of a layer in evaluation mode that normalises by running statistics as they were made: meta-training never
+    moves those of torch's own layers. The warning names the line of whoever called the caller.
+    """
+    names = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, NATIVE_NORMS)
+        and not module.training
+        and module.running_mean is not None
+        and module.running_var is not None
+        and not module.running_mean.any()
+        and bool((module.running_var == 1).all())
+    ]
+    if names:
+        text = f"the layer {names[0]!r} is in evaluation mode and normalises by statistics that were never moved: "
+        warnings.warn(
+            text + "fomaml.convert_batch_norm(model), or model.train()", RuntimeWarning, stacklevel=3
+        )
 
 
 def refuse_native(model: nn.Module) -> None:

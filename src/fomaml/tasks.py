@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from operator import itemgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from fomaml.errors import InputError
 
 
 class Examples(NamedTuple):
@@ -37,6 +40,91 @@ class Task(NamedTuple):
     def map(self, function: Callable[[Tensor], Tensor]) -> Task:
         """Apply `function` to each of the four tensors."""
         return Task(*(Examples(*(function(tensor) for tensor in part)) for part in self))
+
+
+def as_batch(tasks: Any, model: nn.Module) -> Task:
+    """A batch of tasks, of plain pairs ((inputs, targets), (inputs, targets)) too, of numpy arrays, or of a list of
+    single tasks of equal shapes. What it holds has been looked at.
+
+    model: floating numpy arrays take its dtype and device.
+
+    Raises:
+        InputError: something else, a single task, or no tasks, no examples or unequal numbers of them.
+    """
+    if isinstance(tasks, list | tuple) and tasks and all(isinstance(task, Task) for task in tasks):
+        tasks = stack(list(tasks))
+    support, query = _pair(tasks, "a batch of tasks is a pair of support and query sets")
+    found = Task(as_examples(support, model, batch=True), as_examples(query, model, batch=True))
+    if found.support.targets.shape[0] != found.query.targets.shape[0]:
+        numbers = [part.targets.shape[0] for part in found]
+        raise InputError(f"{numbers[0]} support sets and {numbers[1]} query sets: a task has one of each")
+    return found
+
+
+def as_examples(examples: Any, model: nn.Module, batch: bool = False) -> Examples:
+    """Labelled examples, of a plain pair and of numpy arrays too; with `batch` those of a batch of tasks.
+
+    Raises: as `as_batch`.
+    """
+    inputs, targets = _pair(examples, "examples are a pair of inputs and targets")
+    inputs, targets = _as_tensor(inputs, model), _as_tensor(targets, model)
+    if targets.dtype in (torch.int8, torch.int16, torch.int32):
+        targets = targets.long()  # what torch's losses take for labels
+    axes = 1 + int(batch)
+    if min(inputs.dim(), targets.dim()) < axes:
+        wanted = "(tasks, examples, ...)" if batch else "(examples, ...)"
+        cure = "; of one task, task.map(lambda tensor: tensor[None])" if batch else ""
+        raise InputError(
+            f"inputs and targets have shape {wanted}, got {tuple(inputs.shape)} and {tuple(targets.shape)}{cure}"
+        )
+    if inputs.shape[:axes] != targets.shape[:axes]:
+        what = "tasks and examples" if batch else "examples"
+        raise InputError(
+            f"inputs {tuple(inputs.shape)} and targets {tuple(targets.shape)} differ in their numbers of {what}"
+        )
+    if 0 in targets.shape[:axes]:
+        what = "no tasks" if batch and not targets.shape[0] else "no examples"
+        raise InputError(f"there are {what}: inputs of shape {tuple(inputs.shape)}")
+    return Examples(inputs, targets)
+
+
+def _pair(given: Any, what: str) -> tuple[Any, Any]:
+    if not isinstance(given, tuple | list) or len(given) != 2:
+        number = f" of {len(given)}" if isinstance(given, tuple | list) else ""
+        raise InputError(f"{what}, got a {type(given).__name__}{number}; see fomaml.Task and fomaml.Examples")
+    return given[0], given[1]
+
+
+def _as_tensor(values: Any, model: nn.Module) -> Tensor:
+    if isinstance(values, np.ndarray | np.generic):
+        own = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+        tensor = torch.from_numpy(np.ascontiguousarray(values))
+        return tensor.to(own.device, own.dtype if tensor.is_floating_point() else None)
+    if not isinstance(values, Tensor):
+        raise InputError(f"inputs and targets are tensors or numpy arrays, got a {type(values).__name__}")
+    return values.clone() if values.is_inference() else values  # which autograd does not take
+
+
+def stack(tasks: list[Task]) -> Task:
+    """A batch of single tasks of equal shapes.
+
+    Raises:
+        InputError: unequal shapes.
+    """
+    parts = [[tensor for part in task for tensor in part] for task in tasks]
+    for tensors in zip(*parts):
+        shapes = {tuple(tensor.shape) for tensor in tensors}
+        if len(shapes) > 1:
+            raise InputError(
+                f"the tasks of a batch have one shape each, got {' and '.join(map(str, sorted(shapes)))}"
+            )
+    a, b, c, d = (torch.stack(tensors) for tensors in zip(*parts))
+    return Task(Examples(a, b), Examples(c, d))
+
+
+def ways_each(targets: Tensor) -> list[int]:
+    """By task, the number of classes: the largest of its labels and one. targets: (tasks, examples, ...) labels."""
+    return (targets.flatten(1).amax(1) + 1).clamp(min=1).tolist()
 
 
 def count(tasks: Task) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +19,8 @@ from fomaml.errors import InputError, positive
 from fomaml.learning.algorithms import FOMAML
 from fomaml.learning.learner import MetaLearner
 from fomaml.metrics import metric_for
+from fomaml.models import warn_of_unmoved
+from fomaml.streams import TaskStream, as_sequence
 from fomaml.tasks import Task
 
 
@@ -55,7 +59,8 @@ def train(
     Iteration i uses the episodes i · meta_batch_size and following, so a run continues exactly from
     `start`, the learner's parameters and the optimiser's state.
 
-    episodes: what has `batch(start, tasks) -> Task`, see `TaskSequence`.
+    episodes: what has `batch(start, tasks) -> Task`, see `TaskSequence`; or an iterable of single tasks, or a
+        `DataLoader` of them, in one process and from the start alone.
     optimizer: over the learner's parameters; its step sizes at this call are the meta_lr.
     schedule: iteration (from 0) → factor of the meta_lr.
     measure_every: on every so-many-th iteration, and the last, the record has `before` and `after`.
@@ -65,12 +70,20 @@ def train(
         its continuation begin with.
 
     Raises:
-        InputError: counts that are not positive, outputs narrower than the number of ways, a
-            meta-loss that is no longer finite, or a plan and what would make one, or one for another learner.
+        InputError: at the call, counts that are not positive, a start beyond the iterations, outputs narrower than the
+            number of ways, an optimiser of other parameters, or a plan and what would make one, or one for another
+            learner; later, a meta-loss that is no longer finite.
+
+    Warns: an optimiser that does not hold all meta-parameters; batch norms that normalise by statistics which nothing
+    has ever moved.
     """
-    positive("iterations", iterations, integer=True)
-    positive("meta_batch_size", meta_batch_size, integer=True)
-    positive("measure_every", measure_every, integer=True)
+    iterations = positive("iterations", iterations, integer=True)
+    meta_batch_size = positive("meta_batch_size", meta_batch_size, integer=True)
+    measure_every = positive("measure_every", measure_every, integer=True)
+    if clip is not None:
+        positive("clip", clip)
+    if start and positive("start", start, integer=True) > iterations:
+        raise InputError(f"start is iteration {start} of {iterations}: it must not lie beyond them")
     asked: dict[str, Any] = {
         "engine": engine,
         "tasks_at_once": tasks_at_once,
@@ -79,32 +92,117 @@ def train(
     }
     if plan is not None:
         check_plan(plan, learner, asked)
+    check_optimizer(optimizer, learner)
+    warn_of_unmoved(learner.model)
+    episodes = as_sequence(episodes, learner.model, start)
     check_width(learner, episodes)
-    for iteration in range(start, iterations):
-        learner.iteration = iteration
-        tasks = episodes.batch(iteration * meta_batch_size, meta_batch_size)
-        measured = (iteration + 1) % measure_every == 0 or iteration + 1 == iterations
-        plan = plan or make_plan(learner, tasks, **asked)
-        before = score_before(plan, tasks) if measured else None
-        result = plan(tasks)
-        if schedule is not None:
-            factor = schedule(iteration)
-            for group in optimizer.param_groups:
-                # "initial_lr" as torch's schedulers keep it: saved with the optimiser, so a run resumes with it
-                group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
-        result.apply_to(learner)
-        if clip is not None:
-            torch.nn.utils.clip_grad_norm_(learner.meta_parameters().values(), clip)
-        learner.carry_moments(tasks)
-        optimizer.step()
-        optimizer.zero_grad()
-        learner.update_statistics(tasks)
-        meta_loss = result.query_losses.mean()
-        after = None
-        if measured:
-            after = scores(result.query_outputs, tasks.query.targets, result.query_losses).mean()
-            check_finite(meta_loss.item(), iteration + 1)
-        yield Record(iteration + 1, meta_loss, before, after)
+
+    def steps() -> Iterator[Record]:
+        own, checked = plan, start
+        for iteration in range(start, iterations):
+            learner.iteration = iteration
+            tasks = episodes.batch(iteration * meta_batch_size, meta_batch_size)
+            measured = (iteration + 1) % measure_every == 0 or iteration + 1 == iterations
+            own = own or make_plan(learner, tasks, **asked)
+            before = score_before(own, tasks) if measured else None
+            result = own(tasks)
+            if schedule is not None:
+                set_rates(optimizer, schedule(iteration), iteration)
+            result.apply_to(learner)
+            if clip is not None:
+                torch.nn.utils.clip_grad_norm_(learner.meta_parameters().values(), clip)
+            learner.carry_moments(tasks)
+            optimizer.step()
+            optimizer.zero_grad()
+            learner.update_statistics(tasks)
+            meta_loss = result.query_losses.mean()
+            after = None
+            if measured:
+                after = scores(result.query_outputs, tasks.query.targets, result.query_losses).mean()
+                if not math.isfinite(meta_loss.item()):
+                    indices = range(
+                        checked * meta_batch_size, (iteration + 1) * meta_batch_size, meta_batch_size
+                    )
+                    check_data(episodes, indices, meta_batch_size)
+                check_finite(meta_loss.item(), iteration + 1)
+                checked = iteration + 1
+            yield Record(iteration + 1, meta_loss, before, after)
+
+    return _Training(steps())
+
+
+class _Training(Iterator[Record]):
+    """The records of a training, which runs while they are taken; that none was taken is a warning."""
+
+    def __init__(self, records: Iterator[Record]):
+        self._records = records
+        self._begun = False
+
+    def __next__(self) -> Record:
+        self._begun = True
+        return next(self._records)
+
+    def __del__(self):
+        if not getattr(self, "_begun", True):
+            text = "train(...) was never iterated, and so trained nothing: for record in train(...)"
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
+
+
+def set_rates(optimizer: torch.optim.Optimizer, factor: float, iteration: int) -> None:
+    """Set the step sizes to so much of those that the optimiser began with.
+
+    Raises:
+        InputError: a factor below 0, as of a schedule over fewer iterations, or one that is not finite.
+    """
+    if not 0 <= factor < math.inf:
+        raise InputError(
+            f"the schedule gives {factor} at iteration {iteration}, expected a number of 0 or more"
+        )
+    for group in optimizer.param_groups:
+        # "initial_lr" as torch's schedulers keep it: saved with the optimiser, so a run resumes with it
+        first = group.setdefault("initial_lr", float(group["lr"]))
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(first * factor)
+        else:
+            group["lr"] = first * factor
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, learner: MetaLearner) -> None:
+    """Warn where an optimiser does not hold all meta-parameters.
+
+    Raises:
+        InputError: it holds none of them, or its step needs a closure.
+    """
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    missing = [name for name, parameter in learner.meta_parameters().items() if id(parameter) not in held]
+    number = len(learner.meta_parameters())
+    if len(missing) == number:
+        raise InputError(
+            f"the optimiser holds none of the {number} meta-parameters, and so would train nothing: make it over "
+            "learner.parameters()"
+        )
+    if missing:
+        text = f"the optimiser does not hold {len(missing)} of the {number} meta-parameters, which stay as they are: "
+        names = ", ".join(missing[:3]) + (" …" if len(missing) > 3 else "")
+        warnings.warn(text + names, RuntimeWarning, stacklevel=3)
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise InputError(
+            f"{type(optimizer).__name__} asks for a closure, which train has not: use one that does not"
+        )
+
+
+def check_data(episodes: TaskSequence, indices: Iterable[int], tasks: int) -> None:
+    """Raise `InputError` where tasks hold numbers that are not finite.
+
+    indices: of the first of so many tasks each.
+    """
+    for index in indices if not isinstance(episodes, TaskStream) else list(indices)[-1:]:
+        for name, part in zip(("support", "query"), episodes.batch(index, tasks)):
+            for kind, tensor in zip(("inputs", "targets"), part):
+                if not tensor.isfinite().all():
+                    which = f"the {name} {kind} of the tasks {index} to {index + tasks - 1}"
+                    raise InputError(f"{which} hold numbers that are not finite")
 
 
 def cosine(iterations: float) -> Callable[[float], float]:

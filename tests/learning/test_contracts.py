@@ -29,7 +29,7 @@ def query_loss(problem):
 class Halved:
     """Half the gradient: plain SGD at half the step size."""
 
-    second_order, carried = True, False
+    second_order, carried, elementwise = True, False, True
 
     def direction(self, gradient, parameter, state, step):
         return gradient / 2

@@ -130,19 +130,20 @@ class Session:
         self._announce()
         self._resume()
         (self.out / rundir.METRICS).touch()
-        steps = train(
-            self.learner,
-            self.data.train,
-            self.optimizer,
-            iterations=limit,
-            meta_batch_size=settings.meta_batch_size,
-            start=self.done,
-            schedule=build_schedule(settings, lambda: self.clock.training),
-            measure_every=measure_every or max(1, settings.iterations // 100),
-            clip=settings.clip,
-            plan=self.plan,
-        )
+        steps: Iterator[Record] | None = None
         while not self._is_over():
+            steps = steps or train(
+                self.learner,
+                self.data.train,
+                self.optimizer,
+                iterations=limit,
+                meta_batch_size=settings.meta_batch_size,
+                start=self.done,
+                schedule=build_schedule(settings, lambda: self.clock.training),
+                measure_every=measure_every or max(1, settings.iterations // 100),
+                clip=settings.clip,
+                plan=self.plan,
+            )
             with self.clock.counting("training"):
                 record = next(steps, None)
                 if record is not None:

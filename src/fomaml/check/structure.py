@@ -11,9 +11,7 @@ from torch.func import functional_call
 from fomaml.check.findings import Finding, listed, of_kinds
 from fomaml.check.trial import Trial, differ, drops, is_regression, learned, plain_tensors, snapshot
 from fomaml.engines import _torch
-from fomaml.models import NATIVE_BATCH_NORMS, BatchNorm
-
-NATIVE_NORMS = (*NATIVE_BATCH_NORMS, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+from fomaml.models import NATIVE_BATCH_NORMS, NATIVE_NORMS, BatchNorm
 
 
 def width_for_ways(outputs: Tensor, ways: int) -> Finding:

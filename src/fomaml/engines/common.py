@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from itertools import islice
+from operator import itemgetter
 from typing import NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fomaml.choices import Statistics
@@ -14,7 +17,7 @@ from fomaml.engines import _torch
 from fomaml.errors import InputError
 from fomaml.learning.learner import MetaLearner
 from fomaml.learning.problem import Problem
-from fomaml.tasks import Task
+from fomaml.tasks import Task, count, ways_each
 
 
 class Engine(Protocol):
@@ -33,7 +36,8 @@ class MetaGradient(NamedTuple):
     """gradients: by meta-parameter name, the mean over tasks; zeros where nothing depends on it.
 
     query_losses: (tasks,) at φ_K. support_losses: (tasks, steps), each at the start of its step.
-    query_outputs: (tasks, query examples, ...) at φ_K. engine: the engine that computed it.
+    query_outputs: (tasks, query examples, ...) at φ_K; -inf for classes that a task does not have, where a start makes
+    heads of several numbers of ways. engine: the engine that computed it.
     """
 
     gradients: dict[str, Tensor]
@@ -87,7 +91,71 @@ def accumulate(names: Sequence[str], found: Iterable[Found], engine: str) -> Met
         gradients = _torch.add(gradients, chunk.gradients)
         rest.append(chunk[1:])
     losses, support_losses, outputs = map(torch.cat, zip(seen, *rest)) if rest else seen
-    return MetaGradient(dict(zip(names, gradients)), losses, support_losses, outputs, engine)
+    return MetaGradient(dict(zip(names, _apart(gradients))), losses, support_losses, outputs, engine)
+
+
+def _apart(gradients: Iterable[Tensor]) -> list[Tensor]:
+    """Each in memory of its own: autograd may hand two parameters one tensor, and whoever scales both would scale it
+    twice.
+    """
+    known: set[int] = set()
+    found = []
+    for gradient in gradients:
+        if gradient.layout == torch.strided:
+            storage = gradient.untyped_storage().data_ptr()
+            if storage in known or 0 in gradient.stride():
+                gradient = gradient.clone(memory_format=torch.contiguous_format)
+            known.add(storage)
+        found.append(gradient)
+    return found
+
+
+def by_ways(learner: MetaLearner, tasks: Task) -> list[tuple[list[int], Task, int | None]]:
+    """(which tasks, these, their number of ways), so that a start makes each task the head that it would have alone.
+
+    One group with None where no start asks for the number of ways, or it is not known by labels.
+    """
+    rows = list(range(count(tasks)))
+    targets = tasks.support.targets
+    if learner.start is None or targets.is_floating_point():
+        return [(rows, tasks, None)]
+    each = ways_each(targets)
+    ways = sorted(set(each))
+    if len(ways) == 1:
+        return [(rows, tasks, ways[0])]
+    groups = [[row for row in rows if each[row] == number] for number in ways]
+    return [(own, tasks.map(itemgetter(own)), number) for own, number in zip(groups, ways)]
+
+
+def in_order(groups: Sequence[Sequence[int]], tensors: Sequence[Tensor]) -> Tensor:
+    """What was computed of groups of tasks, (tasks, ...) each, in the order of all tasks.
+
+    Narrower outputs are filled up with -inf.
+    """
+    if len(tensors) == 1:
+        return tensors[0]
+    if tensors[0].dim() > 2:
+        widest = max(tensor.shape[2] for tensor in tensors)
+        after = [0, 0] * (tensors[0].dim() - 3)
+        tensors = [F.pad(t, [*after, 0, widest - t.shape[2]], value=-math.inf) for t in tensors]
+    rows = torch.tensor([row for group in groups for row in group], device=tensors[0].device)
+    return torch.cat(list(tensors))[rows.argsort()]
+
+
+def joined(groups: Sequence[Sequence[int]], parts: Sequence[MetaGradient]) -> MetaGradient:
+    """The meta-gradient of all tasks out of those of groups of them."""
+    if len(parts) == 1:
+        return parts[0]
+    gradients = list(parts[0].gradients.values())
+    for part in parts[1:]:
+        gradients = list(_torch.add(gradients, list(part.gradients.values())))
+    return MetaGradient(
+        dict(zip(parts[0].gradients, gradients)),
+        in_order(groups, [part.query_losses for part in parts]),
+        in_order(groups, [part.support_losses for part in parts]),
+        in_order(groups, [part.query_outputs for part in parts]),
+        parts[0].engine,
+    )
 
 
 def out_of_memory(error: Exception) -> bool:

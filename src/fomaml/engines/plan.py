@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -22,14 +22,17 @@ from fomaml.engines.common import (
     Found,
     MetaGradient,
     accumulate,
+    by_ways,
     curves,
     differentiate,
+    in_order,
+    joined,
     out_of_memory,
 )
-from fomaml.engines.probes import explain, flops, is_convolutional, takers
+from fomaml.engines.probes import explain, flops, is_convolutional, takers, try_once
 from fomaml.errors import positive
 from fomaml.learning.learner import MetaLearner
-from fomaml.tasks import Task, chunks, count
+from fomaml.tasks import Task, as_batch, chunks, count
 
 ENGINES: dict[str, Engine] = {
     "loop": loop.problem,
@@ -92,6 +95,7 @@ def _choice(
     learner: MetaLearner, tasks: Task, engine: str, tasks_at_once: int | None, compile: bool
 ) -> Choice:
     check_choice("engine", engine, ("auto", *ENGINES))
+    try_once(learner, tasks)
     engine, why = choose(learner, tasks, compile) if engine == "auto" else (engine, "as asked")
     on_cpu = tasks.support.inputs.device.type == "cpu"
     stacks = compile and engine == "batched" and on_cpu and is_convolutional(learner)
@@ -168,7 +172,8 @@ class Plan:
 
     def __call__(self, tasks: Task) -> MetaGradient:
         """The gradient of the meta-loss, averaged over a batch of tasks; see `meta_gradient`."""
-        return self._compute(tasks)
+        with _ordinary():
+            return self._compute(tasks)
 
     def curve(self, tasks: Task, points: Sequence[tuple[int, Statistics]]) -> list[tuple[Tensor, Tensor]]:
         """Query losses (tasks,) and outputs (tasks, examples, ...) at each pair of a number of inner steps and
@@ -176,45 +181,62 @@ class Plan:
 
         Never compiled, and in the model's own precision. statistics: see `Problem.query`.
         """
-        return self._curve(tasks, points)
+        with _ordinary():
+            return self._curve(tasks, points)
 
     def _curve(self, tasks: Task, points: Sequence[tuple[int, Statistics]]) -> list[tuple[Tensor, Tensor]]:
-        problem = ENGINES[self.engine]
-        while True:
-            size = min(self.tasks_at_once, count(tasks))
-            try:
-                return curves(
-                    (problem(self.learner, chunk, evaluating=True) for chunk in chunks(tasks, size)), points
-                )
-            except Exception as error:  # whatever a module raises
-                self._halve(size, error, tasks)
+        tasks = as_batch(tasks, self.learner.model)
+        problem = partial(ENGINES[self.engine], self.learner, evaluating=True)
+        groups: list[list[int]] = []
+        parts: list[list[tuple[Tensor, Tensor]]] = []
+        for rows, group, ways in by_ways(self.learner, tasks):
+            groups.append(rows)
+            while len(parts) < len(groups):
+                size = min(self.tasks_at_once, count(group))
+                try:
+                    problems = (problem(chunk, ways=ways) for chunk in chunks(group, size))
+                    parts.append(curves(problems, points))
+                except Exception as error:  # whatever a module raises
+                    self._halve(size, error, group)
+        return [
+            (in_order(groups, losses), in_order(groups, outputs))
+            for losses, outputs in (zip(*of_groups) for of_groups in zip(*parts))
+        ]
 
     def _compute(self, tasks: Task) -> MetaGradient:
         """As `__call__`; a frame between what the user calls and what warns, so that warnings name the user's line."""
-        learner, number, ways = self.learner, count(tasks), None
-        if learner.start is not None and not tasks.support.targets.is_floating_point():
-            ways = int(tasks.support.targets.max()) + 1
-        find = partial(self._find, number, ways, self.engine)
-        while True:
-            size = most = min(self.tasks_at_once, number)
-            try:
-                function = None
-                if self.compile:
-                    from fomaml.engines.compiled import cache
+        learner, tasks = self.learner, as_batch(tasks, self.learner.model)
+        groups: list[list[int]] = []
+        parts: list[MetaGradient] = []
+        for rows, group, ways in by_ways(learner, tasks):
+            groups.append(rows)
+            number = len(rows)
+            find = partial(self._find, count(tasks), ways, self.engine)
+            while len(parts) < len(groups):
+                size = most = min(self.tasks_at_once, number)
+                try:
+                    function = None
+                    if self.compile:
+                        from fomaml.engines.compiled import cache
 
-                    size = next(n for n in range(most, 0, -1) if number % n == 0)  # one shape, compiled once
-                    alone = partial(self._find, number, ways, "loop") if self.choice.stacks else None
-                    side_by_side = size < number and size * torch.get_num_threads() <= number
-                    facts = (self.engine, ways, self.autocast, number)
-                    rest = chunks(tasks, size)
-                    function = cache.function(learner, next(rest), find, facts, alone, side_by_side, rest)
-                if function is None:
-                    names, found = list(learner.meta_parameters()), map(find, chunks(tasks, size))
-                else:
-                    names, found = function.names, function.map(chunks(tasks, size))
-                return accumulate(names, found, self.engine)
-            except Exception as error:  # whatever a module raises
-                self._halve(most, error, tasks)
+                        size = next(
+                            n for n in range(most, 0, -1) if number % n == 0
+                        )  # one shape, compiled once
+                        alone = (
+                            partial(self._find, count(tasks), ways, "loop") if self.choice.stacks else None
+                        )
+                        side_by_side = size < number and size * torch.get_num_threads() <= number
+                        facts = (self.engine, ways, self.autocast, count(tasks))
+                        rest = chunks(group, size)
+                        function = cache.function(learner, next(rest), find, facts, alone, side_by_side, rest)
+                    if function is None:
+                        names, found = list(learner.meta_parameters()), map(find, chunks(group, size))
+                    else:
+                        names, found = function.names, function.map(chunks(group, size))
+                    parts.append(accumulate(names, found, self.engine))
+                except Exception as error:  # whatever a module raises
+                    self._halve(most, error, group)
+        return joined(groups, parts)
 
     def _find(self, number: int, ways: int | None, engine: str, chunk: Task) -> Found:
         """What a chunk contributes to the meta-gradient of so many tasks, by an engine."""
@@ -257,7 +279,16 @@ def plan(
     Raises:
         InputError: an unknown engine, or tasks_at_once that is no positive whole number.
     """
-    return Plan(learner, _choice(learner, tasks, engine, tasks_at_once, compile), compile, autocast)
+    with _ordinary():
+        tasks = as_batch(tasks, learner.model)
+        return Plan(learner, _choice(learner, tasks, engine, tasks_at_once, compile), compile, autocast)
+
+
+@contextmanager
+def _ordinary() -> Iterator[None]:
+    """The modes in which a gradient can be taken, whatever the caller's are."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
 
 
 # --- the short forms ------------------------------------------------------------------------------
@@ -280,10 +311,14 @@ def meta_gradient(
         InputError: an unknown engine, one that does not take this learner, or outputs narrower than
             the number of classes.
     """
-    known, key = _known(learner, tasks, engine, tasks_at_once, compile, autocast)
-    choice = known.get(key)
-    own = Plan(learner, choice or _choice(learner, tasks, engine, tasks_at_once, compile), compile, autocast)
-    result = own._compute(tasks)
+    with _ordinary():
+        tasks = as_batch(tasks, learner.model)
+        known, key = _known(learner, tasks, engine, tasks_at_once, compile, autocast)
+        choice = known.get(key)
+        own = Plan(
+            learner, choice or _choice(learner, tasks, engine, tasks_at_once, compile), compile, autocast
+        )
+        result = own._compute(tasks)
     if own.choice is not choice:
         known[key] = own.choice  # only now: what fails may be the fault of these very tasks
     return result
@@ -313,9 +348,11 @@ def curve_at(
     tasks_at_once: int | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
     """`curve` at pairs of steps and statistics, ascending: tasks are adapted once for all of them."""
-    known, key = _known(learner, tasks, engine, tasks_at_once)
-    own = Plan(learner, known.get(key) or _choice(learner, tasks, engine, tasks_at_once, compile=False))
-    result = own._curve(tasks, points)
+    with _ordinary():
+        tasks = as_batch(tasks, learner.model)
+        known, key = _known(learner, tasks, engine, tasks_at_once)
+        own = Plan(learner, known.get(key) or _choice(learner, tasks, engine, tasks_at_once, compile=False))
+        result = own._curve(tasks, points)
     known[key] = own.choice
     return result
 

@@ -40,6 +40,21 @@ def takers(learner: MetaLearner, tasks: Task) -> tuple[bool, dict[str, int]]:
         return vmaps, factored.rows(problem) if isinstance(problem, factored.FactoredProblem) else {}
 
 
+def try_once(learner: MetaLearner, tasks: Task) -> None:
+    """The model and the criterion on one task as it is: raises `InputError` for what they return, as `Problem` does.
+
+    Within vmap values are not known, and so not all of it can be seen.
+    """
+    with _as_for_a_gradient(tasks, 1) as single, torch.no_grad():
+        problem = loop.problem(learner, single)
+        try:
+            problem.query(problem.start)
+        except InputError:
+            raise
+        except Exception:  # whatever a module raises, it raises again where it is explained
+            return
+
+
 def flops(learner: MetaLearner, tasks: Task) -> int:
     """The floating-point operations of the model on one task's query set."""
     # whatever fails, such as the loss of too few outputs, fails again where it is told in words

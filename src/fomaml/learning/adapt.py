@@ -48,6 +48,7 @@ class SGD:
     weight_decay: float = 0.0
     second_order = True
     carried = False
+    elementwise = True
 
     def __post_init__(self):
         if self.nesterov and not self.momentum:
@@ -81,6 +82,7 @@ class Adam:
     decoupled: bool = False
     carried: bool = False
     second_order = False
+    elementwise = True
 
     def direction(self, gradient: Tensor, parameter: Tensor, state: dict, step: int) -> Tensor:
         if self.weight_decay and not self.decoupled:
@@ -104,6 +106,7 @@ class Sign:
 
     second_order = False
     carried = False
+    elementwise = True
 
     def direction(self, gradient: Tensor, parameter: Tensor, state: dict, step: int) -> Tensor:
         return gradient.sign()
@@ -117,6 +120,7 @@ def inner_loop(
     optimizer: InnerOptimizer = SGD(),
     first_order: bool = True,
     state: Mapping[str, dict] | None = None,
+    stacked: bool = False,
 ) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
     """Adapt without end: yields (φₖ₊₁, losses at φₖ) for k = 0, 1, … (Finn et al. 2017, algorithm 1, line 6).
 
@@ -127,6 +131,7 @@ def inner_loop(
     first_order: hold the inner gradient constant. The *point* is detached, not the gradient, so no
         inner graph outlives its step: φ depends on θ through φₖ₊₁ = φₖ - α g alone.
     state: the optimiser's by parameter, updated in place; by default a fresh one.
+    stacked: φ is of a stack of tasks.
     """
     current = dict(start)
     state = {name: {} for name in current} if state is None else state
@@ -150,11 +155,25 @@ def inner_loop(
                 following[name] = parameter
                 continue
             with torch.no_grad() if first_order else torch.enable_grad():
-                direction = optimizer.direction(gradient, point[name], state[name], taken[name])
+                arguments = gradient, point[name], state[name], taken[name]
+                if stacked and not optimizer.elementwise:
+                    direction = _task_by_task(optimizer, *arguments)
+                else:
+                    direction = optimizer.direction(*arguments)
             taken[name] += 1
             following[name] = parameter - alpha[name] * direction
         current = following
         yield current, loss.detach()
+
+
+def _task_by_task(
+    optimizer: InnerOptimizer, gradients: Tensor, parameters: Tensor, state: dict, step: int
+) -> Tensor:
+    """The directions of a stack of tasks, each from its own tensors and state."""
+    states = state.setdefault("of each task", [{} for _ in gradients])
+    return torch.stack(
+        [optimizer.direction(*own, step) for own in zip(gradients, parameters, states, strict=True)]
+    )
 
 
 class FastModel(nn.Module):

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import functools
 import types
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from fomaml.choices import Statistics
@@ -30,6 +32,8 @@ class InnerOptimizer(Protocol):
 
     second_order: whether `direction` may be differentiated.
     carried: whether "square" and "weight" of its state outlive a task, see `SecondMoments`.
+    elementwise: whether each element of the direction depends on the same elements of the gradient and the parameter
+        alone. An engine then gives it the tensors of all tasks at once, with a leading axis; else those of one task.
     """
 
     @property
@@ -37,6 +41,9 @@ class InnerOptimizer(Protocol):
 
     @property
     def carried(self) -> bool: ...
+
+    @property
+    def elementwise(self) -> bool: ...
 
     def direction(self, gradient: Tensor, parameter: Tensor, state: dict[str, Any], step: int, /) -> Tensor:
         """state: this parameter's, updated in place. step: how many steps it has taken before, from 0."""
@@ -92,6 +99,7 @@ class Learner(Protocol):
     moments: SecondMoments
     adapted: list[str]
     meta_learned: list[str]
+    trainable: frozenset[str]
     iteration: int
 
     def uses_support_statistics(self) -> bool: ...
@@ -154,9 +162,13 @@ def checked_optimizer(given: InnerOptimizer) -> InnerOptimizer:
     """The inner optimiser.
 
     Raises:
-        InputError: it lacks an attribute; the message names it.
+        InputError: it lacks an attribute; the message names it. One that is carried and not elementwise.
     """
-    return _declaring("inner optimiser", given, ("second_order", "carried", "direction"))
+    names = "second_order", "carried", "elementwise", "direction"
+    optimizer = _declaring("inner optimiser", given, names)
+    if optimizer.carried and not optimizer.elementwise:
+        raise InputError(f"the inner optimiser {type(given).__name__} is carried and so must be elementwise")
+    return optimizer
 
 
 def _declaring(what: str, given: Any, names: tuple[str, ...]) -> Any:
@@ -169,3 +181,62 @@ def _declaring(what: str, given: Any, names: tuple[str, ...]) -> Any:
             f"the {what} {label} has no {' and no '.join(missing)}; see fomaml.learning.contracts for what it needs"
         )
     return given
+
+
+# --- what models and criteria return --------------------------------------------------------------
+
+
+def checked_outputs(outputs: Any) -> Tensor:
+    """What a model returns.
+
+    Raises:
+        InputError: it is not one tensor.
+    """
+    if not isinstance(outputs, Tensor):
+        raise InputError(
+            f"the model returns a {type(outputs).__name__}, expected one tensor of outputs: wrap it in a module that "
+            "returns the one that the criterion judges"
+        )
+    return outputs
+
+
+def checked_loss(loss: Any) -> Tensor:
+    """What a criterion returns.
+
+    Raises:
+        InputError: it is not one number, as with `reduction="none"`.
+    """
+    if not isinstance(loss, Tensor) or not loss.is_floating_point() or loss.dim():
+        what = (
+            f"a tensor of shape {tuple(loss.shape)}"
+            if isinstance(loss, Tensor)
+            else f"a {type(loss).__name__}"
+        )
+        if isinstance(loss, Tensor) and not loss.dim():
+            what = f"a tensor of {loss.dtype}"
+        raise InputError(
+            f"the criterion returns {what}, expected the mean loss, a floating tensor of shape (): reduction='mean'"
+        )
+    return loss
+
+
+def refuse_broadcast(criterion: Criterion, outputs: Tensor, targets: Tensor) -> None:
+    """Raise `InputError` where a criterion compares each output with every target, as a loss of outputs (n, 1) and
+    targets (n,) does; one that brings them into one shape itself is as it should be.
+    """
+    if outputs.shape == targets.shape or outputs.numel() != targets.numel():
+        return
+    # not the outputs themselves: at a head of zeros they are all the same, and then so is the loss
+    others = torch.linspace(0.1, 0.9, outputs.numel()).to(outputs).view(outputs.shape)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, of the sizes
+        try:
+            given, reshaped = (criterion(others, each) for each in (targets, targets.reshape(outputs.shape)))
+            same = torch.allclose(given, reshaped, rtol=1e-3, equal_nan=True)
+        except Exception:  # it takes one of the shapes alone, and so compares none with every other
+            return
+    if not same:
+        raise InputError(
+            f"the criterion compares outputs of shape {tuple(outputs.shape)} with targets of shape "
+            f"{tuple(targets.shape)}, each with every other: give both one shape"
+        )

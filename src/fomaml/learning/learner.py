@@ -31,7 +31,7 @@ from fomaml.learning.objectives import QueryLoss
 from fomaml.learning.problem import Problem
 from fomaml.learning.replica import check_module, original
 from fomaml.models import BatchNorm, Seen, normalising, refuse_native
-from fomaml.tasks import Examples, Task, count, one
+from fomaml.tasks import Examples, Task, as_batch, as_examples, count, one
 
 
 class Choices(TypedDict, total=False):
@@ -113,6 +113,7 @@ class MetaLearner(nn.Module):
         self.iteration = 0
         own = dict(model.named_parameters())
         trainable = [name for name, parameter in own.items() if parameter.requires_grad]
+        self.trainable = frozenset(trainable)
         excluded = select(trainable, frozen)
         self.meta_learned = [name for name in trainable if name not in excluded]
         self.adapted = [name for name in select(trainable, adapted) if name not in excluded]
@@ -140,9 +141,16 @@ class MetaLearner(nn.Module):
             )
 
     def meta_parameters(self) -> dict[str, nn.Parameter]:
-        """What the outer loop learns: the model's parameters by name, and learned rates as "inner_lr.NAME"."""
+        """What the outer loop learns: the model's parameters by name, learned rates as "inner_lr.NAME", and those of a
+        criterion that is a module as "criterion.NAME".
+        """
         own = dict(self.model.named_parameters())
         learned = {f"inner_lr.{name}": rate for name, rate in self.inner_lr.learned().items()}
+        if isinstance(self.criterion, nn.Module):
+            known = set(map(id, own.values()))
+            for name, parameter in self.criterion.named_parameters():
+                if parameter.requires_grad and id(parameter) not in known:
+                    learned[f"criterion.{name}"] = parameter
         return {name: own[name] for name in self.meta_learned} | learned
 
     def forward(self, tasks: Task) -> Tensor:
@@ -151,6 +159,7 @@ class MetaLearner(nn.Module):
         tasks: tensors of shape (tasks, examples, ...). `fomaml.meta_gradient` computes the same gradient
         with less memory and, mostly, faster.
         """
+        tasks = as_batch(tasks, self.model)
         number = count(tasks)
         outcomes = (self.objective(Problem(self, one(tasks, index))) for index in range(number))
         return reduce(torch.add, (outcome.scalar for outcome in outcomes)) / number
@@ -158,6 +167,8 @@ class MetaLearner(nn.Module):
     def adapt(self, support: Examples, steps: int | None = None, statistics: Statistics = "own") -> nn.Module:
         """Adapt to one task; returns an ordinary, independent module in the model's own mode.
 
+        In the inner steps all but the batch norms are in evaluation mode, so dropout is off. Buffers are as the inner
+        steps have left them.
         support: inputs (examples, ...) and targets (examples, ...). steps: by default `inner_steps`;
         0 returns a copy of the starting point. statistics: "support" freezes every `BatchNorm` of the returned
         module at the statistics of the support set, so that it can serve single examples; always so
@@ -167,19 +178,21 @@ class MetaLearner(nn.Module):
             InputError: the statistics "with-query", which no module can have before it sees the query.
         """
         check_choice("statistics of an adapted module", statistics, ("own", "support"))
-        steps = self.inner_steps if steps is None else steps
-        problem = Problem(self, Task(support, support), evaluating=True)
-        adapted = problem.start
-        for adapted, _ in islice(problem.path(first_order=True), steps):
-            pass
-        module = load(problem.replicas.duplicate(), adapted, problem.buffers)
-        if statistics == "support" or self.uses_support_statistics():
-            refuse_native(module)
-            seen: list[Seen] = []
-            with torch.no_grad(), normalising(record=seen):
-                module(support.inputs)
-            for layer, _, mean, variance in seen:
-                layer.freeze(mean, variance)
+        steps = self.inner_steps if steps is None else steps and positive("steps", steps, integer=True)
+        with torch.inference_mode(False), torch.enable_grad():
+            support = as_examples(support, self.model)
+            problem = Problem(self, Task(support, support), evaluating=True)
+            adapted = problem.start
+            for adapted, _ in islice(problem.path(first_order=True), steps):
+                pass
+            module = load(problem.replicas.duplicate(), adapted, problem.buffers)
+            if statistics == "support" or self.uses_support_statistics():
+                refuse_native(module)
+                seen: list[Seen] = []
+                with torch.no_grad(), normalising(record=seen):
+                    module(support.inputs)
+                for layer, _, mean, variance in seen:
+                    layer.freeze(mean, variance)
         return module
 
     def uses_support_statistics(self) -> bool:

@@ -11,11 +11,12 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fomaml.choices import Statistics, check_choice
+from fomaml.errors import InputError
 from fomaml.learning.adapt import inner_loop, open_attention
-from fomaml.learning.contracts import Adapted, Learner
+from fomaml.learning.contracts import Adapted, Learner, checked_loss, checked_outputs, refuse_broadcast
 from fomaml.learning.replica import Replicas
 from fomaml.models import normalising, refuse_native
-from fomaml.tasks import Examples, Task
+from fomaml.tasks import Examples, Task, ways_each
 
 
 class Problem:
@@ -24,7 +25,8 @@ class Problem:
     start: φ₀ by name, differentiable functions of the meta-parameters; (tasks, ...) each if stacked.
     steps, first_order, iteration: the learner's.
     evaluating: use running statistics where the batch norms have them.
-    ways: the number of classes of the task, where a start needs it; by default the largest label and one.
+    ways: the number of classes of the task, where a start needs it; by default the largest label and one, or the number
+        of probabilities.
     """
 
     def __init__(
@@ -44,8 +46,9 @@ class Problem:
         self.iteration = learner.iteration
         choice = learner.first_order
         self.first_order = choice(learner.iteration) if callable(choice) else choice
-        self.replicas = Replicas(learner.model)
+        self.replicas = Replicas(learner.model, learner.criterion, evaluating)
         learned = set(learner.meta_learned)
+        _check_parameters(learner)
         own = {n: p if n in learned else p.detach() for n, p in learner.model.named_parameters()}
         self.buffers = {name: buffer.clone() for name, buffer in learner.model.named_buffers()}
         self.meta = dict(own)
@@ -60,7 +63,18 @@ class Problem:
 
     @property
     def ways(self) -> int:
-        return int(self.task.support.targets.max()) + 1 if self._ways is None else self._ways
+        targets = self.task.support.targets
+        axis = 1 + int(self.stacked)
+        if self._ways is not None:
+            return self._ways
+        if not targets.is_floating_point():
+            return max(ways_each(targets if self.stacked else targets[None]))
+        if targets.dim() <= axis:
+            raise InputError(
+                "the number of classes comes from labels, or from probabilities (examples, classes), got "
+                f"{targets.dtype} targets of shape {tuple(targets.shape)}"
+            )
+        return targets.shape[axis]  # probabilities of classes
 
     def path(
         self, first_order: bool | None = None, state: Mapping[str, dict] | None = None
@@ -73,6 +87,7 @@ class Problem:
             optimizer=self.learner.optimizer,
             first_order=self.first_order if first_order is None else first_order,
             state=self.learner.moments.state(self.start) if state is None else state,
+            stacked=self.stacked,
         )
 
     def support_losses(
@@ -167,7 +182,9 @@ class Problem:
         given = dict(buffers)
         with self.replicas.holding(parameters, buffers) as model:
             outputs = self._outputs(model, examples.inputs, support, step, apart)
-            loss = self.learner.criterion(outputs, examples.targets)
+            if not self.stacked:
+                refuse_broadcast(self.learner.criterion, outputs, examples.targets)
+            loss = checked_loss(self.learner.criterion(outputs, examples.targets))
         return loss, outputs, {name: b for name, b in buffers.items() if b is not given[name]}
 
     def _attention(self):
@@ -187,7 +204,7 @@ class Problem:
         def run(inputs, first=None):
             told = normalising(first=first, step=step, running=self.evaluating or None)
             with told, Stacked() if self.stacked else nullcontext():
-                return model(inputs)
+                return checked_outputs(model(inputs))
 
         if support is None:
             return run(inputs)
@@ -195,6 +212,16 @@ class Problem:
             return torch.cat([run(torch.cat([support, own]))[-1:] for own in inputs.split(1)])
         first = len(support)
         return run(torch.cat([support, inputs]), first)[first:]
+
+
+def _check_parameters(learner: Learner) -> None:
+    """Raise `InputError` where the model's parameters are others than when the learner was made."""
+    own = {name: p.requires_grad for name, p in learner.model.named_parameters()}
+    late = [name for name, learns in own.items() if learns and name not in learner.trainable]
+    gone = [name for name in learner.adapted if name not in own]
+    if late or gone:
+        what = f"{late[0]} was frozen or not there" if late else f"{gone[0]} is no longer there, as it was"
+        raise InputError(f"the parameter {what} when the learner was made: make a new learner")
 
 
 class Stacked(TorchFunctionMode):

@@ -14,14 +14,17 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from fomaml.errors import InputError
+from fomaml.models import NATIVE_NORMS, BatchNorm
 
+Module = TypeVar("Module", bound=nn.Module)
+NORMS = (*NATIVE_NORMS, BatchNorm)
 PLAIN = frozenset({bool, int, float, complex, str, bytes, type(None)})
 OF_ALL_MODULES = frozenset(vars(nn.Module())) - {
     "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",
@@ -31,13 +34,20 @@ OF_ALL_MODULES = frozenset(vars(nn.Module())) - {
 class Replicas:
     """Makes replicas of a module as it is now.
 
+    criterion: if it is a module, its parameters that are the module's own are replaced too.
+    evaluating: all but batch norms are in evaluation mode, whatever the module's own is.
+
     Raises:
         InputError: a module that no replica can be made of; see `check_module`.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, criterion: Any = None, evaluating: bool = False):
         check_module(model)
         self.modules = list(model.modules())
+        own = set(self.modules)
+        if isinstance(criterion, nn.Module):
+            self.modules += [module for module in criterion.modules() if module not in own]
+        self._evaluating = evaluating
         self._index = {id(module): number for number, module in enumerate(self.modules)}
         named = chain(model.named_parameters(), model.named_buffers())
         self._names = {id(tensor): name for name, tensor in named}
@@ -60,6 +70,8 @@ class Replicas:
             own = replica.__dict__
             own.update(module.__dict__)
             own["_original"] = module
+            if self._evaluating and not isinstance(module, NORMS):
+                own["training"] = False
             own["_parameters"], own["_buffers"] = (
                 {key: tensor if name is None else tensors.get(name, tensor) for key, name, tensor in slot}
                 for slot in slots
@@ -186,7 +198,7 @@ class Replicas:
         return type(value)(map(move, value))
 
 
-def original(module: nn.Module) -> nn.Module:
+def original(module: Module) -> Module:
     """The module that this is a replica of, or itself."""
     return vars(module).get("_original", module)
 
