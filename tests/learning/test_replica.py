@@ -197,9 +197,9 @@ def inference():
 REFUSED = {
     "data parallel": (
         lambda: nn.DataParallel(plain()),
-        "a DataParallel, .*: give the module that it wraps, its .mod",
+        "the model, DataParallel, keeps .*: give the module that it wraps, its .mod",
     ),
-    "a part of it": (lambda: nn.Sequential(nn.DataParallel(plain())), "the module '0' is a DataParallel"),
+    "a part of it": (lambda: nn.Sequential(nn.DataParallel(plain())), "the module '0', DataParallel, keeps"),
     "scripted": (lambda: torch.jit.script(plain()), "give the module that it was made of"),
     "traced": (lambda: torch.jit.trace(plain(), torch.ones(1, 6)), "give the module that it was made of"),
     "compiled": (lambda: torch.compile(plain()), "give the module that was compiled, its ._orig_mod"),
