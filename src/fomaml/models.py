@@ -255,12 +255,10 @@ def native_batch_norms(model: nn.Module) -> list[str]:
     return [n for n, m in model.named_modules() if isinstance(m, NATIVE_BATCH_NORMS)]
 
 
-def warn_of_unmoved(model: nn.Module) -> None:
-    """Warn of a layer in evaluation mode that normalises by running statistics as they were made: meta-training never
-    moves those of torch's own layers. The warning names the line of whoever called the caller.
-    """
-    names = [
-        name
+def unmoved_norms(model: nn.Module) -> dict[str, nn.Module]:
+    """By name, torch's own layers in evaluation mode whose running statistics are as they were made."""
+    return {
+        name: module
         for name, module in model.named_modules()
         if isinstance(module, NATIVE_NORMS)
         and not module.training
@@ -268,12 +266,20 @@ def warn_of_unmoved(model: nn.Module) -> None:
         and module.running_var is not None
         and not module.running_mean.any()
         and bool((module.running_var == 1).all())
-    ]
-    if names:
-        text = f"the layer {names[0]!r} is in evaluation mode and normalises by statistics that were never moved: "
-        warnings.warn(
-            text + "fomaml.convert_batch_norm(model), or model.train()", RuntimeWarning, stacklevel=3
+    }
+
+
+def warn_of_unmoved(model: nn.Module) -> None:
+    """Warn of a layer in evaluation mode that normalises by running statistics as they were made: meta-training never
+    moves those of torch's own layers. The warning names the line of whoever called the caller.
+    """
+    unmoved = unmoved_norms(model)
+    if unmoved:
+        what = (
+            f"the layer {next(iter(unmoved))!r} is in evaluation mode, with statistics that nothing has moved"
         )
+        cure = "fomaml.convert_batch_norm(model), or model.train()"
+        warnings.warn(f"{what}: {cure}", RuntimeWarning, stacklevel=3)
 
 
 def refuse_native(model: nn.Module) -> None:
