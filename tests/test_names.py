@@ -42,7 +42,7 @@ def modules():
             yield "fomaml." + ".".join(parts)
 
 
-# Each name is looked up in a process in which nothing but the package has been imported. (Python warns of forks.)
+# Each name is looked up in a process in which nothing but the package has been imported.
 LOOK_UP = """
 import os, sys
 import fomaml
@@ -65,10 +65,10 @@ for name in sys.argv[1:]:
 
 
 def alone(code, *arguments):
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", code, *arguments], capture_output=True, text=True, timeout=300,
-        env={"PYTHONPATH": str(ROOT.parent)},
-    )  # fmt: skip
+    # newer Pythons warn of forks beside other threads, which are those of numpy
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", code, *arguments]
+    environment = {"PYTHONPATH": str(ROOT.parent)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout.splitlines()
 
