@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from fomaml.baselines import pretrain
+from fomaml.data.augment import warped
 from fomaml.data.folder import load_folder
 from fomaml.data.omniglot import load_omniglot
 from fomaml.data.source import ClassSource
@@ -111,6 +113,14 @@ def images(number, folder):
     return folder
 
 
+IMAGES = ClassSource(torch.arange(128, dtype=torch.uint8).view(2, 1, 8, 8), torch.arange(2))
+
+
+def pretrained(**given):
+    torch.manual_seed(0)
+    return pretrain(nn.Linear(1, 4), SOURCE, **({"iterations": 2, "batch_size": 2} | given)).weight.tolist()
+
+
 def kept(made, *names):
     """The attributes, which must be Python's own numbers."""
     found = [getattr(made, name) for name in names]
@@ -141,6 +151,8 @@ WHOLE_OPTIONS = {
     "steps of a norm": lambda n: BatchNorm(3, policy="per-step", steps=n).mean.shape,
     "channels": lambda n: Conv4(2, channels=n).head.weight.shape,
     "four channels": lambda n: Conv4(2, channels=[n, 3, n, 4]).head.weight.shape,
+    "classes of warps": lambda n: warped(IMAGES, 7 + n, examples=n, seed=n).inputs.sum().item(),
+    "pretrain": lambda n: pretrained(iterations=n, batch_size=n, seed=n),
     "num_iterations": lambda n: trained(num_iterations=n),
     "num_inner_updates": lambda n: trained(num_inner_updates=n),
     "sizes of fomaml_train": lambda n: trained(ways=n, shots=n, query_shots=n, meta_batch_size=n, seed=n),
@@ -152,6 +164,7 @@ REAL_OPTIONS = {
     "jitter": lambda x: kept(Episodes(ClassSource(torch.zeros(8, 1, 4, 4), torch.arange(8) // 4), jitter=x,
                                       **sizes()), "jitter"),
     "inner_lr of fomaml_train": lambda x: trained(inner_lr=x),
+    "lr": lambda x: pretrained(lr=x),
     "meta_lr": lambda x: trained(meta_lr=x),
 }  # fmt: skip
 

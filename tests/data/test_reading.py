@@ -271,3 +271,29 @@ def test_fomaml_train_learns_from_it(kind, dtype):
         model, dataset, 2, 1, 0.1, 0.1, ways=3, shots=1, query_shots=2, meta_batch_size=2, report=len
     )
     assert all(0 < loss < 100 for loss in losses) and not torch.equal(model[1].bias, before)
+
+
+class Scaled(MLP):
+    """A model that converts its inputs itself."""
+
+    def forward(self, inputs):
+        return super().forward(inputs.float() / 255)
+
+
+BYTES = TensorDataset(torch.arange(240, dtype=torch.uint8).view(12, 1, 4, 5), torch.arange(12) // 4)
+FEW = {"ways": 3, "shots": 1, "query_shots": 2, "meta_batch_size": 2, "report": len}
+
+
+def test_bytes_of_a_tensor_are_the_models_own_matter():
+    assert len(fomaml_train(Scaled(20, 3), BYTES, 2, 1, 0.1, 0.1, **FEW)) == 2
+    with pytest.raises(
+        InputError, match=r"the model does not take inputs of torch\.uint8 \(.*decode=pixels\(\)"
+    ):
+        fomaml_train(MLP(20, 3), BYTES, 2, 1, 0.1, 0.1, **FEW)
+    decoded = ClassSource.from_dataset(BYTES, decode=pixels())
+    assert len(fomaml_train(MLP(20, 3), decoded, 2, 1, 0.1, 0.1, **FEW)) == 2
+
+
+def test_an_error_of_the_models_own_is_told_as_it_is():
+    with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"):
+        fomaml_train(MLP(7, 3), pairs("floats"), 2, 1, 0.1, 0.1, **FEW)
