@@ -316,7 +316,7 @@ def _write_cache(path: Path, images: Tensor, names: list[list[str]]) -> bool:
         if not path.parent.stat().st_mode & 0o222:  # read-only, though the superuser could write
             return False
         save_tensors(path, {"images": images}, {"names": names})
-    except (OSError, SafetensorError):
+    except (InputError, OSError, SafetensorError):
         return False
     return True
 
