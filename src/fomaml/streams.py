@@ -58,7 +58,8 @@ class TaskStream:
             tasks = as_batch(given, self._model)
             yield from (one(tasks, index) for index in range(count(tasks)))
         elif isinstance(given, tuple | list) and len(given) == 2:
-            yield Task(*(as_examples(part, self._model) for part in given))
+            support, query = given
+            yield Task(as_examples(support, self._model), as_examples(query, self._model, "query"))
         else:
             raise InputError(
                 f"an iterable of tasks gives pairs of a support and a query set, got a {type(given).__name__}"

@@ -54,19 +54,21 @@ def as_batch(tasks: Any, model: nn.Module) -> Task:
     if isinstance(tasks, list | tuple) and tasks and all(isinstance(task, Task) for task in tasks):
         tasks = stack(list(tasks))
     support, query = _pair(tasks, "a batch of tasks is a pair of support and query sets")
-    found = Task(as_examples(support, model, batch=True), as_examples(query, model, batch=True))
+    found = Task(as_examples(support, model, "support", True), as_examples(query, model, "query", True))
     if found.support.targets.shape[0] != found.query.targets.shape[0]:
         numbers = [part.targets.shape[0] for part in found]
         raise InputError(f"{numbers[0]} support sets and {numbers[1]} query sets: a task has one of each")
     return found
 
 
-def as_examples(examples: Any, model: nn.Module, batch: bool = False) -> Examples:
+def as_examples(examples: Any, model: nn.Module, name: str = "support", batch: bool = False) -> Examples:
     """Labelled examples, of a plain pair and of numpy arrays too; with `batch` those of a batch of tasks.
+
+    name: of the set, for messages.
 
     Raises: as `as_batch`.
     """
-    inputs, targets = _pair(examples, "examples are a pair of inputs and targets")
+    inputs, targets = _pair(examples, f"a {name} set is a pair of inputs and targets")
     inputs, targets = _as_tensor(inputs, model), _as_tensor(targets, model)
     if targets.dtype in (torch.int8, torch.int16, torch.int32):
         targets = targets.long()  # what torch's losses take for labels
@@ -75,16 +77,16 @@ def as_examples(examples: Any, model: nn.Module, batch: bool = False) -> Example
         wanted = "(tasks, examples, ...)" if batch else "(examples, ...)"
         cure = "; of one task, task.map(lambda tensor: tensor[None])" if batch else ""
         raise InputError(
-            f"inputs and targets have shape {wanted}, got {tuple(inputs.shape)} and {tuple(targets.shape)}{cure}"
+            f"{name} inputs and targets have shape {wanted}, got {tuple(inputs.shape)} and {tuple(targets.shape)}{cure}"
         )
     if inputs.shape[:axes] != targets.shape[:axes]:
         what = "tasks and examples" if batch else "examples"
         raise InputError(
-            f"inputs {tuple(inputs.shape)} and targets {tuple(targets.shape)} differ in their numbers of {what}"
+            f"{name} inputs {tuple(inputs.shape)} and targets {tuple(targets.shape)} differ in their numbers of {what}"
         )
     if 0 in targets.shape[:axes]:
-        what = "no tasks" if batch and not targets.shape[0] else "no examples"
-        raise InputError(f"there are {what}: inputs of shape {tuple(inputs.shape)}")
+        what = "tasks" if batch and not targets.shape[0] else "examples"
+        raise InputError(f"there are no {what}: {name} inputs of shape {tuple(inputs.shape)}")
     return Examples(inputs, targets)
 
 

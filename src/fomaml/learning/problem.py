@@ -147,16 +147,19 @@ class Problem:
         caught: list[Tensor] = []
 
         def one_task(buffers, inputs):
+            given = dict(buffers)
             with self.replicas.holding(self.meta, buffers) as model:
                 model(inputs)
-            return caught.pop()
+            return caught.pop(), _assigned(given, buffers)
 
         with self.learner.model.get_submodule(module).register_forward_pre_hook(
             lambda _, args: caught.append(args[0])
         ):
             run = torch.func.vmap(one_task, randomness="different") if self.stacked else one_task
             with self._attention():
-                return run(self.buffers, self.task.support.inputs)
+                features, assigned = run(self.buffers, self.task.support.inputs)
+        self.buffers.update(assigned)
+        return features
 
     def _losses(
         self, adapted, fixed, examples, support=None, step=0, apart=False, buffers=None
@@ -172,7 +175,6 @@ class Problem:
             if not self.stacked:
                 loss, outputs, _ = one_task(*arguments)
             else:
-                # the function has a mapping of its own, into which it writes
                 loss, outputs, assigned = torch.func.vmap(one_task, axes, randomness="different")(*arguments)
                 buffers.update(assigned)
         return loss, outputs
@@ -185,7 +187,7 @@ class Problem:
             if not self.stacked:
                 refuse_broadcast(self.learner.criterion, outputs, examples.targets)
             loss = checked_loss(self.learner.criterion(outputs, examples.targets))
-        return loss, outputs, {name: b for name, b in buffers.items() if b is not given[name]}
+        return loss, outputs, _assigned(given, buffers)
 
     def _attention(self):
         """Attention written out, where it is differentiated twice or under vmap; as it is elsewhere."""
@@ -212,6 +214,11 @@ class Problem:
             return torch.cat([run(torch.cat([support, own]))[-1:] for own in inputs.split(1)])
         first = len(support)
         return run(torch.cat([support, inputs]), first)[first:]
+
+
+def _assigned(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The buffers that are other tensors now. vmap gives back what its function returns, and no more."""
+    return {name: buffer for name, buffer in after.items() if buffer is not before[name]}
 
 
 def _check_parameters(learner: Learner) -> None:

@@ -276,6 +276,10 @@ def check_module(model: nn.Module) -> None:
             raise InputError(
                 f"the lazy parameter {name!r} has no shape yet: run the module once on a batch before"
             )
+        if parameter.is_inference():
+            raise InputError(
+                f"the parameter {name!r} was made in inference mode: make the module outside of it"
+            )
         if type(parameter).__module__.startswith("torch.distributed"):
             raise InputError(
                 f"the parameter {name!r} is spread over processes: give the module as it was before"

@@ -1,0 +1,288 @@
+"""What is refused, and what is warned of: one row for each situation, of which docs/refusals.md is written.
+
+`python tests/refusals.py` writes the page anew.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader
+
+from fomaml import FOMAML, Examples, FastModel, Task, evaluate, meta_gradient, train
+from fomaml.errors import InputError
+from fomaml.train import linear
+
+KINDS = {
+    1: "Modules whose tensors cannot be replaced",
+    2: "Results that would depend on the grouping of the work",
+    3: "Scores",
+    4: "What looks learned or evaluated, and is not",
+    5: "Tasks, data and arguments",
+}
+
+
+class Row(NamedTuple):
+    """kind: of `KINDS`. what: the situation, in words. run: brings it about. level: "error" or "warning"."""
+
+    kind: int
+    what: str
+    run: Callable[[], object]
+    level: str = "error"
+
+
+def classifier(outputs=4):
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, outputs))
+
+
+def tasks(number=2, examples=8, dtype=torch.float32):
+    torch.manual_seed(0)
+    labels = (torch.arange(examples) % 4).expand(number, -1)
+    return Task(*(Examples(torch.randn(number, examples, 6, dtype=dtype), labels) for _ in range(2)))
+
+
+def numbers(shape):
+    torch.manual_seed(0)
+    return Task(*(Examples(torch.randn(2, 8, 6), torch.randn(2, *shape)) for _ in range(2)))
+
+
+def gradient(model=None, given=None, engine="auto", **choices):
+    given = tasks() if given is None else given
+    return meta_gradient(FOMAML(model or classifier(), 0.1, 2, **choices), given, engine=engine)
+
+
+class Given:
+    """Episodes of given tasks."""
+
+    def __init__(self, given=None):
+        self.given = given or tasks(8)
+
+    def batch(self, start, number):
+        return self.given.map(lambda tensor: tensor[torch.arange(start, start + number) % len(tensor)])
+
+
+def trained(learner=None, episodes=None, optimizer=None, iterations=2, **options):
+    learner = learner or FOMAML(classifier(), 0.1, 2)
+    episodes = Given() if episodes is None else episodes
+    optimizer = optimizer or torch.optim.SGD(learner.parameters(), lr=0.1)
+    records = train(learner, episodes, optimizer, iterations=iterations, meta_batch_size=2, **options)
+    return [record.iteration for record in records]
+
+
+def hooked():
+    model = classifier()
+    model[0].weight.register_hook(lambda slope: slope / 2)
+    return model
+
+
+class Elsewhere(nn.Module):
+    """Calls its layer by an object of its own."""
+
+    class Box:
+        pass
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.box = nn.Linear(6, 4), self.Box()
+        self.box.layer = self.layer
+
+    def forward(self, inputs):
+        return self.box.layer(inputs)
+
+
+class Tuple(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = classifier()
+
+    def forward(self, inputs):
+        return self.body(inputs), inputs
+
+
+class PerTensor:
+    """An inner optimiser that looks at a whole tensor."""
+
+    second_order, carried = True, False
+
+    def direction(self, slope, parameter, state, step):
+        return slope / slope.norm()
+
+
+class Carried(PerTensor):
+    carried, elementwise = True, False
+
+
+def thawed():
+    model = classifier()
+    model[0].weight.requires_grad_(False)
+    learner = FOMAML(model, 0.1, 2)
+    model[0].weight.requires_grad_(True)
+    return meta_gradient(learner, tasks())
+
+
+def frozen_later():
+    learner = FOMAML(classifier(), 0.1, 2)
+    learner.model[0].weight.requires_grad_(False)
+    return meta_gradient(learner, tasks())
+
+
+def replaced():
+    learner = FOMAML(classifier(), 0.1, 2)
+    learner.model[2] = nn.Sequential(nn.Linear(8, 4))
+    return meta_gradient(learner, tasks())
+
+
+def others():
+    return trained(optimizer=torch.optim.SGD(classifier().parameters(), lr=0.1))
+
+
+def partly():
+    learner = FOMAML(classifier(), 0.1, 2, learn_rates="elementwise")
+    return trained(learner, optimizer=torch.optim.SGD(learner.model.parameters(), lr=0.1))
+
+
+def unmoved():
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))
+    return FOMAML(model.eval(), 0.1, 2)
+
+
+def spoiled(number=float("nan")):
+    given = tasks(8)
+    given.query.inputs[2, 0] = number
+    return Given(given)
+
+
+def not_iterated():
+    learner = FOMAML(classifier(), 0.1, 2)
+    train(learner, Given(), torch.optim.SGD(learner.parameters(), lr=0.1), iterations=1, meta_batch_size=2)
+
+
+def lbfgs():
+    learner = FOMAML(classifier(), 0.1, 2)
+    return trained(learner, optimizer=torch.optim.LBFGS(learner.parameters()))
+
+
+def loader():
+    given = tasks(8)
+    return DataLoader([given.map(lambda tensor, i=index: tensor[i]) for index in range(8)], batch_size=2)
+
+
+def one_task():
+    return tasks().map(lambda tensor: tensor[0])
+
+
+def emptied(part):
+    given = tasks()
+    return given._replace(**{part: Examples(*(tensor[:, :0] for tensor in getattr(given, part)))})
+
+
+def unlike():
+    given = tasks()
+    return given._replace(query=Examples(given.query.inputs, given.query.targets[:, :5]))
+
+
+ROWS = [
+    Row(1, "an `nn.DataParallel` or `DistributedDataParallel`", lambda: gradient(nn.DataParallel(classifier()))),
+    Row(1, "a `torch.compile`d module", lambda: gradient(torch.compile(classifier()))),
+    Row(1, "a traced or scripted module", lambda: gradient(torch.jit.trace(classifier(), torch.ones(1, 6)))),
+    Row(1, "a lazy module that was never run", lambda: gradient(nn.Sequential(nn.LazyLinear(4)))),
+    Row(1, "a hook on the gradient of a parameter", lambda: gradient(hooked())),
+    Row(1, "a layer that is called by an object of one's own", lambda: gradient(Elsewhere(), engine="loop")),
+    Row(1, "the same with `FastModel`", lambda: FastModel(Elsewhere())(torch.ones(1, 6))),
+    Row(2, "an inner optimiser that does not say whether it is elementwise", lambda: gradient(optimizer=PerTensor())),
+    Row(2, "one whose state outlives a task, and that is not elementwise", lambda: gradient(optimizer=Carried())),
+    Row(4, "a parameter that was unfrozen after the learner was made", thawed),
+    Row(4, "a parameter that was frozen after the learner was made", frozen_later),
+    Row(4, "a layer that was replaced after the learner was made", replaced),
+    Row(4, "an optimiser of another module's parameters", others),
+    Row(4, "an optimiser that does not hold all meta-parameters", partly, "warning"),
+    Row(4, "in training, native batch norm in evaluation mode as it was made", lambda: trained(unmoved()), "warning"),
+    Row(4, "the same in `evaluate`", lambda: evaluate(unmoved(), Given(), tasks=2, at_steps=[0]), "warning"),
+    Row(4, "the same in `adapt`", lambda: unmoved().adapt(one_task().support), "warning"),
+    Row(4, "`train` that is never iterated", not_iterated, "warning"),
+    Row(4, "a criterion without a mean", lambda: gradient(criterion=nn.CrossEntropyLoss(reduction="none"))),
+    Row(4, "a criterion that returns a number and no tensor", lambda: gradient(criterion=lambda o, t: 1.0)),
+    Row(4, "regression by cross-entropy: one output", lambda: gradient(classifier(1), numbers((8, 1)))),
+    Row(4, "targets (n,) against outputs (n, 1)", lambda: gradient(classifier(1), numbers((8,)), criterion=F.mse_loss)),
+    Row(5, "a model that returns a tuple or a dict", lambda: gradient(Tuple())),
+    Row(5, "a single task in place of a batch", lambda: gradient(given=one_task())),
+    Row(5, "no tasks", lambda: gradient(given=tasks(0))),
+    Row(5, "an empty support set", lambda: gradient(given=emptied("support"))),
+    Row(5, "an empty query set", lambda: gradient(given=emptied("query"))),
+    Row(5, "inputs and targets of unequal numbers", lambda: gradient(given=unlike())),
+    Row(5, "inputs that are neither tensors nor arrays", lambda: gradient(given=(("a", "b"), ("c", "d")))),
+    Row(5, "something that is no task", lambda: gradient(given=torch.ones(3))),
+    Row(5, "a `DataLoader` in `evaluate`", lambda: evaluate(FOMAML(classifier(), 0.1, 1), loader(), tasks=2)),
+    Row(5, "an iterable that training goes on with", lambda: trained(episodes=loader(), start=1)),
+    Row(5, "an iterator that ends", lambda: trained(episodes=iter(list(loader())[:1]))),
+    Row(5, "an iterable without tasks", lambda: trained(episodes=[])),
+    Row(5, "no tasks at all", lambda: trained(episodes=3)),
+    Row(5, "numbers in the data that are not finite", lambda: trained(episodes=spoiled())),
+    Row(5, "an optimiser that asks for a closure", lbfgs),
+    Row(5, "`clip=0`", lambda: trained(clip=0)),
+    Row(5, "a negative `clip`", lambda: trained(clip=-1.0)),
+    Row(5, "`inner_lr=0`", lambda: FOMAML(classifier(), 0.0, 1)),
+    Row(5, "a `start` below 0", lambda: trained(start=-1)),
+    Row(5, "a `start` beyond the iterations", lambda: trained(start=3)),
+    Row(5, "a schedule that falls below 0", lambda: trained(schedule=linear(1), iterations=4)),
+    Row(5, "a negative number of steps", lambda: FOMAML(classifier(), 0.1, 1).adapt(one_task().support, steps=-1)),
+]  # fmt: skip
+
+
+def told(row: Row) -> str:
+    """What the row's situation says; raises where it says nothing, or something else than its level."""
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        warnings.filterwarnings("ignore", ".*torch.jit", FutureWarning)
+        try:
+            row.run()
+            error = None
+        except InputError as found:
+            error = found
+    if row.level == "error":
+        if error is None:
+            raise AssertionError(f"{row.what}: nothing was raised")
+        return str(error)
+    texts = [str(each.message) for each in heard if each.category is RuntimeWarning]
+    if error is not None or len(texts) != 1:
+        raise AssertionError(f"{row.what}: {error or texts}")
+    return texts[0]
+
+
+PAGE = Path(__file__).parent.parent / "docs" / "refusals.md"
+HEADER = """# What it refuses, what it warns of
+
+A wrong result without a word is the one thing that this library promises not to give. Where something cannot work, one
+line says so, with the cure: an `InputError`, or a `RuntimeWarning` where the result may still be what you want. The
+command line prints the same and ends with status 2. This page is written from the tests, which bring about each of
+these situations.
+"""
+
+
+def page() -> str:
+    lines = [HEADER]
+    for kind, title in KINDS.items():
+        rows = [row for row in ROWS if row.kind == kind]
+        if rows:
+            lines += [f"## {title}", "", "| | situation | what it says |", "|---|---|---|"]
+            lines += [f"| {row.level} | {row.what} | {_cell(told(row))} |" for row in rows]
+            lines.append("")
+    return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    return re.sub(r"0x[0-9a-f]+", "0x…", text).replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    PAGE.write_text(page(), encoding="utf-8")
+    sys.exit()
