@@ -95,6 +95,13 @@ REFUSED = {
         F.mse_loss, Metric("own", first_output, 1, ""), OUTPUTS, LABELS,
         r"the score of the metric 'own' takes \(outputs, targets, losses\) of all tasks: fomaml.metrics.of_each_task",
     ),
+    "a metric of a loss": (
+        F.mse_loss, Metric("mae", F.l1_loss, -1, ""), OUTPUTS, OUTPUTS,
+        r"the score of the metric 'mae' takes \(outputs, targets, losses\) of all tasks",
+    ),
+    "a metric of no function": (
+        F.mse_loss, Metric("own", 0.5, -1, ""), OUTPUTS, OUTPUTS, "the score of the metric 'own' takes",
+    ),
     "one score for all": (
         F.mse_loss, Metric("own", lambda o, t, losses: losses.mean(), 1, ""), OUTPUTS, LABELS,
         r"the score of the metric 'own' is a tensor of shape \(\), expected 2 scores, one for each task",

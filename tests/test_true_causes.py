@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fomaml.engines import meta_gradient
 from fomaml.errors import InputError
 from fomaml.evaluate import evaluate
 from fomaml.train import train
@@ -125,7 +126,7 @@ REFUSALS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("call", ["evaluate", "train"])
+@pytest.mark.parametrize("call", ["evaluate", "train", "meta_gradient"])
 @pytest.mark.parametrize(
     ("name", "engine"), [(name, e) for name, row in REFUSALS.items() for e in row.engines]
 )
@@ -133,12 +134,19 @@ def test_errors_name_their_true_cause(name, engine, call):
     row = REFUSALS[name]
     learner, drawn = situation(row)
     learner.model.failing = True
-    if name == "all ignored" and call == "train":  # a mean over nothing, of one task of a batch
+    if name == "all ignored" and call == "meta_gradient":
+        assert (
+            meta_gradient(learner, drawn.tasks, engine=engine).query_losses[3].isnan()
+        )  # as everywhere in torch
+        return
+    if name == "all ignored" and call == "train":  # where it looks at the first task, at the call
         drawn.tasks = drawn.tasks.map(lambda tensor: tensor[[3] * TASKS])
     optimizer = torch.optim.SGD(learner.parameters(), lr=0.1)
     with pytest.raises(row.error) as raised:
         if call == "evaluate":
             evaluate(learner, drawn, tasks=TASKS, at_steps=[STEPS], engine=engine)
+        elif call == "meta_gradient":
+            meta_gradient(learner, drawn.tasks, engine=engine)
         else:
             list(train(learner, drawn, optimizer, iterations=1, meta_batch_size=TASKS, engine=engine))
     assert type(raised.value) is row.error

@@ -240,14 +240,25 @@ def _checked(metric: Metric) -> Metric:
             f"the metric {metric.name!r} needs direction 1 or -1 and unit '%' or '', got {metric.direction!r} and "
             f"{metric.unit!r}"
         )
-    try:
-        inspect.signature(metric.score).bind(None, None, None)
-    except TypeError as error:  # no function, or one of other arguments
+    if not callable(metric.score) or not _takes_losses(metric.score):
         raise InputError(
             f"the score of the metric {metric.name!r} takes (outputs, targets, losses) of all tasks: "
             "fomaml.metrics.of_each_task makes it of a function of one task"
-        ) from error
+        )
     return metric
+
+
+def _takes_losses(score: Callable) -> bool:
+    """Whether its third argument is for the losses, and no option as of the functions of torch."""
+    signature = inspect.signature(score)
+    try:
+        signature.bind(None, None, None)
+    except TypeError:
+        return False
+    positional = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.KEYWORD_ONLY]
+    if len(positional) < 3:  # *arguments
+        return True
+    return positional[2].default is inspect.Parameter.empty or positional[2].name == "losses"
 
 
 def _name(function: Any) -> str:

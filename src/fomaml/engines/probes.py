@@ -15,11 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from fomaml.engines import batched, factored, loop
 from fomaml.engines.common import Engine, differentiate, first_line, out_of_memory
 from fomaml.errors import InputError
-from fomaml.learning.contracts import checked_outputs
 from fomaml.learning.learner import MetaLearner
 from fomaml.learning.problem import Problem
 from fomaml.metrics import ignored_label
-from fomaml.tasks import Task, chunks, count, one
+from fomaml.tasks import Task, chunks, count
 
 CONVOLUTIONS = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
@@ -43,18 +42,23 @@ def takers(learner: MetaLearner, tasks: Task) -> tuple[bool, dict[str, int]]:
 
 
 def try_once(learner: MetaLearner, tasks: Task) -> None:
-    """The model and the criterion on one task as it is: raises `InputError` for what they return, as `Problem` does.
+    """The model and the criterion on one task as it is: raises `InputError` for what they return, as `Problem` does,
+    and for a cross-entropy that means nothing.
 
     Within vmap values are not known, and so not all of it can be seen.
     """
     with _as_for_a_gradient(tasks, 1) as single, torch.no_grad():
         problem = loop.problem(learner, single)
         try:
-            problem.query(problem.start)
+            _, outputs = problem.query(problem.start)
         except InputError:
             raise
         except Exception:  # whatever a module raises, it raises again where it is explained
             return
+        ignored = ignored_label(learner.criterion)
+        reason = None if ignored is None else _meaningless(learner, problem.task, outputs, ignored)
+        if reason is not None:
+            raise InputError(reason)
 
 
 def flops(learner: MetaLearner, tasks: Task) -> int:
@@ -138,10 +142,10 @@ def _reason(
         return None
     for single in chunks(tasks, 1):
         with _as_for_a_gradient(single, 1) as own, torch.no_grad():
-            task = one(own, 0)
-            outputs = checked_outputs(learner.adapt(task.support, steps=0)(task.query.inputs))
+            problem = loop.problem(learner, own, evaluating=True)
+            outputs = problem.outputs(problem.start)
             for look in looks:
-                reason = look(learner, task, outputs, ignored)
+                reason = look(learner, problem.task, outputs, ignored)
                 if reason is not None:
                     return reason
     return None
