@@ -91,6 +91,11 @@ def test_a_command_is_added(contributed, tmp_path, capsys):
     assert capsys.readouterr().out == f"{sum(p.numel() for p in learner.parameters())}\n"
 
 
+@pytest.mark.parametrize("block", blocks("docs/guide.md"))
+def test_the_blocks_of_the_guide_run(block):
+    exec(compile(block, "docs/guide.md", "exec"), {})
+
+
 def readme(**changes):
     """The lines that the README's program shows, those that it prints, and its variables; some numbers changed."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
