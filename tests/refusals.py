@@ -18,7 +18,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from fomaml import FOMAML, Examples, FastModel, Task, evaluate, meta_gradient, train
+from fomaml.baselines import nearest_centroid
 from fomaml.errors import InputError
+from fomaml.metrics import Metric
 from fomaml.train import linear
 
 KINDS = {
@@ -57,6 +59,19 @@ def numbers(shape):
 def gradient(model=None, given=None, engine="auto", **choices):
     given = tasks() if given is None else given
     return meta_gradient(FOMAML(model or classifier(), 0.1, 2, **choices), given, engine=engine)
+
+
+def evaluated(model=None, given=None, metric=None, balanced=False, **choices):
+    learner = FOMAML(model or classifier(), 0.1, 2, **choices)
+    return evaluate(learner, Given(given), tasks=2, at_steps=[2], metric=metric, balanced=balanced)
+
+
+def relabelled(label, everywhere=False):
+    """Tasks whose last query label, or all of them, is another."""
+    given = tasks()
+    targets = given.query.targets.clone()
+    targets[:, slice(None) if everywhere else -1] = label
+    return given._replace(query=Examples(given.query.inputs, targets))
 
 
 class Given:
@@ -199,6 +214,20 @@ ROWS = [
     Row(1, "the same with `FastModel`", lambda: FastModel(Elsewhere())(torch.ones(1, 6))),
     Row(2, "an inner optimiser that does not say whether it is elementwise", lambda: gradient(optimizer=PerTensor())),
     Row(2, "one whose state outlives a task, and that is not elementwise", lambda: gradient(optimizer=Carried())),
+    Row(3, "fewer outputs than classes", lambda: gradient(classifier(3))),
+    Row(3, "labels below 0 that are not ignored", lambda: gradient(given=relabelled(-1))),
+    Row(3, "outputs without an axis of classes", lambda: gradient(nn.Sequential(classifier(1), nn.Flatten(0)))),
+    Row(3, "a task all of whose labels are ignored", lambda: evaluated(given=relabelled(-100, everywhere=True))),
+    Row(3, "regression by cross-entropy: several outputs", lambda: gradient(given=numbers((8, 4)))),
+    Row(3, "a metric of an unknown name", lambda: evaluated(metric="f1")),
+    Row(3, "a metric that gives a number for each example", lambda: evaluated(metric=lambda o, t: o.argmax(1) == t)),
+    Row(3, "a `Metric` of a function of one task", lambda: evaluated(metric=Metric("mae", F.l1_loss, -1, ""))),
+    Row(3, "the accuracy of numbers", lambda: evaluated(
+        classifier(1), numbers((8, 1)), criterion=F.mse_loss, metric="accuracy"
+    )),
+    Row(3, "`balanced`, and the query sets are not", lambda: evaluated(given=relabelled(0), balanced=True)),
+    Row(3, "`balanced` with the loss", lambda: evaluated(balanced=True, metric="loss")),
+    Row(3, "centroids of numbers", lambda: nearest_centroid(Given(numbers((8, 1))), tasks=2)),
     Row(4, "a parameter that was unfrozen after the learner was made", thawed),
     Row(4, "a parameter that was frozen after the learner was made", frozen_later),
     Row(4, "a layer that was replaced after the learner was made", replaced),

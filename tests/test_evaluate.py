@@ -153,6 +153,17 @@ def test_balanced_needs_labels_that_are_balanced():
             at_steps=[1],
             balanced=True,
         )
+    for labels, outputs, message in (
+        (torch.zeros(1, 4, 5, 5).long(), torch.zeros(1, 4, 3, 5, 5), "one label for each example"),
+        (torch.zeros(1, 4, 3).long(), torch.zeros(1, 4, 3), "one label for each example"),
+        (
+            torch.tensor([[0, 1, -100]]),
+            torch.zeros(1, 3, 2),
+            "a label for each example, got ones that are ignored",
+        ),
+    ):
+        with pytest.raises(InputError, match=f"^balanced needs {message}"):
+            balance(outputs, labels)
 
 
 def test_the_baselines_see_the_same_copies():

@@ -18,7 +18,7 @@ from fomaml.evaluate import evaluate
 from fomaml.learning.adapt import SGD
 from fomaml.learning.algorithms import FOMAML, MAML, Reptile
 from fomaml.models import MLP, BatchNorm
-from fomaml.train import cosine, fomaml_train, scores, train
+from fomaml.train import cosine, fomaml_train, train
 
 
 def bits(module):
@@ -73,13 +73,6 @@ def test_records_hold_the_losses_and_the_scores_of_before_and_after():
     assert first.before.item() == pytest.approx(expected.item())
     right = result.query_outputs.argmax(-1) == tasks.query.targets
     assert first.after.item() == pytest.approx(right.double().mean().item())
-
-
-def test_scores_are_accuracies_of_labels_and_losses_of_numbers():
-    outputs = torch.tensor([[[2.0, 1], [0, 1]], [[2.0, 1], [1, 0]]])  # (tasks, examples, ways)
-    targets, losses = torch.tensor([[0, 1], [1, 0]]), torch.tensor([0.25, 0.5])
-    assert scores(outputs, targets, losses).tolist() == [1.0, 0.5]
-    assert scores(outputs, targets.float(), losses).tolist() == [0.25, 0.5]
 
 
 def test_cosine_falls_from_one_to_zero():

@@ -24,6 +24,7 @@ from fomaml.learning.algorithms import (
     iMAML,
 )
 from fomaml.learning.learner import MetaLearner
+from fomaml.metrics import Metric
 from fomaml.models import MLP, BatchNorm, Conv4, Conv4Strided, WithContext, convert_batch_norm
 from fomaml.submodules import submodules
 from fomaml.tasks import Examples, Task
@@ -52,7 +53,7 @@ else:
 __all__ = [
     "ANIL", "BOIL", "CAVIA", "FOMAML", "MAML", "MLP", "SGD", "Adam", "BatchNorm", "ClassSource", "Conv4",
     "Conv4Strided", "Episodes", "Estimate", "Examples", "FastModel", "InputError", "MAMLPlusPlus", "MetaGradient",
-    "MetaLearner", "MetaSGD", "ProtoMAML", "RegressionEpisodes", "Reptile", "Sign", "SignMAML", "Sinusoids", "Task",
-    "WithContext", "ZeroHeadMAML", "convert_batch_norm", "estimate", "evaluate", "fomaml_train", "iMAML",
+    "MetaLearner", "MetaSGD", "Metric", "ProtoMAML", "RegressionEpisodes", "Reptile", "Sign", "SignMAML", "Sinusoids",
+    "Task", "WithContext", "ZeroHeadMAML", "convert_batch_norm", "estimate", "evaluate", "fomaml_train", "iMAML",
     "meta_gradient", "train",
 ]  # fmt: skip

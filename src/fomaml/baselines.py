@@ -13,22 +13,44 @@ from torch import Tensor, nn
 from fomaml.choices import Statistics
 from fomaml.data.source import ClassSource
 from fomaml.episodes import TaskSequence, copies_of, ways_of
-from fomaml.errors import positive, whole
+from fomaml.errors import InputError, positive, whole
 from fomaml.evaluate import batches, evaluate, judged
 from fomaml.learning.algorithms import FOMAML
+from fomaml.learning.contracts import Criterion
+from fomaml.metrics import Asked, metric_for
 from fomaml.tasks import Task
 
 
-def nearest_centroid(episodes: TaskSequence, *, tasks: int = 1000, tasks_at_once: int = 100) -> Tensor:
-    """(tasks,) accuracies of the class whose mean support input is nearest, in Euclidean distance."""
+def nearest_centroid(
+    episodes: TaskSequence, *, tasks: int = 1000, tasks_at_once: int = 100, metric: Asked = "accuracy"
+) -> Tensor:
+    """(tasks,) float64 scores of the class whose mean support input is nearest, in Euclidean distance.
+
+    metric: as in `evaluate`, of outputs that are the distances times -1; there is no loss. Labels of -100 are left out.
+
+    Raises:
+        InputError: targets that are no labels, one for each example.
+    """
     found = []
+    score = metric_for(F.cross_entropy, metric)
     for batch in batches(episodes, tasks, tasks_at_once):
         support, query = batch.support.inputs.flatten(2), batch.query.inputs.flatten(2)
-        members = F.one_hot(batch.support.targets).to(support.dtype)  # (tasks, examples, ways)
-        centroids = members.mT @ support / members.sum(1).unsqueeze(-1)
-        nearness = -torch.cdist(query, centroids)
-        found.append(judged(episodes, nearness, batch.query.targets).cpu())
+        members = _members(batch.support.targets).to(support.dtype)
+        number = members.sum(1).unsqueeze(-1)
+        centroids = members.mT @ support / number.clamp(min=1)
+        # a class that a task lacks beside others is none of its own
+        nearness = -torch.cdist(query, centroids).masked_fill(number.mT == 0, math.inf)
+        found.append(judged(episodes, score, nearness, batch.query.targets).double().cpu())
     return torch.cat(found)
+
+
+def _members(targets: Tensor) -> Tensor:
+    """(tasks, examples, ways) ones where an example is of a class, of labels (tasks, examples)."""
+    if targets.is_floating_point() or targets.dim() != 2:
+        raise InputError("the nearest centroid needs one label for each example, got targets of another kind")
+    if not (targets >= 0).any():
+        raise InputError("the nearest centroid needs labels from 0 on, got none")
+    return F.one_hot(targets.clamp(min=-1) + 1)[..., 1:]
 
 
 class Tuned(NamedTuple):
@@ -49,13 +71,17 @@ def fine_tune(
     inner_lrs: Sequence[float] = (0.001, 0.003, 0.01, 0.03, 0.1),
     at_steps: Sequence[int] = (5, 20, 50, 100),
     statistics: Statistics = "own",
+    criterion: Criterion = F.cross_entropy,
+    metric: Asked = None,
 ) -> Tuned:
     """Train a model on each support set by gradient descent; step size and count tuned on other episodes.
 
-    statistics: as in `evaluate`.
+    statistics, metric: as in `evaluate`; the best is tuned for in the metric's direction.
     model: the start for every task, or a function from a number to a fresh random start: then every
         hundred tasks get a start of their own.
     """
+
+    score = metric_for(criterion, metric)
 
     def run(
         episodes: TaskSequence, tasks: int, inner_lr: float, at_steps: Sequence[int]
@@ -63,14 +89,19 @@ def fine_tune(
         parts = []
         for number in range(math.ceil(tasks / 100)):
             start = model if isinstance(model, nn.Module) else model(number)
-            learner = FOMAML(start, inner_lr, max(at_steps))
+            learner = FOMAML(start, inner_lr, max(at_steps), criterion)
             part = _Slice(episodes, 100 * number)
             few = min(100, tasks - 100 * number)
-            parts.append(evaluate(learner, part, tasks=few, at_steps=at_steps, statistics=statistics))
+            found = evaluate(learner, part, tasks=few, at_steps=at_steps, statistics=statistics, metric=score)
+            parts.append(found)
         return {steps: torch.cat([part[steps] for part in parts]) for steps in at_steps}
 
+    def worth(found: Tensor) -> float:
+        mean = found.mean().item()
+        return -math.inf if math.isnan(mean) else score.direction * mean  # nan: it has diverged
+
     best = max(
-        (found.mean().item(), -steps, inner_lr)
+        (worth(found), -steps, inner_lr)
         for inner_lr in inner_lrs
         for steps, found in run(tuning_episodes, tuning_tasks, inner_lr, at_steps).items()
     )

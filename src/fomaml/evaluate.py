@@ -16,8 +16,11 @@ from fomaml.engines import plan as make_plan
 from fomaml.episodes import TaskSequence, copies_of
 from fomaml.errors import InputError, positive
 from fomaml.learning.learner import MetaLearner
-from fomaml.tasks import Task
-from fomaml.train import check_width, scores
+from fomaml.metrics import LOSS, Asked, Metric, metric_for, scores
+from fomaml.models import warn_of_unmoved
+from fomaml.streams import check_sequence
+from fomaml.tasks import Task, as_batch
+from fomaml.train import check_labels, check_width
 
 SCALINGS = 200  # of rows and columns each; after 100 one of 13 500 images of Omniglot still changed its class
 
@@ -46,23 +49,32 @@ def evaluate(
     balanced: bool = False,
     tasks_at_once: int = 100,
     engine: str = "auto",
+    metric: Asked = None,
 ) -> dict[int, Tensor]:
     """Adapt to the first `tasks` episodes; per number of inner steps the (tasks,) float64 scores.
 
-    A score is the accuracy in [0, 1], or the loss where targets are floating. `estimate` sums one up.
-    Of episodes with copies of each image, a query image's outputs are averaged over its copies (test-time augmentation;
-    Krizhevsky et al. 2012 average over crops).
+    `estimate` sums them up. Of episodes with copies of each image, a query image's outputs are averaged over its copies
+    (test-time augmentation; Krizhevsky et al. 2012 average over crops).
     statistics: whose examples batch norms normalise by: "own", as their policies say (transductive where a query
         set is normalised as a whole); "support", the support set, so that query examples do not inform each other
         (inductive); "with-query", the support set and one query example at a time (the published code of Nichol et
         al. 2018).
     balanced: assume that a query set holds the same number of examples per class, see `balance`.
+    metric: what a score is; by default "accuracy", in [0, 1], where the criterion is a cross-entropy (`F.nll_loss` too,
+        their modules, and `functools.partial` of all these), else "loss", the criterion's. The accuracy is of
+        the class axis and without the ignored labels of `F.cross_entropy`. A function (outputs, targets) → a number
+        is called for the query set of each task, (examples, ...) each; more counts as better, unless it is given as
+        a `fomaml.metrics.Metric`.
 
     Raises:
-        InputError: a model whose output is narrower than the number of ways; balanced, and the queries are not.
+        InputError: outputs narrower than the classes of a cross-entropy, or labels that are below 0 or all ignored; an
+            unknown metric, or one that gives no number for each task; balanced, and the queries are not.
+
+    Warns: batch norms that normalise by statistics which nothing has ever moved.
     """
+    warn_of_unmoved(learner.model)
     points = [(steps, statistics) for steps in at_steps]
-    found = evaluate_at(learner, episodes, points, tasks, tasks_at_once, engine, balanced)
+    found = evaluate_at(learner, episodes, points, tasks, tasks_at_once, engine, balanced, metric)
     return {steps: scores for (steps, _), scores in found.items()}
 
 
@@ -74,17 +86,23 @@ def evaluate_at(
     tasks_at_once: int = 100,
     engine: str = "auto",
     balanced: bool = False,
+    metric: Asked = None,
 ) -> dict[tuple[int, Statistics], Tensor]:
     """`evaluate` at pairs of steps and statistics: tasks are adapted once for all of them."""
+    score = metric_for(learner.criterion, metric)
+    check_sequence(episodes)
     check_width(learner, episodes)
     points = sorted(dict.fromkeys(points), key=lambda point: point[0])
     parts: list[list[Tensor]] = [[] for _ in points]
     plan: Plan | None = None
     for batch in batches(episodes, tasks, max(1, tasks_at_once // copies_of(episodes))):
+        batch = as_batch(batch, learner.model)
+        check_labels(learner, batch)
         plan = plan or make_plan(learner, batch, engine=engine)
         found = plan.curve(batch, points)
         for part, (losses, outputs) in zip(parts, found):
-            part.append(judged(episodes, outputs, batch.query.targets, losses, balanced).double().cpu())
+            own = judged(episodes, score, outputs, batch.query.targets, losses, balanced)
+            part.append(own.double().cpu())
     return dict(zip(points, map(torch.cat, parts)))
 
 
@@ -100,8 +118,12 @@ def balance(outputs: Tensor, targets: Tensor) -> Tensor:
     Raises:
         InputError: targets that are no labels, or classes that do not occur equally often.
     """
-    if targets.is_floating_point() or outputs.dim() != 3:
+    if targets.is_floating_point() or outputs.dim() != 3 or targets.dim() != 2:
         raise InputError("balanced needs one label for each example, got targets of another kind")
+    if targets.min() < 0:
+        raise InputError(
+            f"balanced needs a label for each example, got ones that are ignored, {targets.min()}"
+        )
     ways = int(targets.max()) + 1
     counts = F.one_hot(targets, ways).sum(1)
     if counts.min() != counts.max():
@@ -116,6 +138,7 @@ def balance(outputs: Tensor, targets: Tensor) -> Tensor:
 
 def judged(
     episodes: TaskSequence,
+    metric: Metric,
     outputs: Tensor,
     targets: Tensor,
     losses: Tensor | None = None,
@@ -127,7 +150,11 @@ def judged(
         outputs, targets = outputs.unflatten(1, (-1, copies)).mean(2), targets[:, ::copies]
     if balanced:
         outputs = balance(outputs, targets)
-    return scores(outputs, targets, losses)
+        if metric is LOSS:
+            raise InputError(
+                "balanced changes outputs, which the loss was computed of before: take another metric"
+            )
+    return scores(metric, outputs, targets, losses)
 
 
 def batches(episodes: TaskSequence, tasks: int, tasks_at_once: int) -> Iterator[Task]:

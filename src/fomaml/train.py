@@ -14,21 +14,21 @@ from torch import Tensor
 from fomaml.data.source import ClassSource
 from fomaml.engines import Plan, check_outputs
 from fomaml.engines import plan as make_plan
-from fomaml.episodes import Episodes, TaskSequence, ways_of
+from fomaml.episodes import Episodes, TaskSequence
 from fomaml.errors import InputError, in_one_line, positive
 from fomaml.learning.algorithms import FOMAML
 from fomaml.learning.learner import MetaLearner
-from fomaml.metrics import metric_for
+from fomaml.metrics import Asked, Metric, check_ignored, ignored_label, metric_for, scores
 from fomaml.models import warn_of_unmoved
 from fomaml.streams import TaskStream, as_sequence
-from fomaml.tasks import Task
+from fomaml.tasks import Task, as_batch
 
 
 class Record(NamedTuple):
     """One outer step. iteration: from 1. meta_loss: (), the mean query loss at φ_K, on its device.
 
-    before, after: () mean query accuracy at θ and at φ_K (classification) or the mean query loss
-    (regression), both before this outer step moves θ; None unless asked for by `measure_every`.
+    before, after: () the mean score of the query sets, see `train`'s metric, at θ and at φ_K, both before this outer
+    step moves θ; None unless asked for by `measure_every`.
     """
 
     iteration: int
@@ -53,6 +53,7 @@ def train(
     compile: bool = False,
     autocast: torch.dtype | None = None,
     plan: Plan | None = None,
+    metric: Asked = None,
 ) -> Iterator[Record]:
     """Meta-train `learner` in place on episodes start · meta_batch_size … (Finn et al. 2017, algorithm 1).
 
@@ -68,6 +69,7 @@ def train(
     engine, tasks_at_once, compile, autocast: of the plan for the whole run, see `engines.plan`.
     plan: in place of these four, a plan of the caller's for this learner, whose `tasks_at_once` a run can save and
         its continuation begin with.
+    metric: what records score by, as in `evaluate`.
 
     Raises:
         InputError: at the call, counts that are not positive, a start beyond the iterations, outputs narrower than the
@@ -92,6 +94,7 @@ def train(
     }
     if plan is not None:
         check_plan(plan, learner, asked)
+    score = metric_for(learner.criterion, metric)
     check_optimizer(optimizer, learner)
     warn_of_unmoved(learner.model)
     episodes = as_sequence(episodes, learner.model, start)
@@ -101,10 +104,10 @@ def train(
         own, checked = plan, start
         for iteration in range(start, iterations):
             learner.iteration = iteration
-            tasks = episodes.batch(iteration * meta_batch_size, meta_batch_size)
+            tasks = as_batch(episodes.batch(iteration * meta_batch_size, meta_batch_size), learner.model)
             measured = (iteration + 1) % measure_every == 0 or iteration + 1 == iterations
             own = own or make_plan(learner, tasks, **asked)
-            before = score_before(own, tasks) if measured else None
+            before = score_before(own, tasks, score) if measured else None
             result = own(tasks)
             if schedule is not None:
                 set_rates(optimizer, schedule(iteration), iteration)
@@ -118,13 +121,14 @@ def train(
             meta_loss = result.query_losses.mean()
             after = None
             if measured:
-                after = scores(result.query_outputs, tasks.query.targets, result.query_losses).mean()
                 if not math.isfinite(meta_loss.item()):
                     indices = range(
                         checked * meta_batch_size, (iteration + 1) * meta_batch_size, meta_batch_size
                     )
-                    check_data(episodes, indices, meta_batch_size)
+                    check_data(learner, episodes, indices, meta_batch_size)
                 check_finite(meta_loss.item(), iteration + 1)
+                targets = tasks.query.targets
+                after = scores(score, result.query_outputs, targets, result.query_losses).mean()
                 checked = iteration + 1
             yield Record(iteration + 1, meta_loss, before, after)
 
@@ -192,13 +196,15 @@ def check_optimizer(optimizer: torch.optim.Optimizer, learner: MetaLearner) -> N
         )
 
 
-def check_data(episodes: TaskSequence, indices: Iterable[int], tasks: int) -> None:
-    """Raise `InputError` where tasks hold numbers that are not finite.
+def check_data(learner: MetaLearner, episodes: TaskSequence, indices: Iterable[int], tasks: int) -> None:
+    """Raise `InputError` where tasks hold numbers that are not finite, or no label that the criterion counts.
 
     indices: of the first of so many tasks each.
     """
     for index in indices if not isinstance(episodes, TaskStream) else list(indices)[-1:]:
-        for name, part in zip(("support", "query"), episodes.batch(index, tasks)):
+        batch = as_batch(episodes.batch(index, tasks), learner.model)
+        check_labels(learner, batch)
+        for name, part in zip(Task._fields, batch):
             for kind, tensor in zip(("inputs", "targets"), part):
                 if not tensor.isfinite().all():
                     which = f"the {name} {kind} of the tasks {index} to {index + tasks - 1}"
@@ -215,21 +221,28 @@ def linear(iterations: float) -> Callable[[float], float]:
     return lambda iteration: 1 - iteration / iterations
 
 
-def scores(outputs: Tensor, targets: Tensor, losses: Tensor | None) -> Tensor:
-    """(tasks,) per-task accuracy in [0, 1] if the targets are labels, else the losses as they are."""
-    return metric_for(targets).score(outputs, targets, losses)
-
-
 @torch.no_grad()
-def score_before(plan: Plan, tasks: Task) -> Tensor:
+def score_before(plan: Plan, tasks: Task, metric: Metric) -> Tensor:
     """The mean score of the meta-model itself on the query sets, before any adaptation."""
     [(losses, outputs)] = plan.curve(tasks, [(0, "own")])
-    return scores(outputs, tasks.query.targets, losses).mean()
+    return scores(metric, outputs, tasks.query.targets, losses).mean()
 
 
 def check_width(learner: MetaLearner, episodes: TaskSequence) -> None:
-    """Raise `InputError` where the model's output is narrower than the number of ways."""
-    check_outputs(learner, episodes.batch(0, 1), ways_of(episodes))
+    """Raise `InputError` where the criterion is a cross-entropy that does not go with the first task: outputs narrower
+    than its classes, labels below 0 or all ignored, a single class, targets that are no probabilities.
+    """
+    task = as_batch(episodes.batch(0, 1), learner.model)
+    check_labels(learner, task)
+    check_outputs(learner, task)
+
+
+def check_labels(learner: MetaLearner, tasks: Task) -> None:
+    """Raise `InputError` where the criterion ignores all labels of a support or query set."""
+    ignored = ignored_label(learner.criterion)
+    if ignored is not None:
+        for name, (_, targets) in zip(Task._fields, tasks):
+            check_ignored(name, targets, ignored)
 
 
 def check_finite(meta_loss: float, iteration: int) -> None:

@@ -1,6 +1,7 @@
 """Validation while training: the best weights are kept, training stops on request, and a kill changes nothing."""
 
 import json
+import math
 import time
 
 import pytest
@@ -224,6 +225,12 @@ def test_best_counts_what_was_not_better():
     assert (best.iteration, best.waited) == (5, 2)
     assert best.beaten_by(Estimate(0.1, 0.2), 20)
     assert best == Best(0.1, 0.2, 20, 0)
+    least = Best()
+    found = [
+        least.beaten_by(Estimate(mean, 0.1), i + 1, -1)
+        for i, mean in enumerate((math.nan, 3, 4, 2, math.nan))
+    ]
+    assert found == [False, True, False, True, False] and least == Best(2, 0.1, 4, 1)
 
 
 # --- killed and resumed ---------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from fomaml.app.build import (
 from fomaml.app.judge import describe, judge
 from fomaml.app.rundir import circumstances
 from fomaml.app.settings import Settings, identity, to_json
+from fomaml.app.sources import source_of
 from fomaml.app.validate import Best, is_due, validate, with_validation
 from fomaml.checkpoint import load_progress, load_state, load_weights, save_state, save_weights
 from fomaml.engines import Plan, plan
@@ -251,12 +252,13 @@ class Session:
             found = validate(self.settings, self.learner, self.data)
         self.validated = self.done
         self._log(validation=found.mean, interval=found.interval)
-        better = self.best.beaten_by(found, self.done)
+        metric = source_of(self.settings).metric
+        better = self.best.beaten_by(found, self.done, metric.direction)
         if better:
             save_weights(self.out / rundir.WEIGHTS, self.learner, self.identity)
-        text = f"{100 * found.mean:.2f} ± {100 * found.interval:.2f} %"
+        text = f"{metric.text(*found, digits=2)} {metric.unit}".rstrip()
         best = ", the best so far" if better else ""
-        self.say(f"iteration {self.done}: validation accuracy {text}{best}")
+        self.say(f"iteration {self.done}: validation {metric.name} {text}{best}")
 
     def _log(self, **facts) -> None:
         line = json.dumps({"iteration": self.done, **facts, "seconds": self.clock.training})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 from fomaml.app.build import Data, for_test
@@ -16,7 +17,7 @@ from fomaml.learning.learner import MetaLearner
 class Best:
     """The best of the validations so far; a run that was killed goes on with it, so it is all numbers.
 
-    accuracy, interval: of the best one, at `iteration`. waited: the validations since then.
+    accuracy, interval: of the best one, whatever the metric, at `iteration`. waited: the validations since then.
     """
 
     accuracy: float = -1.0
@@ -24,9 +25,13 @@ class Best:
     iteration: int = 0
     waited: int = 0
 
-    def beaten_by(self, found: Estimate, iteration: int) -> bool:
-        """Take note of a validation; whether it is the best so far. Ties keep the earlier one."""
-        if found.mean > self.accuracy:
+    def beaten_by(self, found: Estimate, iteration: int, direction: int = 1) -> bool:
+        """Take note of a validation; whether it is the best so far. Ties keep the earlier one.
+
+        direction: the metric's.
+        """
+        first = not self.iteration and not math.isnan(found.mean)
+        if first or direction * found.mean > direction * self.accuracy:
             self.accuracy, self.interval = found
             self.iteration, self.waited = iteration, 0
             return True
@@ -57,7 +62,7 @@ def is_due(settings: Settings, iteration: int) -> bool:
 
 
 def validate(settings: Settings, learner: MetaLearner, data: Data) -> Estimate:
-    """The accuracy on the validation tasks after the last of the test's numbers of steps."""
+    """The score on the validation tasks after the last of the test's numbers of steps."""
     assert data.validation is not None  # as `with_validation` has made sure
     steps = settings.test_steps[-1]
     found = evaluate(

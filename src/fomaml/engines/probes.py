@@ -4,11 +4,11 @@ why it failed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.random import fork_rng
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -17,7 +17,8 @@ from fomaml.engines.common import Engine, differentiate, first_line, out_of_memo
 from fomaml.errors import InputError
 from fomaml.learning.learner import MetaLearner
 from fomaml.learning.problem import Problem
-from fomaml.tasks import Task, chunks, count, one
+from fomaml.metrics import ignored_label
+from fomaml.tasks import Task, chunks, count
 
 CONVOLUTIONS = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
@@ -41,18 +42,23 @@ def takers(learner: MetaLearner, tasks: Task) -> tuple[bool, dict[str, int]]:
 
 
 def try_once(learner: MetaLearner, tasks: Task) -> None:
-    """The model and the criterion on one task as it is: raises `InputError` for what they return, as `Problem` does.
+    """The model and the criterion on one task as it is: raises `InputError` for what they return, as `Problem` does,
+    and for a cross-entropy that means nothing.
 
     Within vmap values are not known, and so not all of it can be seen.
     """
     with _as_for_a_gradient(tasks, 1) as single, torch.no_grad():
         problem = loop.problem(learner, single)
         try:
-            problem.query(problem.start)
+            _, outputs = problem.query(problem.start)
         except InputError:
             raise
         except Exception:  # whatever a module raises, it raises again where it is explained
             return
+        ignored = ignored_label(learner.criterion)
+        reason = None if ignored is None else _meaningless(learner, problem.task, outputs, ignored)
+        if reason is not None:
+            raise InputError(reason)
 
 
 def flops(learner: MetaLearner, tasks: Task) -> int:
@@ -98,9 +104,15 @@ def _taken(learner: MetaLearner, engine: Engine, tasks: Task, always: bool = Tru
 
 def explain(error: Exception, learner: MetaLearner, tasks: Task, engine: str) -> None:
     """Raise `InputError` where an engine's error has a reason that can be told in words."""
+    if isinstance(error, InputError) or out_of_memory(error):
+        return
     if isinstance(error, IndexError | RuntimeError):
-        check_outputs(learner, tasks)  # the likeliest reason
-    if engine == "loop" or isinstance(error, InputError) or out_of_memory(error):
+        reason = None
+        with suppress(Exception):  # where the model itself fails, labels are not why
+            reason = _reason(learner, tasks, _refused)
+        if reason is not None:
+            raise InputError(reason) from error
+    if engine == "loop":
         return
     with fork_rng(devices=[]):
         loop_does = all(_taken(learner, loop.problem, task, always=False) for task in chunks(tasks, 1))
@@ -110,20 +122,81 @@ def explain(error: Exception, learner: MetaLearner, tasks: Task, engine: str) ->
         ) from error
 
 
-def check_outputs(learner: MetaLearner, tasks: Task, ways: int | None = None) -> None:
-    """Raise `InputError` where the model's output is narrower than the number of ways.
-
-    ways: by default the largest label of the tasks and one; with floating targets nothing is checked.
+def check_outputs(learner: MetaLearner, tasks: Task) -> None:
+    """Raise `InputError` where the criterion is a cross-entropy that cannot take these targets or the outputs for them,
+    or that takes them and means nothing.
     """
-    targets = tasks.query.targets
-    if targets.is_floating_point():
-        return
-    ways = int(targets.max()) + 1 if ways is None else ways
-    task = one(tasks, 0)
-    with torch.no_grad():
-        outputs = learner.adapt(task.support, steps=0)(task.query.inputs)
-    if outputs.dim() < 2 or outputs.shape[-1] < ways:
-        raise InputError(
-            f"the model's outputs have shape {tuple(outputs.shape)}, too narrow for {ways} ways: "
-            f"its last layer needs at least {ways} outputs"
+    reason = _reason(learner, tasks, _refused, _meaningless)
+    if reason is not None:
+        raise InputError(reason)
+
+
+def _reason(
+    learner: MetaLearner, tasks: Task, *looks: Callable[[MetaLearner, Task, Tensor, int], str | None]
+) -> str | None:
+    """What is found first, in words. looks: (learner, task, outputs for its query set before any step, the label that
+    is ignored) → the reason, if they see one.
+    """
+    ignored = ignored_label(learner.criterion)
+    if ignored is None:
+        return None
+    for single in chunks(tasks, 1):
+        with _as_for_a_gradient(single, 1) as own, torch.no_grad():
+            problem = loop.problem(learner, own, evaluating=True)
+            outputs = problem.outputs(problem.start)
+            for look in looks:
+                reason = look(learner, problem.task, outputs, ignored)
+                if reason is not None:
+                    return reason
+    return None
+
+
+def _refused(learner: MetaLearner, task: Task, outputs: Tensor, ignored: int) -> str | None:
+    """Why a cross-entropy raises an error of labels: they are below 0, or more than the classes of the outputs."""
+    if task.query.targets.is_floating_point() or task.support.targets.is_floating_point():
+        return None
+    if outputs.dim() == 1:
+        return (
+            f"the model's outputs have shape {tuple(outputs.shape)}, without an axis of classes: a cross-entropy of "
+            "labels takes outputs (examples, classes, ...)"
         )
+    if outputs.shape[:1] + outputs.shape[2:] != task.query.targets.shape:
+        return None
+    labels = [targets.long() for _, targets in task]
+    for name, targets in zip(Task._fields, labels):
+        negative = targets[(targets < 0) & (targets != ignored)]
+        if len(negative):
+            return (
+                f"the {name} labels hold {negative[0]}: labels are whole numbers from 0 on, or {ignored}, which is "
+                "ignored"
+            )
+    support, ways = (_ways(targets, ignored) for targets in labels)
+    width = outputs.shape[1]
+    if max(support, ways) <= width:
+        return None
+    if learner.start is not None and support == width:
+        cure = f"the support set, which the start is made of, has the labels up to {support - 1} alone"
+    else:
+        cure = f"its last layer needs at least {max(support, ways)} outputs"
+    return f"the model's outputs have shape {tuple(outputs.shape)}, too narrow for {max(support, ways)} ways: {cure}"
+
+
+def _meaningless(learner: MetaLearner, task: Task, outputs: Tensor, ignored: int) -> str | None:
+    """Why a cross-entropy takes the outputs and targets, and its value means nothing."""
+    targets = task.query.targets
+    if outputs.dim() > 1 and outputs.shape[1] == 1:
+        return (
+            f"the model's outputs have shape {tuple(outputs.shape)}, a single class, of which the cross-entropy is "
+            "always 0: give another criterion, as F.mse_loss for a regression"
+        )
+    if targets.is_floating_point() and targets.shape == outputs.shape and targets.min() < 0:
+        return (
+            f"floating targets of a cross-entropy are probabilities, got {targets.min():.3g}: give another criterion, "
+            "as F.mse_loss for a regression"
+        )
+    return None
+
+
+def _ways(targets: Tensor, ignored: int) -> int:
+    """The largest label that counts and one."""
+    return int(torch.where(targets == ignored, -1, targets).max()) + 1

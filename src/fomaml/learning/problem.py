@@ -139,6 +139,12 @@ class Problem:
             buffers,
         )
 
+    def outputs(self, adapted: Adapted) -> Tensor:
+        """The outputs on the query set of one task at φ, no criterion asked."""
+        parameters = {**self.fixed, **adapted}
+        with self.replicas.holding(parameters, dict(self.buffers)) as model, self._attention():
+            return self._outputs(model, self.task.query.inputs, self._support_for("own"), step=0)
+
     def _support_for(self, statistics: Statistics) -> Tensor | None:
         check_choice("statistics", statistics, Statistics)
         if statistics == "own" and not self.learner.uses_support_statistics():
