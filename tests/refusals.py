@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -17,8 +18,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
 
-from fomaml import FOMAML, Examples, FastModel, Task, evaluate, meta_gradient, train
+from fomaml import FOMAML, ClassSource, Examples, FastModel, Task, evaluate, meta_gradient, train
 from fomaml.baselines import nearest_centroid
+from fomaml.checkpoint import save_weights
 from fomaml.errors import InputError
 from fomaml.metrics import Metric
 from fomaml.train import linear
@@ -204,6 +206,18 @@ def unlike():
     return given._replace(query=Examples(given.query.inputs, given.query.targets[:, :5]))
 
 
+def dataset(last):
+    return ClassSource.from_dataset([(torch.zeros(6), 0), (torch.ones(6), 1), last])
+
+
+def to_a_folder():
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            save_weights(Path(folder), classifier())
+        except InputError as error:
+            raise InputError(str(error).replace(folder, "runs")) from error
+
+
 ROWS = [
     Row(1, "an `nn.DataParallel` or `DistributedDataParallel`", lambda: gradient(nn.DataParallel(classifier()))),
     Row(1, "a `torch.compile`d module", lambda: gradient(torch.compile(classifier()))),
@@ -255,6 +269,11 @@ ROWS = [
     Row(5, "an iterable without tasks", lambda: trained(episodes=[])),
     Row(5, "no tasks at all", lambda: trained(episodes=3)),
     Row(5, "numbers in the data that are not finite", lambda: trained(episodes=spoiled())),
+    Row(5, "the same in a data set, when it is read", lambda: dataset((torch.full((6,), float("nan")), 0))),
+    Row(5, "a data set of unequal shapes", lambda: dataset((torch.zeros(5), 0))),
+    Row(5, "a data set without labels", lambda: dataset(torch.zeros(6))),
+    Row(5, "an empty data set", lambda: ClassSource.from_dataset([])),
+    Row(5, "weights that are to be written to a folder", to_a_folder),
     Row(5, "an optimiser that asks for a closure", lbfgs),
     Row(5, "`clip=0`", lambda: trained(clip=0)),
     Row(5, "a negative `clip`", lambda: trained(clip=-1.0)),

@@ -14,7 +14,7 @@ from fomaml.choices import Statistics
 from fomaml.engines import Plan
 from fomaml.engines import plan as make_plan
 from fomaml.episodes import TaskSequence, copies_of
-from fomaml.errors import InputError, positive
+from fomaml.errors import InputError, whole
 from fomaml.learning.learner import MetaLearner
 from fomaml.metrics import LOSS, Asked, Metric, metric_for, scores
 from fomaml.models import warn_of_unmoved
@@ -73,7 +73,9 @@ def evaluate(
     Warns: batch norms that normalise by statistics which nothing has ever moved.
     """
     warn_of_unmoved(learner.model)
-    points = [(steps, statistics) for steps in at_steps]
+    points = [(whole("at_steps", steps), statistics) for steps in at_steps]
+    if not points:
+        raise InputError("at_steps is empty: it says after how many inner steps to score")
     found = evaluate_at(learner, episodes, points, tasks, tasks_at_once, engine, balanced, metric)
     return {steps: scores for (steps, _), scores in found.items()}
 
@@ -158,6 +160,6 @@ def judged(
 
 
 def batches(episodes: TaskSequence, tasks: int, tasks_at_once: int) -> Iterator[Task]:
-    positive("tasks", tasks, integer=True)
+    tasks, tasks_at_once = whole("tasks", tasks, 1), whole("tasks_at_once", tasks_at_once, 1)
     for start in range(0, tasks, tasks_at_once):
         yield episodes.batch(start, min(tasks_at_once, tasks - start))

@@ -15,7 +15,7 @@ from fomaml.data.source import ClassSource
 from fomaml.engines import Plan, check_outputs
 from fomaml.engines import plan as make_plan
 from fomaml.episodes import Episodes, TaskSequence
-from fomaml.errors import InputError, in_one_line, positive
+from fomaml.errors import InputError, in_one_line, positive, whole
 from fomaml.learning.algorithms import FOMAML
 from fomaml.learning.learner import MetaLearner
 from fomaml.metrics import Asked, Metric, check_ignored, ignored_label, metric_for, scores
@@ -83,8 +83,9 @@ def train(
     meta_batch_size = positive("meta_batch_size", meta_batch_size, integer=True)
     measure_every = positive("measure_every", measure_every, integer=True)
     if clip is not None:
-        positive("clip", clip)
-    if start and positive("start", start, integer=True) > iterations:
+        clip = positive("clip", clip)
+    start = whole("start", start)
+    if start > iterations:
         raise InputError(f"start is iteration {start} of {iterations}: it must not lie beyond them")
     asked: dict[str, Any] = {
         "engine": engine,

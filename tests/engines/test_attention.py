@@ -9,8 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import reference
 from fomaml import FastModel
-from fomaml.engines import meta_gradient
-from fomaml.engines.plan import curve
+from fomaml.engines import curve, meta_gradient
 from fomaml.learning.algorithms import FOMAML, MAML, ProtoMAML, iMAML
 from fomaml.tasks import Examples, Task
 

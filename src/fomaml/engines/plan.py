@@ -1,4 +1,4 @@
-"""The door to the engines: the rule that chooses one, the plan that its caller owns, and the short forms.
+"""The door to the engines: the rule that chooses one, and the plan that its caller owns.
 
 `fomaml.engines.plan` is the function; what stands in this file comes by `from fomaml.engines.plan import …`.
 """
@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -91,7 +90,7 @@ def choose(learner: MetaLearner, tasks: Task, compile: bool = False) -> tuple[st
     return "batched", "dense layers, compiled" if compile else "small dense layers"
 
 
-def _choice(
+def choice(
     learner: MetaLearner, tasks: Task, engine: str, tasks_at_once: int | None, compile: bool
 ) -> Choice:
     check_choice("engine", engine, ("auto", *ENGINES))
@@ -172,7 +171,7 @@ class Plan:
 
     def __call__(self, tasks: Task) -> MetaGradient:
         """The gradient of the meta-loss, averaged over a batch of tasks; see `meta_gradient`."""
-        with _ordinary():
+        with ordinary_modes():
             return self._compute(tasks)
 
     def curve(self, tasks: Task, points: Sequence[tuple[int, Statistics]]) -> list[tuple[Tensor, Tensor]]:
@@ -181,7 +180,7 @@ class Plan:
 
         Never compiled, and in the model's own precision. statistics: see `Problem.query`.
         """
-        with _ordinary():
+        with ordinary_modes():
             return self._curve(tasks, points)
 
     def _curve(self, tasks: Task, points: Sequence[tuple[int, Statistics]]) -> list[tuple[Tensor, Tensor]]:
@@ -279,129 +278,13 @@ def plan(
     Raises:
         InputError: an unknown engine, or tasks_at_once that is no positive whole number.
     """
-    with _ordinary():
+    with ordinary_modes():
         tasks = as_batch(tasks, learner.model)
-        return Plan(learner, _choice(learner, tasks, engine, tasks_at_once, compile), compile, autocast)
+        return Plan(learner, choice(learner, tasks, engine, tasks_at_once, compile), compile, autocast)
 
 
 @contextmanager
-def _ordinary() -> Iterator[None]:
+def ordinary_modes() -> Iterator[None]:
     """The modes in which a gradient can be taken, whatever the caller's are."""
     with torch.inference_mode(False), torch.enable_grad():
         yield
-
-
-# --- the short forms ------------------------------------------------------------------------------
-
-
-def meta_gradient(
-    learner: MetaLearner,
-    tasks: Task,
-    *,
-    engine: str = "auto",
-    tasks_at_once: int | None = None,
-    compile: bool = False,
-    autocast: torch.dtype | None = None,
-) -> MetaGradient:
-    """The gradient of the meta-loss by meta-parameter name, averaged over a batch of tasks.
-
-    The short form of a call of a `plan`, which has the same arguments. A plan is kept for each learner and shapes.
-
-    Raises:
-        InputError: an unknown engine, one that does not take this learner, or outputs narrower than
-            the number of classes.
-    """
-    with _ordinary():
-        tasks = as_batch(tasks, learner.model)
-        known, key = _known(learner, tasks, engine, tasks_at_once, compile, autocast)
-        choice = known.get(key)
-        own = Plan(
-            learner, choice or _choice(learner, tasks, engine, tasks_at_once, compile), compile, autocast
-        )
-        result = own._compute(tasks)
-    if own.choice is not choice:
-        known[key] = own.choice  # only now: what fails may be the fault of these very tasks
-    return result
-
-
-def curve(
-    learner: MetaLearner,
-    tasks: Task,
-    at_steps: Sequence[int],
-    *,
-    statistics: Statistics = "own",
-    engine: str = "auto",
-    tasks_at_once: int | None = None,
-) -> list[tuple[Tensor, Tensor]]:
-    """Query losses (tasks,) and outputs (tasks, examples, ...) after each of `at_steps` inner steps, ascending.
-
-    statistics: see `Problem.query`.
-    """
-    return curve_at(learner, tasks, [(steps, statistics) for steps in at_steps], engine, tasks_at_once)
-
-
-def curve_at(
-    learner: MetaLearner,
-    tasks: Task,
-    points: Sequence[tuple[int, Statistics]],
-    engine: str = "auto",
-    tasks_at_once: int | None = None,
-) -> list[tuple[Tensor, Tensor]]:
-    """`curve` at pairs of steps and statistics, ascending: tasks are adapted once for all of them."""
-    with _ordinary():
-        tasks = as_batch(tasks, learner.model)
-        known, key = _known(learner, tasks, engine, tasks_at_once)
-        own = Plan(learner, known.get(key) or _choice(learner, tasks, engine, tasks_at_once, compile=False))
-        result = own._curve(tasks, points)
-    known[key] = own.choice
-    return result
-
-
-def _known(
-    learner: MetaLearner,
-    tasks: Task,
-    engine: str,
-    tasks_at_once: int | None,
-    compile: bool = False,
-    autocast: torch.dtype | None = None,
-) -> tuple[dict[tuple, Choice], tuple]:
-    """The choices that the short forms keep of a learner, and the key of the one for these tasks.
-
-    The key holds all that a choice depends on, so that what is kept is what would be chosen anew; only that fewer tasks
-    at once are kept where memory ran out.
-    """
-    kept = _kept.get(learner)
-    if kept is None or not kept.is_of(learner):
-        kept = _kept[learner] = _Kept(learner)
-    (a, b), (c, d) = tasks
-    like = (a.device, a.shape, b.shape, c.shape, d.shape, a.dtype, b.dtype, c.dtype, d.dtype)
-    numbers = (learner.inner_steps, learner.inner_batch_size, torch.get_num_threads())
-    names = (*learner.adapted, None, *learner.meta_learned)
-    modes = [module.training for module in kept.modules]
-    return kept.choices, (engine, tasks_at_once, compile, autocast, *like, *numbers, *names, *modes)
-
-
-class _Kept:
-    """What the short forms keep of a learner while it consists of the same parts: choices by all else."""
-
-    def __init__(self, learner: MetaLearner):
-        self.choices: dict[tuple, Choice] = {}
-        self.modules = tuple(learner.modules())[1:]  # not itself: it would live as long as what is kept
-        slots = [slot for module in learner.modules() for slot in (module._modules, module._parameters)]
-        self._filled = [slot for slot in slots if slot]
-        self._empty = [slot for slot in slots if not slot]
-        self._parts = self._parts_of(learner)  # held, so that their ids stay theirs
-        self._ids = tuple(map(id, self._parts))
-
-    def is_of(self, learner: MetaLearner) -> bool:
-        """Whether no part was replaced since; a walk through all modules would take four times as long."""
-        return not any(self._empty) and tuple(map(id, self._parts_of(learner))) == self._ids
-
-    def _parts_of(self, learner: MetaLearner) -> list:
-        parts = [learner.optimizer, learner.objective, learner.criterion, learner.start, learner.first_order]
-        for slot in self._filled:
-            parts += slot.values()
-        return parts
-
-
-_kept: WeakKeyDictionary[MetaLearner, _Kept] = WeakKeyDictionary()

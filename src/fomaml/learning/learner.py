@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fomaml.choices import LearnRates, Statistics, check_choice
-from fomaml.errors import InputError, positive
+from fomaml.errors import InputError, whole
 from fomaml.learning import rates
 from fomaml.learning.adapt import SGD, load
 from fomaml.learning.contracts import (
@@ -30,7 +30,7 @@ from fomaml.learning.moments import SecondMoments
 from fomaml.learning.objectives import QueryLoss
 from fomaml.learning.problem import Problem
 from fomaml.learning.replica import check_module, original
-from fomaml.models import BatchNorm, Seen, normalising, refuse_native
+from fomaml.models import BatchNorm, Seen, normalising, refuse_native, warn_of_unmoved
 from fomaml.tasks import Examples, Task, as_batch, as_examples, count, one
 
 
@@ -101,14 +101,14 @@ class MetaLearner(nn.Module):
         super().__init__()
         check_module(model)
         self.model = model
-        self.inner_steps = positive("inner_steps", inner_steps, integer=True)
+        self.inner_steps = whole("inner_steps", inner_steps, 1)
         self.criterion = criterion
         self.first_order = first_order
         self.optimizer = checked_optimizer(optimizer)
         self.objective = checked_objective(objective)
         self.start = start
         if inner_batch_size is not None:
-            positive("inner_batch_size", inner_batch_size, integer=True)
+            inner_batch_size = whole("inner_batch_size", inner_batch_size, 1)
         self.inner_batch_size = inner_batch_size
         self.iteration = 0
         own = dict(model.named_parameters())
@@ -169,16 +169,21 @@ class MetaLearner(nn.Module):
 
         In the inner steps all but the batch norms are in evaluation mode, so dropout is off. Buffers are as the inner
         steps have left them.
+
         support: inputs (examples, ...) and targets (examples, ...). steps: by default `inner_steps`;
         0 returns a copy of the starting point. statistics: "support" freezes every `BatchNorm` of the returned
         module at the statistics of the support set, so that it can serve single examples; always so
         for those with the policy "support". "own" leaves the others to their policies.
 
         Raises:
-            InputError: the statistics "with-query", which no module can have before it sees the query.
+            InputError: the statistics "with-query", which no module can have before it sees the query; examples that
+                are none.
+
+        Warns: batch norms that normalise by statistics which nothing has ever moved.
         """
         check_choice("statistics of an adapted module", statistics, ("own", "support"))
-        steps = self.inner_steps if steps is None else steps and positive("steps", steps, integer=True)
+        steps = self.inner_steps if steps is None else whole("steps", steps)
+        warn_of_unmoved(self.model)
         with torch.inference_mode(False), torch.enable_grad():
             support = as_examples(support, self.model)
             problem = Problem(self, Task(support, support), evaluating=True)

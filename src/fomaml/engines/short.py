@@ -1,0 +1,126 @@
+"""Plans that nobody keeps: `meta_gradient` and `curve` find again what was chosen for a learner and such tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from fomaml.choices import Statistics
+from fomaml.engines.common import MetaGradient
+from fomaml.engines.plan import Choice, Plan, choice, ordinary_modes
+from fomaml.learning.learner import MetaLearner
+from fomaml.tasks import Task, as_batch
+
+
+def meta_gradient(
+    learner: MetaLearner,
+    tasks: Task,
+    *,
+    engine: str = "auto",
+    tasks_at_once: int | None = None,
+    compile: bool = False,
+    autocast: torch.dtype | None = None,
+) -> MetaGradient:
+    """The gradient of the meta-loss by meta-parameter name, averaged over a batch of tasks.
+
+    The short form of a call of a `plan`, which has the same arguments. A plan is kept for each learner and shapes.
+
+    Raises:
+        InputError: an unknown engine, one that does not take this learner, or outputs narrower than
+            the number of classes.
+    """
+    with ordinary_modes():
+        tasks = as_batch(tasks, learner.model)
+        known, key = _known(learner, tasks, engine, tasks_at_once, compile, autocast)
+        kept = known.get(key)
+        own = Plan(learner, kept or choice(learner, tasks, engine, tasks_at_once, compile), compile, autocast)
+        result = own._compute(tasks)
+    if own.choice is not kept:
+        known[key] = own.choice  # only now: what fails may be the fault of these very tasks
+    return result
+
+
+def curve(
+    learner: MetaLearner,
+    tasks: Task,
+    at_steps: Sequence[int],
+    *,
+    statistics: Statistics = "own",
+    engine: str = "auto",
+    tasks_at_once: int | None = None,
+) -> list[tuple[Tensor, Tensor]]:
+    """Query losses (tasks,) and outputs (tasks, examples, ...) after each of `at_steps` inner steps, ascending.
+
+    statistics: see `Problem.query`.
+    """
+    return curve_at(learner, tasks, [(steps, statistics) for steps in at_steps], engine, tasks_at_once)
+
+
+def curve_at(
+    learner: MetaLearner,
+    tasks: Task,
+    points: Sequence[tuple[int, Statistics]],
+    engine: str = "auto",
+    tasks_at_once: int | None = None,
+) -> list[tuple[Tensor, Tensor]]:
+    """`curve` at pairs of steps and statistics, ascending: tasks are adapted once for all of them."""
+    with ordinary_modes():
+        tasks = as_batch(tasks, learner.model)
+        known, key = _known(learner, tasks, engine, tasks_at_once)
+        own = Plan(learner, known.get(key) or choice(learner, tasks, engine, tasks_at_once, compile=False))
+        result = own._curve(tasks, points)
+    known[key] = own.choice
+    return result
+
+
+def _known(
+    learner: MetaLearner,
+    tasks: Task,
+    engine: str,
+    tasks_at_once: int | None,
+    compile: bool = False,
+    autocast: torch.dtype | None = None,
+) -> tuple[dict[tuple, Choice], tuple]:
+    """The choices that the short forms keep of a learner, and the key of the one for these tasks.
+
+    The key holds all that a choice depends on, so that what is kept is what would be chosen anew; only that fewer tasks
+    at once are kept where memory ran out.
+    """
+    kept = _kept.get(learner)
+    if kept is None or not kept.is_of(learner):
+        kept = _kept[learner] = _Kept(learner)
+    (a, b), (c, d) = tasks
+    like = (a.device, a.shape, b.shape, c.shape, d.shape, a.dtype, b.dtype, c.dtype, d.dtype)
+    numbers = (learner.inner_steps, learner.inner_batch_size, torch.get_num_threads())
+    names = (*learner.adapted, None, *learner.meta_learned)
+    modes = [module.training for module in kept.modules]
+    return kept.choices, (engine, tasks_at_once, compile, autocast, *like, *numbers, *names, *modes)
+
+
+class _Kept:
+    """What the short forms keep of a learner while it consists of the same parts: choices by all else."""
+
+    def __init__(self, learner: MetaLearner):
+        self.choices: dict[tuple, Choice] = {}
+        self.modules = tuple(learner.modules())[1:]  # not itself: it would live as long as what is kept
+        slots = [slot for module in learner.modules() for slot in (module._modules, module._parameters)]
+        self._filled = [slot for slot in slots if slot]
+        self._empty = [slot for slot in slots if not slot]
+        self._parts = self._parts_of(learner)  # held, so that their ids stay theirs
+        self._ids = tuple(map(id, self._parts))
+
+    def is_of(self, learner: MetaLearner) -> bool:
+        """Whether no part was replaced since; a walk through all modules would take four times as long."""
+        return not any(self._empty) and tuple(map(id, self._parts_of(learner))) == self._ids
+
+    def _parts_of(self, learner: MetaLearner) -> list:
+        parts = [learner.optimizer, learner.objective, learner.criterion, learner.start, learner.first_order]
+        for slot in self._filled:
+            parts += slot.values()
+        return parts
+
+
+_kept: WeakKeyDictionary[MetaLearner, _Kept] = WeakKeyDictionary()
