@@ -28,6 +28,7 @@ from fomaml.app.session import NO_LIMIT, session
 from fomaml.app.settings import Settings
 from fomaml.app.settle import settle
 from fomaml.app.sources import source_of
+from fomaml.app.wording import spoken
 from fomaml.checkpoint import load_weights, save_weights
 from fomaml.engines import meta_gradient
 from fomaml.errors import InputError, positive
@@ -47,7 +48,7 @@ def expand(options: CompareOptions) -> list[Settings]:
         InputError: as `settle`.
     """
     if options.cosine_every is not None:
-        positive("cosine_every", options.cosine_every, integer=True)
+        positive("--cosine-every", options.cosine_every, integer=True)
     shared = given(options)
     for name in ("out", "algorithms", "cosine_every"):
         shared.pop(name, None)
@@ -257,7 +258,7 @@ def _answer(sender, function, arguments, threads: int) -> None:
     try:
         answer = function(*arguments, threads=threads)
     except (InputError, RuntimeError, MemoryError) as error:
-        answer = {"failed": " ".join(f"{error or type(error).__name__}".split())}
+        answer = {"failed": spoken(" ".join(f"{error or type(error).__name__}".split()))}
     sender.send(answer)
 
 

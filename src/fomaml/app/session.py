@@ -27,6 +27,7 @@ from fomaml.app.judge import describe, judge
 from fomaml.app.rundir import circumstances
 from fomaml.app.settings import Settings, identity, to_json
 from fomaml.app.validate import Best, is_due, validate, with_validation
+from fomaml.app.wording import spoken
 from fomaml.checkpoint import load_progress, load_state, load_weights, save_state, save_weights
 from fomaml.engines import Plan, plan
 from fomaml.errors import InputError
@@ -199,7 +200,7 @@ class Session:
     def _announce(self) -> None:
         settings, data = self.settings, self.data
         self.say(f"{data.name}: {data.origin}")
-        self.say(f"engine: {self.plan.engine} ({self.plan.why})")
+        self.say(f"engine: {self.plan.engine} ({spoken(self.plan.why)})")
         if settings.autocast != "none":
             slow = "" if has_bfloat16(settings.device) else ", which this device may only imitate, slowly"
             self.say(f"forward passes in {settings.autocast}{slow}")
