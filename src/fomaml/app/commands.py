@@ -58,6 +58,14 @@ class DataOptions:
         "for folder: the height and width to resize images to; default: as they are", metavar="PIXELS"
     )
     rgb: bool = option("for folder: keep the three colours instead of grey", False)
+    shares: tuple[float, float, float] | None = option(
+        "for folder: the shares of its classes for training, validation and test, where it has no directories that say "
+        "so (default: 0.6 0.2 0.2); 0 for no validation",
+        metavar="SHARE",
+    )
+    skip_small_classes: bool = option(
+        "for folder: leave out classes with fewer images than a task takes, instead of refusing them", False
+    )
     augment: Augmentation | None = option(
         "further training classes made of those there are: none (default), rotations (each class turned by 90, 180 and "
         "270 degrees is another class), turns (each class of a task is turned by a random one of these, anew in each "

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from fomaml.app.algorithms import ALGORITHMS, ANY_WAYS
 from fomaml.app.build import NETWORKS
 from fomaml.app.defaults import DEFAULTS, FOLLOWING
+from fomaml.app.images import images_needed
 from fomaml.app.presets import PRESETS
 from fomaml.app.settings import Settings
 from fomaml.app.sources import SOURCES, names, source_of, split_name
@@ -104,6 +105,9 @@ def settle_with_origins(given: Mapping[str, Any]) -> tuple[Settings, dict[str, s
     if algorithm == "maml++" and values["multi_step_iterations"] is None:
         values["multi_step_iterations"] = max(1, values["iterations"] // 10)
         origins["multi_step_iterations"] = "a tenth of iterations"
+    if values["skip_small_classes"]:
+        needed = (values[name] for name in ("train_shots", "query_shots", "shots", "test_query_shots"))
+        values["skip_small_classes"] = max(images_needed(*needed))
     settings = Settings(**values)
     check(settings, given)
     return settings, origins

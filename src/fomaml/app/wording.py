@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from functools import partial
 
 from fomaml.app.settings import Settings
 
@@ -32,11 +33,11 @@ def spoken(message: str) -> str:
     Names within paths and quotes are left as they are.
     """
     for pattern, words in PHRASES:
-        message = re.sub(pattern, lambda found, words=words: _typed(found, words), message)
+        message = re.sub(pattern, partial(_typed, words), message)
     return message
 
 
-def _typed(found: re.Match, words: str) -> str:
+def _typed(words: str, found: re.Match) -> str:
     if words.endswith(r" or \5") and found[5] is None:
         words = words.removesuffix(r" or \5")
     text = found.expand(words)
