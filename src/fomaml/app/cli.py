@@ -91,7 +91,9 @@ def _train(options: TrainOptions) -> None:
             return
         out = settings.out or default_out(settings)
     with watching(settings, sys.stdout) as watch:
-        result = train_run(settings, out, say=watch.say, watch=watch, resume=options.resume is not None)
+        result = train_run(
+            settings, out, say=watch.say, watch=watch, work=watch.work, resume=options.resume is not None
+        )
     print("\n" + describe(result) + f"\nrun directory: {out}")
 
 

@@ -14,6 +14,7 @@ from fomaml.app.parser import group, option, positional
 from fomaml.app.settings import (
     Adapted,
     Augmentation,
+    BaselineSize,
     Filter,
     InnerLoss,
     InnerOptimizer,
@@ -167,7 +168,10 @@ class OuterOptions:
         "the outer steps between two validations, 0 for none; default: a tenth of the iterations where the source has "
         "validation classes. weights.safetensors then holds the best weights, last.safetensors the last"
     )
-    validation_tasks: int | None = option("the number of validation tasks, the same each time (default: 200)")
+    validation_tasks: int | None = option(
+        "the number of validation tasks, the same each time (default: 200; fewer in a run shorter than the source's "
+        "default)"
+    )
     patience: int | None = option("stop after so many validations without a better one; default: never")
     checkpoint_every: int | None = option(
         "the outer steps between two checkpoints, from which a killed run goes on (default: 500)"
@@ -189,6 +193,10 @@ class EvaluationOptions:
         "query example at a time, as the published code of Reptile tests)"
     )
     baselines: bool = option("evaluate baselines on the same tasks", True)
+    baseline_size: BaselineSize | None = option(
+        "how many tasks baselines are tuned and tested on: run (default), in a run shorter than the source's default "
+        "so many that validation and baselines take about as long as the training at most; or full, whatever the run"
+    )
 
 
 @dataclass(frozen=True)

@@ -303,6 +303,7 @@ def describe(result: dict) -> str:
     budget, threads = result["budget"], result["threads"]
     each = f"{budget['seconds']:g} s" if "seconds" in budget else f"{budget['iterations']} iterations"
     what = result["measured"]
+    seen = f" ({facts['overlap']})" if facts.get("overlap") else ""
     heading = ["", f"after {result['steps']} steps", "from FOMAML", "iterations", "seconds", "tasks/s"]
     lines = [[*heading, "peak MB", "gradients/task"]]
     good = [row for row in result["rows"] if "failed" not in row]
@@ -325,7 +326,7 @@ def describe(result: dict) -> str:
         f"{facts['model']}: "
         f"{each} of training each on {result['device']}"
         + (f", {threads} thread{'s' * (threads > 1)}" if result["device"] == "cpu" else ""),
-        f"{what} on the same {result['tasks']} unseen tasks, {told(facts)}, ± 95 % interval over "
+        f"{what} on the same {result['tasks']} unseen tasks{seen}, {told(facts)}, ± 95 % interval over "
         "tasks; one training run "
         f"each (seed {result['seed']})",
         "",

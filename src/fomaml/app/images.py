@@ -83,6 +83,7 @@ def _check_images(settings: Settings, path: str, sources: tuple[ClassSource | No
         if count < needed
     ]
     if few:
+        few.sort()
         total = sum(len(source) for source in sources if source is not None)
         needs = f"{train}" if train == test else f"{train} in training and {test} at test"
         has = "has" if len(few) == 1 else "have"

@@ -27,6 +27,7 @@ InnerOptimizer = Literal["sgd", "adam", "carried-adam"]
 LearnedRates = Literal["none", "per-step", "elementwise"]
 Schedule = Literal["constant", "cosine", "linear"]
 Precision = Literal["none", "bfloat16", "auto"]
+BaselineSize = Literal["run", "full"]
 Part = Literal["test", "validation"]
 Weights = Literal["best", "last"]
 
@@ -105,15 +106,15 @@ class Settings:
     seed: int
     device: str
     image: tuple[int, ...] | None = None
-    # of a folder, since runs of format 1 that do not have them: the shares of its parts, and the number of images below
-    # which a class is left out
+    # Later than format 1. Of a folder: the shares of its parts, and the images without which a class is left out.
     shares: tuple[float, float, float] | None = None
     skip_small_classes: int | None = None
+    baseline_size: BaselineSize = "full"  # as they all were
 
 
 # What may be another when a run goes on or is judged: where it lies and is computed, and what only judges it.
 LATER = ("shares", "skip_small_classes")
-MAY_CHANGE = frozenset({"out", "data_root", "device", "test_tasks", "baselines"})
+MAY_CHANGE = frozenset({"out", "data_root", "device", "test_tasks", "baselines", "baseline_size"})
 
 
 def identity(settings: Settings) -> dict[str, Any]:
@@ -162,6 +163,7 @@ def _of_format_0(values: dict[str, Any]) -> dict[str, Any]:
             values[new] = values.pop(old)
     if values.get("statistics") == "inductive":
         values["statistics"] = "support"
-    others = {"split": None, "resize": None, "image_size": None, "rgb": False, "image": None}
+    others: dict[str, Any] = {"split": None, "resize": None, "image_size": None, "rgb": False, "image": None}
+    others |= {"validation_tasks": 200, "baseline_size": "full"}
     values = {**DEFAULTS, **others, **values, "question": values["question"] or None}
     return {**{name: values[other] for name, other in FOLLOWING.items()}, **values}

@@ -13,6 +13,7 @@ from fomaml.app.defaults import DEFAULTS, FOLLOWING
 from fomaml.app.images import images_needed
 from fomaml.app.presets import PRESETS
 from fomaml.app.settings import Settings
+from fomaml.app.sizing import sized
 from fomaml.app.sources import SOURCES, names, source_of, split_name
 from fomaml.app.wording import option as typed
 from fomaml.choices import check_choice
@@ -108,8 +109,12 @@ def settle_with_origins(given: Mapping[str, Any]) -> tuple[Settings, dict[str, s
     if values["skip_small_classes"]:
         needed = (values[name] for name in ("train_shots", "query_shots", "shots", "test_query_shots"))
         values["skip_small_classes"] = max(images_needed(*needed))
-    settings = Settings(**values)
+    sized_to_it = values["validation_tasks"] is None
+    settings = Settings(**{**values, "validation_tasks": 1} if sized_to_it else values)
     check(settings, given)
+    if sized_to_it:
+        settings = dataclasses.replace(settings, validation_tasks=sized(settings).validation_tasks)
+        origins["validation_tasks"] = "the length of the run"
     return settings, origins
 
 
