@@ -71,7 +71,10 @@ def test_settings_that_came_later_leave_the_identity_of_earlier_runs():
 
 # --- the learner first, then the baselines --------------------------------------------------------
 
-OPTIONS = "--iterations 4 --meta-batch-size 2 --ways 2 --query-shots 2 --model conv4-strided --channels 4 --test-tasks 8 --test-steps 0 1"
+OPTIONS = (
+    "--iterations 4 --validate-every 4 --validation-tasks 9 --meta-batch-size 2 --ways 2 --query-shots 2 "
+    "--model conv4-strided --channels 4 --test-tasks 8 --test-steps 0 1"
+)
 
 
 class Killed(BaseException):
@@ -128,7 +131,7 @@ def test_the_learner_has_its_result_before_the_baselines(
 def test_the_baselines_that_were_chosen_are_told(images, tmp_path, capsys):
     train(images, tmp_path / "run")
     said = capsys.readouterr().out
-    assert "validation: 20 tasks every 4 iterations" in said
+    assert "validation: 9 tasks every 4 iterations" in said
     assert (
         "baselines, sized to a short run: tuned on 5 tasks with at most 20 steps, tested on 8 of 8 tasks"
         in said
