@@ -13,6 +13,7 @@ from fomaml.app.settings import Settings
 
 # Whose pace counts as long as a kind of work has none of its own: test and validation do the same.
 LIKE = {"validation": "training", "test": "validation", "baselines": "test"}
+EARLY = 0.05  # of a kind of work, whose pace says little yet
 # What is going on, how much of it is done, of how much, and the seconds that the whole run has left.
 Progress = Callable[[str, float, float, float], None]
 
@@ -81,7 +82,8 @@ class Agenda:
         self.done[kind] = self.totals[kind]
 
     def _pace(self, kind: str) -> float:
-        if self.done[kind] and self.seconds[kind]:
+        begun = self.done[kind] > EARLY * self.totals[kind] or kind not in LIKE
+        if begun and self.done[kind] and self.seconds[kind]:
             return self.seconds[kind] / self.done[kind]
         return self._pace(LIKE[kind]) if kind in LIKE else math.nan
 
@@ -99,7 +101,8 @@ class Noted:
         return len(self._of)
 
     def batch(self, start: int, tasks: int) -> Any:
-        self.note(tasks)
+        if tasks > 1:  # one alone is looked at, for its shapes
+            self.note(tasks)
         return self._of.batch(start, tasks)
 
     def take(self, rows: Any) -> Any:
