@@ -49,7 +49,8 @@ def main(options: Options) -> None:
             print(f"\n── {question}, {shots}-shot")
             config = settle(source="mnist", question=question, shots=shots, **shared)
             with watching(config, sys.stdout) as watch:
-                result = train_run(config, out / f"{question}-{shots}shot", say=watch.say, watch=watch)
+                run = out / f"{question}-{shots}shot"
+                result = train_run(config, run, say=watch.say, watch=watch, work=watch.work)
             columns.append((f"{question.replace('-', ' ')}, {shots}-shot", result))
     seconds = time.perf_counter() - began
     protocol, tasks = columns[0][1]["protocol"], columns[0][1]["tasks"]

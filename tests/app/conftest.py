@@ -1,6 +1,8 @@
-"""The small Omniglot that most tests of the application train on."""
+"""What most tests of the application train on: a small Omniglot, and folders of images."""
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import characters
 
@@ -15,3 +17,26 @@ def root(tmp_path_factory):
 def small(monkeypatch):
     """The loader expects an Omniglot of this size."""
     characters.shrink(monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory):
+    """Folders of images: `even` of ten classes, `uneven`, whose last four have one image, `parts`, which share one."""
+    root = tmp_path_factory.mktemp("images")
+    random = np.random.default_rng(0)
+
+    def write(folder, count):
+        folder.mkdir(parents=True)
+        shape = random.integers(0, 2, (4, 4)) * 200
+        for image in range(count):
+            noise = random.integers(0, 50, (16, 16))
+            pixels = (np.kron(shape, np.ones((4, 4))) + noise).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / f"{image}.png")
+
+    for number in range(10):
+        write(root / "even" / f"class{number}", 6)
+        write(root / "uneven" / f"class{number}", 6 if number < 6 else 1)
+    for part, names in {"train": "abc", "test": "cd"}.items():
+        for name in names:
+            write(root / "parts" / part / name, 6)
+    return root

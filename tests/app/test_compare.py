@@ -140,8 +140,8 @@ def test_fomaml_is_first_and_each_algorithm_once():
         ({"seconds": math.nan, "iterations": None}, "seconds must be a positive"),
         ({"iterations": -1}, "iterations must be a whole number of 1 or more, got -1"),
         ({"seconds": 5.0}, "--iterations 4 or --seconds 5, not both"),
-        ({"cosine_every": 0}, "cosine_every must be a whole number"),
-        ({"test_tasks": 0}, "test_tasks must be a whole number"),
+        ({"cosine_every": 0}, "--cosine-every must be a whole number"),
+        ({"test_tasks": 0}, "--test-tasks must be a whole number"),
     ],
 )
 def test_bad_settings(choices, words, tmp_path):

@@ -153,8 +153,8 @@ def test_evaluate_takes_copies(root, tmp_path, capsys):
     for options, message in (
         (["--jitter", "0.1"], "--jitter moves the copies of each image: give --copies, 2 or more"),
         (["--copies", "2"], "2 copies of each image are the same without jitter, got jitter 0.0"),
-        (["--copies", "0"], "copies must be a whole number of 1 or more, got 0"),
-        (["--copies", "2", "--jitter", "-1"], "jitter must be 0 or more and below 1, got -1.0"),
+        (["--copies", "0"], "--copies must be a whole number of 1 or more, got 0"),
+        (["--copies", "2", "--jitter", "-1"], "--jitter must be 0 or more and below 1, got -1.0"),
     ):
         with pytest.raises(SystemExit):
             main([*base, *options])

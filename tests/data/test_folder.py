@@ -302,7 +302,8 @@ def test_a_part_without_classes_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("names", "found"),
     [
-        (["train", "test"], "test, train"),
+        (["train"], "train"),
+        (["train", "val"], "train, val"),
         (["val", "test"], "test, val"),
         (["train", "valid", "val", "test"], "test, train, val, valid"),
         (["train", "val", "test", "cat"], "cat, test, train, val"),
@@ -311,7 +312,7 @@ def test_a_part_without_classes_is_named(tmp_path):
 )
 def test_directories_that_do_not_say_the_split_clearly_are_named(tmp_path, names, found):
     given(tmp_path, **{name: ["a"] for name in names})
-    end = "expected train, val and test, or one per class, which are then split by class"
+    end = "expected train and test, and val if wanted, or one per class, which are then split by class"
     assert error_of(tmp_path) == f"{tmp_path}: found the directories {found}, {end}"
 
 

@@ -94,7 +94,7 @@ def open_data(settings: Settings, test_seed: int | None = None, allow_download: 
         train=Episodes(classes, ways=settings.train_ways, turns=turns, jitter=settings.jitter, **training),
         tuning=Episodes(own_classes, seed=tuning_seed, **testing),
         test=Episodes(test_classes, seed=seed, **testing),
-        unvalidated=f"{found.name} has no validation classes",
+        unvalidated=found.unvalidated or f"{found.name} has no validation classes",
         own_classes=own_classes,
         classes=classes,
     )

@@ -31,8 +31,10 @@ from fomaml.app.report import align
 from fomaml.app.rundir import load_run, load_settings
 from fomaml.app.session import train_run
 from fomaml.app.settings import Part, Settings, TestAugmentation, Weights
-from fomaml.app.settle import check_below, check_steps, settle_with_origins
+from fomaml.app.settle import check_below, check_seed, check_steps, settle_with_origins
 from fomaml.app.sources import split_name
+from fomaml.app.wording import option as typed
+from fomaml.app.wording import spoken
 from fomaml.check import check
 from fomaml.choices import Statistics, check_choice
 from fomaml.errors import InputError, positive
@@ -57,7 +59,7 @@ def told_in_one_line() -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        print(f"fomaml: error: {error}", file=sys.stderr)
+        print(f"fomaml: error: {spoken(str(error))}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
@@ -89,7 +91,9 @@ def _train(options: TrainOptions) -> None:
             return
         out = settings.out or default_out(settings)
     with watching(settings, sys.stdout) as watch:
-        result = train_run(settings, out, say=watch.say, watch=watch, resume=options.resume is not None)
+        result = train_run(
+            settings, out, say=watch.say, watch=watch, work=watch.work, resume=options.resume is not None
+        )
     print("\n" + describe(result) + f"\nrun directory: {out}")
 
 
@@ -111,9 +115,11 @@ def settled(settings: Settings, origins: dict[str, str]) -> str:
 def _evaluate(options: EvaluateOptions) -> None:
     for name in ("tasks", "ways", "shots", "query_shots", "copies"):
         if getattr(options, name) is not None:
-            positive(name, getattr(options, name), integer=True)
+            positive(typed(name), getattr(options, name), integer=True)
+    if options.seed is not None:
+        check_seed(options.seed)
     if options.steps is not None:
-        check_steps(options.steps)
+        check_steps("--steps", options.steps)
     for statistics in options.statistics or ():
         check_choice("statistics", statistics, Statistics)
     check_choice("part", options.part, Part)
@@ -121,7 +127,7 @@ def _evaluate(options: EvaluateOptions) -> None:
     if options.test_augment is not None:
         check_choice("test augment", options.test_augment, TestAugmentation)
     if options.jitter is not None:
-        check_below("jitter", options.jitter, 1)
+        check_below("--jitter", options.jitter, 1)
     settings, learner = load_run(
         options.run,
         options.weights,
@@ -162,6 +168,13 @@ def _check(options: CheckOptions) -> None:
     check_choice("input dtype", options.input_dtype, ("float32", "int64"))
     if (options.input_dtype == "int64") != (options.vocabulary is not None):
         raise InputError("--input-dtype int64 and --vocabulary N go together: the numbers are drawn below N")
+    for name in ("ways", "shots", "query_shots", "inner_steps", "vocabulary"):
+        if getattr(options, name) is not None:
+            positive(typed(name), getattr(options, name), integer=True)
+    positive("--inner-lr", options.inner_lr)
+    for size in options.input:
+        positive("each number of --input", size, integer=True)
+    check_seed(options.seed)
     with contextlib.redirect_stdout(sys.stderr):  # what the module itself prints
         report = check(
             load_module(options.module, options.seed),

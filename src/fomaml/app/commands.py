@@ -14,6 +14,7 @@ from fomaml.app.parser import group, option, positional
 from fomaml.app.settings import (
     Adapted,
     Augmentation,
+    BaselineSize,
     Filter,
     InnerLoss,
     InnerOptimizer,
@@ -58,6 +59,14 @@ class DataOptions:
         "for folder: the height and width to resize images to; default: as they are", metavar="PIXELS"
     )
     rgb: bool = option("for folder: keep the three colours instead of grey", False)
+    shares: tuple[float, float, float] | None = option(
+        "for folder: the shares of its classes for training, validation and test, where it has no directories that say "
+        "so (default: 0.6 0.2 0.2); 0 for no validation",
+        metavar="SHARE",
+    )
+    skip_small_classes: bool = option(
+        "for folder: leave out classes with fewer images than a task takes, instead of refusing them", False
+    )
     augment: Augmentation | None = option(
         "further training classes made of those there are: none (default), rotations (each class turned by 90, 180 and "
         "270 degrees is another class), turns (each class of a task is turned by a random one of these, anew in each "
@@ -159,7 +168,10 @@ class OuterOptions:
         "the outer steps between two validations, 0 for none; default: a tenth of the iterations where the source has "
         "validation classes. weights.safetensors then holds the best weights, last.safetensors the last"
     )
-    validation_tasks: int | None = option("the number of validation tasks, the same each time (default: 200)")
+    validation_tasks: int | None = option(
+        "the number of validation tasks, the same each time (default: 200; fewer in a run shorter than the source's "
+        "default)"
+    )
     patience: int | None = option("stop after so many validations without a better one; default: never")
     checkpoint_every: int | None = option(
         "the outer steps between two checkpoints, from which a killed run goes on (default: 500)"
@@ -181,6 +193,10 @@ class EvaluationOptions:
         "query example at a time, as the published code of Reptile tests)"
     )
     baselines: bool = option("evaluate baselines on the same tasks", True)
+    baseline_size: BaselineSize | None = option(
+        "how many tasks baselines are tuned and tested on: run (default), in a run shorter than the source's default "
+        "so many that validation and baselines take about as long as the training at most; or full, whatever the run"
+    )
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from fomaml.app.session import NO_LIMIT, session
 from fomaml.app.settings import Settings
 from fomaml.app.settle import settle
 from fomaml.app.sources import source_of
+from fomaml.app.wording import spoken
 from fomaml.checkpoint import load_weights, save_weights
 from fomaml.engines import meta_gradient
 from fomaml.errors import InputError, positive
@@ -47,7 +48,7 @@ def expand(options: CompareOptions) -> list[Settings]:
         InputError: as `settle`.
     """
     if options.cosine_every is not None:
-        positive("cosine_every", options.cosine_every, integer=True)
+        positive("--cosine-every", options.cosine_every, integer=True)
     shared = given(options)
     for name in ("out", "algorithms", "cosine_every"):
         shared.pop(name, None)
@@ -257,7 +258,7 @@ def _answer(sender, function, arguments, threads: int) -> None:
     try:
         answer = function(*arguments, threads=threads)
     except (InputError, RuntimeError, MemoryError) as error:
-        answer = {"failed": " ".join(f"{error or type(error).__name__}".split())}
+        answer = {"failed": spoken(" ".join(f"{error or type(error).__name__}".split()))}
     sender.send(answer)
 
 
@@ -302,6 +303,7 @@ def describe(result: dict) -> str:
     budget, threads = result["budget"], result["threads"]
     each = f"{budget['seconds']:g} s" if "seconds" in budget else f"{budget['iterations']} iterations"
     what = result["measured"]
+    seen = f" ({facts['overlap']})" if facts.get("overlap") else ""
     heading = ["", f"after {result['steps']} steps", "from FOMAML", "iterations", "seconds", "tasks/s"]
     lines = [[*heading, "peak MB", "gradients/task"]]
     good = [row for row in result["rows"] if "failed" not in row]
@@ -324,7 +326,7 @@ def describe(result: dict) -> str:
         f"{facts['model']}: "
         f"{each} of training each on {result['device']}"
         + (f", {threads} thread{'s' * (threads > 1)}" if result["device"] == "cpu" else ""),
-        f"{what} on the same {result['tasks']} unseen tasks, {told(facts)}, ± 95 % interval over "
+        f"{what} on the same {result['tasks']} unseen tasks{seen}, {told(facts)}, ± 95 % interval over "
         "tasks; one training run "
         f"each (seed {result['seed']})",
         "",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fomaml.app import sizing
+from fomaml.app.agenda import Noted
 from fomaml.app.algorithms import ALGORITHMS
 from fomaml.app.build import Data, build_model, for_test, head_name, open_data
 from fomaml.app.report import table, verdict
@@ -26,13 +28,12 @@ from fomaml.models import NATIVE_BATCH_NORMS, BatchNorm
 def judge(
     settings: Settings, learner: MetaLearner, data: Data, say=lambda line: None
 ) -> tuple[dict, dict[int, Tensor]]:
-    """Evaluate a trained learner, and the baselines, on the same unseen tasks.
+    """Evaluate a trained learner on unseen tasks.
 
     Returns the result, and by number of inner steps the (tasks,) scores behind it.
     """
     say(f"evaluating on {settings.test_tasks} unseen tasks")
     tasks = settings.test_tasks
-    name = ALGORITHMS[settings.algorithm].title
     found = evaluate(
         for_test(settings, learner),
         data.test,
@@ -40,14 +41,35 @@ def judge(
         at_steps=settings.test_steps,
         statistics=settings.statistics,
     )
-    rows = [_row(f"{name}, {_steps(steps)}", found[steps], steps=steps) for steps in found]
-    headline = found[settings.test_steps[-1]]
-    differences = []
-    for label, scores, facts in baselines(settings, data, say) if settings.baselines else ():
-        rows.append(_row(label, scores, **facts))
-        paired = estimate(headline - scores)
+    return summary(settings, learner, data, found, settings.statistics), found
+
+
+def has_baselines(settings: Settings, data: Data) -> bool:
+    """Whether there is something to compare a run with: functions have no classes."""
+    return settings.baselines and data.own_classes is not None
+
+
+def beside_baselines(
+    settings: Settings,
+    data: Data,
+    result: dict,
+    scores: Tensor,
+    say=lambda line: None,
+    note: Callable[[float], None] = lambda cost: None,
+) -> Iterator[dict]:
+    """The result with one baseline more each time, on the same unseen tasks as the (tasks,) scores of its headline.
+
+    note: is told of each part of the work as it begins, by its cost, see sizing.py.
+    """
+    metric = source_of(settings).metric
+    rows, differences = list(result["rows"]), list(result["differences"])
+    for label, own, facts in baselines(settings, data, say, note):
+        row = _row(label, own, **facts)
+        rows.append(row)
+        paired = estimate(scores[: len(own)] - own)
         differences.append({"to": label, "mean": paired.mean, "interval": paired.interval})
-    return summary(settings, learner, data, found, settings.statistics, rows, differences), found
+        say(f"baseline: {label}: {metric.text(row['mean'], row['interval'])} {metric.unit}".rstrip())
+        yield result | {"rows": list(rows), "differences": list(differences)}
 
 
 def summary(
@@ -99,31 +121,55 @@ def protocol(
         "statistics": statistics,
         "transductive": statistics == "own" and _is_transductive(learner),
         "balanced": balanced,
+        "overlap": overlap(data),
     }
 
 
-def baselines(settings: Settings, data: Data, say):
+def overlap(data: Data) -> str | None:
+    """Which test classes are no new ones, in words: those of training, and those that the weights were selected by."""
+    if data.own_classes is None:
+        return None
+    episodes: Any = data.test  # of classes too
+    tested = episodes.source.names
+    told = []
+    seen = {"seen in training": set(data.own_classes.names)}
+    if data.validation is not None and data.validation is not data.test:
+        seen["used in validation"] = set(data.validation.source.names)
+    for how, names in seen.items():
+        if shared := [name for name in tested if name in names]:
+            which = "all" if len(shared) == len(tested) else f"{len(shared)} of"
+            told.append(f"{which} {len(tested)} test classes were {how}")
+    return " and ".join(told) or None
+
+
+def baselines(settings: Settings, data: Data, say, note: Callable[[float], None] = lambda cost: None):
     """(label, scores, facts) of each baseline on the test tasks, step size and count tuned on training classes."""
     own_classes, classes = data.own_classes, data.classes
     if own_classes is None or classes is None:
         return
-    counts: dict[str, Any] = {"tasks": settings.test_tasks, "tuning_tasks": min(settings.test_tasks, 50)}
-    counts["statistics"] = settings.statistics
+    sizes = sizing.of_baselines(settings)
+    counts: dict[str, Any] = {"tasks": sizes.tasks, "tuning_tasks": sizes.tuning_tasks}
+    counts |= {"inner_lrs": sizing.INNER_LRS, "at_steps": sizes.at_steps, "statistics": settings.statistics}
+    costs = sizing.tuning(settings, sizes), sizing.adaptation(settings, max(sizes.at_steps))
+    tuning = Noted(data.tuning, lambda tasks: note(tasks * costs[0]))
+    test = Noted(data.test, lambda tasks: note(tasks * costs[1]))
+    few = f", on {sizes.tasks} tasks" if sizes.tasks < settings.test_tasks else ""
     say("baseline: the same network from a random start")
-    tuned = fine_tune(lambda n: build_model(settings, 1000 + n), data.tuning, data.test, **counts)
-    yield "random start, support set only", tuned.scores, _facts(tuned)
+    tuned = fine_tune(lambda n: build_model(settings, 1000 + n), tuning, test, **counts)
+    yield f"random start, support set only{few}", tuned.scores, _facts(tuned)
     learned = {"pretrained classifier, fine-tuned": own_classes}
     if settings.augment != "none":
         learned["pretrained on augmented, fine-tuned"] = classes
     for label, known in learned.items():
         say(f"baseline: the same network pretrained as a classifier of {len(known)} classes")
-        model = pretrained(settings, known)
-        tuned = fine_tune(model, data.tuning, data.test, **counts)
-        yield label, tuned.scores, _facts(tuned)
+        seen: Any = Noted(known, lambda examples: note(examples * sizing.PASSES))
+        model = pretrained(settings, seen, sizes.pretraining)
+        tuned = fine_tune(model, tuning, test, **counts)
+        yield f"{label}{few}", tuned.scores, _facts(tuned)
     yield "nearest centroid of the pixels", nearest_centroid(data.test, tasks=settings.test_tasks), {}
 
 
-def pretrained(settings: Settings, classes: ClassSource) -> nn.Module:
+def pretrained(settings: Settings, classes: ClassSource, iterations: int = 1000) -> nn.Module:
     """The run's network as an ordinary classifier of these classes has learned it, with a head of zeros: the
     classifier's own head means nothing under new labels.
     """
@@ -134,7 +180,7 @@ def pretrained(settings: Settings, classes: ClassSource) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         setattr(owner, last, nn.Linear(head.in_features, len(classes)).to(head.weight))
-    pretrain(model, classes, seed=settings.seed)
+    pretrain(model, classes, iterations=iterations, batch_size=sizing.BATCH, seed=settings.seed)
     setattr(owner, last, head)
     return model
 
@@ -196,14 +242,17 @@ def describe(result: dict) -> str:
         ", balanced: the same number of query examples per class assumed" if protocol.get("balanced") else ""
     )
     queries = f"{protocol['query_shots']} query {'example' if protocol['query_shots'] == 1 else 'examples'}"
+    shared = f" ({protocol['overlap']})" if protocol.get("overlap") else ""
     part = "validation" if result.get("part") == "validation" else "unseen"
     lines = [
         f"{', '.join(filter(None, (protocol['data'], protocol['question'])))}, {heading}, "
-        f"{result['tasks']} {part} tasks, {queries}{' per class' if ways else ''}{turns}, "
+        f"{result['tasks']} {part} tasks{shared}, {queries}{' per class' if ways else ''}{turns}, "
         f"{told(protocol)}{balanced}",
         "",
         table([(heading, result)]),
     ]
+    if "unfinished" in result:
+        lines += ["", result["unfinished"]]
     if result["differences"]:
         lines += ["", verdict(result)]
     for other in result.get("by_statistics", {}).values():

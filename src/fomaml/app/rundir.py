@@ -86,6 +86,14 @@ def keep_metrics(path: Path, iterations: int) -> None:
     write_text(path, "".join(line + "\n" for line in kept))
 
 
+def is_finished(out: Path) -> bool:
+    """Whether the directory has a whole result. One whose baselines are to come has an unfinished one."""
+    try:
+        return "unfinished" not in json.loads((out / RESULT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+
+
 def load_settings(run: Path) -> Settings:
     """The settings of a run directory.
 

@@ -8,11 +8,13 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fomaml.app import rundir
+from fomaml.app import rundir, sizing
+from fomaml.app.agenda import Agenda, Noted, Progress
 from fomaml.app.build import (
     build_learner,
     build_model,
@@ -23,11 +25,12 @@ from fomaml.app.build import (
     with_image,
     with_precision,
 )
-from fomaml.app.judge import describe, judge
+from fomaml.app.judge import beside_baselines, describe, has_baselines, judge
 from fomaml.app.rundir import circumstances
 from fomaml.app.settings import Settings, identity, to_json
 from fomaml.app.sources import source_of
 from fomaml.app.validate import Best, is_due, validate, with_validation
+from fomaml.app.wording import spoken
 from fomaml.checkpoint import load_progress, load_state, load_weights, save_state, save_weights
 from fomaml.engines import Plan, plan
 from fomaml.errors import InputError
@@ -45,19 +48,21 @@ def train_run(
     *,
     say: Say = print,
     watch: Watch = lambda record, seconds: None,
+    work: Progress = lambda what, done, total, left: None,
     resume: bool = False,
 ) -> dict:
     """Train, evaluate and write the run directory `out`; returns the result, as in result.json.
 
     say: receives a line on the data, the engine and each validation. watch: receives each measured record and the
-    seconds of training so far. resume: `out` holds a run of these settings that was killed; it goes on from its last
-    checkpoint, and ends bit for bit as it would have, unless it is limited by seconds.
+    seconds of training so far. work: see `Progress`. resume: `out` holds a run of these settings that was killed; it
+    goes on from its last checkpoint, and ends bit for bit as it would have, unless it is limited by seconds. One that
+    was killed among its baselines is resumed too.
 
     Raises:
         InputError: bad data, device or settings, before anything is written; `out` holds a run, or, to
             resume, a finished one.
     """
-    with session(settings, out, say=say, watch=watch, resume=resume) as run:
+    with session(settings, out, say=say, watch=watch, work=work, resume=resume) as run:
         run.train()
         return run.finish()
 
@@ -69,13 +74,14 @@ def session(
     *,
     say: Say,
     watch: Watch = lambda record, seconds: None,
+    work: Progress = lambda what, done, total, left: None,
     resume: bool = False,
     allow_download: bool = True,
 ) -> Iterator[Session]:
     """A run that holds its directory while the block lasts; arguments and errors as of `train_run`."""
-    if resume and (out / rundir.RESULT).exists():
+    if resume and rundir.is_finished(out):
         raise InputError(f"the run in {out} is finished; see {out / rundir.RESULT_TEXT}")
-    run = Session(settings, out, say, watch, allow_download)
+    run = Session(settings, out, say, watch, work, allow_download)
     if not resume:
         rundir.claim(out)
     with rundir.alone(out):
@@ -105,11 +111,20 @@ class Session:
     the test by number of inner steps.
     """
 
-    def __init__(self, settings: Settings, out: Path, say: Say, watch: Watch, allow_download: bool = True):
+    def __init__(
+        self,
+        settings: Settings,
+        out: Path,
+        say: Say,
+        watch: Watch,
+        work: Progress,
+        allow_download: bool = True,
+    ):
         self.data = open_data(settings, allow_download=allow_download)
         self.settings = with_precision(with_validation(with_image(settings, self.data), self.data))
         self.identity = identity(self.settings)
-        self.out, self.say, self.watch = out, say, watch
+        self.out, self.say, self.watch, self.work = out, say, watch, work
+        self.agenda = Agenda(self.settings, has_baselines(self.settings, self.data))
         self.learner = build_learner(self.settings, build_model(self.settings))
         check_width(self.learner, self.data.test)
         self.optimizer = build_optimizer(self.settings, self.learner)
@@ -154,6 +169,7 @@ class Session:
             self.done = record.iteration
             if record.after is not None:
                 self._log(**numbers)
+                self._tell()
                 self.watch(record, self.clock.training)
             due = is_due(settings, self.done)
             if due:
@@ -167,6 +183,9 @@ class Session:
     def finish(self) -> dict:
         """Write the weights, judge them and write the result, which is returned."""
         settings, out, learner = self.settings, self.out, self.learner
+        if settings.seconds:
+            self._save()  # that its time is over: a run that is killed from here on is trained no further
+        self._tell()
         weights: dict = {"kept": "last", "iteration": self.done}
         if settings.validate_every:
             save_weights(out / rundir.LAST, learner, self.identity)
@@ -176,15 +195,48 @@ class Session:
             weights = {"kept": "best by validation", **facts, "validation_tasks": settings.validation_tasks}
         else:
             save_weights(out / rundir.WEIGHTS, learner, self.identity)
-        result, self.scores = judge(settings, learner, self.data, self.say)
+        test = self._noted("test", "testing", self.data.test, settings.test_tasks)
+        result, self.scores = judge(settings, learner, dataclasses.replace(self.data, test=test), self.say)
+        self.agenda.finish("test")
         result |= {"iterations": self.done, "weights": weights, "preset": settings.preset}
         spent = dataclasses.asdict(self.clock)
         result |= {f"{name}_seconds": round(seconds, 1) for name, seconds in spent.items()}
         result |= {"seed": settings.seed, **circumstances()}
-        write_text(out / rundir.RESULT_TEXT, describe(result))
-        write_text(out / rundir.RESULT, json.dumps(result, indent=2) + "\n")
+        if has_baselines(settings, self.data):
+            result = self._beside_baselines(result)
+        self._write(result)
         (out / rundir.STATE).unlink(missing_ok=True)
         return result
+
+    def _beside_baselines(self, result: dict) -> dict:
+        """The result with the baselines. That of the learner is shown and on disk before they begin."""
+        total = self.agenda.totals["baselines"]
+        note = self.agenda.counter("baselines", "baselines", total, self.work)
+        scores = self.scores[self.settings.test_steps[-1]]
+        unfinished = {
+            "unfinished": f"baselines are to come; if they do not: fomaml train --resume {self.out}"
+        }
+        self._write(result | unfinished)
+        self.say("\n" + describe(result | unfinished))
+        for more in beside_baselines(self.settings, self.data, result, scores, self.say, note):
+            result = more
+            self._write(result | unfinished)
+        return result
+
+    def _write(self, result: dict) -> None:
+        write_text(self.out / rundir.RESULT_TEXT, describe(result))
+        write_text(self.out / rundir.RESULT, json.dumps(result, indent=2) + "\n")
+
+    def _noted(self, kind: str, what: str, episodes: Any, tasks: int) -> Any:
+        """Episodes whose drawing tells how far their evaluation is."""
+        total = self.agenda.totals["test"] if kind == "test" else self.agenda.of_validation
+        note = self.agenda.counter(kind, what, total, self.work)
+        return Noted(episodes, lambda drawn: note(drawn * total / tasks))
+
+    def _tell(self) -> None:
+        """How long the whole run still takes, validations, test and baselines included."""
+        self.agenda.trained(self.done, self.clock.training, self.clock.validation)
+        self.work("meta-training", self.done, self.settings.iterations, self.agenda.left())
 
     def _plan(self, tasks_at_once: int | None) -> Plan:
         """How the whole run's meta-gradients are computed."""
@@ -201,7 +253,7 @@ class Session:
     def _announce(self) -> None:
         settings, data = self.settings, self.data
         self.say(f"{data.name}: {data.origin}")
-        self.say(f"engine: {self.plan.engine} ({self.plan.why})")
+        self.say(f"engine: {self.plan.engine} ({spoken(self.plan.why)})")
         if settings.autocast != "none":
             slow = "" if has_bfloat16(settings.device) else ", which this device may only imitate, slowly"
             self.say(f"forward passes in {settings.autocast}{slow}")
@@ -216,6 +268,18 @@ class Session:
             )
         else:
             self.say("no validation, as asked" if data.validation else f"no validation: {data.unvalidated}")
+
+        sizes = sizing.of_baselines(settings)
+        if has_baselines(settings, data) and sizes != sizing.full(settings):
+            most, few, tested = (
+                max(sizes.at_steps),
+                sizes.tuning_tasks,
+                f"{sizes.tasks} of {settings.test_tasks}",
+            )
+            self.say(
+                f"baselines, sized to a short run: tuned on {few} tasks with at most {most} steps, tested on {tested} "
+                "tasks; --baseline-size full takes all"
+            )
 
     def _resume(self) -> None:
         state, metrics = self.out / rundir.STATE, self.out / rundir.METRICS
@@ -248,8 +312,10 @@ class Session:
         return {"meta_loss": loss, "before": record.before.item(), "after": record.after.item()}
 
     def _validate(self) -> None:
+        own = self._noted("validation", "validating", self.data.validation, self.settings.validation_tasks)
+        data = dataclasses.replace(self.data, validation=own)
         with self.clock.counting("validation"):
-            found = validate(self.settings, self.learner, self.data)
+            found = validate(self.settings, self.learner, data)
         self.validated = self.done
         self._log(validation=found.mean, interval=found.interval)
         metric = source_of(self.settings).metric

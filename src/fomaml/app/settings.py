@@ -27,6 +27,7 @@ InnerOptimizer = Literal["sgd", "adam", "carried-adam"]
 LearnedRates = Literal["none", "per-step", "elementwise"]
 Schedule = Literal["constant", "cosine", "linear"]
 Precision = Literal["none", "bfloat16", "auto"]
+BaselineSize = Literal["run", "full"]
 Part = Literal["test", "validation"]
 Weights = Literal["best", "last"]
 
@@ -105,16 +106,23 @@ class Settings:
     seed: int
     device: str
     image: tuple[int, ...] | None = None
+    # Later than format 1. Of a folder: the shares of its parts, and the images without which a class is left out.
+    shares: tuple[float, float, float] | None = None
+    skip_small_classes: int | None = None
+    baseline_size: BaselineSize = "full"  # as they all were
 
 
 # What may be another when a run goes on or is judged: where it lies and is computed, and what only judges it.
-MAY_CHANGE = frozenset({"out", "data_root", "device", "test_tasks", "baselines"})
+LATER = ("shares", "skip_small_classes")
+MAY_CHANGE = frozenset({"out", "data_root", "device", "test_tasks", "baselines", "baseline_size"})
 
 
 def identity(settings: Settings) -> dict[str, Any]:
     """What a run's weights are made by, JSON-able: its files of tensors carry a digest of it."""
     values = dataclasses.asdict(settings)
-    return json.loads(json.dumps({n: v for n, v in values.items() if n not in MAY_CHANGE}, default=str))
+    added = {name for name in LATER if values[name] is None}  # weights from before are of the same run
+    kept = {name: value for name, value in values.items() if name not in MAY_CHANGE | added}
+    return json.loads(json.dumps(kept, default=str))
 
 
 def to_json(settings: Settings) -> str:
@@ -138,8 +146,9 @@ def from_json(text: str, origin: str) -> Settings:
             values = _of_format_0(values)
         for name in ("out", "data_root"):
             values[name] = values[name] and Path(values[name])
-        for name in ("test_steps", "image", "image_size", "channels"):
-            values[name] = values[name] and tuple(values[name])
+        for name in ("test_steps", "image", "image_size", "channels", "shares"):
+            if values.get(name):
+                values[name] = tuple(values[name])
         return Settings(**values)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{origin} is not the config of a run ({error})") from None
@@ -154,6 +163,7 @@ def _of_format_0(values: dict[str, Any]) -> dict[str, Any]:
             values[new] = values.pop(old)
     if values.get("statistics") == "inductive":
         values["statistics"] = "support"
-    others = {"split": None, "resize": None, "image_size": None, "rgb": False, "image": None}
+    others: dict[str, Any] = {"split": None, "resize": None, "image_size": None, "rgb": False, "image": None}
+    others |= {"validation_tasks": 200, "baseline_size": "full"}
     values = {**DEFAULTS, **others, **values, "question": values["question"] or None}
     return {**{name: values[other] for name, other in FOLLOWING.items()}, **values}

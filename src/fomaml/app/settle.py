@@ -10,9 +10,12 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from fomaml.app.algorithms import ALGORITHMS, ANY_WAYS
 from fomaml.app.build import NETWORKS
 from fomaml.app.defaults import DEFAULTS, FOLLOWING
+from fomaml.app.images import images_needed
 from fomaml.app.presets import PRESETS
 from fomaml.app.settings import Settings
+from fomaml.app.sizing import sized
 from fomaml.app.sources import SOURCES, names, source_of, split_name
+from fomaml.app.wording import option as typed
 from fomaml.choices import check_choice
 from fomaml.engines import ENGINES
 from fomaml.errors import InputError, positive
@@ -24,6 +27,7 @@ COUNTS = [
     for name, hint in HINTS.items()
     if hint in (int, int | None) and name not in ("seed", "validate_every")
 ]
+SEEDS = 2**60
 SIZES = ("inner_lr", "meta_lr", "rates_lr", "clip", "seconds")
 BELOW = {"inner_momentum": 1, "weight_decay": math.inf, "jitter": 1, "test_jitter": 1}
 # The options that only some sources take, with their values for all others.
@@ -75,9 +79,7 @@ def settle_with_origins(given: Mapping[str, Any]) -> tuple[Settings, dict[str, s
     source = SOURCES[name]
     for option in OF_SOURCES:
         if asked.get(option) and option not in source.options:
-            raise InputError(
-                f"the source {name} takes no --{option.replace('_', '-')}, got {asked[option]!r}"
-            )
+            raise InputError(f"the source {name} takes no {typed(option)}, got {asked[option]!r}")
     algorithm = asked.get("algorithm", DEFAULTS["algorithm"])
     check_choice("algorithm", algorithm, ALGORITHMS)
     question = asked.get("question", source.options.get("question"))
@@ -85,7 +87,7 @@ def settle_with_origins(given: Mapping[str, Any]) -> tuple[Settings, dict[str, s
         check_choice("question", question, CHOICES["question"])
     suited = source.defaults[question or ""]
     shots = asked.get("shots", suited[min(suited)].get("shots", DEFAULTS["shots"]))
-    positive("shots", shots, integer=True)
+    positive("--shots", shots, integer=True)
     layers = [
         ("default", {**DEFAULTS, **OF_SOURCES}),
         (f"source {name}", {**source.options, **suited[max(few for few in suited if few <= shots)]}),
@@ -104,8 +106,15 @@ def settle_with_origins(given: Mapping[str, Any]) -> tuple[Settings, dict[str, s
     if algorithm == "maml++" and values["multi_step_iterations"] is None:
         values["multi_step_iterations"] = max(1, values["iterations"] // 10)
         origins["multi_step_iterations"] = "a tenth of iterations"
-    settings = Settings(**values)
+    if values["skip_small_classes"]:
+        needed = (values[name] for name in ("train_shots", "query_shots", "shots", "test_query_shots"))
+        values["skip_small_classes"] = max(images_needed(*needed))
+    sized_to_it = values["validation_tasks"] is None
+    settings = Settings(**{**values, "validation_tasks": 1} if sized_to_it else values)
     check(settings, given)
+    if sized_to_it:
+        settings = dataclasses.replace(settings, validation_tasks=sized(settings).validation_tasks)
+        origins["validation_tasks"] = "the length of the run"
     return settings, origins
 
 
@@ -121,27 +130,28 @@ def check(settings: Settings, given: Mapping[str, Any] = {}) -> None:
             check_choice(name.replace("_", " "), getattr(settings, name), choices)
     for name in COUNTS:
         if getattr(settings, name) is not None:
-            positive(name, getattr(settings, name), integer=True)
+            positive(typed(name), getattr(settings, name), integer=True)
     for name in SIZES:
         if getattr(settings, name) is not None:
-            positive(name, getattr(settings, name))
+            positive(typed(name), getattr(settings, name))
     for name, most in BELOW.items():
-        check_below(name, getattr(settings, name), most)
+        check_below(typed(name), getattr(settings, name), most)
     if len(settings.channels) not in (1, 4):
         raise InputError(
             f"--channels takes one number or four, one for each convolution, got {list(settings.channels)}"
         )
     for channels in settings.channels:
-        positive("channels", channels, integer=True)
+        positive("each number of --channels", channels, integer=True)
     if settings.validate_every:
-        positive("validate_every", settings.validate_every, integer=True)
+        positive("--validate-every", settings.validate_every, integer=True)
     if "test_jitter" in given and settings.test_copies == 1:
         raise InputError("--test-jitter moves the copies of each image: give --test-copies, 2 or more")
     if settings.seconds is not None and "iterations" in given:
         raise InputError(
             f"the budget is --iterations {settings.iterations} or --seconds {settings.seconds:g}, not both"
         )
-    check_steps(settings.test_steps)
+    check_steps("--test-steps", settings.test_steps)
+    check_seed(settings.seed)
     check_classless(settings)
     _check_algorithm(settings)
     _check_network(settings)
@@ -153,10 +163,16 @@ def check_below(name: str, value: float, most: float) -> None:
         raise InputError(f"{name} must be 0 or more and below {most}, got {value}")
 
 
-def check_steps(steps: tuple[int, ...]) -> None:
+def check_seed(seed: int) -> None:
+    """Raise `InputError` unless this is a seed that numpy and torch take, and three times it too."""
+    if not 0 <= seed < SEEDS:
+        raise InputError(f"--seed must be a whole number from 0 to {SEEDS - 1}, got {seed}")
+
+
+def check_steps(name: str, steps: tuple[int, ...]) -> None:
     """Raise `InputError` unless these are ascending whole numbers of 0 or more."""
     if not steps or min(steps) < 0 or list(steps) != sorted(set(steps)):
-        raise InputError(f"test steps must be ascending whole numbers of 0 or more, got {list(steps)}")
+        raise InputError(f"{name} must be ascending whole numbers of 0 or more, got {list(steps)}")
 
 
 def check_classless(settings: Settings) -> None:
@@ -172,7 +188,9 @@ def check_classless(settings: Settings) -> None:
         value, plain = getattr(settings, option), DEFAULTS[option]
         if value != plain:
             plain = 0 if plain == 0 else plain
-            raise InputError(f"the source {name} has no classes: {option} must be {plain}, got {value!r}")
+            raise InputError(
+                f"the source {name} has no classes: {typed(option)} must be {plain}, got {value!r}"
+            )
 
 
 def _check_algorithm(settings: Settings) -> None:
@@ -192,7 +210,7 @@ def _check_algorithm(settings: Settings) -> None:
         option, _, value = refused.partition("=")
         found = getattr(settings, option)
         if str(found) == value if value else found != DEFAULTS[option]:
-            text = f"--{option.replace('_', '-')} {found}"
+            text = f"{typed(option)} {found}"
             raise InputError(f"the option {text} does not go with the algorithm {name}: {why}")
     if settings.inner_loss == "summed" and settings.train_ways != settings.ways:
         raise InputError("--inner-loss summed is N times the mean: give no --train-ways beside it")
@@ -219,5 +237,4 @@ def _check_network(settings: Settings) -> None:
         value = getattr(settings, name)
         if value != DEFAULTS[name]:
             value = " ".join(map(str, value)) if isinstance(value, tuple) else value
-            option = f"--{name.replace('_', '-')} {value}"
-            raise InputError(f"the model mlp has no convolutions and no batch norm: no {option}")
+            raise InputError(f"the model mlp has no convolutions and no batch norm: no {typed(name)} {value}")

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fomaml.app.algorithms import Kind
+from fomaml.app.images import load_images
 from fomaml.app.settings import Settings
-from fomaml.data.folder import load_folder
 from fomaml.data.mnist import MNIST, load_mnist
 from fomaml.data.omniglot import load_omniglot
 from fomaml.data.source import ClassSource
@@ -21,13 +21,17 @@ DIGITS = [str(digit) for digit in range(10)]
 
 
 class Classes(NamedTuple):
-    """The classes to train, to validate and to test on, and the name and origin of the data."""
+    """The classes to train, to validate and to test on, and the name and origin of the data.
+
+    unvalidated: why there are no validation classes, where that needs words.
+    """
 
     train: ClassSource
     validation: ClassSource | None
     test: ClassSource
     name: str
     origin: str
+    unvalidated: str = ""
 
 
 class Functions(NamedTuple):
@@ -95,10 +99,11 @@ def load_characters(settings: Settings, allow_download: bool) -> Classes:
     return Classes(*omniglot[:3], "Omniglot", f"{omniglot.origin}, split {omniglot.split}")
 
 
-def load_images(settings: Settings, allow_download: bool) -> Classes:
+def load_own_images(settings: Settings, allow_download: bool) -> Classes:
     path = split_name(settings.source)[1]
-    folder = load_folder(path, size=settings.image_size, colour="rgb" if settings.rgb else "grey")
-    return Classes(folder.train, folder.validation, folder.test, Path(path).name, folder.origin)
+    folder, unvalidated = load_images(settings, path)
+    name = Path(path).resolve().name
+    return Classes(folder.train, folder.validation, folder.test, name, folder.origin, unvalidated)
 
 
 def load_sinusoids(settings: Settings, allow_download: bool) -> Functions:
@@ -147,9 +152,9 @@ SOURCES: dict[str, Source] = {
         },
     ),
     "folder": Source(
-        load_images,
+        load_own_images,
         path="PATH",
-        options={"image_size": None, "rgb": False},
+        options={"image_size": None, "rgb": False, "shares": None, "skip_small_classes": None},
         defaults={"": {1: {"model": "conv4", "inner_lr": 0.05, "inner_steps": 5, "iterations": 2000}}},
     ),
     "sinusoid": Source(

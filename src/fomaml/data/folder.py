@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import os
 import random
+from collections.abc import Sequence
+from itertools import accumulate, combinations
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,18 +21,25 @@ PARTS = {"train": ("train",), "validation": ("val", "valid", "validation"), "tes
 WIDE = ("I", "F")  # more than 8 bits a pixel, which Pillow's conversion clips to white
 
 
+SHARES = (0.6, 0.2, 0.2)
+
+
 class Folder(NamedTuple):
     """The classes of a folder of images in three parts, and where they come from.
 
     train, validation, test: inputs uint8 (examples, 1 or 3, height, width); drawn ones are floating
-        point in [-1, 1].
+        point in [-1, 1]. validation is None where there is no such part.
     origin: the folder, how it was split (the seed included) and what was left out, in words.
+    given: whether the parts are the folder's own directories.
+    left_out: the classes with too few images, each with how many it has.
     """
 
     train: ClassSource
-    validation: ClassSource
+    validation: ClassSource | None
     test: ClassSource
     origin: str
+    given: bool = False
+    left_out: Sequence[tuple[str, int]] = ()
 
 
 def load_folder(
@@ -38,17 +47,21 @@ def load_folder(
     *,
     size: tuple[int, int] | None = None,
     colour: str = "grey",
-    shares: tuple[float, float, float] = (0.6, 0.2, 0.2),
+    shares: tuple[float, float, float] | None = None,
     seed: int = 0,
+    min_images: int = 1,
 ) -> Folder:
-    """Read PATH/CLASS/IMAGE, or PATH/train/CLASS/IMAGE with `val` (`valid`, `validation`) and `test` beside it.
+    """Read PATH/CLASS/IMAGE, or PATH/train/CLASS/IMAGE with `test` and maybe `val` (`valid`, `validation`) beside it.
 
     Arguments:
         size: (height, width) to resize to, with Pillow's Lanczos filter and without regard to the aspect
             ratio. Without it all images must be of one size.
         colour: "grey" (one channel) or "rgb" (three).
-        shares, seed: of the classes for training, validation and test, where there are no directories that
-            say so; the sorted class names are shuffled by `random.Random(seed)`.
+        shares, seed: of the classes for training, validation and test, by default 0.6, 0.2 and 0.2, where there are
+            no directories that say so; the sorted class names are shuffled by `random.Random(seed)`. A share of 0
+            for validation is none.
+        min_images: classes with fewer images are left out before the split, as `left_out` and `origin` say. With 1,
+            a class without images is an error.
 
     Every format that Pillow reads; of an animation the first frame. Photographs are turned as their EXIF
     tag says, what is transparent becomes white. Files that are hidden, or whose suffix is not one of
@@ -58,7 +71,7 @@ def load_folder(
     Raises:
         InputError: no classes, a class without images, an image that cannot be read (the message names
             it) or has more than 8 bits a channel, images of different sizes and no `size`, a part that
-            would be empty, an option of no meaning, or no Pillow.
+            would be empty, shares beside directories that say the split, an option of no meaning, or no Pillow.
     """
     root = Path(path).expanduser()
     if colour not in MODES:
@@ -69,25 +82,31 @@ def load_folder(
         height, width = (positive("each side of size", side, integer=True) for side in size)
         size = height, width
     seed = plain(seed)
-    suffixes = readable_suffixes()
-    parts = _given_parts(root)
-    if parts is None:
-        parts, split = _split_by_class(root, shares, seed)
+    min_images = positive("min_images", min_images, integer=True)
+    reader = _Reader(size, MODES[colour], readable_suffixes(), min_images)
+    own = _given_parts(root)
+    if own is None:
+        parts, split = _split_by_class(root, SHARES if shares is None else shares, seed, reader)
     else:
-        split = f"split by its directories {', '.join(folder.name for folder in parts)}"
-        parts = [_directories(folder) for folder in parts]
-        for folders, part in zip(parts, PARTS):
-            if not folders:
-                raise InputError(
-                    f"{root}: found no class in its directory for {part}, expected one per class"
-                )
-        classes = [{folder.name for folder in folders} for folders in parts]
-        if shared := sorted(set.union(*(a & b for a in classes for b in classes if a is not b))):
-            split += f", which share {_counted(len(shared), 'class', 'classes')} ({shared[0]} …)"
-    reader = _Reader(size, MODES[colour], suffixes)
-    train, validation, test = (reader.source(folders) for folders in parts)
-    passed = f"; passed over {_counted(reader.others, 'file')} of other kinds" if reader.others else ""
-    return Folder(train, validation, test, f"the folder {root}, {split}{passed}")
+        parts, split = _as_they_are(root, own, shares, reader)
+    sources = {part: reader.source(folders) for part, folders in parts.items()}
+    if reader.left_out:
+        split += f"; left out {reader.small()}"
+    if reader.others:
+        split += f"; passed over {_counted(reader.others, 'file')} of other kinds"
+    return Folder(
+        sources["train"],
+        sources.get("validation"),
+        sources["test"],
+        f"the folder {root}, {split}",
+        own is not None,
+        tuple(reader.left_out),
+    )
+
+
+def few_listed(classes: Sequence[tuple[str, int]]) -> str:
+    """The first few of some classes, each with its number of images: "cat 1, dog 3 and 7 more"."""
+    return _listed([f"{name} {count}" for name, count in classes])
 
 
 def pillow():
@@ -105,54 +124,109 @@ def readable_suffixes() -> set[str]:
     return {suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN}
 
 
-def _given_parts(root: Path) -> list[Path] | None:
-    """The directories of the three parts; None if those in `root` are classes."""
+def _given_parts(root: Path) -> dict[str, Path] | None:
+    """The directories of the parts, by part; None if those in `root` are classes."""
     folders = {folder.name: folder for folder in _directories(root)}
     if not folders:
         raise InputError(f"{root}: found no directories, expected one per class with its images in it")
-    found = [[folders[name] for name in names if name in folders] for names in PARTS.values()]
-    known = {folder.name for part in found for folder in part}
-    if not all(found) and not (len(known) > 1 and known == folders.keys()):
+    found = {part: [folders[name] for name in names if name in folders] for part, names in PARTS.items()}
+    known = {folder.name for each in found.values() for folder in each}
+    alone = known == folders.keys() and (len(known) > 1 or any(map(_directories, folders.values())))
+    if not all(found.values()) and not alone:
         return None
-    if known != folders.keys() or [len(part) for part in found] != [1, 1, 1]:
+    counts = [len(each) for each in found.values()]
+    if known != folders.keys() or counts not in ([1, 1, 1], [1, 0, 1]):
         raise InputError(
-            f"{root}: found the directories {_listed(sorted(folders))}, expected train, val and test, "
+            f"{root}: found the directories {_listed(sorted(folders))}, expected train and test, and val if wanted, "
             "or one per class, which are then split by class"
         )
-    return [part[0] for part in found]
+    return {part: each[0] for part, each in found.items() if each}
+
+
+def _as_they_are(
+    root: Path, own: dict[str, Path], shares: object, reader: _Reader
+) -> tuple[dict[str, list[Path]], str]:
+    """The class directories of parts that the folder itself says."""
+    names = ", ".join(folder.name for folder in own.values())
+    if shares is not None:
+        raise InputError(
+            f"{root} is split by its directories {names}, where no shares are of use, got {shares}"
+        )
+    parts = {part: reader.large_enough(_directories(folder)) for part, folder in own.items()}
+    for part, folders in parts.items():
+        if not folders:
+            few = f" of {reader.min_images} images or more" if reader.left_out else ""
+            raise InputError(
+                f"{root}: found no class{few} in its directory for {part}, expected one per class"
+            )
+    split = f"split by its directories {names}"
+    classes = [{folder.name for folder in folders} for folders in parts.values()]
+    if shared := sorted(set().union(*(a & b for a, b in combinations(classes, 2)))):
+        split += f", which share {_counted(len(shared), 'class', 'classes')} ({shared[0]} …)"
+    return parts, split
+
+
+def split_counts(classes: int, shares: Sequence[float]) -> tuple[int, int, int]:
+    """How many of the classes go to training, validation and test."""
+    first, second = round(classes * shares[0]), round(classes * (shares[0] + shares[1]))
+    return first, second - first, classes - second
 
 
 def _split_by_class(
-    root: Path, shares: tuple[float, float, float], seed: int
-) -> tuple[list[list[Path]], str]:
+    root: Path, shares: tuple[float, float, float], seed: int, reader: _Reader
+) -> tuple[dict[str, list[Path]], str]:
     if not isinstance(shares, (tuple, list)) or len(shares) != 3:
         raise InputError(f"shares must be three numbers, for train, validation and test, got {shares!r}")
-    if not math.isclose(sum(positive("each of shares", share) for share in shares), 1):
+    for part, share in zip(PARTS, shares):
+        if share != 0 or part != "validation":
+            positive("each of shares", share)
+    if not math.isclose(sum(shares), 1):
         raise InputError(f"shares must add up to 1, got {shares!r}, which is {sum(shares)}")
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise InputError(f"seed must be a whole number, got {seed!r}")
-    folders = _directories(root)
-    random.Random(seed).shuffle(folders)
-    first, second = round(len(folders) * shares[0]), round(len(folders) * (shares[0] + shares[1]))
-    parts = [sorted(part) for part in (folders[:first], folders[first:second], folders[second:])]
-    counts = "/".join(str(len(part)) for part in parts)
-    if not all(parts):
+    folders = reader.large_enough(_directories(root))
+    if not folders:
         raise InputError(
-            f"{root}: found {_counted(len(folders), 'class', 'classes')}, which the shares {shares} split "
-            f"{counts} into train/validation/test; expected some in each: give more classes or other shares"
+            f"{root}: found {reader.small()}, and no larger one: add images, or ask for fewer of a class"
         )
-    return parts, f"split by class {counts} with seed {seed}"
+    random.Random(seed).shuffle(folders)
+    counts = split_counts(len(folders), shares)
+    shown = "/".join(map(str, counts))
+    if not counts[0] or not counts[2] or (shares[1] and not counts[1]):
+        few = f" besides {reader.small()}" if reader.left_out else ""
+        raise InputError(
+            f"{root}: found {_counted(len(folders), 'class', 'classes')}{few}, which the shares {shares} split "
+            f"{shown} into train/validation/test; expected some in each: give more classes or other shares"
+        )
+    ends = list(accumulate(counts, initial=0))
+    parts = {part: sorted(folders[a:b]) for part, a, b in zip(PARTS, ends, ends[1:]) if b > a}
+    return parts, f"split by class {shown} with seed {seed}"
 
 
 class _Reader:
     """Reads class directories as images of one size and mode; counts the files passed over."""
 
-    def __init__(self, size: tuple[int, int] | None, mode: str, suffixes: set[str]):
+    def __init__(self, size: tuple[int, int] | None, mode: str, suffixes: set[str], min_images: int = 1):
         self.size = size
         self.mode = mode
         self.suffixes = suffixes
+        self.min_images = min_images
         self.others = 0
+        self.left_out: list[tuple[str, int]] = []
         self.first: tuple[Path, tuple[int, ...]] | None = None
+
+    def large_enough(self, folders: list[Path]) -> list[Path]:
+        """Those with `min_images` or more; the others are noted as left out. Of 1, `source` tells."""
+        if self.min_images == 1:
+            return folders
+        counts = {folder: len(self._images(folder)[0]) for folder in folders}
+        self.left_out += [(folder.name, n) for folder, n in counts.items() if n < self.min_images]
+        return [folder for folder, n in counts.items() if n >= self.min_images]
+
+    def small(self) -> str:
+        """The classes that were left out, in words."""
+        number = _counted(len(self.left_out), "class", "classes")
+        return f"{number} with fewer than {_counted(self.min_images, 'image')} ({few_listed(self.left_out)})"
 
     def source(self, folders: list[Path]) -> ClassSource:
         images, labels = [], []
@@ -164,15 +238,19 @@ class _Reader:
         inputs = inputs.unsqueeze(1) if inputs.dim() == 3 else inputs.permute(0, 3, 1, 2).contiguous()
         return ClassSource(inputs, torch.tensor(labels), [folder.name for folder in folders], pixels())
 
-    def _paths(self, folder: Path) -> list[Path]:
-        """The images of one class, sorted by name."""
+    def _images(self, folder: Path) -> tuple[list[Path], list[Path]]:
+        """The images of one class, sorted by name, and all files in sight."""
         visible = _visible(folder)
         if inner := [path for path in visible if path.is_dir()]:
             raise InputError(
                 f"{folder}: found the directory {inner[0].name} in a class, expected images only; "
                 "classes must stand right below the given folder, or below its train, val and test"
             )
-        paths = [path for path in visible if path.suffix.lower() in self.suffixes]
+        return [path for path in visible if path.suffix.lower() in self.suffixes], visible
+
+    def _paths(self, folder: Path) -> list[Path]:
+        """The images of one class, one or more; what is passed over is counted."""
+        paths, visible = self._images(folder)
         if not paths:
             raise InputError(
                 f"{folder}: found no image among {_counted(len(visible), 'file')}, expected one or more of a "

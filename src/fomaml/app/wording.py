@@ -1,0 +1,44 @@
+"""What the library says, in the words of the command line: options in the place of Python arguments."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from functools import partial
+
+from fomaml.app.settings import Settings
+
+NAMES = [field.name for field in dataclasses.fields(Settings)]
+_ANY = "|".join(sorted(NAMES, key=len, reverse=True))
+_LONG = "|".join(sorted((name for name in NAMES if "_" in name), key=len, reverse=True))
+# What a general rule would garble, first; the rules after it are of any argument that is an option too.
+PHRASES: list[tuple[str, str]] = [
+    (r"give the size=\(height, width\) to resize to", "give --image-size HEIGHT WIDTH to resize them to"),
+    (r"(?<![\w'-])each side of size\b", "each number of --image-size"),
+    (r"(?:fomaml\.)?convert_batch_norm\([^)]*\)", "--norm-policy"),
+    (rf"(?<![\w'/.-])({_ANY})=True\b", r"--\1"),
+    (rf"(?<![\w'/.-])({_ANY})=(['\"]?)([\w.-]+)\2(?: or (['\"])([\w.-]+)\4)?", r"--\1 \3 or \5"),
+    (rf"(?<![\w'/.-])({_LONG})(?![\w'/=(-]|\.\w)", r"--\1"),
+]
+
+
+def option(name: str) -> str:
+    """A setting as it is typed: --inner-lr for inner_lr."""
+    return f"--{name.replace('_', '-')}"
+
+
+def spoken(message: str) -> str:
+    """A message of the library for the shell: `engine='loop'` becomes `--engine loop`, `inner_lr` becomes `--inner-lr`.
+
+    Names within paths and quotes are left as they are.
+    """
+    for pattern, words in PHRASES:
+        message = re.sub(pattern, partial(_typed, words), message)
+    return message
+
+
+def _typed(words: str, found: re.Match) -> str:
+    if words.endswith(r" or \5") and found[5] is None:
+        words = words.removesuffix(r" or \5")
+    text = found.expand(words)
+    return text.replace(f"--{found[1]}", option(found[1])) if found.re.groups else text
