@@ -33,7 +33,7 @@ def nearest_centroid(
     """
     found = []
     score = metric_for(F.cross_entropy, metric)
-    for batch in batches(episodes, tasks, tasks_at_once):
+    for batch in batches(episodes, tasks, tasks_at_once, nn.Module()):
         support, query = batch.support.inputs.flatten(2), batch.query.inputs.flatten(2)
         members = _members(batch.support.targets).to(support.dtype)
         number = members.sum(1).unsqueeze(-1)

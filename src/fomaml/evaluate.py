@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fomaml.choices import Statistics
 from fomaml.engines import Plan
@@ -18,8 +18,8 @@ from fomaml.errors import InputError, whole
 from fomaml.learning.learner import MetaLearner
 from fomaml.metrics import LOSS, Asked, Metric, metric_for, scores
 from fomaml.models import warn_of_unmoved
-from fomaml.streams import check_sequence
-from fomaml.tasks import Task, as_batch
+from fomaml.streams import batch_of, check_sequence
+from fomaml.tasks import Task
 from fomaml.train import check_labels, check_width
 
 SCALINGS = 200  # of rows and columns each; after 100 one of 13 500 images of Omniglot still changed its class
@@ -44,7 +44,7 @@ def evaluate(
     episodes: TaskSequence,
     *,
     tasks: int = 1000,
-    at_steps: Sequence[int] = (0, 1, 5, 10, 20),
+    at_steps: int | Sequence[int] = (0, 1, 5, 10, 20),
     statistics: Statistics = "own",
     balanced: bool = False,
     tasks_at_once: int = 100,
@@ -73,7 +73,8 @@ def evaluate(
     Warns: batch norms that normalise by statistics which nothing has ever moved.
     """
     warn_of_unmoved(learner.model)
-    points = [(whole("at_steps", steps), statistics) for steps in at_steps]
+    numbers = at_steps if isinstance(at_steps, Iterable) else [at_steps]
+    points = [(whole("at_steps", steps), statistics) for steps in numbers]
     if not points:
         raise InputError("at_steps is empty: it says after how many inner steps to score")
     found = evaluate_at(learner, episodes, points, tasks, tasks_at_once, engine, balanced, metric)
@@ -93,12 +94,12 @@ def evaluate_at(
     """`evaluate` at pairs of steps and statistics: tasks are adapted once for all of them."""
     score = metric_for(learner.criterion, metric)
     check_sequence(episodes)
+    tasks_at_once = whole("tasks_at_once", tasks_at_once, 1)
     check_width(learner, episodes)
     points = sorted(dict.fromkeys(points), key=lambda point: point[0])
     parts: list[list[Tensor]] = [[] for _ in points]
     plan: Plan | None = None
-    for batch in batches(episodes, tasks, max(1, tasks_at_once // copies_of(episodes))):
-        batch = as_batch(batch, learner.model)
+    for batch in batches(episodes, tasks, max(1, tasks_at_once // copies_of(episodes)), learner.model):
         check_labels(learner, batch)
         plan = plan or make_plan(learner, batch, engine=engine)
         found = plan.curve(batch, points)
@@ -159,7 +160,7 @@ def judged(
     return scores(metric, outputs, targets, losses)
 
 
-def batches(episodes: TaskSequence, tasks: int, tasks_at_once: int) -> Iterator[Task]:
+def batches(episodes: TaskSequence, tasks: int, tasks_at_once: int, model: nn.Module) -> Iterator[Task]:
     tasks, tasks_at_once = whole("tasks", tasks, 1), whole("tasks_at_once", tasks_at_once, 1)
     for start in range(0, tasks, tasks_at_once):
-        yield episodes.batch(start, min(tasks_at_once, tasks - start))
+        yield batch_of(episodes, start, min(tasks_at_once, tasks - start), model)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from fomaml.episodes import TaskSequence
 from fomaml.errors import InputError
@@ -55,15 +55,25 @@ class TaskStream:
 
     def _of(self, given: Any) -> Iterator[Task]:
         if isinstance(self._iterable, DataLoader) and self._iterable.batch_size is not None:
-            tasks = as_batch(given, self._model)
+            tasks = self._made(as_batch, given)
             yield from (one(tasks, index) for index in range(count(tasks)))
-        elif isinstance(given, tuple | list) and len(given) == 2:
-            support, query = given
-            yield Task(as_examples(support, self._model), as_examples(query, self._model, "query"))
         else:
+            yield one(self._made(lambda task, model: as_batch([_task(task, model)], model), given), 0)
+
+    def _made(self, make: Callable[[Any, nn.Module], Task], given: Any) -> Task:
+        try:
+            return make(given, self._model)
+        except InputError as error:
+            name = type(self._iterable).__name__
             raise InputError(
-                f"an iterable of tasks gives pairs of a support and a query set, got a {type(given).__name__}"
-            )
+                f"the {name} gives no tasks: {error}. Episodes(ClassSource.from_dataset(…), …) makes tasks of examples"
+            ) from error
+
+
+def _task(given: Any, model: nn.Module) -> Task:
+    if not isinstance(given, tuple | list) or len(given) != 2:
+        raise InputError(f"a task is a pair of a support and a query set, got a {type(given).__name__}")
+    return Task(as_examples(given[0], model), as_examples(given[1], model, "query"))
 
 
 def as_sequence(episodes: Any, model: nn.Module, start: int = 0) -> TaskSequence:
@@ -75,6 +85,8 @@ def as_sequence(episodes: Any, model: nn.Module, start: int = 0) -> TaskSequence
     """
     if hasattr(episodes, "batch"):
         return episodes
+    if isinstance(episodes, Dataset) and hasattr(episodes, "__len__"):
+        episodes = [episodes[index] for index in range(len(episodes))]
     if not isinstance(episodes, Iterable):
         raise InputError(
             f"tasks come from Episodes, or any object with batch(start, tasks), got {_name(episodes)}"
@@ -87,6 +99,18 @@ def as_sequence(episodes: Any, model: nn.Module, start: int = 0) -> TaskSequence
             f"{processes} processes would each take the tasks of their own iterable: use Episodes"
         )
     return TaskStream(episodes, model)
+
+
+def batch_of(episodes: TaskSequence, start: int, tasks: int, model: nn.Module) -> Task:
+    """Tasks start … start + tasks - 1, looked at.
+
+    Raises:
+        InputError: another number of tasks, or what is no batch of them.
+    """
+    batch = as_batch(episodes.batch(start, tasks), model)
+    if count(batch) != tasks:
+        raise InputError(f"batch({start}, {tasks}) of the tasks gave {count(batch)}, expected {tasks}")
+    return batch
 
 
 def check_sequence(episodes: Any) -> None:

@@ -20,8 +20,8 @@ from fomaml.learning.algorithms import FOMAML
 from fomaml.learning.learner import MetaLearner
 from fomaml.metrics import Asked, Metric, check_ignored, ignored_label, metric_for, scores
 from fomaml.models import warn_of_unmoved
-from fomaml.streams import TaskStream, as_sequence
-from fomaml.tasks import Task, as_batch
+from fomaml.streams import TaskStream, as_sequence, batch_of
+from fomaml.tasks import Task
 
 
 class Record(NamedTuple):
@@ -97,6 +97,11 @@ def train(
         check_plan(plan, learner, asked)
     score = metric_for(learner.criterion, metric)
     check_optimizer(optimizer, learner)
+    if schedule is not None and not callable(schedule):
+        raise InputError(
+            f"schedule is a function of the iteration, from 0, to a factor of the step size; got a "
+            f"{type(schedule).__name__}: a scheduler of torch is stepped beside the records"
+        )
     warn_of_unmoved(learner.model)
     episodes = as_sequence(episodes, learner.model, start)
     check_width(learner, episodes)
@@ -105,7 +110,7 @@ def train(
         own, checked = plan, start
         for iteration in range(start, iterations):
             learner.iteration = iteration
-            tasks = as_batch(episodes.batch(iteration * meta_batch_size, meta_batch_size), learner.model)
+            tasks = batch_of(episodes, iteration * meta_batch_size, meta_batch_size, learner.model)
             measured = (iteration + 1) % measure_every == 0 or iteration + 1 == iterations
             own = own or make_plan(learner, tasks, **asked)
             before = score_before(own, tasks, score) if measured else None
@@ -176,8 +181,15 @@ def check_optimizer(optimizer: torch.optim.Optimizer, learner: MetaLearner) -> N
     """Warn where an optimiser does not hold all meta-parameters.
 
     Raises:
-        InputError: it holds none of them, or its step needs a closure.
+        InputError: it is none, or holds none of them, one is not finite, or its step needs a closure.
     """
+    if not hasattr(optimizer, "param_groups"):
+        raise InputError(
+            f"the optimiser is one of torch.optim over learner.parameters(), got a {type(optimizer).__name__}"
+        )
+    for name, parameter in learner.meta_parameters().items():
+        if not parameter.isfinite().all():
+            raise InputError(f"the meta-parameter {name} is not finite before the first step")
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     missing = [name for name, parameter in learner.meta_parameters().items() if id(parameter) not in held]
     number = len(learner.meta_parameters())
@@ -203,7 +215,7 @@ def check_data(learner: MetaLearner, episodes: TaskSequence, indices: Iterable[i
     indices: of the first of so many tasks each.
     """
     for index in indices if not isinstance(episodes, TaskStream) else list(indices)[-1:]:
-        batch = as_batch(episodes.batch(index, tasks), learner.model)
+        batch = batch_of(episodes, index, tasks, learner.model)
         check_labels(learner, batch)
         for name, part in zip(Task._fields, batch):
             for kind, tensor in zip(("inputs", "targets"), part):
@@ -233,7 +245,7 @@ def check_width(learner: MetaLearner, episodes: TaskSequence) -> None:
     """Raise `InputError` where the criterion is a cross-entropy that does not go with the first task: outputs narrower
     than its classes, labels below 0 or all ignored, a single class, targets that are no probabilities.
     """
-    task = as_batch(episodes.batch(0, 1), learner.model)
+    task = batch_of(episodes, 0, 1, learner.model)
     check_labels(learner, task)
     check_outputs(learner, task)
 

@@ -4,7 +4,7 @@ why it failed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 import torch
@@ -42,23 +42,18 @@ def takers(learner: MetaLearner, tasks: Task) -> tuple[bool, dict[str, int]]:
 
 
 def try_once(learner: MetaLearner, tasks: Task) -> None:
-    """The model and the criterion on one task as it is: raises `InputError` for what they return, as `Problem` does,
-    and for a cross-entropy that means nothing.
+    """The model and the criterion on one task as it is: raises `InputError` for what they return, as `Problem` does.
 
     Within vmap values are not known, and so not all of it can be seen.
     """
     with _as_for_a_gradient(tasks, 1) as single, torch.no_grad():
         problem = loop.problem(learner, single)
         try:
-            _, outputs = problem.query(problem.start)
+            problem.query(problem.start)
         except InputError:
             raise
         except Exception:  # whatever a module raises, it raises again where it is explained
             return
-        ignored = ignored_label(learner.criterion)
-        reason = None if ignored is None else _meaningless(learner, problem.task, outputs, ignored)
-        if reason is not None:
-            raise InputError(reason)
 
 
 def flops(learner: MetaLearner, tasks: Task) -> int:
@@ -109,7 +104,7 @@ def explain(error: Exception, learner: MetaLearner, tasks: Task, engine: str) ->
     if isinstance(error, IndexError | RuntimeError):
         reason = None
         with suppress(Exception):  # where the model itself fails, labels are not why
-            reason = _reason(learner, tasks, _refused)
+            reason = _reason(learner, tasks)
         if reason is not None:
             raise InputError(reason) from error
     if engine == "loop":
@@ -124,36 +119,42 @@ def explain(error: Exception, learner: MetaLearner, tasks: Task, engine: str) ->
 
 def check_outputs(learner: MetaLearner, tasks: Task) -> None:
     """Raise `InputError` where the criterion is a cross-entropy that cannot take these targets or the outputs for them,
-    or that takes them and means nothing.
+    or where what the model or the criterion returns means nothing.
     """
-    reason = _reason(learner, tasks, _refused, _meaningless)
+    reason = _reason(learner, tasks)
     if reason is not None:
         raise InputError(reason)
+    try_once(learner, tasks)
 
 
-def _reason(
-    learner: MetaLearner, tasks: Task, *looks: Callable[[MetaLearner, Task, Tensor, int], str | None]
-) -> str | None:
-    """What is found first, in words. looks: (learner, task, outputs for its query set before any step, the label that
-    is ignored) → the reason, if they see one.
-    """
+def _reason(learner: MetaLearner, tasks: Task) -> str | None:
+    """Why a cross-entropy does not take one of the tasks, in words, if that is so."""
     ignored = ignored_label(learner.criterion)
     if ignored is None:
         return None
     for single in chunks(tasks, 1):
         with _as_for_a_gradient(single, 1) as own, torch.no_grad():
             problem = loop.problem(learner, own, evaluating=True)
-            outputs = problem.outputs(problem.start)
-            for look in looks:
-                reason = look(learner, problem.task, outputs, ignored)
-                if reason is not None:
-                    return reason
+            reason = _refused(learner, problem.task, problem.outputs(problem.start), ignored)
+            if reason is not None:
+                return reason
     return None
 
 
 def _refused(learner: MetaLearner, task: Task, outputs: Tensor, ignored: int) -> str | None:
-    """Why a cross-entropy raises an error of labels: they are below 0, or more than the classes of the outputs."""
-    if task.query.targets.is_floating_point() or task.support.targets.is_floating_point():
+    """Why a cross-entropy raises an error: its labels have another shape or dtype, are below 0, or more than there are
+    classes. outputs: for the query set, before any step.
+    """
+    targets = task.query.targets
+    if outputs.dim() > 1 and outputs.shape[:1] == targets.shape[:1]:
+        shape = outputs.shape[:1] + outputs.shape[2:]
+        probabilities = targets.is_floating_point() and targets.shape == outputs.shape
+        if not probabilities and (targets.is_floating_point() or targets.shape != shape):
+            return (
+                f"a cross-entropy of outputs {tuple(outputs.shape)} takes whole numbers {tuple(shape)} as labels, or "
+                f"floating probabilities {tuple(outputs.shape)}; got {targets.dtype} targets {tuple(targets.shape)}"
+            )
+    if targets.is_floating_point() or task.support.targets.is_floating_point():
         return None
     if outputs.dim() == 1:
         return (
@@ -179,22 +180,6 @@ def _refused(learner: MetaLearner, task: Task, outputs: Tensor, ignored: int) ->
     else:
         cure = f"its last layer needs at least {max(support, ways)} outputs"
     return f"the model's outputs have shape {tuple(outputs.shape)}, too narrow for {max(support, ways)} ways: {cure}"
-
-
-def _meaningless(learner: MetaLearner, task: Task, outputs: Tensor, ignored: int) -> str | None:
-    """Why a cross-entropy takes the outputs and targets, and its value means nothing."""
-    targets = task.query.targets
-    if outputs.dim() > 1 and outputs.shape[1] == 1:
-        return (
-            f"the model's outputs have shape {tuple(outputs.shape)}, a single class, of which the cross-entropy is "
-            "always 0: give another criterion, as F.mse_loss for a regression"
-        )
-    if targets.is_floating_point() and targets.shape == outputs.shape and targets.min() < 0:
-        return (
-            f"floating targets of a cross-entropy are probabilities, got {targets.min():.3g}: give another criterion, "
-            "as F.mse_loss for a regression"
-        )
-    return None
 
 
 def _ways(targets: Tensor, ignored: int) -> int:

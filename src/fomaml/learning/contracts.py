@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import functools
 import types
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from fomaml.choices import Statistics
@@ -158,6 +156,19 @@ def checked_objective(given: Objective | Callable[[InnerProblem], Outcome]) -> O
     return _declaring("objective", given, (*names, "__call__"))
 
 
+def checked_criterion(given: Any) -> Criterion:
+    """The criterion.
+
+    Raises:
+        InputError: a class, or what cannot be called.
+    """
+    if isinstance(given, type) or not callable(given):
+        name = given.__name__ if isinstance(given, type) else type(given).__name__
+        what = f"the class {name}, expected an instance: {name}()" if isinstance(given, type) else f"a {name}"
+        raise InputError(f"the criterion is a function of outputs and targets, or a module; got {what}")
+    return given
+
+
 def checked_optimizer(given: InnerOptimizer) -> InnerOptimizer:
     """The inner optimiser.
 
@@ -181,62 +192,3 @@ def _declaring(what: str, given: Any, names: tuple[str, ...]) -> Any:
             f"the {what} {label} has no {' and no '.join(missing)}; see fomaml.learning.contracts for what it needs"
         )
     return given
-
-
-# --- what models and criteria return --------------------------------------------------------------
-
-
-def checked_outputs(outputs: Any) -> Tensor:
-    """What a model returns.
-
-    Raises:
-        InputError: it is not one tensor.
-    """
-    if not isinstance(outputs, Tensor):
-        raise InputError(
-            f"the model returns a {type(outputs).__name__}, expected one tensor of outputs: wrap it in a module that "
-            "returns the one that the criterion judges"
-        )
-    return outputs
-
-
-def checked_loss(loss: Any) -> Tensor:
-    """What a criterion returns.
-
-    Raises:
-        InputError: it is not one number, as with `reduction="none"`.
-    """
-    if not isinstance(loss, Tensor) or not loss.is_floating_point() or loss.dim():
-        what = (
-            f"a tensor of shape {tuple(loss.shape)}"
-            if isinstance(loss, Tensor)
-            else f"a {type(loss).__name__}"
-        )
-        if isinstance(loss, Tensor) and not loss.dim():
-            what = f"a tensor of {loss.dtype}"
-        raise InputError(
-            f"the criterion returns {what}, expected the mean loss, a floating tensor of shape (): reduction='mean'"
-        )
-    return loss
-
-
-def refuse_broadcast(criterion: Criterion, outputs: Tensor, targets: Tensor) -> None:
-    """Raise `InputError` where a criterion compares each output with every target, as a loss of outputs (n, 1) and
-    targets (n,) does; one that brings them into one shape itself is as it should be.
-    """
-    if outputs.shape == targets.shape or outputs.numel() != targets.numel():
-        return
-    # not the outputs themselves: at a head of zeros they are all the same, and then so is the loss
-    others = torch.linspace(0.1, 0.9, outputs.numel()).to(outputs).view(outputs.shape)
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's own, of the sizes
-        try:
-            given, reshaped = (criterion(others, each) for each in (targets, targets.reshape(outputs.shape)))
-            same = torch.allclose(given, reshaped, rtol=1e-3, equal_nan=True)
-        except Exception:  # it takes one of the shapes alone, and so compares none with every other
-            return
-    if not same:
-        raise InputError(
-            f"the criterion compares outputs of shape {tuple(outputs.shape)} with targets of shape "
-            f"{tuple(targets.shape)}, each with every other: give both one shape"
-        )

@@ -23,6 +23,7 @@ from fomaml.learning.contracts import (
     Objective,
     Outcome,
     Start,
+    checked_criterion,
     checked_objective,
     checked_optimizer,
 )
@@ -102,7 +103,11 @@ class MetaLearner(nn.Module):
         check_module(model)
         self.model = model
         self.inner_steps = whole("inner_steps", inner_steps, 1)
-        self.criterion = criterion
+        self.criterion = checked_criterion(criterion)
+        if not isinstance(first_order, bool) and not callable(first_order):
+            raise InputError(
+                f"first_order is True, False or a function of the iteration, got {first_order!r}"
+            )
         self.first_order = first_order
         self.optimizer = checked_optimizer(optimizer)
         self.objective = checked_objective(objective)

@@ -13,7 +13,14 @@ from torch.overrides import TorchFunctionMode
 from fomaml.choices import Statistics, check_choice
 from fomaml.errors import InputError
 from fomaml.learning.adapt import inner_loop, open_attention
-from fomaml.learning.contracts import Adapted, Learner, checked_loss, checked_outputs, refuse_broadcast
+from fomaml.learning.contracts import Adapted, Learner
+from fomaml.learning.mistakes import (
+    checked_loss,
+    checked_outputs,
+    refuse_broadcast,
+    refuse_meaningless,
+    unlike,
+)
 from fomaml.learning.replica import Replicas
 from fomaml.models import normalising, refuse_native
 from fomaml.tasks import Examples, Task, ways_each
@@ -195,9 +202,11 @@ class Problem:
         given = dict(buffers)
         with self.replicas.holding(parameters, buffers) as model:
             outputs = self._outputs(model, examples.inputs, support, step, apart)
+            criterion, targets = self.learner.criterion, examples.targets
             if not self.stacked:
-                refuse_broadcast(self.learner.criterion, outputs, examples.targets)
-            loss = checked_loss(self.learner.criterion(outputs, examples.targets))
+                refuse_meaningless(criterion, outputs, targets)
+                refuse_broadcast(criterion, outputs, targets)
+            loss = checked_loss(criterion(outputs, targets))
         return loss, outputs, _assigned(given, buffers)
 
     @property
@@ -221,7 +230,13 @@ class Problem:
         def run(inputs, first=None):
             told = normalising(first=first, step=step, running=self.evaluating or None)
             with told, Stacked() if self.stacked else nullcontext():
-                return checked_outputs(model(inputs))
+                try:
+                    return checked_outputs(model(inputs))
+                except RuntimeError as error:
+                    reason = unlike(error, self.learner.model, inputs)
+                    if reason is None:
+                        raise
+                    raise InputError(reason) from error
 
         if support is None:
             return run(inputs)

@@ -306,6 +306,8 @@ def check_module(model: nn.Module) -> None:
     `nn.parallel.DistributedDataParallel`, a compiled or a scripted module, a lazy one that has no shape yet, and one
     with a hook on the gradient of a parameter, which the gradients of replicas do not pass.
     """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"the model is an nn.Module, got a {type(model).__name__}")
     for name, module in model.named_modules():
         cure = _wrapper(module)
         if cure:
