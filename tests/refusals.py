@@ -219,6 +219,9 @@ ROWS = [
     Row(3, "outputs without an axis of classes", lambda: gradient(nn.Sequential(classifier(1), nn.Flatten(0)))),
     Row(3, "a task all of whose labels are ignored", lambda: evaluated(given=relabelled(-100, everywhere=True))),
     Row(3, "regression by cross-entropy: several outputs", lambda: gradient(given=numbers((8, 4)))),
+    Row(3, "targets of a dtype that the criterion does not take", lambda: gradient(
+        engine="loop", given=tasks().map(lambda t: t if t.is_floating_point() else t.bool())
+    )),
     Row(3, "a metric of an unknown name", lambda: evaluated(metric="f1")),
     Row(3, "a metric that gives a number for each example", lambda: evaluated(metric=lambda o, t: o.argmax(1) == t)),
     Row(3, "a `Metric` of a function of one task", lambda: evaluated(metric=Metric("mae", F.l1_loss, -1, ""))),

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fomaml.choices import Statistics
 from fomaml.engines import Plan
@@ -95,8 +95,7 @@ def evaluate_at(
     points = sorted(dict.fromkeys(points), key=lambda point: point[0])
     parts: list[list[Tensor]] = [[] for _ in points]
     plan: Plan | None = None
-    for batch in batches(episodes, tasks, max(1, tasks_at_once // copies_of(episodes))):
-        batch = as_batch(batch, learner.model)
+    for batch in batches(episodes, tasks, max(1, tasks_at_once // copies_of(episodes)), learner.model):
         check_labels(learner, batch)
         plan = plan or make_plan(learner, batch, engine=engine)
         found = plan.curve(batch, points)
@@ -157,7 +156,9 @@ def judged(
     return scores(metric, outputs, targets, losses)
 
 
-def batches(episodes: TaskSequence, tasks: int, tasks_at_once: int) -> Iterator[Task]:
+def batches(episodes: TaskSequence, tasks: int, tasks_at_once: int, model: nn.Module) -> Iterator[Task]:
+    """So many tasks, so many at once. model: see `as_batch`."""
+    check_sequence(episodes)
     positive("tasks", tasks, integer=True)
     for start in range(0, tasks, tasks_at_once):
-        yield episodes.batch(start, min(tasks_at_once, tasks - start))
+        yield as_batch(episodes.batch(start, min(tasks_at_once, tasks - start)), model)

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fomaml.engines import batched, factored, loop
 from fomaml.engines.common import Engine, differentiate, first_line, out_of_memory
 from fomaml.errors import InputError
+from fomaml.learning.contracts import refuse_single_class
 from fomaml.learning.learner import MetaLearner
 from fomaml.learning.problem import Problem
 from fomaml.metrics import ignored_label
@@ -42,8 +43,7 @@ def takers(learner: MetaLearner, tasks: Task) -> tuple[bool, dict[str, int]]:
 
 
 def try_once(learner: MetaLearner, tasks: Task) -> None:
-    """The model and the criterion on one task as it is: raises `InputError` for what they return, as `Problem` does,
-    and for a cross-entropy that means nothing.
+    """The model and the criterion on one task as it is: raises `InputError` for what they return, as `Problem` does.
 
     Within vmap values are not known, and so not all of it can be seen.
     """
@@ -55,8 +55,7 @@ def try_once(learner: MetaLearner, tasks: Task) -> None:
             raise
         except Exception:  # whatever a module raises, it raises again where it is explained
             return
-        ignored = ignored_label(learner.criterion)
-        reason = None if ignored is None else _meaningless(learner, problem.task, outputs, ignored)
+        reason = _meaning(learner, problem.task, outputs)
         if reason is not None:
             raise InputError(reason)
 
@@ -108,8 +107,8 @@ def explain(error: Exception, learner: MetaLearner, tasks: Task, engine: str) ->
         return
     if isinstance(error, IndexError | RuntimeError):
         reason = None
-        with suppress(Exception):  # where the model itself fails, labels are not why
-            reason = _reason(learner, tasks, _refused)
+        with suppress(Exception):  # where the model itself fails, targets are not why
+            reason = _reason(learner, tasks, _labels, _dtype)
         if reason is not None:
             raise InputError(reason) from error
     if engine == "loop":
@@ -123,44 +122,44 @@ def explain(error: Exception, learner: MetaLearner, tasks: Task, engine: str) ->
 
 
 def check_outputs(learner: MetaLearner, tasks: Task) -> None:
-    """Raise `InputError` where the criterion is a cross-entropy that cannot take these targets or the outputs for them,
+    """Raise `InputError` where the criterion is a cross-entropy that cannot take these labels or the outputs for them,
     or that takes them and means nothing.
     """
-    reason = _reason(learner, tasks, _refused, _meaningless)
-    if reason is not None:
-        raise InputError(reason)
+    if ignored_label(learner.criterion) is not None:
+        reason = _reason(learner, tasks, _labels, _meaning)
+        if reason is not None:
+            raise InputError(reason)
 
 
 def _reason(
-    learner: MetaLearner, tasks: Task, *looks: Callable[[MetaLearner, Task, Tensor, int], str | None]
+    learner: MetaLearner, tasks: Task, *looks: Callable[[MetaLearner, Task, Tensor], str | None]
 ) -> str | None:
-    """What is found first, in words. looks: (learner, task, outputs for its query set before any step, the label that
-    is ignored) → the reason, if they see one.
+    """What is found first, in words. looks: (learner, task, outputs for its query set before any step) → the reason, if
+    they see one.
     """
-    ignored = ignored_label(learner.criterion)
-    if ignored is None:
-        return None
     for single in chunks(tasks, 1):
         with _as_for_a_gradient(single, 1) as own, torch.no_grad():
             problem = loop.problem(learner, own, evaluating=True)
             outputs = problem.outputs(problem.start)
             for look in looks:
-                reason = look(learner, problem.task, outputs, ignored)
+                reason = look(learner, problem.task, outputs)
                 if reason is not None:
                     return reason
     return None
 
 
-def _refused(learner: MetaLearner, task: Task, outputs: Tensor, ignored: int) -> str | None:
+def _labels(learner: MetaLearner, task: Task, outputs: Tensor) -> str | None:
     """Why a cross-entropy raises an error of labels: they are below 0, or more than the classes of the outputs."""
-    if task.query.targets.is_floating_point() or task.support.targets.is_floating_point():
+    ignored = ignored_label(learner.criterion)
+    if ignored is None or any(targets.is_floating_point() for _, targets in task):
         return None
-    if outputs.dim() == 1:
+    shape = tuple(outputs.shape)
+    if len(shape) == 1:
         return (
-            f"the model's outputs have shape {tuple(outputs.shape)}, without an axis of classes: a cross-entropy of "
-            "labels takes outputs (examples, classes, ...)"
+            f"the model's outputs have shape {shape}, without an axis of classes: a cross-entropy of labels takes "
+            "outputs (examples, classes, ...)"
         )
-    if outputs.shape[:1] + outputs.shape[2:] != task.query.targets.shape:
+    if shape[:1] + shape[2:] != task.query.targets.shape:
         return None
     labels = [targets.long() for _, targets in task]
     for name, targets in zip(Task._fields, labels):
@@ -171,30 +170,55 @@ def _refused(learner: MetaLearner, task: Task, outputs: Tensor, ignored: int) ->
                 "ignored"
             )
     support, ways = (_ways(targets, ignored) for targets in labels)
-    width = outputs.shape[1]
-    if max(support, ways) <= width:
+    if max(support, ways) <= shape[1]:
         return None
-    if learner.start is not None and support == width:
+    if learner.start is not None and support == shape[1]:
         cure = f"the support set, which the start is made of, has the labels up to {support - 1} alone"
     else:
         cure = f"its last layer needs at least {max(support, ways)} outputs"
-    return f"the model's outputs have shape {tuple(outputs.shape)}, too narrow for {max(support, ways)} ways: {cure}"
+    return f"the model's outputs have shape {shape}, too narrow for {max(support, ways)} ways: {cure}"
 
 
-def _meaningless(learner: MetaLearner, task: Task, outputs: Tensor, ignored: int) -> str | None:
-    """Why a cross-entropy takes the outputs and targets, and its value means nothing."""
+def _meaning(learner: MetaLearner, task: Task, outputs: Tensor) -> str | None:
+    """Why a cross-entropy means nothing: a single class, or floating targets that are no probabilities."""
+    try:
+        refuse_single_class(learner.criterion, outputs)
+    except InputError as reason:
+        return str(reason)
     targets = task.query.targets
-    if outputs.dim() > 1 and outputs.shape[1] == 1:
-        return (
-            f"the model's outputs have shape {tuple(outputs.shape)}, a single class, of which the cross-entropy is "
-            "always 0: give another criterion, as F.mse_loss for a regression"
-        )
-    if targets.is_floating_point() and targets.shape == outputs.shape and targets.min() < 0:
+    is_cross_entropy = ignored_label(learner.criterion) is not None
+    if (
+        is_cross_entropy
+        and targets.is_floating_point()
+        and targets.shape == outputs.shape
+        and targets.min() < 0
+    ):
         return (
             f"floating targets of a cross-entropy are probabilities, got {targets.min():.3g}: give another criterion, "
             "as F.mse_loss for a regression"
         )
     return None
+
+
+def _dtype(learner: MetaLearner, task: Task, outputs: Tensor) -> str | None:
+    """Why a criterion raises an error of dtypes: it takes the same targets in another one."""
+    targets = task.query.targets
+    others = [targets.to(dtype) for dtype in (outputs.dtype, torch.int64) if dtype != targets.dtype]
+
+    def takes(targets: Tensor) -> bool:
+        try:
+            learner.criterion(outputs, targets)
+        except Exception:  # whatever a criterion raises
+            return False
+        return True
+
+    if takes(targets):
+        return None
+    # only what loses nothing
+    found = next((o for o in others if torch.equal(o.to(targets.dtype), targets) and takes(o)), None)
+    if found is None:
+        return None
+    return f"the criterion does not take targets of {targets.dtype}, but of {found.dtype}: targets.to({found.dtype})"
 
 
 def _ways(targets: Tensor, ignored: int) -> int:

@@ -20,6 +20,7 @@ from fomaml.choices import Statistics
 from fomaml.errors import InputError
 from fomaml.learning.moments import SecondMoments
 from fomaml.learning.rates import ConstantRates, LearnedRates
+from fomaml.metrics import ignored_label
 from fomaml.tasks import Task
 
 Criterion = Callable[[Tensor, Tensor], Tensor]  # (outputs, targets) → the mean loss, a scalar
@@ -239,4 +240,13 @@ def refuse_broadcast(criterion: Criterion, outputs: Tensor, targets: Tensor) -> 
         raise InputError(
             f"the criterion compares outputs of shape {tuple(outputs.shape)} with targets of shape "
             f"{tuple(targets.shape)}, each with every other: give both one shape"
+        )
+
+
+def refuse_single_class(criterion: Criterion, outputs: Tensor) -> None:
+    """Raise `InputError` where a cross-entropy has a single class, as of a regression without a criterion."""
+    if outputs.dim() > 1 and outputs.shape[1] == 1 and ignored_label(criterion) is not None:
+        raise InputError(
+            f"the model's outputs have shape {tuple(outputs.shape)}, a single class, of which the cross-entropy is "
+            "always 0: give another criterion, as F.mse_loss for a regression"
         )

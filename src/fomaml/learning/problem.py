@@ -13,7 +13,14 @@ from torch.overrides import TorchFunctionMode
 from fomaml.choices import Statistics, check_choice
 from fomaml.errors import InputError
 from fomaml.learning.adapt import inner_loop, open_attention
-from fomaml.learning.contracts import Adapted, Learner, checked_loss, checked_outputs, refuse_broadcast
+from fomaml.learning.contracts import (
+    Adapted,
+    Learner,
+    checked_loss,
+    checked_outputs,
+    refuse_broadcast,
+    refuse_single_class,
+)
 from fomaml.learning.replica import Replicas
 from fomaml.models import normalising, refuse_native
 from fomaml.tasks import Examples, Task, ways_each
@@ -192,6 +199,7 @@ class Problem:
             outputs = self._outputs(model, examples.inputs, support, step, apart)
             if not self.stacked:
                 refuse_broadcast(self.learner.criterion, outputs, examples.targets)
+                refuse_single_class(self.learner.criterion, outputs)
             loss = checked_loss(self.learner.criterion(outputs, examples.targets))
         return loss, outputs, _assigned(given, buffers)
 
