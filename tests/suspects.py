@@ -268,6 +268,34 @@ def native(**choices):
     return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8, **choices), nn.Linear(8, 5))
 
 
+def moved():
+    model = native()
+    for _ in range(3):
+        model(torch.randn(9, 6))
+    return model
+
+
+def old_norm(norm):
+    return nn.Sequential(norm(nn.Linear(6, 8)), nn.Tanh(), nn.Linear(8, 5))
+
+
+def hooked():
+    model = Plain()
+    model.into.weight.register_hook(lambda slope: slope / 2)
+    return model
+
+
+class Boxed(Plain):
+    """Calls its layer by an object of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.box = Box(self.into)
+
+    def forward(self, inputs):
+        return self.head(self.box.content(inputs).tanh())
+
+
 def ours(statistics):
     return nn.Sequential(nn.Linear(6, 8), BatchNorm(8, policy=statistics), nn.Linear(8, 5))
 
@@ -323,7 +351,25 @@ TRIGGERS = {
     Float32: ("note", "does not run in float64, so compared in float32, more loosely", ""),
     NotFinite: ("wrong", "the outputs are not finite", ""),
     native: ("wrong", "running statistics that meta-training never updates", "convert_batch_norm"),
-    lambda: native().eval(): ("note", "in eval mode, running statistics are used as they are", ""),
+    lambda: native().eval(): (
+        "wrong",
+        "in eval mode, normalise by running statistics as they were made",
+        "convert",
+    ),
+    lambda: moved().eval(): ("note", "in eval mode, running statistics are used as they are", ""),
+    lambda: old_norm(nn.utils.spectral_norm): ("note", "buffers that forward changes", ""),
+    lambda: nn.DataParallel(Plain()): (
+        "refused",
+        "DataParallel, keeps its parameters from being replaced",
+        "",
+    ),
+    lambda: nn.Sequential(Plain(), nn.DataParallel(nn.Linear(5, 5))): (
+        "refused",
+        "the module '1', DataParallel",
+        "",
+    ),
+    lambda: hooked(): ("refused", "a hook on the gradient of the parameter 'into.weight'", ""),
+    Boxed: ("refused", "not tried any further: the module calls its Linear by a reference", ""),
     lambda: native(track_running_stats=False): ("note", "statistics of the batch", "statistics='support'"),
     lambda: ours("batch"): ("note", "statistics of the batch", "statistics='support'"),
     lambda: Recurrent(batch_first=False): (

@@ -1,11 +1,10 @@
-"""What the pages say holds: CONTRIBUTING.md's code runs in the files it names, the README's prints what it shows."""
+"""What the pages say holds: CONTRIBUTING.md's code runs in the files it names, links and options are there."""
 
 import contextlib
 import importlib
 import io
 import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,26 +16,20 @@ from fomaml.app import algorithms, cli, rundir, sources
 from fomaml.app.session import train_run
 from fomaml.app.settle import settle
 from fomaml.engines import ENGINES, meta_gradient
+from pages import PAGES, ROOT, blocks, read
 from zoo import example
 
-ROOT = Path(__file__).parent.parent
-PAGES = [*ROOT.glob("*.md"), *(path for path in ROOT.glob("docs/*.md") if path.name != "LOG.md")]
 REGISTRIES = [
     algorithms.ALGORITHMS, family.ALGORITHMS, sources.SOURCES, metrics.METRICS, ENGINES, cli.COMMANDS,
 ]  # fmt: skip
 QUICK = {"iterations": 2, "meta_batch_size": 2, "test_tasks": 5, "test_steps": (0, 1), "baselines": False}
 
 
-def blocks(page):
-    """The Python of a page."""
-    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
-
-
 @pytest.fixture
 def contributed(monkeypatch):
     """Every block of CONTRIBUTING.md has run at the end of the file that its first line names; undone afterwards."""
     before = [dict(registry) for registry in REGISTRIES]
-    for block in blocks("CONTRIBUTING.md"):
+    for _, _, block, _ in blocks(read("CONTRIBUTING.md"), "python"):
         path = ROOT / block.splitlines()[0].removeprefix("# ")
         assert path.is_file()
         name = path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
@@ -91,41 +84,6 @@ def test_a_command_is_added(contributed, tmp_path, capsys):
     assert capsys.readouterr().out == f"{sum(p.numel() for p in learner.parameters())}\n"
 
 
-@pytest.mark.parametrize("block", blocks("docs/guide.md"))
-def test_the_blocks_of_the_guide_run(block):
-    exec(compile(block, "docs/guide.md", "exec"), {})
-
-
-def readme(**changes):
-    """The lines that the README's program shows, those that it prints, and its variables; some numbers changed."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    shown = re.search(r"```\n( *\d+ inner steps.*?)```", text, re.DOTALL)[1].splitlines()
-    [code] = blocks("README.md")
-    for name, number in changes.items():
-        code, count = re.subn(rf"\b{name}=\d+", f"{name}={number}", code)
-        assert count == 1
-    printed, namespace = io.StringIO(), {}
-    with contextlib.redirect_stdout(printed):
-        exec(code, namespace)
-    return shown, printed.getvalue().splitlines(), namespace
-
-
-def test_the_readme_runs():
-    shown, printed, namespace = readme(iterations=2, tasks=5)
-    words = [[re.sub(r"[\d.]+ ± [\d.]+", "", line) for line in lines] for lines in (shown, printed)]
-    assert words[0] == words[1]
-    adapted, task = namespace["adapted"], namespace["new_tasks"][0]
-    assert adapted(task.query.inputs).argmax(1).shape == task.query.targets.shape
-
-
-@pytest.mark.long
-def test_the_readme_prints_what_it_shows():
-    shown, printed, _ = readme()
-    for expected, found in zip(shown, printed, strict=True):
-        accuracy, interval = map(float, re.findall(r"[\d.]+", expected)[1:])
-        assert float(re.findall(r"[\d.]+", found)[1]) == pytest.approx(accuracy, abs=2 * interval + 0.1)
-
-
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
 
@@ -169,7 +127,7 @@ def test_the_scripts_and_targets_that_are_named_exist(page):
     ):
         assert (ROOT / path).exists(), path
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
-    for target in re.findall(r"(?:^    |`)make ([\w-]+)", text, re.MULTILINE):
+    for target in re.findall(r"(?:^|`)make ([\w-]+)", text, re.MULTILINE):
         assert target in targets, target
 
 

@@ -1,5 +1,7 @@
 """First-order MAML and its relatives on any PyTorch module."""
 
+from typing import TYPE_CHECKING
+
 from fomaml.data.source import ClassSource
 from fomaml.data.synthetic import Sinusoids
 from fomaml.engines import MetaGradient, meta_gradient
@@ -24,10 +26,29 @@ from fomaml.learning.algorithms import (
 from fomaml.learning.learner import MetaLearner
 from fomaml.metrics import Metric
 from fomaml.models import MLP, BatchNorm, Conv4, Conv4Strided, WithContext, convert_batch_norm
+from fomaml.submodules import submodules
 from fomaml.tasks import Examples, Task
 from fomaml.train import fomaml_train, train
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:  # a checker of types is to know all modules, and no other name
+    from fomaml import app as app
+    from fomaml import baselines as baselines
+    from fomaml import check as check
+    from fomaml import checkpoint as checkpoint
+    from fomaml import choices as choices
+    from fomaml import data as data
+    from fomaml import engines as engines
+    from fomaml import episodes as episodes
+    from fomaml import errors as errors
+    from fomaml import files as files
+    from fomaml import learning as learning
+    from fomaml import metrics as metrics
+    from fomaml import models as models
+    from fomaml import tasks as tasks
+else:
+    __getattr__, __dir__ = submodules(__name__)
 
 __all__ = [
     "ANIL", "BOIL", "CAVIA", "FOMAML", "MAML", "MLP", "SGD", "Adam", "BatchNorm", "ClassSource", "Conv4",

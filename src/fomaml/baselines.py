@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fomaml.choices import Statistics
 from fomaml.data.source import ClassSource
 from fomaml.episodes import TaskSequence, copies_of, ways_of
-from fomaml.errors import InputError, positive
+from fomaml.errors import InputError, positive, whole
 from fomaml.evaluate import batches, evaluate, judged
 from fomaml.learning.algorithms import FOMAML
 from fomaml.learning.contracts import Criterion
@@ -120,9 +120,10 @@ def pretrain(
     seed: int = 0,
 ) -> nn.Module:
     """Train `model`, in place, as an ordinary classifier of all the classes of `source` (Adam, cross-entropy)."""
-    positive("iterations", iterations, integer=True)
-    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
-    random = torch.Generator().manual_seed(seed)
+    iterations = positive("iterations", iterations, integer=True)
+    batch_size = positive("batch_size", batch_size, integer=True)
+    optimizer = torch.optim.Adam(model.parameters(), lr=positive("lr", lr))
+    random = torch.Generator().manual_seed(whole("seed", seed))
     labels = source.labels()
     for _ in range(iterations):
         rows = torch.randint(len(labels), (batch_size,), generator=random)

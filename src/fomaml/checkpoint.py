@@ -9,19 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fomaml.errors import InputError
+from fomaml.errors import InputError, plain, whole
 from fomaml.files import load_tensors, save_tensors
 
 
-def save_weights(path: Path, module: nn.Module, settings: Mapping[str, Any] | None = None) -> None:
+def save_weights(path: str | Path, module: nn.Module, settings: Mapping[str, Any] | None = None) -> None:
     """Write a module's parameters and buffers; tied ones are written once each under their own names.
 
+    path: its folder is made where it is missing; ~ is the user's own.
     settings: JSON-able; the file keeps their digest, for `load_weights` to compare.
+
+    Raises:
+        InputError: a path that no file can be written to, or state of the module that is no tensor.
     """
     save_tensors(path, module.state_dict(), settings=settings)
 
 
-def load_weights(path: Path, module: nn.Module, settings: Mapping[str, Any] | None = None) -> nn.Module:
+def load_weights(path: str | Path, module: nn.Module, settings: Mapping[str, Any] | None = None) -> nn.Module:
     """Read parameters and buffers into a module, in place; returns it.
 
     Raises:
@@ -38,7 +42,7 @@ def load_weights(path: Path, module: nn.Module, settings: Mapping[str, Any] | No
 
 
 def save_state(
-    path: Path,
+    path: str | Path,
     module: nn.Module,
     optimizer: torch.optim.Optimizer,
     iteration: int,
@@ -62,8 +66,8 @@ def save_state(
             else:
                 numbers.setdefault(str(index), {})[key] = value
     facts = {
-        "iteration": iteration,
-        "groups": state["param_groups"],
+        "iteration": whole("iteration", iteration),
+        "groups": [{name: _plain(value) for name, value in group.items()} for group in state["param_groups"]],
         "numbers": numbers,
         "progress": dict(progress or {}),
     }
@@ -71,7 +75,7 @@ def save_state(
 
 
 def load_state(
-    path: Path,
+    path: str | Path,
     module: nn.Module,
     optimizer: torch.optim.Optimizer,
     settings: Mapping[str, Any] | None = None,
@@ -92,8 +96,16 @@ def load_state(
         for group, saved in zip(optimizer.param_groups, facts["groups"]):
             if missing := group.keys() - saved.keys() - {"initial_lr"}:
                 raise ValueError(f"it holds no {sorted(missing)[0]!r} of {type(optimizer).__name__}")
+        # a step size that is a tensor stays one, as what captures or compiles the optimiser needs it
+        groups = [
+            {
+                key: torch.full_like(group[key], value) if isinstance(group.get(key), Tensor) else value
+                for key, value in saved.items()
+            }
+            for group, saved in zip(optimizer.param_groups, facts["groups"], strict=True)
+        ]
         module.load_state_dict(own)
-        optimizer.load_state_dict({"state": state, "param_groups": facts["groups"]})
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
         torch.set_rng_state(tensors["random"])
         return facts["iteration"]
     except (RuntimeError, ValueError, KeyError) as error:
@@ -101,7 +113,12 @@ def load_state(
         raise InputError(f"{path} is no state of this run: {reason}") from None
 
 
-def load_progress(path: Path) -> dict:
+def _plain(value: Any) -> Any:
+    """An option of an optimiser as JSON has it: its numbers may be numpy's, or tensors."""
+    return [plain(each) for each in value] if isinstance(value, (tuple, list)) else plain(value)
+
+
+def load_progress(path: str | Path) -> dict:
     """The further facts of a file of `save_state`.
 
     Raises:

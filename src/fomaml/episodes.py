@@ -11,15 +11,18 @@ from torch import Tensor
 
 from fomaml.data.augment import jittered, turned
 from fomaml.data.source import ClassSource
-from fomaml.errors import InputError, positive
+from fomaml.errors import InputError, not_negative, positive, shown, whole
 from fomaml.tasks import Examples, Task, one
 
 
 def generator(seed: int, index: int) -> np.random.Generator:
     """Random numbers that depend on (seed, index) alone: counter-based Philox (Salmon et al. 2011)."""
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**128:
-        raise InputError(f"seed must be a whole number from 0 to 2**128 - 1, got {seed!r}")
-    return np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, index]))
+    return np.random.Generator(np.random.Philox(key=checked_seed(seed), counter=[0, 0, 0, index]))
+
+
+def checked_seed(seed: int) -> int:
+    """The seed as Python's int, if it is one that `generator` takes."""
+    return whole("seed", seed, below=2**128, range=" from 0 to 2**128 - 1")
 
 
 class TaskSequence(Protocol):
@@ -95,9 +98,9 @@ class Episodes:
         self.ways = positive("ways", ways, integer=True)
         self.shots = positive("shots", shots, integer=True)
         self.query_shots = positive("query_shots", query_shots, integer=True)
-        self.seed = seed
+        self.seed = checked_seed(seed)
         self.turns = turns
-        self.jitter = jitter
+        self.jitter = not_negative("jitter", jitter)
         self.copies = positive("copies", copies, integer=True)
         if copies > 1 and not jitter:
             raise InputError(
@@ -112,9 +115,9 @@ class Episodes:
             raise InputError(
                 f"turns by 90 degrees need square images (channels, side, side), but the inputs have shape {shape}"
             )
-        if len(source) < ways:
+        if len(source) < self.ways:
             raise InputError(f"{ways} ways need {ways} classes, but there are {len(source)}")
-        drawn = shots + query_shots
+        drawn = self.shots + self.query_shots
         smallest = int(source.counts.argmin())
         if source.counts[smallest] < drawn:
             raise InputError(
@@ -127,6 +130,7 @@ class Episodes:
 
     def batch(self, start: int, tasks: int) -> Task:
         """Tasks start … start + tasks - 1, with a leading axis (tasks, ...)."""
+        start, tasks = whole("the number of the first task", start), whole("tasks", tasks)
         drawn = self.shots + self.query_shots
         examples = self.ways * drawn
         parts = [
@@ -217,7 +221,7 @@ class RegressionEpisodes:
         self.family = family
         self.shots = positive("shots", shots, integer=True)
         self.query_shots = positive("query_shots", query_shots, integer=True)
-        self.seed = seed
+        self.seed = checked_seed(seed)
         self.device = device
 
     def __getitem__(self, index: int) -> Task:
@@ -225,6 +229,7 @@ class RegressionEpisodes:
 
     def batch(self, start: int, tasks: int) -> Task:
         """Tasks start … start + tasks - 1, with a leading axis (tasks, ...)."""
+        start, tasks = whole("the number of the first task", start), whole("tasks", tasks)
         drawn = self.shots + self.query_shots
         inputs, targets = np.empty((tasks, drawn, 1)), np.empty((tasks, drawn, 1))
         for row in range(tasks):
@@ -233,6 +238,11 @@ class RegressionEpisodes:
             low, high = self.family.inputs
             inputs[row, :, 0] = random.uniform(low, high, drawn)
             targets[row, :, 0] = function(inputs[row, :, 0])
+            if not np.isfinite(targets[row]).all():
+                raise InputError(
+                    f"the function of task {start + row} is not finite for some inputs; change the family, "
+                    f"{shown(self.family)}, or the interval of its inputs"
+                )
         dtype = torch.get_default_dtype()
         inputs, targets = (
             torch.from_numpy(a).to(self.device, dtype).split([self.shots, self.query_shots], dim=1)

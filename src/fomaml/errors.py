@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 import textwrap
-from typing import TypeVar
-
-Number = TypeVar("Number", bound=float)
+from typing import Any, Literal, overload
 
 
 class InputError(ValueError):
@@ -15,13 +15,57 @@ class InputError(ValueError):
     """
 
 
-def positive(name: str, value: Number, integer: bool = False) -> Number:
-    """Return `value` if it is a positive (whole) number, else raise `InputError` naming it."""
-    kinds = (int,) if integer else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < float("inf"):
-        wanted = "a whole number of 1 or more" if integer else "a positive finite number"
-        raise InputError(f"{name} must be {wanted}, got {value!r}")
-    return value
+def plain(value: Any) -> Any:
+    """A number of any kind as Python's int or float: numpy's, torch's without dimensions. Anything else as it is.
+
+    A tensor that requires a gradient is no number: as a number it would be cut off from what it depends on.
+    """
+    if getattr(value, "ndim", None) == 0 and not getattr(value, "requires_grad", False):
+        value = value.item()
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    return float(value) if isinstance(value, numbers.Real) else value
+
+
+@overload
+def positive(name: str, value: float, integer: Literal[True]) -> int: ...
+@overload
+def positive(name: str, value: float, integer: Literal[False] = False) -> float: ...
+def positive(name: str, value: float, integer: bool = False) -> float:
+    """Return `value` as Python's number if it is a positive (whole) one, else raise `InputError` naming it."""
+    if integer:
+        return whole(name, value, 1)
+    number = plain(value)
+    if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 < number < math.inf:
+        raise InputError(f"{name} must be a positive finite number, got {shown(number)}")
+    return number
+
+
+def not_negative(name: str, value: float) -> float:
+    """Return `value` as Python's number if it is 0 or a positive one, else raise `InputError` naming it."""
+    number = plain(value)
+    if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 <= number < math.inf:
+        raise InputError(f"{name} must be a finite number of 0 or more, got {shown(number)}")
+    return number
+
+
+def whole(name: str, value: float, least: float = 0, below: float = math.inf, range: str = "") -> int:
+    """Return `value` as Python's int if it is a whole number from `least`, else raise `InputError` naming it.
+
+    range: the bounds in words, where `least` alone does not say them.
+    """
+    number = plain(value)
+    if isinstance(number, bool) or not isinstance(number, int) or not least <= number < below:
+        range = range or (f" of {least} or more" if least > -math.inf else "")
+        raise InputError(f"{name} must be a whole number{range}, got {shown(number)}")
+    return number
+
+
+def shown(value: Any) -> str:
+    """A value in a message: in one line, and not a long one."""
+    return textwrap.shorten(repr(value), 100, placeholder=" ...")
 
 
 def in_one_line(error: BaseException) -> str:

@@ -26,16 +26,28 @@ def user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fomaml"
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: str | Path, text: str) -> None:
     """Write a text file atomically."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place at the end, flushed to disk, unless there was an error."""
-    path = Path(path)
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place at the end, flushed to disk, unless there was an error.
+
+    A folder that is missing is made.
+
+    Raises:
+        InputError: the path is a folder, or its folder cannot be made or written to.
+    """
+    path = _file(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"the folder of {path} cannot be made ({error.strerror}); give another") from None
+    if not os.access(path.parent, os.W_OK):
+        raise InputError(f"the folder {path.parent} cannot be written to; give another")
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield temporary
@@ -47,8 +59,16 @@ def replacing(path: Path) -> Iterator[Path]:
     os.replace(temporary, path)
 
 
+def _file(path: str | Path) -> Path:
+    """The path of a file, with ~ as the user's folder."""
+    path = Path(path).expanduser()
+    if path.is_dir():
+        raise InputError(f"{path} is a folder, expected a file; add the file's name")
+    return path
+
+
 def save_tensors(
-    path: Path,
+    path: str | Path,
     tensors: Mapping[str, Tensor],
     facts: Mapping[str, Any] | None = None,
     settings: Mapping[str, Any] | None = None,
@@ -56,7 +76,13 @@ def save_tensors(
     """Write named tensors, and JSON-able facts in the file's header, atomically and flushed to disk.
 
     settings: what they came from, JSON-able; the file keeps its digest, for `load_tensors` to compare.
+
+    Raises:
+        InputError: what is no tensor, or a path that no file can be written to, see `replacing`.
     """
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            raise InputError(f"{name!r} is a {type(value).__name__}; only tensors can be saved")
     own = {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}
     entry: dict[str, Any] = {"facts": dict(facts or {})}
     if settings is not None:
@@ -67,13 +93,14 @@ def save_tensors(
 
 
 def load_tensors(
-    path: Path, device: str | torch.device = "cpu", settings: Mapping[str, Any] | None = None
+    path: str | Path, device: str | torch.device = "cpu", settings: Mapping[str, Any] | None = None
 ) -> tuple[dict[str, Tensor], dict]:
     """Read a file of `save_tensors`: the tensors by name, and the facts. Earlier files, without a digest, are read too.
 
     Raises:
         InputError: the file is not there or damaged, or it was written for other settings.
     """
+    path = _file(path)
     try:
         with safe_open(str(path), framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

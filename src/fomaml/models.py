@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fomaml.choices import Policy, check_choice
-from fomaml.errors import InputError
+from fomaml.errors import InputError, positive
 
 # A batch that a layer has normalised by: the layer, the inner step, mean and variance, (channels,) each.
 Seen = tuple["BatchNorm", int, Tensor, Tensor]
@@ -51,6 +51,9 @@ def normalising(**told) -> Iterator[None]:
         _norm.reset(token)
 
 
+RUNNING, FROZEN = ("mean", "variance"), ("frozen_mean", "frozen_variance")  # buffers of a `BatchNorm`
+
+
 class BatchNorm(nn.Module):
     """Batch normalisation (Ioffe & Szegedy 2015) that says by name where its statistics come from.
 
@@ -67,7 +70,8 @@ class BatchNorm(nn.Module):
     scale: False leaves out γ, as the original MAML code does.
 
     Shapes: (examples, channels, ...) in and out, any floating dtype; buffers `mean` and `variance`
-    (sets, channels), where there are any.
+    (sets, channels), where there are any. Those of a layer that `freeze` has frozen, as `MetaLearner.adapt` does, are
+    `frozen_mean` and `frozen_variance` (1, channels): a layer of any policy that loads them is frozen too.
 
     Raises:
         InputError: an unknown policy, or "per-step" without steps.
@@ -90,7 +94,7 @@ class BatchNorm(nn.Module):
         if policy == "per-step":
             if steps is None:
                 raise InputError("the policy per-step needs steps, the number of inner steps")
-            sets = steps + 1
+            sets = positive("steps", steps, integer=True) + 1
         self.eps = eps
         self.policy = policy
         self.weight = nn.Parameter(torch.ones(channels)) if scale else None
@@ -104,8 +108,9 @@ class BatchNorm(nn.Module):
         running = not self.training if told.running is None else told.running
         shape = (1, -1, *[1] * (inputs.dim() - 2))
         if self.policy == "frozen" or (running and self.policy in ("running", "per-step")):
-            step = min(told.step, len(self.mean) - 1)
-            mean, variance = self.mean[step].view(shape), self.variance[step].view(shape)
+            means, variances = (getattr(self, name) for name in self._statistics())
+            step = min(told.step, len(means) - 1)
+            mean, variance = means[step].view(shape), variances[step].view(shape)
         else:
             if told.first is None and told.record is None and inputs.numel() > inputs.shape[1]:
                 ones = torch.ones_like(self.bias) if self.weight is None else self.weight
@@ -124,8 +129,23 @@ class BatchNorm(nn.Module):
     def freeze(self, mean: Tensor, variance: Tensor) -> None:
         """Take these (channels,) statistics for good: the policy becomes "frozen"."""
         self.policy = "frozen"
-        self.register_buffer("mean", mean[None].clone())
-        self.register_buffer("variance", variance[None].clone())
+        for name in RUNNING:
+            self._buffers.pop(name, None)
+        for name, value in zip(FROZEN, (mean, variance)):
+            self.register_buffer(name, value[None].clone())
+
+    def _statistics(self) -> tuple[str, str]:
+        """The names of the buffers that it normalises by, where it does not take those of a batch."""
+        return FROZEN if FROZEN[0] in self._buffers else RUNNING
+
+    def _load_from_state_dict(self, state_dict, prefix, *others) -> None:
+        """As torch does, but that a layer which finds frozen statistics is frozen first, and so has a place for them.
+
+        They have names of their own, so that running statistics never freeze a layer, nor are taken for frozen ones.
+        """
+        if any(prefix + name in state_dict for name in FROZEN):
+            self.freeze(torch.zeros_like(self.bias), torch.ones_like(self.bias))
+        super()._load_from_state_dict(state_dict, prefix, *others)
 
     def update(self, step: int, mean: Tensor, variance: Tensor, momentum: float) -> None:
         """Move the running statistics of inner step `step` towards these (channels,) ones."""
@@ -167,10 +187,10 @@ class _Conv(nn.Sequential):
 
 def _widths(channels: int | Sequence[int]) -> list[int]:
     """The channels of the four convolutions: one number for all, or one for each."""
-    widths = [channels] * 4 if isinstance(channels, int) else list(channels)
+    widths = list(channels) if isinstance(channels, Sequence) else [channels] * 4
     if len(widths) != 4:
         raise InputError(f"channels must be one number or four, one for each convolution, got {widths}")
-    return widths
+    return [positive("channels", width, integer=True) for width in widths]
 
 
 class Conv4(nn.Module):
@@ -255,12 +275,10 @@ def native_batch_norms(model: nn.Module) -> list[str]:
     return [n for n, m in model.named_modules() if isinstance(m, NATIVE_BATCH_NORMS)]
 
 
-def warn_of_unmoved(model: nn.Module) -> None:
-    """Warn of a layer in evaluation mode that normalises by running statistics as they were made: meta-training never
-    moves those of torch's own layers. The warning names the line of whoever called the caller.
-    """
-    names = [
-        name
+def unmoved_norms(model: nn.Module) -> dict[str, nn.Module]:
+    """By name, torch's own layers in evaluation mode whose running statistics are as they were made."""
+    return {
+        name: module
         for name, module in model.named_modules()
         if isinstance(module, NATIVE_NORMS)
         and not module.training
@@ -268,12 +286,20 @@ def warn_of_unmoved(model: nn.Module) -> None:
         and module.running_var is not None
         and not module.running_mean.any()
         and bool((module.running_var == 1).all())
-    ]
-    if names:
-        text = f"the layer {names[0]!r} is in evaluation mode and normalises by statistics that were never moved: "
-        warnings.warn(
-            text + "fomaml.convert_batch_norm(model), or model.train()", RuntimeWarning, stacklevel=3
+    }
+
+
+def warn_of_unmoved(model: nn.Module) -> None:
+    """Warn of a layer in evaluation mode that normalises by running statistics as they were made: meta-training never
+    moves those of torch's own layers. The warning names the line of whoever called the caller.
+    """
+    unmoved = unmoved_norms(model)
+    if unmoved:
+        what = (
+            f"the layer {next(iter(unmoved))!r} is in evaluation mode, with statistics that nothing has moved"
         )
+        cure = "fomaml.convert_batch_norm(model), or model.train()"
+        warnings.warn(f"{what}: {cure}", RuntimeWarning, stacklevel=3)
 
 
 def refuse_native(model: nn.Module) -> None:

@@ -15,7 +15,7 @@ from fomaml.data.source import ClassSource
 from fomaml.engines import Plan, check_outputs
 from fomaml.engines import plan as make_plan
 from fomaml.episodes import Episodes, TaskSequence
-from fomaml.errors import InputError, positive
+from fomaml.errors import InputError, in_one_line, positive
 from fomaml.learning.algorithms import FOMAML
 from fomaml.learning.learner import MetaLearner
 from fomaml.metrics import Asked, Metric, check_ignored, ignored_label, metric_for, scores
@@ -280,8 +280,9 @@ def fomaml_train(
 ) -> list[float]:
     """Meta-train `model` in place by FOMAML on tasks drawn from an ordinary labelled dataset.
 
-    train_dataset: any map-style dataset of (input, integer label), or a `ClassSource`. It is read
-        once into memory, on the model's device. Each task takes `ways` of its classes under a random
+    train_dataset: a `ClassSource`, or all that `ClassSource.from_dataset` reads: a dataset or iterable of (input,
+        label) pairs, a `DataLoader`; inputs may be PIL images, arrays or tensors. It is read once into memory, on the
+        model's device, and drawn in the model's floating dtype. Each task takes `ways` of its classes under a random
         relabelling, `shots` support and `query_shots` query examples of each.
     num_inner_updates, inner_lr: the inner SGD. meta_lr: the step size of the outer SGD.
     report: receives one line with the meta-loss every 10 iterations.
@@ -292,15 +293,24 @@ def fomaml_train(
         InputError: numbers that are not positive, fewer classes than ways, classes with too few
             examples, or a model whose output is narrower than `ways`.
     """
-    positive("num_iterations", num_iterations, integer=True)
-    positive("meta_lr", meta_lr)
-    positive("inner_lr", inner_lr)
-    learner = FOMAML(model, inner_lr, positive("num_inner_updates", num_inner_updates, integer=True))
+    num_iterations = positive("num_iterations", num_iterations, integer=True)
+    meta_lr = positive("meta_lr", meta_lr)
+    inner_steps = positive("num_inner_updates", num_inner_updates, integer=True)
+    learner = FOMAML(model, positive("inner_lr", inner_lr), inner_steps)
     source = train_dataset
     if not isinstance(source, ClassSource):
         source = ClassSource.from_dataset(train_dataset)
-    device = next(model.parameters()).device
-    episodes = Episodes(source.to(device), ways=ways, shots=shots, query_shots=query_shots, seed=seed)
+    source = _for_model(source, model)
+    episodes = Episodes(source, ways=ways, shots=shots, query_shots=query_shots, seed=seed)
+    try:
+        check_width(learner, episodes)
+    except RuntimeError as error:
+        if source.inputs.is_floating_point() or source.take(torch.tensor([0])).is_floating_point():
+            raise
+        raise InputError(
+            f"the model does not take inputs of {source.inputs.dtype} ({in_one_line(error)}); convert them, or give "
+            "ClassSource.from_dataset(dataset, decode=pixels()), with pixels of fomaml.data.source, for images"
+        ) from error
     optimizer = torch.optim.SGD(model.parameters(), lr=meta_lr)
     losses = []
     for record in train(
@@ -315,3 +325,21 @@ def fomaml_train(
         if record.iteration % 10 == 0:
             report(f"iteration {record.iteration}: meta-loss {losses[-1]:.4f}")
     return losses
+
+
+def _for_model(source: ClassSource, model: torch.nn.Module) -> ClassSource:
+    """The source on the model's device; floating inputs are drawn in a dtype of its parameters, as numpy's float64 is
+    seldom one.
+    """
+    parameters = list(model.parameters())
+    dtypes = [parameter.dtype for parameter in parameters if parameter.is_floating_point()]
+    own = source.decode
+
+    def decode(inputs: Tensor) -> Tensor:
+        inputs = inputs if own is None else own(inputs)
+        return inputs.to(dtypes[0]) if inputs.is_floating_point() and inputs.dtype not in dtypes else inputs
+
+    moved = source.to(parameters[0].device)
+    if dtypes:
+        moved.decode = decode
+    return moved

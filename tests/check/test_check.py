@@ -1,16 +1,32 @@
 """Each kind of finding has a module that triggers it, and a plain one that does not."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend
+from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 from fomaml.check import Finding, Report, check
 from fomaml.check.findings import LOOP
 from fomaml.errors import InputError, in_one_line
 from fomaml.models import MLP, convert_batch_norm
-from suspects import TRIGGERS, Alias, Attention, Branch, Encoder, Plain, Recurrent, VmapOnly, native, ours
+from recomputed import MODULES
+from suspects import (
+    TRIGGERS,
+    Alias,
+    Attention,
+    Branch,
+    Encoder,
+    Plain,
+    Recurrent,
+    VmapOnly,
+    native,
+    old_norm,
+    ours,
+)
 
 
 def report_on(build, shape=(6,), **choices):
@@ -23,6 +39,7 @@ def plain():
     return report_on(Plain)
 
 
+@pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
 @pytest.mark.parametrize("build", TRIGGERS, ids=lambda build: build.__name__)
 def test_finds_it_and_says_the_cure(build, plain):
     level, what, cure = TRIGGERS[build]
@@ -54,7 +71,16 @@ def test_compares_every_engine_in_both_orders(plain):
         assert any(what.startswith(f"second order, {engine}: equals finite differences") for what in found)
 
 
-@pytest.mark.parametrize("build", [lambda: MLP(6, 8, 5), Recurrent, Attention, lambda: ours("running")])
+NONE = [
+    *(lambda: MLP(6, 8, 5), Recurrent, Attention, lambda: ours("running")),
+    *(partial(old_norm, norm) for norm in (nn.utils.weight_norm, parametrizations.weight_norm)),
+    *(partial(old_norm, norm) for norm in (nn.utils.spectral_norm, parametrizations.spectral_norm)),
+    *(partial(build, True) for build in MODULES),
+]
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
+@pytest.mark.parametrize("build", NONE)
 def test_no_false_alarm(build):
     assert report_on(build).exit_status == 0
 

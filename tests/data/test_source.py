@@ -1,12 +1,11 @@
 import itertools
+import math
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import TensorDataset
 from torchvision import transforms
-from torchvision.datasets import FakeData
 
 from fomaml.data.augment import rotated, warped
 from fomaml.data.source import ClassSource, pixels
@@ -14,12 +13,6 @@ from fomaml.errors import InputError
 
 TO_MODEL = transforms.Compose([transforms.ToTensor(), lambda x: transforms.Normalize(
     [0.5] * len(x), [0.5] * len(x))(x)])  # fmt: skip
-
-
-class Named(list):
-    """A dataset with the `classes` attribute that torchvision's have."""
-
-    classes = ("ant", "bee", "cat")
 
 
 def rows(targets, names=None, decode=None):
@@ -70,49 +63,10 @@ def test_pixels_equal_torchvisions_to_tensor_and_normalize(dtype):
     assert images.flatten().tolist() == list(range(256))
 
 
-def test_from_dataset_reads_torchvision_images():
-    data = FakeData(size=24, image_size=(3, 5, 7), num_classes=3)
-    source = ClassSource.from_dataset(data, decode=pixels())
-    items = sorted(((label, i) for i, (_, label) in enumerate(data)))
-    assert source.inputs.dtype == torch.uint8
-    assert source.inputs.shape == (24, 3, 5, 7)
-    assert source.labels().tolist() == [label for label, _ in items]
-    assert source.names == ["0", "1", "2"]
-    expected = torch.stack([TO_MODEL(data[i][0]) for _, i in items])
-    torch.testing.assert_close(source.take(torch.arange(24)), expected, atol=1e-6, rtol=0)
-
-
-@pytest.mark.parametrize(("mode", "channels"), [("1", 1), ("L", 1), ("LA", 2), ("RGB", 3), ("RGBA", 4)])
-def test_from_dataset_reads_every_mode_of_pil_as_torchvision_does(mode, channels):
-    random = np.random.default_rng(0)
-    colours = [Image.fromarray(random.integers(0, 256, (6, 4, 3), dtype=np.uint8)) for _ in range(2)]
-    images = [colour.convert(mode) for colour in colours]
-    source = ClassSource.from_dataset([(image, k) for k, image in enumerate(images)], pixels())
-    assert source.inputs.dtype == torch.uint8
-    assert source.inputs.shape == (2, channels, 6, 4)
-    assert source.inputs.float().std() > 30  # black and white are 0 and 255, not 0 and 1
-    expected = torch.stack([TO_MODEL(image) for image in images])
-    torch.testing.assert_close(source.take(torch.arange(2)), expected, atol=1e-6, rtol=0)
-
-
-def test_from_dataset_reads_tensors_arrays_numbers_and_labels_of_every_kind():
-    inputs = torch.randn(5, 3)
-    source = ClassSource.from_dataset(TensorDataset(inputs, torch.tensor([2, 0, 2, 1, 0])))
-    assert torch.equal(source.inputs, inputs[[1, 4, 3, 0, 2]])
-    mixed = [(0.5, np.int64(4)), (1.5, torch.tensor([3])), (2.5, 4.0), (3.5, True)]
-    source = ClassSource.from_dataset(mixed)
-    assert source.names == ["1", "3", "4"]
-    assert source.inputs.tolist() == [3.5, 1.5, 0.5, 2.5]
-    arrays = [(np.full((2, 2), 9, np.uint8), 0), [np.full((2, 2), 8, np.uint8), 1]]
-    source = ClassSource.from_dataset(arrays)
-    assert source.inputs.dtype == torch.uint8
-    assert source.inputs[:, 0, 0].tolist() == [9, 8]
-
-
-def test_from_dataset_takes_the_names_from_the_dataset():
-    assert ClassSource.from_dataset(Named([(1.0, 2), (2.0, 0)])).names == ["ant", "cat"]
-    assert ClassSource.from_dataset(Named([(1.0, 2), (2.0, 3)])).names == ["2", "3"]
-    assert ClassSource.from_dataset(Named([(1.0, -1), (2.0, 0)])).names == ["-1", "0"]
+def test_arrays_are_taken_as_tensors():
+    inputs, targets = np.arange(6.0).reshape(3, 2), np.array([1, 0, 1], np.uint16)
+    source = ClassSource(inputs, targets)
+    assert source.inputs.tolist() == [[2, 3], [0, 1], [4, 5]] and source.inputs.dtype == torch.float64
 
 
 def test_select_by_name_and_number_in_the_order_given():
@@ -184,6 +138,13 @@ def test_to_moves_the_inputs_and_nothing_else():
          "targets must be a vector of integer labels, got torch.float32 of shape (2,)"),
         (torch.zeros(2, 1), torch.zeros(2, 1, dtype=torch.int64), None,
          "targets must be a vector of integer labels, got torch.int64 of shape (2, 1)"),
+        (torch.zeros(2, 1), ["a", "b"], None,
+         "inputs and targets must be tensors or arrays of numbers (ValueError: too many dimensions 'str'); "
+         "a dataset goes to ClassSource.from_dataset"),
+        (torch.tensor([0, math.nan, math.inf]), torch.tensor([7, 9, 7]), None,
+         "example 1 of the data, of class '9', holds nan or infinite numbers; mend it or leave it out"),
+        (np.where(np.arange(4096).reshape(2048, 2) == 4001, -np.inf, 0), np.arange(2048) // 1024, ["a", "b"],
+         "example 2000 of the data, of class 'b', holds nan or infinite numbers; mend it or leave it out"),
         (torch.zeros(3, 1), torch.tensor([0, 1]), None, "3 inputs but 2 targets"),
         (torch.zeros(0, 1), torch.tensor([], dtype=torch.int64), None,
          "a class source needs at least one example, got none"),
@@ -196,35 +157,13 @@ def test_errors_of_a_source(inputs, targets, names, message):
     assert str(error.value) == message
 
 
-GOOD = (torch.zeros(2), 0)
-NOT_AN_INTEGER = [2.5, "3", None, float("nan"), float("inf"), [1], torch.tensor([0, 1])]
-
-
-@pytest.mark.parametrize(
-    ("dataset", "message"),
-    [
-        ([], "the dataset is empty"),
-        ([GOOD, 7], "item 1 of the dataset is not an (input, label) pair: 7"),
-        ([(1, 2, 3)], "item 0 of the dataset is not an (input, label) pair: (1, 2, 3)"),
-        ([GOOD, (torch.zeros(3), 0)], "item 1 of the dataset has shape (3,), the first has (2,): "
-         "resize them to one shape first"),
-        *(([GOOD, GOOD, (torch.zeros(2), label)],
-           f"item 2 of the dataset has the label {label!r}, not an integer")
-          for label in NOT_AN_INTEGER),
-    ],
-)  # fmt: skip
-def test_errors_of_from_dataset(dataset, message):
-    with pytest.raises(InputError) as error:
-        ClassSource.from_dataset(dataset)
-    assert str(error.value) == message
-
-
 @pytest.mark.parametrize(
     ("classes", "message"),
     [
         (["a", "z"], "no class 'z' here; there are: a, b"),
         ([2], "no class number 2 here; there are 2"),
         ([-1], "no class number -1 here; there are 2"),
+        ([1.5], "a class must be a whole number or a name, got 1.5"),
         ([], "no classes selected; there are: a, b"),
     ],
 )

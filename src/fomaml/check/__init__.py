@@ -2,5 +2,8 @@
 
 from fomaml.check.findings import Finding, Report
 from fomaml.check.verdict import check
+from fomaml.submodules import submodules
 
 __all__ = ["Finding", "Report", "check"]
+
+__getattr__, __dir__ = submodules(__name__)

@@ -23,6 +23,7 @@ REASONS = {
     "Batching rule not": ("vmap has no rule for one of its operations; recurrent layers have none", LOOP),
     "setup_context": ("vmap does not take its autograd.Function", f"{LOOP}, or write setup_context"),
     "may have escaped": (AGAIN, LOOP),
+    "maybe_level.has_value": (AGAIN, LOOP),
     "_NoopSaveInputs": (AGAIN, LOOP),  # torch 2.6 and 2.7
     "inplace arithmetic": (
         "its forward writes in place into what all tasks share",
@@ -40,13 +41,15 @@ KINDS = {
         "fomaml.convert_batch_norm(model, policy=...) with 'batch', 'support', 'running', 'per-step' or 'frozen'; "
         "then learner.adapt(support, statistics='support') serves single examples"),
     "eval": ("note", "in eval mode, running statistics are used as they are, by", ""),
+    "unmoved": ("wrong", "in eval mode, normalise by running statistics as they were made, which nothing has moved",
+        "fomaml.convert_batch_norm(model), or model.train()"),
     "batch": ("note", "statistics of the batch, so query examples inform each other, in",
         "fomaml.convert_batch_norm(model, 'support') or learner.adapt(support, statistics='support'), if unwanted"),
     "recurrent": ("note", "on CUDA, cuDNN has no double backward for", CUDNN),
     "moved": ("wrong", "forward changes parameters in place, and so the meta-model in every task", INPLACE),
     "buffers": ("note", "buffers that forward changes; each task starts from the meta-model's, which stay", ""),
-    "dropout": ("note", "dropout is active, a mask of its own in each task and step, in evaluation too (compared "
-        "without it)", "model.eval() before evaluate and adapt"),
+    "dropout": ("note", "dropout is active in training, a mask of its own in each task and step (compared without it), "
+        "and off in evaluate and adapt", "model.eval() for a module that adapt has returned, before it predicts"),
     "stale": ("wrong", "computed from parameters before forward, so adapted ones do not reach it", READ),
     "bypassed": ("wrong", "used, but no gradient reaches, so never learned",
         "no .data, .detach(), rounding or torch.no_grad on the way; or requires_grad_(False), if meant so"),

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from statistics import median
 
 import torch
 from torch import Tensor, nn
 
-from fomaml.check.trial import Trial, learned
+from fomaml.check.trial import Trial, changed_buffers, learned
+from fomaml.learning.replica import Replicas
 from fomaml.models import BatchNorm, normalising
 from fomaml.tasks import Task, count
 
@@ -64,6 +64,11 @@ def second_order(trial: Trial):
     """The judge of second-order gradients by central differences, or one that says why these would mean nothing."""
     if trial.dtype != torch.float64:
         return lambda gradients: ("note", "runs, not compared (finite differences need float64)")
+    if changed_buffers(trial):
+        return lambda gradients: (
+            "note",
+            "runs, not compared (forward changes buffers, which has no gradient)",
+        )
     directions = []
     for _ in range(DIRECTIONS):
         random = {name: torch.randn_like(p) for name, p in learned(trial.model).items()}
@@ -97,7 +102,7 @@ def _slopes(trial: Trial, directions: list[dict[str, Tensor]]) -> list[float]:
         torch.manual_seed(trial.seed)
         total = 0.0
         for task in trial.each():
-            model = _descend(trial, copy.deepcopy(start), task, set())
+            model = _descend(trial, Replicas(start).duplicate(), task, set())
             total += _query_loss(trial, model, task).item()
         return total / count(trial.tasks)
 

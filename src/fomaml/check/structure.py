@@ -6,12 +6,21 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from fomaml.check.findings import Finding, listed, of_kinds
-from fomaml.check.trial import Trial, differ, drops, is_regression, learned, plain_tensors, snapshot
+from fomaml.check.trial import (
+    Trial,
+    changed_buffers,
+    differ,
+    drops,
+    is_regression,
+    learned,
+    plain_tensors,
+    put,
+    snapshot,
+)
 from fomaml.engines import _torch
-from fomaml.models import NATIVE_BATCH_NORMS, NATIVE_NORMS, BatchNorm
+from fomaml.models import NATIVE_BATCH_NORMS, NATIVE_NORMS, BatchNorm, unmoved_norms
 
 
 def width_for_ways(outputs: Tensor, ways: int) -> Finding:
@@ -33,11 +42,13 @@ def kinds_of_layers(own: Trial) -> dict[str, list[str]]:
     layers = [(f"{type(m).__name__} {n}".strip(), m) for n, m in model.named_modules()]
     running = [(n, m) for n, m in layers if isinstance(m, NATIVE_NORMS) and m.running_mean is not None]
     batch = [n for n, m in layers if isinstance(m, NATIVE_BATCH_NORMS) and m.running_mean is None]
+    unmoved = set(unmoved_norms(model).values())
     return {
         "frozen": [n for n, p in model.named_parameters() if not p.requires_grad],
         "tied": [" = ".join(names) for names in groups.values() if len(names) > 1],
         "leaking": [n for n, m in running if m.training],
-        "eval": [n for n, m in running if not m.training],
+        "eval": [n for n, m in running if not m.training and m not in unmoved],
+        "unmoved": [n for n, m in running if m in unmoved],
         "batch": batch + [n for n, m in layers if isinstance(m, BatchNorm) and m.policy == "batch"],
         "recurrent": [n for n, m in layers if isinstance(m, nn.RNNBase)],
         "dropout": [n for n, m in layers if drops(m)] if own.is_random() else [],
@@ -49,14 +60,11 @@ def state_of_forward(trial: Trial) -> Iterator[Finding]:
     model = trial.copy()
     parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
     before, versions = snapshot(parameters | buffers), {n: _torch.version(p) for n, p in parameters.items()}
-    norms = [n for n, m in model.named_modules() if isinstance(m, NATIVE_NORMS)]
     first = trial.outputs(model)
     moved = [n for n, p in parameters.items() if _torch.version(p) != versions[n] or differ(p, before[n])]
-    buffers = {name: buffer for name, buffer in model.named_buffers() if name in before}  # also new ones
-    changed = [n for n, b in buffers.items() if differ(b, before[n]) and n.rpartition(".")[0] not in norms]
-    yield from of_kinds({"moved": moved, "buffers": changed})
-    if differ(first, trial.outputs(lambda inputs: functional_call(model, before, (inputs,)))):
-        what = "forward keeps state on self that is no buffer: one task leaks into the next"
+    yield from of_kinds({"moved": moved, "buffers": changed_buffers(trial)})
+    if differ(first, trial.outputs(lambda inputs: put(model, before, inputs))):
+        what = "forward keeps state on self that is no buffer: each step finds it as the meta-model's"
         yield Finding("wrong", what, "register_buffer for what changes; no counters or caches on self")
 
 
@@ -91,8 +99,8 @@ def unread(trial: Trial) -> str:
     for name, own in learned(trial.model).items():
         value = own.detach() + torch.randn_like(own)
         torch.manual_seed(trial.seed)
-        put = functional_call(trial.copy(), {name: value}, (inputs,))
-        names += [name] if differ(trial.outputs(trial.copy(name, value)), put) else []
+        given = put(trial.copy(), {name: value}, inputs)
+        names += [name] if differ(trial.outputs(trial.copy(name, value)), given) else []
     return f"; forward does not read its current {listed(names)}" if names else ""
 
 

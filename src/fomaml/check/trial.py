@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -15,6 +14,8 @@ from fomaml.engines import meta_gradient
 from fomaml.errors import InputError, in_one_line, positive
 from fomaml.learning.algorithms import FOMAML
 from fomaml.learning.learner import MetaLearner
+from fomaml.learning.replica import Replicas
+from fomaml.models import NATIVE_NORMS
 from fomaml.tasks import Examples, Task, count, one
 
 
@@ -31,7 +32,7 @@ class Trial(NamedTuple):
 
     def copy(self, name: str = "", value: Tensor | None = None) -> nn.Module:
         """A copy, with a value written into the parameter `name` where there is one."""
-        model = copy.deepcopy(self.model)
+        model = Replicas(self.model).duplicate()
         if value is not None:
             with torch.no_grad():
                 model.get_parameter(name).copy_(value)
@@ -83,7 +84,7 @@ def first_outputs(model: nn.Module, inputs: Tensor) -> Tensor:
     """The outputs of the module as it is; InputError unless it runs and returns one tensor, a row per example."""
     given = f"{str(inputs.dtype)[6:]} inputs {tuple(inputs.shape)}"
     try:
-        outputs = copy.deepcopy(model)(inputs)
+        outputs = Replicas(model).duplicate()(inputs)
     except Exception as error:
         raise InputError(f"the module does not run on {given}: {in_one_line(error)}") from None
     if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
@@ -138,7 +139,7 @@ def _rate(module: nn.Module) -> str:
 
 def without_dropout(model: nn.Module) -> nn.Module:
     """A copy with all rates at 0; not in eval mode, which changes other things too."""
-    model = copy.deepcopy(model)
+    model = Replicas(model).duplicate()
     for module in filter(drops, model.modules()):
         setattr(module, _rate(module), 0.0)
     return model
@@ -150,6 +151,35 @@ def learned(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def snapshot(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+def computed_before(model: nn.Module, inputs: Tensor) -> list[str]:
+    """The names of tensors that were computed from parameters, and that a forward pass does not compute anew."""
+    names = [name for name, tensor in plain_tensors(model) if tensor.grad_fn is not None]
+    if not names:
+        return []
+    copied = Replicas(model).duplicate()
+    before = dict(plain_tensors(copied))
+    copied(inputs)
+    after = dict(plain_tensors(copied))
+    return [name for name in names if after.get(name) is before.get(name)]
+
+
+def changed_buffers(trial: Trial) -> list[str]:
+    """The names of buffers that a forward pass changes, but for the running statistics of torch's own layers."""
+    model = trial.copy()
+    before = snapshot(dict(model.named_buffers()))
+    norms = [name for name, module in model.named_modules() if isinstance(module, NATIVE_NORMS)]
+    trial.outputs(model)
+    after = {name: buffer for name, buffer in model.named_buffers() if name in before}
+    return [n for n, b in after.items() if differ(b, before[n]) and n.rpartition(".")[0] not in norms]
+
+
+def put(model: nn.Module, tensors: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
+    """The outputs with these tensors in place of those of the module."""
+    buffers = {name: tensors.get(name, buffer) for name, buffer in model.named_buffers()}
+    with Replicas(model).holding(tensors, buffers) as forward:
+        return forward(inputs)
 
 
 def plain_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -32,17 +32,18 @@ from fomaml.check.structure import (
 )
 from fomaml.check.trial import (
     Trial,
+    computed_before,
     draw_inputs,
     draw_tasks,
     drops,
     first_outputs,
-    plain_tensors,
     widened,
     without_dropout,
 )
 from fomaml.engines import ENGINES
 from fomaml.engines.plan import choose
 from fomaml.errors import InputError, in_one_line, positive
+from fomaml.learning.replica import check_module
 from fomaml.tasks import chunks
 
 TASKS = 2
@@ -85,15 +86,24 @@ def check(
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(seed)
-        stale = [name for name, tensor in plain_tensors(model) if tensor.grad_fn is not None]
-        if stale:  # such a module cannot even be copied
-            return Report(heading, list(of_kinds({"stale": stale})))
         inputs = [draw_inputs(model, (TASKS, ways * n, *shape), vocabulary) for n in (shots, query_shots)]
+        try:
+            check_module(model)
+        except InputError as error:
+            return Report(heading, [Finding("refused", str(error))])
         outputs = first_outputs(model, inputs[0][0])
+        stale = computed_before(model, inputs[0][0])
+        if stale:
+            return Report(heading, list(of_kinds({"stale": stale})))
         learning = *draw_tasks(inputs, outputs, ways), inner_lr, inner_steps, seed
         trial = Trial(without_dropout(model), *learning)
         trial = trial._replace(random=trial.is_random())
-        return Report(heading, list(_findings(Trial(model, *learning), trial, outputs, ways)))
+        found: list[Finding] = []
+        try:
+            found.extend(_findings(Trial(model, *learning), trial, outputs, ways))
+        except Exception as error:  # whatever a module raises; what was found before it stays
+            found.append(Finding("refused", f"not tried any further: {in_one_line(error)}"))
+        return Report(heading, found)
 
 
 def _findings(own: Trial, trial: Trial, outputs: Tensor, ways: int) -> Iterator[Finding]:

@@ -1,0 +1,5 @@
+"""Where examples come from: labelled datasets, folders, MNIST, Omniglot, functions; augmentation."""
+
+from fomaml.submodules import submodules
+
+__getattr__, __dir__ = submodules(__name__)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fomaml.data.source import ClassSource
+from fomaml.errors import positive, whole
 
 
 def rotated(source: ClassSource) -> ClassSource:
@@ -53,7 +54,8 @@ def warped(source: ClassSource, classes: int, *, examples: int = 200, seed: int 
     source: images (examples, channels, height, width) uint8. examples: the images of a pseudo-character,
     drawn from its class. Depends on the seed alone.
     """
-    random = torch.Generator().manual_seed(seed)
+    classes, examples = whole("classes", classes), positive("examples", examples, integer=True)
+    random = torch.Generator().manual_seed(whole("seed", seed))
     base = rotated(source)
     parts = [(base.inputs, base.labels(), base.names)]
     for number in range(len(base), classes):

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from fomaml.data.source import ClassSource, pixels
-from fomaml.errors import InputError, positive
+from fomaml.errors import InputError, plain, positive
 
 MODES = {"grey": "L", "rgb": "RGB"}
 PARTS = {"train": ("train",), "validation": ("val", "valid", "validation"), "test": ("test",)}
@@ -68,6 +68,7 @@ def load_folder(
             raise InputError(f"size must be (height, width) or None, got {size!r}")
         height, width = (positive("each side of size", side, integer=True) for side in size)
         size = height, width
+    seed = plain(seed)
     suffixes = readable_suffixes()
     parts = _given_parts(root)
     if parts is None:

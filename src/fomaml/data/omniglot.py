@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import os
 import random
 import re
@@ -21,7 +22,7 @@ from torch import Tensor
 from fomaml.data.download import downloading
 from fomaml.data.folder import pillow
 from fomaml.data.source import ClassSource, pixels
-from fomaml.errors import InputError, positive
+from fomaml.errors import InputError, positive, whole
 from fomaml.files import load_tensors, save_tensors, user_cache
 
 CHARACTERS = {"images_background": 964, "images_evaluation": 659}
@@ -90,9 +91,8 @@ def load_omniglot(
     for name, value, known in (("split", split, SPLITS), ("resize", resize, FILTERS)):
         if value not in known:
             raise InputError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-    positive("size", size, integer=True)
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise InputError(f"seed must be a whole number, got {seed!r}")
+    size = positive("size", size, integer=True)
+    seed = whole("seed", seed, least=-math.inf)
     if root is None:
         root = user_cache()
         missing = [part for part in CHARACTERS if _find(root, part) is None]
@@ -316,7 +316,7 @@ def _write_cache(path: Path, images: Tensor, names: list[list[str]]) -> bool:
         if not path.parent.stat().st_mode & 0o222:  # read-only, though the superuser could write
             return False
         save_tensors(path, {"images": images}, {"names": names})
-    except (OSError, SafetensorError):
+    except (InputError, OSError, SafetensorError):
         return False
     return True
 

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
+from copy import copy
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fomaml.errors import InputError
+from fomaml.data.reading import read
+from fomaml.errors import InputError, in_one_line, whole
 
 
 class ClassSource:
     """Examples in memory, sorted by class, decoded only when they are drawn.
 
     Arguments:
-        inputs: (examples, ...) of any dtype; images stay uint8 here, a quarter of their float size.
+        inputs: (examples, ...) of any dtype, a tensor or an array; images stay uint8 here, a quarter of their
+            float size.
         targets: (examples,) integer labels, in any order and with any values.
         names: one name per class, in ascending order of label; by default the label as text.
         decode: maps drawn inputs (a batch, on their device) to what the model takes, for example
@@ -26,7 +31,8 @@ class ClassSource:
         names: the class names.
 
     Raises:
-        InputError: no examples, targets that are not integers, or lengths that differ.
+        InputError: no examples, targets that are not integers, lengths that differ, or an input that is nan or
+            infinite, with its number and class.
     """
 
     def __init__(
@@ -36,14 +42,21 @@ class ClassSource:
         names: Sequence[str] | None = None,
         decode: Callable[[Tensor], Tensor] | None = None,
     ):
-        targets = torch.as_tensor(targets).cpu()
-        if targets.is_floating_point() or targets.dim() != 1:
+        try:
+            inputs, targets = torch.as_tensor(inputs), torch.as_tensor(targets).cpu()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(
+                f"inputs and targets must be tensors or arrays of numbers ({in_one_line(error)}); a dataset goes to "
+                "ClassSource.from_dataset"
+            ) from None
+        if targets.is_floating_point() or targets.is_complex() or targets.dim() != 1:
             raise InputError(
                 f"targets must be a vector of integer labels, got {targets.dtype} of shape "
                 f"{tuple(targets.shape)}"
             )
-        if len(inputs) != len(targets):
-            raise InputError(f"{len(inputs)} inputs but {len(targets)} targets")
+        targets = targets.long()
+        if inputs.dim() == 0 or len(inputs) != len(targets):
+            raise InputError(f"{len(inputs) if inputs.dim() else 'no'} inputs but {len(targets)} targets")
         if len(targets) == 0:
             raise InputError("a class source needs at least one example, got none")
         labels, counts = targets.unique(return_counts=True)
@@ -54,42 +67,37 @@ class ClassSource:
         self.names = [str(label) for label in labels.tolist()] if names is None else list(names)
         if len(self.names) != len(labels):
             raise InputError(f"{len(self.names)} class names for {len(labels)} classes")
+        if (bad := _first_not_finite(inputs)) is not None:
+            name = self.names[int(torch.searchsorted(labels, targets[bad]))]
+            raise InputError(
+                f"example {bad} of the data, of class {name!r}, holds nan or infinite numbers; mend it or leave it out"
+            )
         self.decode = decode
 
     @classmethod
-    def from_dataset(cls, dataset, decode: Callable[[Tensor], Tensor] | None = None) -> ClassSource:
-        """Read a map-style dataset of (input, integer label) pairs, any torchvision one included, into memory.
+    def from_dataset(cls, dataset: Any, decode: Callable[[Tensor], Tensor] | None = None) -> ClassSource:
+        """Read a dataset of (input, label) pairs, any torchvision one included, into memory.
 
-        Inputs may be tensors, numpy arrays, PIL images or numbers, all of one shape; a PIL image
-        becomes a uint8 tensor (channels, height, width). The dataset's own `classes` name the
-        classes where it has them. Random transforms are frozen at the value of this one reading.
+        dataset: one with `__getitem__` and `__len__`, an `IterableDataset` or another iterable that ends, or a
+            `DataLoader`, whose batches are taken apart. Random transforms are frozen at the value of this reading.
+
+        Inputs are tensors, arrays, PIL images or numbers, all of one shape. PIL images, and arrays of two or more
+        dimensions of uint8, uint16 or bool, are images: whole numbers (channels, height, width) in memory and, without
+        a `decode`, drawn in [0, 1], as torchvision's `ToTensor` gives them. An image with a palette is read in its
+        colours, what is transparent on white; of an array (height, width, 1 to 4 channels) the channels are moved to
+        the front, to one of (height, width) an axis is added. All else is drawn as it is.
+
+        Labels are whole numbers, those of numpy and torch too, or strings. The dataset's own `classes` name the
+        classes where it has them.
 
         Raises:
             InputError: the dataset is empty, an item is no pair, a label is no integer, or the
-                inputs differ in shape.
+                inputs differ in shape, or hold nan or infinity.
         """
-        inputs: list[Tensor] = []
-        targets: list[int] = []
-        for index in range(len(dataset)):
-            item = dataset[index]
-            if not isinstance(item, (tuple, list)) or len(item) != 2:
-                raise InputError(f"item {index} of the dataset is not an (input, label) pair: {item!r:.80}")
-            value = _as_tensor(item[0])
-            if inputs and value.shape != inputs[0].shape:
-                raise InputError(
-                    f"item {index} of the dataset has shape {tuple(value.shape)}, the first has "
-                    f"{tuple(inputs[0].shape)}: resize them to one shape first"
-                )
-            inputs.append(value)
-            targets.append(_as_label(item[1], index))
-        if not inputs:
-            raise InputError("the dataset is empty")
-        present = sorted(set(targets))
-        known = getattr(dataset, "classes", None)
-        names = None
-        if known is not None and present[0] >= 0 and present[-1] < len(known):
-            names = [str(known[label]) for label in present]
-        return cls(torch.stack(inputs), torch.tensor(targets), names, decode)
+        found = read(dataset)
+        if decode is None and found.most is not None:
+            decode = pixels(0.0, 1.0, found.most)
+        return cls(found.inputs, torch.tensor(found.labels), found.names, decode)
 
     def __len__(self) -> int:
         """The number of classes."""
@@ -138,46 +146,37 @@ class ClassSource:
 
     def to(self, device) -> ClassSource:
         """The same classes with their inputs on `device`."""
-        return ClassSource(self.inputs.to(device), self.labels(), self.names, self.decode)
+        moved = copy(self)
+        moved.inputs = self.inputs.to(device)
+        return moved
 
     def _number(self, key: int | str) -> int:
         if isinstance(key, str):
             if key not in self.names:
                 raise InputError(f"no class {key!r} here; there are: {', '.join(self.names)}")
             return self.names.index(key)
-        if not 0 <= key < len(self):
-            raise InputError(f"no class number {key} here; there are {len(self)}")
-        return key
+        number = whole("a class", key, least=-math.inf, range=" or a name")
+        if not 0 <= number < len(self):
+            raise InputError(f"no class number {number} here; there are {len(self)}")
+        return number
 
 
-def pixels(mean: float = 0.5, std: float = 0.5) -> Callable[[Tensor], Tensor]:
-    """A decoder of uint8 images: to [0, 1], then (x - mean) / std, in torch's default dtype."""
+def pixels(mean: float = 0.5, std: float = 0.5, most: int = 255) -> Callable[[Tensor], Tensor]:
+    """A decoder of images of whole numbers up to `most`: to [0, 1], then (x - mean) / std, in torch's default dtype."""
 
     def decode(images: Tensor) -> Tensor:
-        scale = 1 / (255 * std)
+        scale = 1 / (most * std)
         return images.to(torch.get_default_dtype()).mul_(scale).sub_(mean / std)
 
     return decode
 
 
-def _as_tensor(value) -> Tensor:
-    if isinstance(value, Tensor):
-        return value
-    if hasattr(value, "getbands"):  # a PIL image
-        import numpy
-
-        array = torch.from_numpy(numpy.array(value.convert("L") if value.mode == "1" else value))
-        return array.unsqueeze(0) if array.dim() == 2 else array.permute(2, 0, 1)
-    return torch.as_tensor(value)
-
-
-def _as_label(value, index: int) -> int:
-    if isinstance(value, Tensor) and value.numel() == 1:
-        value = value.item()
-    try:
-        label = int(value)
-    except (TypeError, ValueError, OverflowError):  # the last: infinity
-        label = None
-    if label is None or label != value:
-        raise InputError(f"item {index} of the dataset has the label {value!r}, not an integer")
-    return label
+def _first_not_finite(inputs: Tensor) -> int | None:
+    """The first example that holds nan or infinity."""
+    if not (inputs.is_floating_point() or inputs.is_complex()):
+        return None
+    for start in range(0, len(inputs), 1024):  # a flag for each number: not all of them at once
+        wrong = ~torch.isfinite(inputs[start : start + 1024].unsqueeze(-1)).flatten(1).all(1)
+        if wrong.any():
+            return start + int(wrong.nonzero()[0])
+    return None

@@ -190,7 +190,7 @@ class FastModel(nn.Module):
 
     def __init__(self, model: nn.Module, first_order: bool = True):
         super().__init__()
-        self._replicas = Replicas(model)
+        self._replicas = Replicas(model, open=not first_order)
         self.first_order = first_order
         self.weights: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self._buffers_copy = {n: b.clone() for n, b in model.named_buffers()}

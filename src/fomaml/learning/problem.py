@@ -53,7 +53,12 @@ class Problem:
         self.iteration = learner.iteration
         choice = learner.first_order
         self.first_order = choice(learner.iteration) if callable(choice) else choice
-        self.replicas = Replicas(learner.model, learner.criterion, evaluating)
+        self.replicas = Replicas(
+            learner.model,
+            learner.criterion,
+            evaluating=evaluating,
+            open=stacked or self._differentiates_twice,
+        )
         learned = set(learner.meta_learned)
         _check_parameters(learner)
         own = {n: p if n in learned else p.detach() for n, p in learner.model.named_parameters()}
@@ -203,9 +208,13 @@ class Problem:
             loss = checked_loss(self.learner.criterion(outputs, examples.targets))
         return loss, outputs, _assigned(given, buffers)
 
+    @property
+    def _differentiates_twice(self) -> bool:
+        return not self.first_order or self.learner.objective.differentiates_twice
+
     def _attention(self):
         """Attention written out, where it is differentiated twice or under vmap; as it is elsewhere."""
-        twice = not self.first_order or self.learner.objective.differentiates_twice
+        twice = self._differentiates_twice
         if not (self.stacked or twice):
             return nullcontext()
         on_cpu = self.task.support.inputs.device.type == "cpu"

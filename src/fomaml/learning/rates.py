@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from fomaml.errors import InputError, positive
+from fomaml.errors import InputError, plain, positive
 
 Rates = Mapping[str, "float | Tensor"]
 
@@ -17,10 +17,10 @@ Rates = Mapping[str, "float | Tensor"]
 def by_name(names: list[str], inner_lr: float | Mapping[str, float]) -> dict[str, float]:
     """One step size per name, out of one number or of numbers by glob, the first match counting.
 
-    0 is taken too: it holds a parameter still, and the meta-gradient is then the plain query gradient.
+    Numbers of numpy and of torch, without dimensions, are taken for what they are worth.
 
     Raises:
-        InputError: a number that is negative or not finite, or a name that no glob matches.
+        InputError: a number that is not positive or not finite, or a name that no glob matches.
     """
     if not isinstance(inner_lr, Mapping):
         return dict.fromkeys(names, _size("inner_lr", inner_lr))
@@ -34,7 +34,13 @@ def by_name(names: list[str], inner_lr: float | Mapping[str, float]) -> dict[str
 
 
 def _size(name: str, rate: float) -> float:
-    return rate if rate == 0 and not isinstance(rate, bool) else positive(name, rate)
+    number = plain(rate)
+    if number == 0 and not isinstance(number, bool):
+        raise InputError(
+            f"{name} must be a positive finite number, got {number!r}; adapted=... names what is to adapt, "
+            "and what it leaves out stays as it is"
+        )
+    return positive(name, number)
 
 
 class ConstantRates(nn.Module):
@@ -75,9 +81,9 @@ class LearnedRates(nn.Module):
         steps: int | None = None,
     ):
         super().__init__()
-        self.steps = steps
+        self.steps = None if steps is None else positive("steps", steps, integer=True)
         self.names = list(parameters)
-        lead = () if steps is None else (steps,)
+        lead = () if self.steps is None else (self.steps,)
         for name, parameter in parameters.items():
             shape = lead + (tuple(parameter.shape) if elementwise else ())
             value = torch.full(shape, sizes[name], dtype=parameter.dtype, device=parameter.device)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import types
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from itertools import chain
@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.utils.weight_norm import WeightNorm
 
 from fomaml.errors import InputError
 from fomaml.models import NATIVE_NORMS, BatchNorm
@@ -36,12 +37,16 @@ class Replicas:
 
     criterion: if it is a module, its parameters that are the module's own are replaced too.
     evaluating: all but batch norms are in evaluation mode, whatever the module's own is.
+    open: weight norm is written out. The double backward of torch's own kernel is wrong on a CPU, where second order
+        gets other gradients without an error (torch 2.6 to 2.14), and vmap has no rule for it.
 
     Raises:
         InputError: a module that no replica can be made of; see `check_module`.
     """
 
-    def __init__(self, model: nn.Module, criterion: Any = None, evaluating: bool = False):
+    def __init__(
+        self, model: nn.Module, criterion: Any = None, *, evaluating: bool = False, open: bool = False
+    ):
         check_module(model)
         self.modules = list(model.modules())
         own = set(self.modules)
@@ -59,6 +64,11 @@ class Replicas:
             for module in self.modules
         ]
         self._attributes = [self._known(vars(module)) for module in self.modules]
+        self._written_out = [
+            (number, found)
+            for number, module in enumerate(self.modules if open else ())
+            if (found := _weight_norm(module))
+        ]
         self._tried = False
 
     def make(self, tensors: Mapping[str, Tensor]) -> list[nn.Module]:
@@ -87,6 +97,8 @@ class Replicas:
             )  # of `Module.compile`, which has the module's tensors built in
             for key, value in attributes:
                 own[key] = self._moved(value, found, tensors)
+        for number, attributes in self._written_out:
+            found[number].__dict__.update(attributes)
         return found
 
     @contextmanager
@@ -238,6 +250,36 @@ def _function(function: types.FunctionType, move: Callable) -> types.FunctionTyp
     return found
 
 
+# --- weight norm ----------------------------------------------------------------------------------
+
+
+def _weight_norm(module: nn.Module) -> dict[str, Any]:
+    """The attributes with which a module computes its weight norm, old or new, by plain operations; else none."""
+    kind = type(module)
+    if kind.__module__ == "torch.nn.utils.parametrizations" and kind.__name__.endswith("WeightNorm"):
+        dim = vars(module)["dim"]
+        return {"forward": lambda g, v: _normed(v, g, dim)}
+    hooks = module._forward_pre_hooks
+    old = {key: hook for key, hook in hooks.items() if isinstance(hook, WeightNorm)}
+    if not old:
+        return {}
+    return {"_forward_pre_hooks": OrderedDict(hooks) | {key: _hook(hook) for key, hook in old.items()}}
+
+
+def _hook(old: WeightNorm) -> Callable:
+    def set_weight(module: nn.Module, inputs: Any) -> None:
+        g, v = (getattr(module, f"{old.name}_{which}") for which in "gv")
+        setattr(module, old.name, _normed(v, g, old.dim))
+
+    return set_weight
+
+
+def _normed(v: Tensor, g: Tensor, dim: int) -> Tensor:
+    """w = g v / ‖v‖ (Salimans and Kingma 2016, eq. 2), the norm over all axes but `dim`, or over all for -1."""
+    axes = [axis for axis in range(v.dim()) if dim == -1 or axis != dim % v.dim()]
+    return v * (g / torch.linalg.vector_norm(v, dim=axes, keepdim=dim != -1))
+
+
 @contextmanager
 def _refusing(index: Mapping[int, int]) -> Iterator[None]:
     """Within it a forward pass that calls a module of the tree itself, and not its replica, is an `InputError`."""
@@ -267,10 +309,10 @@ def check_module(model: nn.Module) -> None:
     for name, module in model.named_modules():
         cure = _wrapper(module)
         if cure:
-            what = (
-                f"the module {name!r} is a {type(module).__name__}" if name else f"a {type(module).__name__}"
+            what = f"the module {name!r}" if name else "the model"
+            raise InputError(
+                f"{what}, {type(module).__name__}, keeps its parameters from being replaced: {cure}"
             )
-            raise InputError(f"{what}, which keeps its parameters from being replaced: {cure}")
     for name, parameter in model.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise InputError(

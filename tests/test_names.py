@@ -1,0 +1,136 @@
+"""Names as the pages write them: after a plain `import fomaml` each is there, and the import itself loads little."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fomaml
+
+ROOT = Path(fomaml.__file__).parent
+REPOSITORY = ROOT.parent.parent
+PAGES = [
+    REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md",
+    *(path for path in sorted(REPOSITORY.glob("docs/*.md")) if path.name != "LOG.md"),
+]  # fmt: skip
+PROGRAMS = [*sorted((REPOSITORY / "examples").glob("*.py")), *sorted(ROOT.rglob("*.py"))]
+NAME = re.compile(r"(?<![\w./-])fomaml(?:\.[A-Za-z]\w*)+(?![\w/])")
+
+
+def docstrings(source):
+    """All that a file says in its docstrings."""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    return "\n".join(ast.get_docstring(n) or "" for n in ast.walk(ast.parse(source)) if isinstance(n, kinds))
+
+
+def written():
+    """The dotted names of the pages and docstrings."""
+    texts = [path.read_text(encoding="utf-8") for path in PAGES]
+    texts += [docstrings(path.read_text(encoding="utf-8")) for path in PROGRAMS]
+    return sorted({name for text in texts for name in NAME.findall(text)})
+
+
+def modules():
+    """The modules of the package, by the names that they are imported by."""
+    for path in sorted(ROOT.rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        parts = parts[:-1] if parts[-1] == "__init__" else parts
+        if parts and not any(part.startswith("_") for part in parts):
+            yield "fomaml." + ".".join(parts)
+
+
+# Each name is looked up in a process in which nothing but the package has been imported.
+LOOK_UP = """
+import os, sys
+import fomaml
+for name in sys.argv[1:]:
+    sys.stdout.flush()
+    child = os.fork()
+    if child:
+        os.waitpid(child, 0)
+        continue
+    found = fomaml
+    try:
+        for part in name.split(".")[1:]:
+            found = getattr(found, part)
+    except AttributeError as error:
+        print(error)
+    finally:
+        sys.stdout.flush()
+        os._exit(0)
+"""
+
+
+def alone(code, *arguments):
+    # newer Pythons warn of forks beside other threads, which are those of numpy
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", code, *arguments]
+    environment = {"PYTHONPATH": str(ROOT.parent)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout.splitlines()
+
+
+def test_names_are_found_as_written():
+    names = written()
+    assert {"fomaml.checkpoint.save_weights", "fomaml.FOMAML", "fomaml.data.folder.load_folder"} <= {*names}
+    assert alone(LOOK_UP, *names) == []
+
+
+def test_every_module_is_an_attribute():
+    """But two whose names are functions: those that the package offers."""
+    assert alone(LOOK_UP, *modules()) == []
+    assert callable(fomaml.train) and callable(fomaml.evaluate)
+
+
+def test_no_other_name_is():
+    for name in (
+        "nothing",
+        "data.nothing",
+        "learning.nothing",
+        "__wrapped__",
+        "__main__",
+        "engines.__nothing__",
+    ):
+        [said] = alone(LOOK_UP, f"fomaml.{name}")
+        assert said.startswith("module 'fomaml") and said.endswith(f"no attribute {name.split('.')[-1]!r}")
+
+
+def test_the_names_of_a_package_are_listed():
+    assert {"checkpoint", "data", "FOMAML", "train"} <= {*dir(fomaml)}
+    assert {"folder", "mnist", "source"} <= {*dir(fomaml.data)}
+    assert not {"_torch", "__main__"} & {*dir(fomaml.app), *dir(fomaml.check)}
+
+
+HEAVY = ("PIL", "torchvision", "mlxtend", "rich", "safetensors", "torch._dynamo", "torch._inductor", "fomaml.app",
+         "fomaml.engines.compiled", "fomaml.engines.cpu", "fomaml.data.folder", "fomaml.check")  # fmt: skip
+
+
+def test_the_import_loads_little():
+    loaded = alone(
+        "import sys, torch\nbefore = {*sys.modules}\nimport fomaml\nprint(*{*sys.modules} - before, sep='\\n')"
+    )
+    assert "fomaml.train" in loaded
+    assert not [name for name in loaded if name.startswith(HEAVY)]
+
+
+def test_a_checker_of_types_is_told_of_every_module():
+    """Those that no function of the same name hides."""
+    tree = ast.parse((ROOT / "__init__.py").read_text(encoding="utf-8"))
+    [told] = [node for node in tree.body if isinstance(node, ast.If)]
+    names = {alias.name for line in told.body for alias in line.names}
+    assert names == {name.split(".")[1] for name in modules()} - {"train", "evaluate", "submodules"}
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("`fomaml.data.folder` and fomaml.FOMAML(", ["fomaml.data.folder", "fomaml.FOMAML"]),
+        ("src/fomaml.md, a.fomaml.b, fomaml train", []),
+        ("fomaml.train. Then", ["fomaml.train"]),
+    ],
+)
+def test_what_is_a_name(text, names):
+    assert NAME.findall(text) == names
