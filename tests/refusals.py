@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from fomaml import FOMAML, ClassSource, Examples, FastModel, Task, evaluate, meta_gradient, train
 from fomaml.baselines import nearest_centroid
@@ -74,6 +74,11 @@ def relabelled(label, everywhere=False):
     targets = given.query.targets.clone()
     targets[:, slice(None) if everywhere else -1] = label
     return given._replace(query=Examples(given.query.inputs, targets))
+
+
+def labelled(form):
+    """Tasks whose labels have another form."""
+    return Task(*(Examples(inputs, form(targets)) for inputs, targets in tasks()))
 
 
 class Given:
@@ -171,6 +176,22 @@ def unmoved():
     return FOMAML(model.eval(), 0.1, 2)
 
 
+def spoiled_model():
+    model = classifier()
+    nn.init.constant_(model[0].bias, float("inf"))
+    return model
+
+
+def cosine_of_torch():
+    optimizer = torch.optim.SGD(classifier().parameters(), lr=0.1)
+    return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
+
+
+class Few(Given):
+    def batch(self, start, number):
+        return super().batch(start, 1)
+
+
 def spoiled(number=float("nan")):
     given = tasks(8)
     given.query.inputs[2, 0] = number
@@ -231,8 +252,14 @@ ROWS = [
     Row(3, "fewer outputs than classes", lambda: gradient(classifier(3))),
     Row(3, "labels below 0 that are not ignored", lambda: gradient(given=relabelled(-1))),
     Row(3, "outputs without an axis of classes", lambda: gradient(nn.Sequential(classifier(1), nn.Flatten(0)))),
+    Row(3, "labels with an axis too many", lambda: gradient(given=labelled(lambda t: t[..., None]))),
+    Row(3, "labels that are floating", lambda: gradient(given=labelled(torch.Tensor.float))),
+    Row(3, "one-hot labels that are whole numbers", lambda: gradient(given=labelled(F.one_hot))),
     Row(3, "a task all of whose labels are ignored", lambda: evaluated(given=relabelled(-100, everywhere=True))),
     Row(3, "regression by cross-entropy: several outputs", lambda: gradient(given=numbers((8, 4)))),
+    Row(3, "targets of a dtype that the criterion does not take", lambda: gradient(
+        engine="loop", given=tasks().map(lambda t: t if t.is_floating_point() else t.bool())
+    )),
     Row(3, "a metric of an unknown name", lambda: evaluated(metric="f1")),
     Row(3, "a metric that gives a number for each example", lambda: evaluated(metric=lambda o, t: o.argmax(1) == t)),
     Row(3, "a `Metric` of a function of one task", lambda: evaluated(metric=Metric("mae", F.l1_loss, -1, ""))),
@@ -250,12 +277,17 @@ ROWS = [
     Row(4, "in training, native batch norm in evaluation mode as it was made", lambda: trained(unmoved()), "warning"),
     Row(4, "the same in `evaluate`", lambda: evaluate(unmoved(), Given(), tasks=2, at_steps=[0]), "warning"),
     Row(4, "the same in `adapt`", lambda: unmoved().adapt(one_task().support), "warning"),
+    Row(4, "meta-parameters that are not finite", lambda: trained(FOMAML(spoiled_model(), 0.1, 1))),
     Row(4, "`train` that is never iterated", not_iterated, "warning"),
     Row(4, "a criterion without a mean", lambda: gradient(criterion=nn.CrossEntropyLoss(reduction="none"))),
     Row(4, "a criterion that returns a number and no tensor", lambda: gradient(criterion=lambda o, t: 1.0)),
     Row(4, "regression by cross-entropy: one output", lambda: gradient(classifier(1), numbers((8, 1)))),
     Row(4, "targets (n,) against outputs (n, 1)", lambda: gradient(classifier(1), numbers((8,)), criterion=F.mse_loss)),
     Row(5, "a model that returns a tuple or a dict", lambda: gradient(Tuple())),
+    Row(5, "a model that is no module", lambda: gradient(torch.tanh)),
+    Row(5, "a criterion that is a class", lambda: gradient(criterion=nn.CrossEntropyLoss)),
+    Row(5, "inputs of another dtype than the model's parameters", lambda: gradient(given=tasks(dtype=torch.float64))),
+    Row(5, "images of bytes", lambda: gradient(given=tasks(dtype=torch.uint8))),
     Row(5, "a single task in place of a batch", lambda: gradient(given=one_task())),
     Row(5, "no tasks", lambda: gradient(given=tasks(0))),
     Row(5, "an empty support set", lambda: gradient(given=emptied("support"))),
@@ -268,13 +300,17 @@ ROWS = [
     Row(5, "an iterator that ends", lambda: trained(episodes=iter(list(loader())[:1]))),
     Row(5, "an iterable without tasks", lambda: trained(episodes=[])),
     Row(5, "no tasks at all", lambda: trained(episodes=3)),
+    Row(5, "a `DataLoader` of examples", lambda: trained(episodes=DataLoader(TensorDataset(*one_task().query)))),
+    Row(5, "episodes that give another number of tasks", lambda: trained(episodes=Few())),
     Row(5, "numbers in the data that are not finite", lambda: trained(episodes=spoiled())),
     Row(5, "the same in a data set, when it is read", lambda: dataset((torch.full((6,), float("nan")), 0))),
     Row(5, "a data set of unequal shapes", lambda: dataset((torch.zeros(5), 0))),
     Row(5, "a data set without labels", lambda: dataset(torch.zeros(6))),
     Row(5, "an empty data set", lambda: ClassSource.from_dataset([])),
     Row(5, "weights that are to be written to a folder", to_a_folder),
+    Row(5, "an optimiser by name", lambda: trained(optimizer="adam")),
     Row(5, "an optimiser that asks for a closure", lbfgs),
+    Row(5, "a scheduler of torch", lambda: trained(schedule=cosine_of_torch())),
     Row(5, "`clip=0`", lambda: trained(clip=0)),
     Row(5, "a negative `clip`", lambda: trained(clip=-1.0)),
     Row(5, "`inner_lr=0`", lambda: FOMAML(classifier(), 0.0, 1)),

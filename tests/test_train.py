@@ -300,11 +300,17 @@ def test_counts_must_be_positive(name, value):
 
 
 def test_a_meta_loss_that_is_not_finite_stops_the_run():
-    meta = learner()
-    with torch.no_grad():
-        meta.model[1].weight.fill_(math.inf)
+    meta = FOMAML(learner().model, 1e38, 3)
     with pytest.raises(InputError, match="the meta-loss is nan at iteration 1: try a smaller"):
         run(meta, torch.optim.SGD(meta.parameters(), lr=0.1))
+
+
+def test_meta_parameters_that_are_not_finite_are_refused_at_the_call():
+    meta = learner()
+    with torch.no_grad():
+        meta.model[1].weight[0] = math.inf
+    with pytest.raises(InputError, match=r"meta-parameter 1\.weight is not finite before the first step"):
+        train(meta, episodes(), torch.optim.SGD(meta.parameters(), lr=0.1), iterations=1, meta_batch_size=1)
 
 
 # --- fomaml_train ---------------------------------------------------------------------------------

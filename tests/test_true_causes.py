@@ -12,7 +12,19 @@ from fomaml.engines import meta_gradient
 from fomaml.errors import InputError
 from fomaml.evaluate import evaluate
 from fomaml.train import train
-from targets import MAP, STEPS, TASKS, all_ignored, flat, labels, numbers, pixels, situation, some_ignored
+from targets import (
+    MAP,
+    STEPS,
+    TASKS,
+    all_ignored,
+    flat,
+    labels,
+    numbers,
+    pixels,
+    situation,
+    some_ignored,
+    truths,
+)
 
 
 class Fails(nn.Linear):
@@ -104,12 +116,26 @@ REFUSALS = {
         flat(3), (4,), F.cross_entropy, numbers, InputError,
         "floating targets of a cross-entropy are probabilities, got -",
     ),
+    "whole truths": Refusal(
+        flat(3), (4,), F.binary_cross_entropy_with_logits, truths, InputError,
+        "the criterion does not take targets of torch.int64, but of torch.float64: targets.to(torch.float64)",
+        ("loop",),  # a batch of them is taken by torch itself
+    ),
+    "truths": Refusal(
+        flat(3), (4,), nn.BCEWithLogitsLoss(), lambda random, shape: truths(random, shape).bool(), InputError,
+        "the criterion does not take targets of torch.bool, but of torch.float64",
+    ),
+    "a map of bytes": Refusal(
+        pixels(3), MAP, F.cross_entropy, lambda random, shape: labels(random, shape).byte(), InputError,
+        "the criterion does not take targets of torch.uint8, but of torch.int64",
+    ),
     "maps of other sizes": Refusal(
-        pixels(3), MAP, F.cross_entropy, of_another_size, RuntimeError, "size mismatch (got input", ("loop",),
+        pixels(3), MAP, F.cross_entropy, of_another_size, InputError,
+        "a cross-entropy of outputs (6, 3, 5, 5) takes whole numbers (6, 5, 5) as labels, or floating prob",
     ),
     "classes on another axis": Refusal(
-        lambda: nn.Linear(4, 9), (3, 4), F.cross_entropy, token_labels, RuntimeError,
-        "Expected target size [6, 9], got [6, 3]", ("loop",),
+        lambda: nn.Linear(4, 9), (3, 4), F.cross_entropy, token_labels, InputError,
+        "a cross-entropy of outputs (6, 3, 9) takes whole numbers (6, 9) as labels",
     ),
     "an error of the model": Refusal(
         lambda: Fails(4, 3), (4,), F.cross_entropy, labels, IndexError, "index 9 is out of range in the model",
@@ -151,3 +177,13 @@ def test_errors_name_their_true_cause(name, engine, call):
             list(train(learner, drawn, optimizer, iterations=1, meta_batch_size=TASKS, engine=engine))
     assert type(raised.value) is row.error
     assert str(raised.value).startswith(row.message)
+
+
+def test_a_single_class_is_refused_by_every_door_of_a_learner():
+    learner, drawn = situation(REFUSALS["numbers without a criterion"])
+    message = REFUSALS["numbers without a criterion"].message
+    task = drawn.tasks.map(lambda tensor: tensor[0])
+    for call in (lambda: learner(drawn.tasks), lambda: learner.adapt(task.support)):
+        with pytest.raises(InputError) as raised:
+            call()
+        assert str(raised.value).startswith(message)

@@ -18,6 +18,7 @@ from fomaml.evaluate import batches, evaluate, judged
 from fomaml.learning.algorithms import FOMAML
 from fomaml.learning.contracts import Criterion
 from fomaml.metrics import Asked, metric_for
+from fomaml.streams import check_sequence
 from fomaml.tasks import Task
 
 
@@ -33,7 +34,7 @@ def nearest_centroid(
     """
     found = []
     score = metric_for(F.cross_entropy, metric)
-    for batch in batches(episodes, tasks, tasks_at_once, nn.Module()):
+    for batch in batches(episodes, tasks, tasks_at_once, nn.Identity()):
         support, query = batch.support.inputs.flatten(2), batch.query.inputs.flatten(2)
         members = _members(batch.support.targets).to(support.dtype)
         number = members.sum(1).unsqueeze(-1)
@@ -137,6 +138,7 @@ class _Slice:
     """Episodes from `start` on."""
 
     def __init__(self, episodes: TaskSequence, start: int):
+        check_sequence(episodes)
         self.episodes, self.start = episodes, start
         self.ways, self.copies = ways_of(episodes), copies_of(episodes)
 

@@ -161,6 +161,8 @@ def judged(
 
 
 def batches(episodes: TaskSequence, tasks: int, tasks_at_once: int, model: nn.Module) -> Iterator[Task]:
+    """So many tasks, so many at once. model: see `as_batch`."""
+    check_sequence(episodes)
     tasks, tasks_at_once = whole("tasks", tasks, 1), whole("tasks_at_once", tasks_at_once, 1)
     for start in range(0, tasks, tasks_at_once):
         yield batch_of(episodes, start, min(tasks_at_once, tasks - start), model)

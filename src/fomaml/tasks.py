@@ -124,9 +124,15 @@ def stack(tasks: list[Task]) -> Task:
     return Task(Examples(a, b), Examples(c, d))
 
 
-def ways_each(targets: Tensor) -> list[int]:
-    """By task, the number of classes: the largest of its labels and one. targets: (tasks, examples, ...) labels."""
-    return (targets.flatten(1).amax(1) + 1).clamp(min=1).tolist()
+def ways_each(targets: Tensor, ignored: int | None = None) -> list[int]:
+    """By task, the number of classes: the largest of its labels and one, at least 1.
+
+    targets: (tasks, examples, ...) labels. ignored: the one that counts for nothing.
+    """
+    labels = targets.flatten(1).long()
+    if ignored is not None:
+        labels = labels.masked_fill(labels == ignored, 0)
+    return (labels.amax(1) + 1).clamp(min=1).tolist()
 
 
 def count(tasks: Task) -> int:

@@ -17,6 +17,7 @@ from fomaml.engines import _torch
 from fomaml.errors import InputError
 from fomaml.learning.learner import MetaLearner
 from fomaml.learning.problem import Problem
+from fomaml.metrics import ignored_label
 from fomaml.tasks import Task, count, ways_each
 
 
@@ -119,7 +120,7 @@ def by_ways(learner: MetaLearner, tasks: Task) -> list[tuple[list[int], Task, in
     targets = tasks.support.targets
     if learner.start is None or targets.is_floating_point():
         return [(rows, tasks, None)]
-    each = ways_each(targets)
+    each = ways_each(targets, ignored_label(learner.criterion))
     ways = sorted(set(each))
     if len(ways) == 1:
         return [(rows, tasks, ways[0])]

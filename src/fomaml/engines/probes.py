@@ -4,7 +4,7 @@ why it failed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 import torch
@@ -103,8 +103,8 @@ def explain(error: Exception, learner: MetaLearner, tasks: Task, engine: str) ->
         return
     if isinstance(error, IndexError | RuntimeError):
         reason = None
-        with suppress(Exception):  # where the model itself fails, labels are not why
-            reason = _reason(learner, tasks)
+        with suppress(Exception):  # where the model itself fails, targets are not why
+            reason = _reason(learner, tasks, _refused, _dtype)
         if reason is not None:
             raise InputError(reason) from error
     if engine == "loop":
@@ -121,30 +121,37 @@ def check_outputs(learner: MetaLearner, tasks: Task) -> None:
     """Raise `InputError` where the criterion is a cross-entropy that cannot take these targets or the outputs for them,
     or where what the model or the criterion returns means nothing.
     """
-    reason = _reason(learner, tasks)
-    if reason is not None:
-        raise InputError(reason)
+    if ignored_label(learner.criterion) is not None:
+        reason = _reason(learner, tasks, _refused)
+        if reason is not None:
+            raise InputError(reason)
     try_once(learner, tasks)
 
 
-def _reason(learner: MetaLearner, tasks: Task) -> str | None:
-    """Why a cross-entropy does not take one of the tasks, in words, if that is so."""
-    ignored = ignored_label(learner.criterion)
-    if ignored is None:
-        return None
+def _reason(
+    learner: MetaLearner, tasks: Task, *looks: Callable[[MetaLearner, Task, Tensor], str | None]
+) -> str | None:
+    """What is found first, in words. looks: (learner, task, outputs for its query set before any step) → the reason, if
+    they see one.
+    """
     for single in chunks(tasks, 1):
         with _as_for_a_gradient(single, 1) as own, torch.no_grad():
             problem = loop.problem(learner, own, evaluating=True)
-            reason = _refused(learner, problem.task, problem.outputs(problem.start), ignored)
-            if reason is not None:
-                return reason
+            outputs = problem.outputs(problem.start)
+            for look in looks:
+                reason = look(learner, problem.task, outputs)
+                if reason is not None:
+                    return reason
     return None
 
 
-def _refused(learner: MetaLearner, task: Task, outputs: Tensor, ignored: int) -> str | None:
+def _refused(learner: MetaLearner, task: Task, outputs: Tensor) -> str | None:
     """Why a cross-entropy raises an error: its labels have another shape or dtype, are below 0, or more than there are
-    classes. outputs: for the query set, before any step.
+    classes.
     """
+    ignored = ignored_label(learner.criterion)
+    if ignored is None:
+        return None
     targets = task.query.targets
     if outputs.dim() > 1 and outputs.shape[:1] == targets.shape[:1]:
         shape = outputs.shape[:1] + outputs.shape[2:]
@@ -156,12 +163,13 @@ def _refused(learner: MetaLearner, task: Task, outputs: Tensor, ignored: int) ->
             )
     if targets.is_floating_point() or task.support.targets.is_floating_point():
         return None
-    if outputs.dim() == 1:
+    shape = tuple(outputs.shape)
+    if len(shape) == 1:
         return (
-            f"the model's outputs have shape {tuple(outputs.shape)}, without an axis of classes: a cross-entropy of "
-            "labels takes outputs (examples, classes, ...)"
+            f"the model's outputs have shape {shape}, without an axis of classes: a cross-entropy of labels takes "
+            "outputs (examples, classes, ...)"
         )
-    if outputs.shape[:1] + outputs.shape[2:] != task.query.targets.shape:
+    if shape[:1] + shape[2:] != task.query.targets.shape:
         return None
     labels = [targets.long() for _, targets in task]
     for name, targets in zip(Task._fields, labels):
@@ -172,14 +180,34 @@ def _refused(learner: MetaLearner, task: Task, outputs: Tensor, ignored: int) ->
                 "ignored"
             )
     support, ways = (_ways(targets, ignored) for targets in labels)
-    width = outputs.shape[1]
-    if max(support, ways) <= width:
+    if max(support, ways) <= shape[1]:
         return None
-    if learner.start is not None and support == width:
+    if learner.start is not None and support == shape[1]:
         cure = f"the support set, which the start is made of, has the labels up to {support - 1} alone"
     else:
         cure = f"its last layer needs at least {max(support, ways)} outputs"
-    return f"the model's outputs have shape {tuple(outputs.shape)}, too narrow for {max(support, ways)} ways: {cure}"
+    return f"the model's outputs have shape {shape}, too narrow for {max(support, ways)} ways: {cure}"
+
+
+def _dtype(learner: MetaLearner, task: Task, outputs: Tensor) -> str | None:
+    """Why a criterion raises an error of dtypes: it takes the same targets in another one."""
+    targets = task.query.targets
+    others = [targets.to(dtype) for dtype in (outputs.dtype, torch.int64) if dtype != targets.dtype]
+
+    def takes(targets: Tensor) -> bool:
+        try:
+            learner.criterion(outputs, targets)
+        except Exception:  # whatever a criterion raises
+            return False
+        return True
+
+    if takes(targets):
+        return None
+    # only what loses nothing
+    found = next((o for o in others if torch.equal(o.to(targets.dtype), targets) and takes(o)), None)
+    if found is None:
+        return None
+    return f"the criterion does not take targets of {targets.dtype}, but of {found.dtype}: targets.to({found.dtype})"
 
 
 def _ways(targets: Tensor, ignored: int) -> int:

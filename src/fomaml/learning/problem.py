@@ -22,6 +22,7 @@ from fomaml.learning.mistakes import (
     unlike,
 )
 from fomaml.learning.replica import Replicas
+from fomaml.metrics import ignored_label
 from fomaml.models import normalising, refuse_native
 from fomaml.tasks import Examples, Task, ways_each
 
@@ -80,7 +81,8 @@ class Problem:
         if self._ways is not None:
             return self._ways
         if not targets.is_floating_point():
-            return max(ways_each(targets if self.stacked else targets[None]))
+            ignored = ignored_label(self.learner.criterion)
+            return max(ways_each(targets if self.stacked else targets[None], ignored))
         if targets.dim() <= axis:
             raise InputError(
                 "the number of classes comes from labels, or from probabilities (examples, classes), got "
