@@ -50,7 +50,7 @@ def classifier(outputs=4):
 def tasks(number=2, examples=8, dtype=torch.float32):
     torch.manual_seed(0)
     labels = (torch.arange(examples) % 4).expand(number, -1)
-    return Task(*(Examples(torch.randn(number, examples, 6, dtype=dtype), labels) for _ in range(2)))
+    return Task(*(Examples(torch.randn(number, examples, 6).to(dtype), labels) for _ in range(2)))
 
 
 def numbers(shape):
@@ -297,7 +297,7 @@ ROWS = [
     Row(5, "something that is no task", lambda: gradient(given=torch.ones(3))),
     Row(5, "a `DataLoader` in `evaluate`", lambda: evaluate(FOMAML(classifier(), 0.1, 1), loader(), tasks=2)),
     Row(5, "an iterable that training goes on with", lambda: trained(episodes=loader(), start=1)),
-    Row(5, "an iterator that ends", lambda: trained(episodes=iter(list(loader())[:1]))),
+    Row(5, "an iterator that ends", lambda: trained(episodes=iter([one_task()]))),
     Row(5, "an iterable without tasks", lambda: trained(episodes=[])),
     Row(5, "no tasks at all", lambda: trained(episodes=3)),
     Row(5, "a `DataLoader` of examples", lambda: trained(episodes=DataLoader(TensorDataset(*one_task().query)))),

@@ -154,6 +154,11 @@ ROWS = {
     "counts by a module": Row(flat(1), (4,), nn.PoissonNLLLoss(), counts, "loss", mean_poisson),
     "several labels": Row(flat(3), (4,), F.binary_cross_entropy_with_logits, floating_truths, None, mean_bce),
     "several labels, whole": Row(flat(3), (4,), bce_of_truths, truths, None, mean_bce),
+    "whole numbers, by torch's loss": Row(flat(2), (4,), F.mse_loss, counts, None, mean_squared),
+    "several labels, whole, by torch's loss": Row(flat(3), (4,), nn.BCEWithLogitsLoss(), truths, None, mean_bce),
+    "truths": Row(
+        flat(3), (4,), partial(F.binary_cross_entropy_with_logits), lambda *a: truths(*a).bool(), None, mean_bce,
+    ),
     "several labels, all right": Row(flat(2), (4,), bce_of_truths, truths, all_labels_right, all_labels_right),
     "a map of truths": Row(pixels(1), MAP, bce_of_truths, truths, None, mean_bce),
     "numbers by a function": Row(flat(3), (4,), F.mse_loss, numbers, largest_error, largest_error),

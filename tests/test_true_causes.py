@@ -117,12 +117,11 @@ REFUSALS = {
         "floating targets of a cross-entropy are probabilities, got -",
     ),
     "whole truths": Refusal(
-        flat(3), (4,), F.binary_cross_entropy_with_logits, truths, InputError,
+        flat(3), (4,), lambda o, t: F.binary_cross_entropy_with_logits(o, t), truths, InputError,
         "the criterion does not take targets of torch.int64, but of torch.float64: targets.to(torch.float64)",
-        ("loop",),  # a batch of them is taken by torch itself
     ),
     "truths": Refusal(
-        flat(3), (4,), nn.BCEWithLogitsLoss(), lambda random, shape: truths(random, shape).bool(), InputError,
+        flat(3), (4,), lambda o, t: nn.BCEWithLogitsLoss()(o, t), lambda *a: truths(*a).bool(), InputError,
         "the criterion does not take targets of torch.bool, but of torch.float64",
     ),
     "a map of bytes": Refusal(

@@ -52,8 +52,9 @@ def try_once(learner: MetaLearner, tasks: Task) -> None:
             problem.query(problem.start)
         except InputError:
             raise
-        except Exception:  # whatever a module raises, it raises again where it is explained
-            return
+        except Exception as error:  # whatever a module raises
+            # here, as what a criterion does not take may pass under vmap, and mean something else
+            explain(error, learner, single, "loop")
 
 
 def flops(learner: MetaLearner, tasks: Task) -> int:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fomaml.errors import InputError
@@ -70,6 +72,26 @@ def refuse_broadcast(criterion: Criterion, outputs: Tensor, targets: Tensor) -> 
             f"the criterion compares outputs of shape {tuple(outputs.shape)} with targets of shape "
             f"{tuple(targets.shape)}, each with every other: give both one shape"
         )
+
+
+NUMBERS = (
+    F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.poisson_nll_loss, F.binary_cross_entropy,
+    F.binary_cross_entropy_with_logits,
+)  # fmt: skip
+MODULES_OF_NUMBERS = (
+    nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.PoissonNLLLoss, nn.BCELoss, nn.BCEWithLogitsLoss,
+)  # fmt: skip
+
+
+def as_numbers(criterion: Criterion, outputs: Tensor, targets: Tensor) -> Tensor:
+    """The targets, as numbers of the outputs' dtype where a loss of torch compares with numbers: it takes whole ones in
+    some engines and not in others.
+    """
+    while isinstance(criterion, functools.partial):
+        criterion = criterion.func
+    if targets.is_floating_point() or not (criterion in NUMBERS or isinstance(criterion, MODULES_OF_NUMBERS)):
+        return targets
+    return targets.to(outputs.dtype)
 
 
 def refuse_meaningless(criterion: Criterion, outputs: Tensor, targets: Tensor) -> None:

@@ -15,6 +15,7 @@ from fomaml.errors import InputError
 from fomaml.learning.adapt import inner_loop, open_attention
 from fomaml.learning.contracts import Adapted, Learner
 from fomaml.learning.mistakes import (
+    as_numbers,
     checked_loss,
     checked_outputs,
     refuse_broadcast,
@@ -204,7 +205,8 @@ class Problem:
         given = dict(buffers)
         with self.replicas.holding(parameters, buffers) as model:
             outputs = self._outputs(model, examples.inputs, support, step, apart)
-            criterion, targets = self.learner.criterion, examples.targets
+            criterion = self.learner.criterion
+            targets = as_numbers(criterion, outputs, examples.targets)
             if not self.stacked:
                 refuse_meaningless(criterion, outputs, targets)
                 refuse_broadcast(criterion, outputs, targets)
