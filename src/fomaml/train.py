@@ -15,7 +15,7 @@ from fomaml.data.source import ClassSource
 from fomaml.engines import Plan, check_outputs
 from fomaml.engines import plan as make_plan
 from fomaml.episodes import Episodes, TaskSequence
-from fomaml.errors import InputError, in_one_line, positive, whole
+from fomaml.errors import InputError, positive, whole
 from fomaml.learning.algorithms import FOMAML
 from fomaml.learning.learner import MetaLearner
 from fomaml.metrics import Asked, Metric, check_ignored, ignored_label, metric_for, scores
@@ -315,15 +315,6 @@ def fomaml_train(
         source = ClassSource.from_dataset(train_dataset)
     source = _for_model(source, model)
     episodes = Episodes(source, ways=ways, shots=shots, query_shots=query_shots, seed=seed)
-    try:
-        check_width(learner, episodes)
-    except RuntimeError as error:
-        if source.inputs.is_floating_point() or source.take(torch.tensor([0])).is_floating_point():
-            raise
-        raise InputError(
-            f"the model does not take inputs of {source.inputs.dtype} ({in_one_line(error)}); convert them, or give "
-            "ClassSource.from_dataset(dataset, decode=pixels()), with pixels of fomaml.data.source, for images"
-        ) from error
     optimizer = torch.optim.SGD(model.parameters(), lr=meta_lr)
     losses = []
     for record in train(

@@ -287,7 +287,7 @@ FEW = {"ways": 3, "shots": 1, "query_shots": 2, "meta_batch_size": 2, "report": 
 def test_bytes_of_a_tensor_are_the_models_own_matter():
     assert len(fomaml_train(Scaled(20, 3), BYTES, 2, 1, 0.1, 0.1, **FEW)) == 2
     with pytest.raises(
-        InputError, match=r"the model does not take inputs of torch\.uint8 \(.*decode=pixels\(\)"
+        InputError, match=r"the inputs are torch\.uint8 and .*, or decode images as pixels\(\)"
     ):
         fomaml_train(MLP(20, 3), BYTES, 2, 1, 0.1, 0.1, **FEW)
     decoded = ClassSource.from_dataset(BYTES, decode=pixels())

@@ -121,7 +121,12 @@ def unlike(error: RuntimeError, model: nn.Module, inputs: Tensor) -> str | None:
         and any(word in text for word in ("dtype", "scalar type", "same type"))
     ):
         own = parameters[0].dtype
-        return f"the inputs are {inputs.dtype} and the model's parameters {own}: give inputs.to({own})"
+        images = (
+            ", or decode images as pixels() of fomaml.data.source does" if inputs.dtype == torch.uint8 else ""
+        )
+        return (
+            f"the inputs are {inputs.dtype} and the model's parameters {own}: give inputs.to({own}){images}"
+        )
     devices = {parameter.device for parameter in parameters}
     if parameters and inputs.device not in devices and "device" in text:
         own = parameters[0].device

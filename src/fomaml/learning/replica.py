@@ -259,7 +259,7 @@ def _weight_norm(module: nn.Module) -> dict[str, Any]:
     if kind.__module__ == "torch.nn.utils.parametrizations" and kind.__name__.endswith("WeightNorm"):
         dim = vars(module)["dim"]
         return {"forward": lambda g, v: _normed(v, g, dim)}
-    hooks = module._forward_pre_hooks
+    hooks = vars(module)["_forward_pre_hooks"]
     old = {key: hook for key, hook in hooks.items() if isinstance(hook, WeightNorm)}
     if not old:
         return {}
