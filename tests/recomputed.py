@@ -89,6 +89,19 @@ class Contained(Again):
         return self.run(self.segments["all"][0], hidden)
 
 
+class CallsItself(Again):
+    """A function that calls itself, and knows the layer."""
+
+    def set_up(self):
+        def segment(hidden, times=2):
+            return segment(self.b(hidden).tanh(), times - 1) if times else hidden
+
+        self.segment = segment
+
+    def second(self, hidden):
+        return self.run(self.segment, hidden)
+
+
 class Named(Again):
     Parts = namedtuple("Parts", "layer weights")
 
@@ -205,6 +218,6 @@ class OwnFunction(Again):
 
 
 MODULES = [
-    Again, Nested, Sequence, ByWeight, Method, Contained, Named, Replaced, Parent, Hooked, Saved, WeightNorm,
-    OldWeightNorm, Normed, Shared, Recurrent, OwnFunction,
+    Again, Nested, Sequence, ByWeight, Method, Contained, CallsItself, Named, Replaced, Parent, Hooked, Saved,
+    WeightNorm, OldWeightNorm, Normed, Shared, Recurrent, OwnFunction,
 ]  # fmt: skip

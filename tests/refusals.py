@@ -106,18 +106,18 @@ def hooked():
 
 
 class Elsewhere(nn.Module):
-    """Calls its layer by an object of its own."""
+    """Calls its layer, or reads its parameters, by an object of its own."""
 
     class Box:
         pass
 
-    def __init__(self):
+    def __init__(self, read=False):
         super().__init__()
-        self.layer, self.box = nn.Linear(6, 4), self.Box()
-        self.box.layer = self.layer
+        self.layer, self.box, self.read = nn.Linear(6, 4), self.Box(), read
+        self.box.layer, self.box.weight = self.layer, self.layer.weight
 
     def forward(self, inputs):
-        return self.box.layer(inputs)
+        return F.linear(inputs, self.box.weight) if self.read else self.box.layer(inputs)
 
 
 class Tuple(nn.Module):
@@ -246,6 +246,7 @@ ROWS = [
     Row(1, "a lazy module that was never run", lambda: gradient(nn.Sequential(nn.LazyLinear(4)))),
     Row(1, "a hook on the gradient of a parameter", lambda: gradient(hooked())),
     Row(1, "a layer that is called by an object of one's own", lambda: gradient(Elsewhere(), engine="loop")),
+    Row(1, "a parameter that is read from an object of one's own", lambda: gradient(Elsewhere(True), engine="loop")),
     Row(1, "the same with `FastModel`", lambda: FastModel(Elsewhere())(torch.ones(1, 6))),
     Row(2, "an inner optimiser that does not say whether it is elementwise", lambda: gradient(optimizer=PerTensor())),
     Row(2, "one whose state outlives a task, and that is not elementwise", lambda: gradient(optimizer=Carried())),

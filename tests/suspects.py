@@ -105,6 +105,14 @@ class Alias(Plain):
         return self.head(F.linear(inputs, self.alias.content, self.into.bias).tanh())
 
 
+class Detour(Alias):
+    """Reads it from there as a constant, beside the layer itself."""
+
+    def forward(self, inputs):
+        constant = F.linear(inputs, self.alias.content.detach())
+        return self.head((self.into(inputs) + constant).tanh())
+
+
 class Hidden(Plain):
     def __init__(self):
         super().__init__()
@@ -315,7 +323,12 @@ TRIGGERS = {
         "computed from parameters before forward, so adapted ones do not reach it: computed",
         "in",
     ),
-    Alias: ("wrong", "first order, loop: differs from the plain reference", "self.weight, not from"),
+    Alias: (
+        "refused",
+        "not tried any further: the module reads its parameter 'into.weight' by a reference",
+        "",
+    ),
+    Detour: ("wrong", "first order, loop: differs from the plain reference", "self.weight, not from"),
     Hidden: ("wrong", "so never learned, of shape: (6, 6), (6,)", "nn.ModuleList"),
     InPlace: (
         "wrong",

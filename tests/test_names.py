@@ -86,15 +86,8 @@ def test_every_module_is_an_attribute():
 
 
 def test_no_other_name_is():
-    for name in (
-        "nothing",
-        "data.nothing",
-        "learning.nothing",
-        "__wrapped__",
-        "__main__",
-        "engines.__nothing__",
-    ):
-        [said] = alone(LOOK_UP, f"fomaml.{name}")
+    names = ["nothing", "data.nothing", "learning.nothing", "__wrapped__", "__main__", "engines.__nothing__"]
+    for name, said in zip(names, alone(LOOK_UP, *(f"fomaml.{name}" for name in names)), strict=True):
         assert said.startswith("module 'fomaml") and said.endswith(f"no attribute {name.split('.')[-1]!r}")
 
 

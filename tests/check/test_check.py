@@ -16,9 +16,9 @@ from fomaml.models import MLP, convert_batch_norm
 from recomputed import MODULES
 from suspects import (
     TRIGGERS,
-    Alias,
     Attention,
     Branch,
+    Detour,
     Encoder,
     Plain,
     Recurrent,
@@ -100,7 +100,7 @@ def test_the_cure_of_attention_cures():
 
 
 def test_names_the_parameter_that_forward_does_not_read():
-    found = [f.what for f in report_on(Alias).findings if f.level == "wrong"]
+    found = [f.what for f in report_on(Detour).findings if f.level == "wrong"]
     assert found[0].endswith("forward does not read its current into.weight")
 
 

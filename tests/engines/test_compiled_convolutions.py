@@ -28,8 +28,22 @@ SOME = {
 }
 
 
-@pytest.mark.parametrize("engine", ["loop", "batched"])
-@pytest.mark.parametrize("algorithm", [n for n, row in ALGORITHMS.items() if row.modules("conv4-strided")])
+# stacked they take twice as long to trace, and differ from the others in what both engines share
+LONG = {
+    "maml-nesterov", "maml-momentum", "maml-minibatch", "maml-decay", "meta-sgd", "by-name-second", "boil-second",
+    "zero-head-second", "proto-maml-second", "reptile-adam", "fomaml-adamw", "fomaml-nesterov",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "engine"),
+    [
+        pytest.param(name, engine, marks=[pytest.mark.long] * (engine == "batched" and name in LONG))
+        for name, row in ALGORITHMS.items()
+        for engine in ("loop", "batched")
+        if row.modules("conv4-strided")
+    ],
+)
 def test_every_algorithm_agrees_with_the_reference(algorithm, engine, monkeypatch):
     monkeypatch.setitem(MODULES, "conv4-strided", (two_blocks, (1, 7, 7), F.cross_entropy))
     monkeypatch.setattr(family, "STEPS", 2)  # tracing takes long: a millisecond per operation

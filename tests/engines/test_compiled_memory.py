@@ -82,8 +82,10 @@ def test_the_tensors_of_a_loop_do_not_grow_with_the_inner_steps(build, preset):
                 meta_gradient(learner, tasks, engine="loop", compile=True)
         return tensors.peak
 
-    ratio = peak(5) / peak(1)
-    assert ratio <= 1.05 if preset is FOMAML else ratio > 2
+    if preset is FOMAML:
+        assert peak(5) <= 1.05 * peak(1)
+    else:
+        assert peak(3) > 1.5 * peak(1)
 
 
 def test_a_compiled_function_does_not_keep_its_graph():

@@ -198,8 +198,8 @@ def engines(learner, tasks):
     return found
 
 
-SEEDS = range(24)
-MORE = [*SEEDS, *(pytest.param(seed, marks=pytest.mark.long) for seed in range(24, 200))]
+SEEDS = range(16)
+MORE = [*SEEDS, *(pytest.param(seed, marks=pytest.mark.long) for seed in range(16, 200))]
 
 
 @pytest.mark.parametrize("seed", MORE)

@@ -16,6 +16,7 @@ from fomaml.learning.algorithms import FOMAML, Reptile
 from fomaml.learning.replica import Replicas
 from fomaml.tasks import one
 from recomputed import MODULES, Again
+from suspects import Box
 from zoo import draw
 
 pytestmark = [
@@ -88,7 +89,7 @@ def test_what_runs_again_computes_with_the_tasks_tensors(build, way, first_order
 def test_what_runs_again_is_seen_by_this_test(monkeypatch):
     """With the parameters swapped while forward runs, and no longer, the gradient is wrong."""
 
-    def swap(self, replicas, buffers, *args):
+    def swap(self, replicas, buffers, tensors, *args):
         return self.modules[0](*args)
 
     monkeypatch.setattr(Replicas, "_run", swap)
@@ -157,6 +158,34 @@ def test_what_a_forward_of_fast_weights_leaves_on_the_module_stays():
     outputs = fast(torch.ones(2, 6).double())
     [gradient] = torch.autograd.grad(model.extra + outputs.sum(), [model.a.weight])
     assert gradient.any()
+
+
+class Reading(Again):
+    """Reads the weight of its layer by an object of its own."""
+
+    def set_up(self):
+        self.box = Box(self.b.weight)
+
+    def second(self, hidden):
+        return F.linear(hidden, self.box.content, self.b.bias).tanh()
+
+
+@pytest.mark.parametrize("first_order", [True, False])
+@pytest.mark.parametrize("engine", ["loop", "batched", "auto"])
+def test_a_parameter_that_no_replica_reaches_is_refused(engine, first_order):
+    """But in the factored engine, which knows the weights of linear layers by what they are."""
+    model, twin = Reading(False).double(), Again(False).double()
+    twin.load_state_dict(model.state_dict())
+    tasks = draw((6,), F.cross_entropy)
+    with pytest.raises(
+        InputError, match=r"reads its parameter 'b\.weight' by a reference that no copy of it"
+    ):
+        meta_gradient(FOMAML(model, LR, STEPS, first_order=first_order), tasks, engine=engine)
+    for way in (by_backward, by_hand, adapted):
+        with pytest.raises(
+            InputError, match=r"reads its parameter 'b\.weight' by a reference that no copy of it"
+        ):
+            way(model, tasks, first_order)
 
 
 BOX = SimpleNamespace()

@@ -18,7 +18,7 @@ from fomaml.errors import InputError
 from fomaml.learning.learner import MetaLearner
 from fomaml.learning.problem import Problem
 from fomaml.metrics import ignored_label
-from fomaml.tasks import Task, chunks, count
+from fomaml.tasks import Task, chunks, count, one
 
 CONVOLUTIONS = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
@@ -44,12 +44,13 @@ def takers(learner: MetaLearner, tasks: Task) -> tuple[bool, dict[str, int]]:
 def try_once(learner: MetaLearner, tasks: Task) -> None:
     """The model and the criterion on one task as it is: raises `InputError` for what they return, as `Problem` does.
 
-    Within vmap values are not known, and so not all of it can be seen.
+    Within vmap values are not known, and so not all of it can be seen. The tensors are those of a task, not the
+    meta-parameters themselves, so that a module that reads these is seen.
     """
-    with _as_for_a_gradient(tasks, 1) as single, torch.no_grad():
-        problem = loop.problem(learner, single)
+    with _as_for_a_gradient(tasks, 1) as single:
+        problem = Problem(learner, one(single, 0))
         try:
-            problem.query(problem.start)
+            problem.query({name: value.detach().requires_grad_() for name, value in problem.start.items()})
         except InputError:
             raise
         except Exception as error:  # whatever a module raises

@@ -36,6 +36,7 @@ class Problem:
     evaluating: use running statistics where the batch norms have them.
     ways: the number of classes of the task, where a start needs it; by default the largest label and one, or the number
         of probabilities.
+    watched: see `Replicas`; of a stack nothing can be seen.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Problem:
         stacked: bool = False,
         evaluating: bool = False,
         ways: int | None = None,
+        watched: bool = True,
     ):
         self.learner = learner
         self.task = task
@@ -60,6 +62,7 @@ class Problem:
             learner.criterion,
             evaluating=evaluating,
             open=stacked or self._differentiates_twice,
+            watched=watched and not stacked,  # vmap does not tell what depends on what
         )
         learned = set(learner.meta_learned)
         _check_parameters(learner)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import types
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from itertools import chain
@@ -19,9 +19,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
-from torch.nn.utils.weight_norm import WeightNorm
+from torch.overrides import TorchFunctionMode
 
 from fomaml.errors import InputError
+from fomaml.learning.weight_norm import written_out
 from fomaml.models import NATIVE_NORMS, BatchNorm
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -39,13 +40,21 @@ class Replicas:
     evaluating: all but batch norms are in evaluation mode, whatever the module's own is.
     open: weight norm is written out. The double backward of torch's own kernel is wrong on a CPU, where second order
         gets other gradients without an error (torch 2.6 to 2.14), and vmap has no rule for it.
+    watched: look, at the first forward pass with other parameters, whether it reaches the module itself.
 
     Raises:
-        InputError: a module that no replica can be made of; see `check_module`.
+        InputError: a module that no replica can be made of, see `check_module`; at the first forward pass, one that
+            calls a module of the tree itself, or reads a parameter that has another tensor in its place.
     """
 
     def __init__(
-        self, model: nn.Module, criterion: Any = None, *, evaluating: bool = False, open: bool = False
+        self,
+        model: nn.Module,
+        criterion: Any = None,
+        *,
+        evaluating: bool = False,
+        open: bool = False,
+        watched: bool = True,
     ):
         check_module(model)
         self.modules = list(model.modules())
@@ -53,12 +62,12 @@ class Replicas:
         if isinstance(criterion, nn.Module):
             self.modules += [module for module in criterion.modules() if module not in own]
         self._evaluating = evaluating
-        self._index = {id(module): number for number, module in enumerate(self.modules)}
+        self.index = {id(module): number for number, module in enumerate(self.modules)}
         named = chain(model.named_parameters(), model.named_buffers())
-        self._names = {id(tensor): name for name, tensor in named}
+        self.names = {id(tensor): name for name, tensor in named}
         self._slots = [
             tuple(
-                [(key, self._names.get(id(tensor)), tensor) for key, tensor in slot.items()]
+                [(key, self.names.get(id(tensor)), tensor) for key, tensor in slot.items()]
                 for slot in (module._parameters, module._buffers)
             )
             for module in self.modules
@@ -67,9 +76,9 @@ class Replicas:
         self._written_out = [
             (number, found)
             for number, module in enumerate(self.modules if open else ())
-            if (found := _weight_norm(module))
+            if (found := written_out(module))
         ]
-        self._tried = False
+        self._watched = watched
 
     def make(self, tensors: Mapping[str, Tensor]) -> list[nn.Module]:
         """Replicas of all modules, the root's first, that hold these tensors in place of the parameters and buffers of
@@ -89,14 +98,13 @@ class Replicas:
             children = module._modules
             if children:
                 own["_modules"] = {
-                    key: None if child is None else found[self._index[id(child)]]
+                    key: None if child is None else found[self.index[id(child)]]
                     for key, child in children.items()
                 }
-            own.pop(
-                "_compiled_call_impl", None
-            )  # of `Module.compile`, which has the module's tensors built in
+            # of `Module.compile`, which has the module's tensors built in
+            own.pop("_compiled_call_impl", None)
             for key, value in attributes:
-                own[key] = self._moved(value, found, tensors)
+                own[key] = _Move(self, found, tensors)(value)
         for number, attributes in self._written_out:
             found[number].__dict__.update(attributes)
         return found
@@ -111,12 +119,13 @@ class Replicas:
         A buffer that the forward pass assigns takes its place in `buffers`. keep: what else it has set on the module,
         such as a term of the loss, stays there.
         """
-        replicas = self.make({**tensors, **buffers})
+        tensors = {**tensors, **buffers}
+        replicas = self.make(tensors)
         before = [module.__dict__ for module in self.modules]
         try:
             for module, replica in zip(self.modules, replicas):
                 object.__setattr__(module, "__dict__", replica.__dict__)
-            yield functools.partial(self._run, replicas, buffers)
+            yield functools.partial(self._run, replicas, buffers, tensors)
         finally:
             for module, own, attributes in zip(self.modules, before, self._attributes):
                 after = module.__dict__
@@ -140,21 +149,32 @@ class Replicas:
         for module in modules:
             own = vars(module)
             for key, value in self._known(own):
-                own[key] = self._moved(value, modules, tensors)
+                own[key] = _Move(self, modules, tensors)(value)
         return copied
 
-    def _run(self, replicas, buffers, *args, **kwargs):
-        if self._tried:
-            found = replicas[0](*args, **kwargs)
-        else:  # once: it takes as long as the forward pass of a small module
-            with _refusing(self._index):
+    def _run(self, replicas, buffers, tensors, *args, **kwargs):
+        if self._watched:
+            replaced = self._replaced(tensors)
+            with _refusing(self.index), _Reads(replaced):
                 found = replicas[0](*args, **kwargs)
-            self._tried = True
+            self._watched = not replaced  # once is enough, and takes a part of the time of a small module
+        else:
+            found = replicas[0](*args, **kwargs)
         for replica, (_, slots) in zip(replicas, self._slots):
             for key, name, _ in slots:
                 if name is not None and replica._buffers.get(key) is not buffers.get(name) is not None:
                     buffers[name] = replica._buffers[key].detach()
         return found
+
+    def _replaced(self, tensors: Mapping[str, Tensor]) -> dict[int, str]:
+        """The names of the parameters that learn and have another tensor in their place, by their ids."""
+        own = (slot for parameters, _ in self._slots for slot in parameters)
+        return {
+            id(tensor): name
+            for _, name, tensor in own
+            if name is not None and tensor is not None and tensor.requires_grad
+            if tensors.get(name, tensor) is not tensor
+        }
 
     # --- what refers to a module or a tensor of the tree ------------------------------------------
 
@@ -163,51 +183,79 @@ class Replicas:
         return [
             (key, value)
             for key, value in attributes.items()
-            if key not in OF_ALL_MODULES and type(value) not in PLAIN and self._refers(value, set())
+            if key not in OF_ALL_MODULES and type(value) not in PLAIN and self.refers(value)
         ]
 
-    def _refers(self, value: Any, seen: set[int]) -> bool:
+    def refers(self, value: Any, seen: set[int] | None = None) -> bool:
         """Whether a module or tensor of the tree is in it, or a function that knows one."""
         if isinstance(value, Tensor):
-            return id(value) in self._names
+            return id(value) in self.names
         if isinstance(value, nn.Module):
-            return id(value) in self._index
+            return id(value) in self.index
+        seen = set() if seen is None else seen
         if id(value) in seen:
             return False
         seen.add(id(value))
         parts = _parts(value)
         if len(parts) > 100 and set(map(type, parts)) <= PLAIN:
             return False
-        return any(type(part) not in PLAIN and self._refers(part, seen) for part in parts)
+        return any(type(part) not in PLAIN and self.refers(part, seen) for part in parts)
 
-    def _moved(self, value: Any, found: list[nn.Module], tensors: Mapping[str, Tensor]) -> Any:
-        """The same with the modules and tensors of the replica in it."""
+
+class _Move:
+    """Gives what refers to the tree of some replicas with other modules and tensors in its place.
+
+    modules: in the order of those of the replicas. tensors: by name.
+    """
+
+    def __init__(self, replicas: Replicas, modules: list[nn.Module], tensors: Mapping[str, Tensor]):
+        self._replicas, self._modules, self._tensors = replicas, modules, tensors
+        self._done: dict[int, Any] = {}  # what refers to itself, as a function that calls itself does
+
+    def __call__(self, value: Any) -> Any:
         if isinstance(value, Tensor):
-            return tensors.get(self._names.get(id(value), ""), value)
+            return self._tensors.get(self._replicas.names.get(id(value), ""), value)
         if isinstance(value, nn.Module):
-            number = self._index.get(id(value))
-            return value if number is None else found[number]
-        if not self._refers(value, set()):
+            number = self._replicas.index.get(id(value), len(self._modules))
+            return self._modules[number] if number < len(self._modules) else value
+        if id(value) in self._done:
+            return self._done[id(value)]
+        if not self._replicas.refers(value):
             return value
-
-        def move(part):
-            return self._moved(part, found, tensors)
-
         if isinstance(value, types.MethodType):
-            return types.MethodType(value.__func__, move(value.__self__))
+            return types.MethodType(value.__func__, self(value.__self__))
         if isinstance(value, functools.partial):
-            keywords = {key: move(part) for key, part in value.keywords.items()}
-            return functools.partial(move(value.func), *map(move, value.args), **keywords)
+            keywords = {key: self(part) for key, part in value.keywords.items()}
+            return functools.partial(self(value.func), *map(self, value.args), **keywords)
         if isinstance(value, types.FunctionType):
-            return _function(value, move)
+            return self._function(value)
+        if isinstance(value, tuple):
+            moved = map(self, value)
+            return type(value)(*moved) if hasattr(value, "_fields") else type(value)(moved)
+        self._done[id(value)] = found = copy.copy(value)
+        found.clear()
         if isinstance(value, dict):
-            moved = copy.copy(value)
-            moved.clear()
-            moved.update({move(key): move(part) for key, part in value.items()})
-            return moved
-        if isinstance(value, tuple) and hasattr(value, "_fields"):
-            return type(value)(*map(move, value))
-        return type(value)(map(move, value))
+            found.update((self(key), self(part)) for key, part in value.items())
+        else:
+            (found.update if isinstance(value, set) else found.extend)(map(self, value))
+        return found
+
+    def _function(self, function: types.FunctionType) -> types.FunctionType:
+        """A function whose variables from outside and defaults are moved."""
+        cells = tuple(types.CellType() for _ in function.__closure__ or ())
+        found = types.FunctionType(
+            function.__code__, function.__globals__, function.__name__, closure=cells or None
+        )
+        self._done[id(function)] = found
+        for cell, own in zip(cells, function.__closure__ or ()):
+            if _filled(own):
+                cell.cell_contents = self(own.cell_contents)
+        found.__defaults__ = function.__defaults__ and tuple(map(self, function.__defaults__))
+        found.__kwdefaults__ = function.__kwdefaults__ and {
+            key: self(part) for key, part in function.__kwdefaults__.items()
+        }
+        found.__dict__.update(function.__dict__)
+        return found
 
 
 def original(module: Module) -> Module:
@@ -231,53 +279,10 @@ def _parts(value: Any) -> list:
 
 def _filled(cell: types.CellType) -> bool:
     try:
-        return bool(cell.cell_contents) or True
-    except ValueError:  # a variable that was not assigned yet
+        cell.cell_contents  # noqa: B018 - a variable that was not assigned yet raises
+    except ValueError:
         return False
-
-
-def _function(function: types.FunctionType, move: Callable) -> types.FunctionType:
-    """A function whose variables from outside and defaults are moved."""
-    cells = [types.CellType(move(c.cell_contents)) if _filled(c) else c for c in function.__closure__ or ()]
-    defaults = function.__defaults__ and tuple(map(move, function.__defaults__))
-    found = types.FunctionType(
-        function.__code__, function.__globals__, function.__name__, defaults, tuple(cells) or None
-    )
-    found.__kwdefaults__ = function.__kwdefaults__ and {
-        key: move(part) for key, part in function.__kwdefaults__.items()
-    }
-    found.__dict__.update(function.__dict__)
-    return found
-
-
-# --- weight norm ----------------------------------------------------------------------------------
-
-
-def _weight_norm(module: nn.Module) -> dict[str, Any]:
-    """The attributes with which a module computes its weight norm, old or new, by plain operations; else none."""
-    kind = type(module)
-    if kind.__module__ == "torch.nn.utils.parametrizations" and kind.__name__.endswith("WeightNorm"):
-        dim = vars(module)["dim"]
-        return {"forward": lambda g, v: _normed(v, g, dim)}
-    hooks = vars(module)["_forward_pre_hooks"]
-    old = {key: hook for key, hook in hooks.items() if isinstance(hook, WeightNorm)}
-    if not old:
-        return {}
-    return {"_forward_pre_hooks": OrderedDict(hooks) | {key: _hook(hook) for key, hook in old.items()}}
-
-
-def _hook(old: WeightNorm) -> Callable:
-    def set_weight(module: nn.Module, inputs: Any) -> None:
-        g, v = (getattr(module, f"{old.name}_{which}") for which in "gv")
-        setattr(module, old.name, _normed(v, g, old.dim))
-
-    return set_weight
-
-
-def _normed(v: Tensor, g: Tensor, dim: int) -> Tensor:
-    """w = g v / ‖v‖ (Salimans and Kingma 2016, eq. 2), the norm over all axes but `dim`, or over all for -1."""
-    axes = [axis for axis in range(v.dim()) if dim == -1 or axis != dim % v.dim()]
-    return v * (g / torch.linalg.vector_norm(v, dim=axes, keepdim=dim != -1))
+    return True
 
 
 @contextmanager
@@ -296,6 +301,31 @@ def _refusing(index: Mapping[int, int]) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+class _Reads(TorchFunctionMode):
+    """Within it a forward pass that computes with a parameter of the module itself, and not with the tensor in its
+    place, is an `InputError`.
+
+    names: of these parameters, by their ids.
+    """
+
+    def __init__(self, names: Mapping[int, str]):
+        super().__init__()
+        self._names = names
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        if isinstance(found, Tensor) and found.requires_grad:
+            for given in (*args, *(kwargs or {}).values()):
+                for each in given if isinstance(given, list | tuple) else (given,):
+                    if id(each) in self._names:
+                        raise InputError(
+                            f"the module reads its parameter {self._names[id(each)]!r} by a reference that no copy of "
+                            "it follows, such as a global variable or an object of your own: read it as an attribute "
+                            "of self"
+                        )
+        return found
 
 
 # --- what no replica can be made of ---------------------------------------------------------------
