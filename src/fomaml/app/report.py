@@ -54,7 +54,7 @@ def verdict(result: dict) -> str:
     name, steps = result["name"], result["steps"]
     if gain > interval:
         return f"{name} after {steps} steps beats every baseline; the best, {hardest['to']}, {how} {text}"
-    outcome = "is not told apart from" if gain > -interval else "LOSES to"
+    outcome = "is not told apart from" if gain >= -interval else "LOSES to"
     return f"{name} after {steps} steps {outcome} the baseline {hardest['to']}: {text}"
 
 

@@ -214,7 +214,7 @@ class Session:
         note = self.agenda.counter("baselines", "baselines", total, self.work)
         scores = self.scores[self.settings.test_steps[-1]]
         unfinished = {
-            "unfinished": f"baselines are to come; if they do not: fomaml train --resume {self.out}"
+            "unfinished": f"the baselines follow; after an interruption: fomaml train --resume {self.out}"
         }
         self._write(result | unfinished)
         self.say("\n" + describe(result | unfinished))
