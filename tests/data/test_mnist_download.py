@@ -100,7 +100,7 @@ def test_a_download_that_fails_its_md5_leaves_nothing(cache, mirror, five_thousa
     assert everything_in(cache) == []
     announced, (level, explained) = said()
     assert announced == ("INFO", f"downloading MNIST to {cache}") and level == "WARNING"
-    assert explained.startswith(f"MNIST was not downloaded (Error downloading {TEST_LABELS}.gz: ")
+    assert explained.startswith("MNIST was not downloaded (")  # older torchvisions do not name the file
     assert explained.endswith("File not found or corrupted.); using the stand-in")
     assert capfd.readouterr() == ("", "")
 

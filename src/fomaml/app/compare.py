@@ -30,7 +30,7 @@ from fomaml.app.settle import settle
 from fomaml.app.sources import source_of
 from fomaml.app.wording import spoken
 from fomaml.checkpoint import load_weights, save_weights
-from fomaml.engines import meta_gradient
+from fomaml.engines import meta_gradient, plan
 from fomaml.errors import InputError, positive
 from fomaml.evaluate import estimate
 from fomaml.files import write_text
@@ -173,8 +173,9 @@ def gradient_evaluations(learner: MetaLearner, task: Task) -> tuple[int, int]:
         count += torch.is_grad_enabled()
 
     one_task = task.map(lambda tensor: tensor[None])
+    own = plan(learner, one_task, engine="loop")  # which tries the learner
     with learner.model.register_forward_pre_hook(forward):
-        meta_gradient(learner, one_task, engine="loop")
+        own(one_task)
     if isinstance(learner.objective, Implicit):
         return count, learner.objective.cg_steps
     choice = learner.first_order
