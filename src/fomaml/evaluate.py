@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -14,12 +15,12 @@ from fomaml.choices import Statistics
 from fomaml.engines import Plan
 from fomaml.engines import plan as make_plan
 from fomaml.episodes import TaskSequence, copies_of
-from fomaml.errors import InputError, whole
+from fomaml.errors import InputError, plain, whole
 from fomaml.learning.learner import MetaLearner
 from fomaml.metrics import LOSS, Asked, Metric, metric_for, scores
 from fomaml.models import warn_of_unmoved
 from fomaml.streams import batch_of, check_sequence
-from fomaml.tasks import Task
+from fomaml.tasks import Task, check_finite_tasks
 from fomaml.train import check_labels, check_width
 
 SCALINGS = 200  # of rows and columns each; after 100 one of 13 500 images of Omniglot still changed its class
@@ -73,6 +74,7 @@ def evaluate(
     Warns: batch norms that normalise by statistics which nothing has ever moved.
     """
     warn_of_unmoved(learner.model)
+    at_steps = plain(at_steps)
     numbers = at_steps if isinstance(at_steps, Iterable) else [at_steps]
     points = [(whole("at_steps", steps), statistics) for steps in numbers]
     if not points:
@@ -99,10 +101,17 @@ def evaluate_at(
     points = sorted(dict.fromkeys(points), key=lambda point: point[0])
     parts: list[list[Tensor]] = [[] for _ in points]
     plan: Plan | None = None
+    spoiled = False
     for batch in batches(episodes, tasks, max(1, tasks_at_once // copies_of(episodes)), learner.model):
         check_labels(learner, batch)
         plan = plan or make_plan(learner, batch, engine=engine)
         found = plan.curve(batch, points)
+        if not spoiled:
+            spoiled = any(losses.isnan().any() or outputs.isnan().any() for losses, outputs in found)
+            if spoiled:
+                check_finite_tasks(batch)
+                text = "outputs or losses of some tasks are no numbers, and count as wrong: try a smaller inner_lr"
+                warnings.warn(text, RuntimeWarning, stacklevel=2)
         for part, (losses, outputs) in zip(parts, found):
             own = judged(episodes, score, outputs, batch.query.targets, losses, balanced)
             part.append(own.double().cpu())

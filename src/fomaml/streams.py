@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -28,6 +29,7 @@ class TaskStream:
         self._iterable = iterable
         self._model = model
         self._tasks = self._all()
+        self._warned = False
         self._held: list[Task] = []
         self._position = 0  # of the first that is held
 
@@ -58,7 +60,13 @@ class TaskStream:
             tasks = self._made(as_batch, given)
             yield from (one(tasks, index) for index in range(count(tasks)))
         else:
-            yield one(self._made(lambda task, model: as_batch([_task(task, model)], model), given), 0)
+            task = one(self._made(lambda task, model: as_batch([_task(task, model)], model), given), 0)
+            if not self._warned and _may_be_a_batch(task):
+                self._warned = True
+                text = f"an item of the {type(self._iterable).__name__} is taken for one task, its first axis for "
+                text += f"examples, {len(task.support.targets)} of them; of a batch of tasks give the tasks one by one"
+                warnings.warn(text, RuntimeWarning, stacklevel=2)
+            yield task
 
     def _made(self, make: Callable[[Any, nn.Module], Task], given: Any) -> Task:
         try:
@@ -68,6 +76,15 @@ class TaskStream:
             raise InputError(
                 f"the {name} gives no tasks: {error}. Episodes(ClassSource.from_dataset(…), …) makes tasks of examples"
             ) from error
+
+
+def _may_be_a_batch(task: Task) -> bool:
+    """Whether all four tensors could have a leading axis of tasks."""
+    sizes = {part.targets.shape[0] for part in task}
+    return len(sizes) == 1 and all(
+        inputs.dim() > 2 and targets.dim() > 1 and inputs.shape[:2] == targets.shape[:2]
+        for inputs, targets in task
+    )
 
 
 def _task(given: Any, model: nn.Module) -> Task:

@@ -51,8 +51,16 @@ def as_batch(tasks: Any, model: nn.Module) -> Task:
     Raises:
         InputError: something else, a single task, or no tasks, no examples or unequal numbers of them.
     """
-    if isinstance(tasks, list | tuple) and tasks and all(isinstance(task, Task) for task in tasks):
-        tasks = stack(list(tasks))
+    if (
+        isinstance(tasks, list | tuple)
+        and not isinstance(tasks, Task)
+        and tasks
+        and all(map(_is_task, tasks))
+    ):
+        singles = [
+            (as_examples(support, model), as_examples(query, model, "query")) for support, query in tasks
+        ]
+        tasks = stack([Task(*single) for single in singles])
     support, query = _pair(tasks, "a batch of tasks is a pair of support and query sets")
     found = Task(as_examples(support, model, "support", True), as_examples(query, model, "query", True))
     if found.support.targets.shape[0] != found.query.targets.shape[0]:
@@ -90,6 +98,15 @@ def as_examples(examples: Any, model: nn.Module, name: str = "support", batch: b
     return Examples(inputs, targets)
 
 
+def _is_task(given: Any) -> bool:
+    """Whether it is a pair of pairs, as a support and a query set are."""
+    return (
+        isinstance(given, tuple | list)
+        and len(given) == 2
+        and all(isinstance(part, tuple | list) and len(part) == 2 for part in given)
+    )
+
+
 def _pair(given: Any, what: str) -> tuple[Any, Any]:
     if not isinstance(given, tuple | list) or len(given) != 2:
         number = f" of {len(given)}" if isinstance(given, tuple | list) else ""
@@ -105,6 +122,17 @@ def _as_tensor(values: Any, model: nn.Module) -> Tensor:
     if not isinstance(values, Tensor):
         raise InputError(f"inputs and targets are tensors or numpy arrays, got a {type(values).__name__}")
     return values.clone() if values.is_inference() else values  # which autograd does not take
+
+
+def check_finite_tasks(tasks: Task) -> None:
+    """Raise `InputError` where a batch of tasks holds numbers that are not finite."""
+    for name, part in zip(Task._fields, tasks):
+        for kind, tensor in zip(Examples._fields, part):
+            bad = [index for index, own in enumerate(tensor) if not own.isfinite().all()]
+            if bad:
+                raise InputError(
+                    f"the {name} {kind} of task {bad[0]} of a batch hold numbers that are not finite"
+                )
 
 
 def stack(tasks: list[Task]) -> Task:

@@ -15,7 +15,7 @@ from fomaml.data.source import ClassSource
 from fomaml.engines import Plan, check_outputs
 from fomaml.engines import plan as make_plan
 from fomaml.episodes import Episodes, TaskSequence
-from fomaml.errors import InputError, positive, whole
+from fomaml.errors import InputError, plain, positive, whole
 from fomaml.learning.algorithms import FOMAML
 from fomaml.learning.learner import MetaLearner
 from fomaml.metrics import Asked, Metric, check_ignored, ignored_label, metric_for, scores
@@ -108,6 +108,7 @@ def train(
 
     def steps() -> Iterator[Record]:
         own, checked = plan, start
+        optimizer.zero_grad()  # what an earlier backward pass has left is none of this
         for iteration in range(start, iterations):
             learner.iteration = iteration
             tasks = batch_of(episodes, iteration * meta_batch_size, meta_batch_size, learner.model)
@@ -164,7 +165,8 @@ def set_rates(optimizer: torch.optim.Optimizer, factor: float, iteration: int) -
     Raises:
         InputError: a factor below 0, as of a schedule over fewer iterations, or one that is not finite.
     """
-    if not 0 <= factor < math.inf:
+    factor = plain(factor)
+    if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 <= factor < math.inf:
         raise InputError(
             f"the schedule gives {factor} at iteration {iteration}, expected a number of 0 or more"
         )
@@ -202,6 +204,11 @@ def check_optimizer(optimizer: torch.optim.Optimizer, learner: MetaLearner) -> N
         text = f"the optimiser does not hold {len(missing)} of the {number} meta-parameters, which stay as they are: "
         names = ", ".join(missing[:3]) + (" …" if len(missing) > 3 else "")
         warnings.warn(text + names, RuntimeWarning, stacklevel=3)
+    known = {id(parameter) for parameter in (*learner.parameters(), *learner.meta_parameters().values())}
+    surplus = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in known]
+    if surplus:
+        text = f"the optimiser holds {len(surplus)} tensors that are no parameters of the learner, and get no gradient"
+        warnings.warn(f"{text}; the first has shape {tuple(surplus[0].shape)}", RuntimeWarning, stacklevel=3)
     closure = inspect.signature(optimizer.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise InputError(

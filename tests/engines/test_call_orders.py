@@ -200,10 +200,10 @@ def test_a_plan_draws_no_random_numbers_and_moves_no_buffer():
 def test_the_outer_iteration_does_not_change_the_choice(monkeypatch):
     """Of a learner that changes its order on the way: what is chosen has to take both."""
 
-    def first_order_alone(learner, problem, tasks):
+    def first_order_alone(learner, problem):
         if problem.stacked and not problem.first_order:
             raise RuntimeError("no second derivative")
-        return differentiate(learner, problem, tasks)
+        return differentiate(learner, problem)
 
     monkeypatch.setattr(probes, "differentiate", first_order_alone)
     learner, tasks = made("small")

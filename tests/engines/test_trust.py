@@ -251,7 +251,7 @@ def test_float64_that_draws_other_numbers_says_nothing_of_rounding(monkeypatch):
     learner, tasks = FOMAML(Noisy(6, 4), LR, 1), draw((6,), F.cross_entropy).to(dtype=torch.float32)
 
     def find(chunk):
-        return differentiate(learner, ENGINES["batched"](learner, chunk), 3)
+        return differentiate(learner, ENGINES["batched"](learner, chunk))
 
     assert not trust._rounds_so((0.0, 2e-3), learner, find, tasks)
     learner.model = nn.Sequential(nn.Dropout(), nn.Linear(6, 4))

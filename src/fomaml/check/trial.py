@@ -178,7 +178,7 @@ def changed_buffers(trial: Trial) -> list[str]:
 def put(model: nn.Module, tensors: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
     """The outputs with these tensors in place of those of the module."""
     buffers = {name: tensors.get(name, buffer) for name, buffer in model.named_buffers()}
-    with Replicas(model).holding(tensors, buffers) as forward:
+    with Replicas(model).holding(tensors, buffers) as (forward, _):
         return forward(inputs)
 
 

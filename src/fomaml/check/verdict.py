@@ -43,7 +43,7 @@ from fomaml.check.trial import (
 from fomaml.engines import ENGINES
 from fomaml.engines.plan import choose
 from fomaml.errors import InputError, in_one_line, positive
-from fomaml.learning.replica import check_module
+from fomaml.learning.admission import check_module
 from fomaml.tasks import chunks
 
 TASKS = 2
@@ -53,7 +53,7 @@ TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-2}
 
 def check(
     model: nn.Module,
-    shape: Sequence[int],
+    shape: int | Sequence[int],
     *,
     vocabulary: int | None = None,
     ways: int = 5,
@@ -77,6 +77,12 @@ def check(
     Raises:
         InputError: numbers that are not positive, or a module that does not run on this shape.
     """
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"the model is an nn.Module, got {'the class ' if isinstance(model, type) else 'a '}"
+            f"{getattr(model, '__name__', type(model).__name__)}"
+        )
+    shape = [shape] if isinstance(shape, int) else shape
     counts = {"ways": ways, "shots": shots, "query_shots": query_shots, "inner_steps": inner_steps}
     for what, number in [*counts.items(), *(("a size of the input", size) for size in shape)]:
         positive(what, number, integer=True)

@@ -39,6 +39,7 @@ NAMES = {
     "torch.utils._python_dispatch:TorchDispatchMode": "a forward pass counts as one that draws random numbers",
     "torch:Tensor._version": "a buffer counts as written",
     "torch:_foreach_add": "tensors are added one by one",
+    "torch:_foreach_div": "tensors are divided one by one",
     "torch:cpu._is_avx512_bf16_supported": "a CPU counts as one that imitates bfloat16",
     "torch:cpu._is_amx_tile_supported": "a CPU counts as one that imitates bfloat16",
 }
@@ -140,6 +141,14 @@ def add(lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> Sequence[Tensor]:
         return find("torch:_foreach_add", torch)(lefts, rights)
     except (Missing, TypeError):
         return [left + right for left, right in zip(lefts, rights)]
+
+
+def divide(tensors: Sequence[Tensor], divisor: int) -> Sequence[Tensor]:
+    """Each tensor divided by a number, in memory of its own."""
+    try:
+        return find("torch:_foreach_div", torch)(list(tensors), divisor)
+    except (Missing, TypeError, RuntimeError):  # the last one for sparse tensors
+        return [tensor / divisor for tensor in tensors]
 
 
 def version(tensor: Tensor) -> int | None:

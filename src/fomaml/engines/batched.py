@@ -6,6 +6,7 @@ parameters is the stack of the gradients. That is leaner, and leaves the backwar
 
 from __future__ import annotations
 
+from fomaml.errors import InputError
 from fomaml.learning.learner import MetaLearner
 from fomaml.learning.problem import Problem
 from fomaml.tasks import Task
@@ -14,5 +15,20 @@ from fomaml.tasks import Task
 def problem(
     learner: MetaLearner, tasks: Task, *, evaluating: bool = False, ways: int | None = None
 ) -> Problem:
-    """The problem of a stack of tasks."""
+    """The problem of a stack of tasks.
+
+    Raises:
+        InputError: a module with hooks of the backward pass.
+    """
+    refuse_hooks(learner)
     return Problem(learner, tasks, stacked=True, evaluating=evaluating, ways=ways)
+
+
+def refuse_hooks(learner: MetaLearner) -> None:
+    """Raise `InputError` for a module with hooks of the backward pass, which do not run under vmap."""
+    for name, module in learner.model.named_modules():
+        own = vars(module)
+        if own.get("_backward_hooks") or own.get("_backward_pre_hooks"):
+            raise InputError(
+                f"the module {name!r} has a hook of the backward pass, which does not run under vmap: engine='loop'"
+            )

@@ -64,8 +64,10 @@ class Found(NamedTuple):
     query_outputs: Tensor
 
 
-def differentiate(learner: MetaLearner, problem: Problem, tasks: int) -> Found:
-    """The part of one problem in the meta-gradient of `tasks` tasks."""
+def differentiate(learner: MetaLearner, problem: Problem) -> Found:
+    """What one problem contributes: the gradients summed over its tasks. The mean is taken at the end: a backward pass
+    that is not linear, such as one that clips, sees the gradient that a task has alone.
+    """
     parameters = learner.meta_parameters()
     for name, parameter in parameters.items():
         if not parameter.requires_grad:
@@ -74,7 +76,7 @@ def differentiate(learner: MetaLearner, problem: Problem, tasks: int) -> Found:
             )
     outcome = learner.objective(problem)
     gradients = torch.autograd.grad(
-        outcome.scalar / tasks, list(parameters.values()), allow_unused=True, materialize_grads=True
+        outcome.scalar, list(parameters.values()), allow_unused=True, materialize_grads=True
     )
     _, losses, outputs, support_losses = outcome
     if problem.stacked:
@@ -82,33 +84,21 @@ def differentiate(learner: MetaLearner, problem: Problem, tasks: int) -> Found:
     return Found(list(gradients), losses[None], support_losses[None], outputs[None])
 
 
-def accumulate(names: Sequence[str], found: Iterable[Found], engine: str) -> MetaGradient:
-    """Put the chunks of a meta-batch together, one in memory at a time. names: of the gradients."""
+def accumulate(names: Sequence[str], found: Iterable[Found], engine: str, tasks: int) -> MetaGradient:
+    """Put the chunks of a meta-batch together, one in memory at a time. names: of the gradients. tasks: what the sums
+    are divided by.
+    """
     found = iter(found)
     gradients, *seen = next(found)
     rest = []
     for chunk in found:
-        # not in place: autograd may hand two parameters the same tensor
+        # not in place, for the same reason as below
         gradients = _torch.add(gradients, chunk.gradients)
         rest.append(chunk[1:])
     losses, support_losses, outputs = map(torch.cat, zip(seen, *rest)) if rest else seen
-    return MetaGradient(dict(zip(names, _apart(gradients))), losses, support_losses, outputs, engine)
-
-
-def _apart(gradients: Iterable[Tensor]) -> list[Tensor]:
-    """Each in memory of its own: autograd may hand two parameters one tensor, and whoever scales both would scale it
-    twice.
-    """
-    known: set[int] = set()
-    found = []
-    for gradient in gradients:
-        if gradient.layout == torch.strided:
-            storage = gradient.untyped_storage().data_ptr()
-            if storage in known or 0 in gradient.stride():
-                gradient = gradient.clone(memory_format=torch.contiguous_format)
-            known.add(storage)
-        found.append(gradient)
-    return found
+    # new tensors: autograd may hand two parameters one, and whoever scales both would scale it twice
+    means = _torch.divide(gradients, tasks)
+    return MetaGradient(dict(zip(names, means)), losses, support_losses, outputs, engine)
 
 
 def by_ways(learner: MetaLearner, tasks: Task) -> list[tuple[list[int], Task, int | None]]:

@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from fomaml.choices import Statistics
 from fomaml.engines import _torch
+from fomaml.engines.batched import refuse_hooks
 from fomaml.errors import InputError
 from fomaml.learning.adapt import SGD
 from fomaml.learning.learner import MetaLearner
@@ -40,6 +41,7 @@ def problem(
     Raises:
         InputError: a learner that the factors do not suit.
     """
+    refuse_hooks(learner)
     reason = refusal(learner)
     if reason:
         raise InputError(f"the factored engine does not take this learner: {reason}")

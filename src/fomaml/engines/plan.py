@@ -156,6 +156,7 @@ class Plan:
         self.choice = choice
         self.compile = compile
         self.autocast = autocast
+        self._like: list[tuple] = []
 
     @property
     def engine(self) -> str:
@@ -184,7 +185,7 @@ class Plan:
             return self._curve(tasks, points)
 
     def _curve(self, tasks: Task, points: Sequence[tuple[int, Statistics]]) -> list[tuple[Tensor, Tensor]]:
-        tasks = as_batch(tasks, self.learner.model)
+        tasks = self._looked_at(tasks)
         problem = partial(ENGINES[self.engine], self.learner, evaluating=True)
         groups: list[list[int]] = []
         parts: list[list[tuple[Tensor, Tensor]]] = []
@@ -204,13 +205,13 @@ class Plan:
 
     def _compute(self, tasks: Task) -> MetaGradient:
         """As `__call__`; a frame between what the user calls and what warns, so that warnings name the user's line."""
-        learner, tasks = self.learner, as_batch(tasks, self.learner.model)
+        learner, tasks = self.learner, self._looked_at(tasks)
         groups: list[list[int]] = []
         parts: list[MetaGradient] = []
         for rows, group, ways in by_ways(learner, tasks):
             groups.append(rows)
             number = len(rows)
-            find = partial(self._find, count(tasks), ways, self.engine)
+            find = partial(self._find, ways, self.engine)
             while len(parts) < len(groups):
                 size = most = min(self.tasks_at_once, number)
                 try:
@@ -221,27 +222,37 @@ class Plan:
                         size = next(
                             n for n in range(most, 0, -1) if number % n == 0
                         )  # one shape, compiled once
-                        alone = (
-                            partial(self._find, count(tasks), ways, "loop") if self.choice.stacks else None
-                        )
+                        alone = partial(self._find, ways, "loop") if self.choice.stacks else None
                         side_by_side = size < number and size * torch.get_num_threads() <= number
-                        facts = (self.engine, ways, self.autocast, count(tasks))
+                        facts = (self.engine, ways, self.autocast)
                         rest = chunks(group, size)
                         function = cache.function(learner, next(rest), find, facts, alone, side_by_side, rest)
                     if function is None:
                         names, found = list(learner.meta_parameters()), map(find, chunks(group, size))
                     else:
                         names, found = function.names, function.map(chunks(group, size))
-                    parts.append(accumulate(names, found, self.engine))
+                    parts.append(accumulate(names, found, self.engine, count(tasks)))
                 except Exception as error:  # whatever a module raises
                     self._halve(most, error, group)
         return joined(groups, parts)
 
-    def _find(self, number: int, ways: int | None, engine: str, chunk: Task) -> Found:
-        """What a chunk contributes to the meta-gradient of so many tasks, by an engine."""
+    def _looked_at(self, tasks: Task) -> Task:
+        """A batch of tasks, see `as_batch`; tensors like those of the call before are not looked at again."""
+        if type(tasks) is Task and all(type(tensor) is Tensor for part in tasks for tensor in part):
+            like = [(tensor.shape, tensor.dtype, tensor.is_inference()) for part in tasks for tensor in part]
+            if like == self._like:
+                return tasks
+            found = as_batch(tasks, self.learner.model)
+            same = all(new is old for news, olds in zip(found, tasks) for new, old in zip(news, olds))
+            self._like = like if same else []
+            return found
+        return as_batch(tasks, self.learner.model)
+
+    def _find(self, ways: int | None, engine: str, chunk: Task) -> Found:
+        """What a chunk contributes to a meta-gradient, by an engine."""
         device = chunk.support.inputs.device.type
         with torch.autocast(device, self.autocast) if self.autocast is not None else nullcontext():
-            return differentiate(self.learner, ENGINES[engine](self.learner, chunk, ways=ways), number)
+            return differentiate(self.learner, ENGINES[engine](self.learner, chunk, ways=ways))
 
     def _halve(self, size: int, error: Exception, tasks: Task) -> None:
         """Half as many tasks at once from now on, if that may mend the error of so many; else raise it."""

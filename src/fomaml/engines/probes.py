@@ -18,7 +18,7 @@ from fomaml.errors import InputError
 from fomaml.learning.learner import MetaLearner
 from fomaml.learning.problem import Problem
 from fomaml.metrics import ignored_label
-from fomaml.tasks import Task, chunks, count, one
+from fomaml.tasks import Task, chunks, one
 
 CONVOLUTIONS = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
@@ -93,7 +93,7 @@ def _taken(learner: MetaLearner, engine: Engine, tasks: Task, always: bool = Tru
         problem = engine(learner, tasks)
         if always and callable(learner.first_order):
             problem.first_order = False  # the order that asks for more
-        differentiate(learner, problem, count(tasks))
+        differentiate(learner, problem)
         return engine(learner, tasks)
     except Exception:  # whatever a module raises
         return None

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fomaml.errors import InputError
+from fomaml.errors import InputError, positive
 from fomaml.learning.contracts import InnerOptimizer
 from fomaml.learning.replica import Replicas
 
@@ -145,9 +145,7 @@ def inner_loop(
                 for n, p in current.items()
             }
             loss = losses(point, first_order, step)
-            gradients = torch.autograd.grad(
-                loss.sum(), list(point.values()), create_graph=not first_order, allow_unused=True
-            )
+            gradients = _gradients(loss.sum(), list(point.values()), not first_order)
         alpha = rates(step)
         following = {}
         for (name, parameter), gradient in zip(current.items(), gradients):
@@ -164,6 +162,21 @@ def inner_loop(
             following[name] = parameter - alpha[name] * direction
         current = following
         yield current, loss.detach()
+
+
+def _gradients(loss: Tensor, values: list[Tensor], create_graph: bool) -> tuple[Tensor | None, ...]:
+    if not loss.requires_grad:
+        raise InputError(
+            "the loss depends on no parameter that adapts: no detach, torch.no_grad or rounding on the way to it"
+        )
+    try:
+        return torch.autograd.grad(loss, values, create_graph=create_graph, allow_unused=True)
+    except RuntimeError as error:
+        if "use_reentrant" not in str(error):
+            raise
+        raise InputError(
+            "torch.utils.checkpoint(…, use_reentrant=True) gives no gradient of chosen tensors: use_reentrant=False"
+        ) from error
 
 
 def _task_by_task(
@@ -184,8 +197,9 @@ class FastModel(nn.Module):
             fast.step(loss_fn(fast(x_support), y_support), lr=0.1)
         loss_fn(fast(x_query), y_query).backward()  # the meta-gradient, in model.parameters()
 
-    The model itself never changes: its parameters receive gradients, its buffers are copied. With
-    `first_order=False` the steps are differentiated through (MAML).
+    The model's tensors never change: its parameters receive gradients, its buffers are copied. What else forward sets
+    on the module, such as a term of the loss, stays there. With `first_order=False` the steps are differentiated
+    through (MAML).
     """
 
     def __init__(self, model: nn.Module, first_order: bool = True):
@@ -198,7 +212,7 @@ class FastModel(nn.Module):
     def forward(self, *args, **kwargs):
         """The model's forward with the fast weights in place of its own."""
         holding = self._replicas.holding(self.weights, self._buffers_copy, keep=True)
-        with nullcontext() if self.first_order else open_attention(everywhere=True), holding as model:
+        with nullcontext() if self.first_order else open_attention(everywhere=True), holding as (model, _):
             return model(*args, **kwargs)
 
     def step(self, loss: Tensor, lr: float | Mapping[str, float | Tensor]) -> None:
@@ -207,18 +221,26 @@ class FastModel(nn.Module):
         lr: one step size, or one by parameter name; parameters that are not named stay as they are.
         """
         rates = lr if isinstance(lr, Mapping) else dict.fromkeys(self.weights, lr)
+        for rate in rates.values():
+            if not isinstance(rate, Tensor):
+                positive("lr", rate)
         unknown = sorted(set(rates) - set(self.weights))
         if unknown:
             raise InputError(f"no parameter {unknown[0]!r} to adapt; there are: {', '.join(self.weights)}")
-        gradients = torch.autograd.grad(
-            loss,
-            [self.weights[name] for name in rates],
-            create_graph=not self.first_order,
-            allow_unused=True,
-        )
+        gradients = _gradients(loss, [self.weights[name] for name in rates], not self.first_order)
+        if all(gradient is None for gradient in gradients):
+            raise InputError(
+                "the loss depends on no fast weight: compute it with this object, not with the model"
+            )
         for (name, rate), gradient in zip(rates.items(), gradients):
             if gradient is not None:
                 self.weights[name] = self.weights[name] - rate * gradient
+
+    def train(self, mode: bool = True) -> FastModel:
+        """All modules of the model in this mode, in the forward passes of this object; by default in their own."""
+        super().train(mode)
+        self._replicas.training = mode
+        return self
 
     def module(self) -> nn.Module:
         """An ordinary, independent copy of the model with the fast weights, and the buffers as the forward passes have
@@ -244,10 +266,11 @@ def load(module: nn.Module, parameters: Parameters, buffers: Parameters) -> nn.M
         if isinstance(owner, nn.Linear):
             owner.out_features, owner.in_features = owner.weight.shape
     for name, value in buffers.items():
-        own = module.get_buffer(name)
-        if (own.shape, own.dtype) == (value.shape, value.dtype):
+        owner, _, last = name.rpartition(".")
+        buffers_of_owner = module.get_submodule(owner)._buffers
+        own = buffers_of_owner[last]
+        if own is not None and (own.shape, own.dtype) == (value.shape, value.dtype):
             own.copy_(value)
         else:
-            owner, _, last = name.rpartition(".")
-            setattr(module.get_submodule(owner), last, value.detach().clone())
+            buffers_of_owner[last] = value.detach().clone()
     return module

@@ -16,6 +16,7 @@ from fomaml.choices import LearnRates, Statistics, check_choice
 from fomaml.errors import InputError, whole
 from fomaml.learning import rates
 from fomaml.learning.adapt import SGD, load
+from fomaml.learning.admission import check_module
 from fomaml.learning.contracts import (
     Criterion,
     InnerOptimizer,
@@ -30,7 +31,7 @@ from fomaml.learning.contracts import (
 from fomaml.learning.moments import SecondMoments
 from fomaml.learning.objectives import QueryLoss
 from fomaml.learning.problem import Problem
-from fomaml.learning.replica import check_module, original
+from fomaml.learning.replica import original
 from fomaml.models import BatchNorm, Seen, normalising, refuse_native, warn_of_unmoved
 from fomaml.tasks import Examples, Task, as_batch, as_examples, count, one
 
@@ -195,7 +196,10 @@ class MetaLearner(nn.Module):
             adapted = problem.start
             for adapted, _ in islice(problem.path(first_order=True), steps):
                 pass
-            module = load(problem.replicas.duplicate(), adapted, problem.buffers)
+            if not all(value.isfinite().all() for value in adapted.values()):
+                raise InputError(f"after {steps} steps the parameters are not finite: try a smaller inner_lr")
+            own = {name: b for name, b in problem.buffers.items() if "/" not in name}  # but the criterion's
+            module = load(problem.replicas.duplicate(), adapted, own)
             if statistics == "support" or self.uses_support_statistics():
                 refuse_native(module)
                 seen: list[Seen] = []

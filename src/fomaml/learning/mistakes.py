@@ -54,7 +54,14 @@ def refuse_broadcast(criterion: Criterion, outputs: Tensor, targets: Tensor) -> 
     targets (n,) does: then it is the same whatever the order of the targets, and another one in one shape. One that
     brings both into one shape itself is as it should be.
     """
-    if outputs.shape == targets.shape or outputs.numel() != targets.numel():
+    if outputs.shape == targets.shape:
+        return
+    if _is_of_numbers(criterion):  # torch's own, which all want one shape
+        raise InputError(
+            f"the criterion compares outputs of shape {tuple(outputs.shape)} with targets of shape "
+            f"{tuple(targets.shape)}: give both one shape"
+        )
+    if outputs.numel() != targets.numel():
         return
     # not the outputs themselves: at a head of zeros they are all the same, and then so is the loss
     others = torch.linspace(0.1, 0.9, outputs.numel()).to(outputs).view(outputs.shape)
@@ -87,11 +94,17 @@ def as_numbers(criterion: Criterion, outputs: Tensor, targets: Tensor) -> Tensor
     """The targets, as numbers of the outputs' dtype where a loss of torch compares with numbers: it takes whole ones in
     some engines and not in others.
     """
-    while isinstance(criterion, functools.partial):
-        criterion = criterion.func
-    if targets.is_floating_point() or not (criterion in NUMBERS or isinstance(criterion, MODULES_OF_NUMBERS)):
+    if targets.is_floating_point() or not _is_of_numbers(criterion):
         return targets
     return targets.to(outputs.dtype)
+
+
+def _is_of_numbers(criterion: Any) -> bool:
+    while isinstance(criterion, functools.partial):
+        criterion = criterion.func
+    if not isinstance(criterion, MODULES_OF_NUMBERS):
+        return criterion in NUMBERS
+    return any(type(criterion).forward is kind.forward for kind in MODULES_OF_NUMBERS)
 
 
 def refuse_meaningless(criterion: Criterion, outputs: Tensor, targets: Tensor) -> None:

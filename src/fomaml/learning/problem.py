@@ -22,7 +22,7 @@ from fomaml.learning.mistakes import (
     refuse_meaningless,
     unlike,
 )
-from fomaml.learning.replica import Replicas
+from fomaml.learning.replica import Replicas, buffers_of
 from fomaml.metrics import ignored_label
 from fomaml.models import normalising, refuse_native
 from fomaml.tasks import Examples, Task, ways_each
@@ -67,7 +67,8 @@ class Problem:
         learned = set(learner.meta_learned)
         _check_parameters(learner)
         own = {n: p if n in learned else p.detach() for n, p in learner.model.named_parameters()}
-        self.buffers = {name: buffer.clone() for name, buffer in learner.model.named_buffers()}
+        own_buffers = dict(learner.model.named_buffers()) | buffers_of(learner.criterion)
+        self.buffers = {name: buffer.clone() for name, buffer in own_buffers.items()}
         self.meta = dict(own)
         self.start: Adapted = {name: own.pop(name) for name in learner.adapted}
         self.fixed = own
@@ -155,7 +156,7 @@ class Problem:
     def outputs(self, adapted: Adapted) -> Tensor:
         """The outputs on the query set of one task at φ, no criterion asked."""
         parameters = {**self.fixed, **adapted}
-        with self.replicas.holding(parameters, dict(self.buffers)) as model, self._attention():
+        with self.replicas.holding(parameters, dict(self.buffers)) as (model, _), self._attention():
             return self._outputs(model, self.task.query.inputs, self._support_for("own"), step=0)
 
     def _support_for(self, statistics: Statistics) -> Tensor | None:
@@ -172,7 +173,7 @@ class Problem:
 
         def one_task(buffers, inputs):
             given = dict(buffers)
-            with self.replicas.holding(self.meta, buffers) as model:
+            with self.replicas.holding(self.meta, buffers) as (model, _):
                 model(inputs)
             return caught.pop(), _assigned(given, buffers)
 
@@ -206,14 +207,14 @@ class Problem:
     def _judged(self, parameters, buffers, examples, support, step, apart) -> tuple[Tensor, Tensor, dict]:
         """The loss and the outputs of one task, and the buffers that the forward pass has assigned."""
         given = dict(buffers)
-        with self.replicas.holding(parameters, buffers) as model:
+        with self.replicas.holding(parameters, buffers) as (model, own_criterion):
             outputs = self._outputs(model, examples.inputs, support, step, apart)
             criterion = self.learner.criterion
             targets = as_numbers(criterion, outputs, examples.targets)
             if not self.stacked:
                 refuse_meaningless(criterion, outputs, targets)
                 refuse_broadcast(criterion, outputs, targets)
-            loss = checked_loss(criterion(outputs, targets))
+            loss = checked_loss(own_criterion(outputs, targets))
         return loss, outputs, _assigned(given, buffers)
 
     @property
@@ -255,7 +256,7 @@ class Problem:
 
 def _assigned(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The buffers that are other tensors now. vmap gives back what its function returns, and no more."""
-    return {name: buffer for name, buffer in after.items() if buffer is not before[name]}
+    return {name: buffer for name, buffer in after.items() if buffer is not before.get(name)}
 
 
 def _check_parameters(learner: Learner) -> None:
@@ -278,6 +279,8 @@ class Stacked(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if function is Tensor.register_hook:
+            raise InputError("a hook of the backward pass, which does not run under vmap: engine='loop'")
         inputs = {F.linear: 1, F.multi_head_attention_forward: 3}.get(function, 0)
         if inputs:
             # query, key and value may be one tensor, and are to stay one

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
-import types
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from itertools import chain
@@ -18,16 +17,15 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
-from torch.overrides import TorchFunctionMode
 
-from fomaml.errors import InputError
+from fomaml.errors import InputError, in_one_line
+from fomaml.learning.admission import ReadsRefused, calls_refused, check_module
+from fomaml.learning.moving import PLAIN, Move, parts
 from fomaml.learning.weight_norm import written_out
 from fomaml.models import NATIVE_NORMS, BatchNorm
 
 Module = TypeVar("Module", bound=nn.Module)
 NORMS = (*NATIVE_NORMS, BatchNorm)
-PLAIN = frozenset({bool, int, float, complex, str, bytes, type(None)})
 OF_ALL_MODULES = frozenset(vars(nn.Module())) - {
     "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",
 }  # fmt: skip
@@ -63,16 +61,51 @@ class Replicas:
             self.modules += [module for module in criterion.modules() if module not in own]
         self._evaluating = evaluating
         self.index = {id(module): number for number, module in enumerate(self.modules)}
-        named = chain(model.named_parameters(), model.named_buffers())
-        self.names = {id(tensor): name for name, tensor in named}
+        named = dict(chain(model.named_parameters(), model.named_buffers()))
+        self.names = {id(tensor): name for name, tensor in named.items()}
+        for name, buffer in buffers_of(criterion).items():
+            self.names.setdefault(id(buffer), name)
+        prefixes = {id(module): prefix for prefix, module in reversed([*model.named_modules()])}
         self._slots = [
-            tuple(
-                [(key, self.names.get(id(tensor)), tensor) for key, tensor in slot.items()]
-                for slot in (module._parameters, module._buffers)
+            (
+                [(key, self.names.get(id(tensor)), tensor) for key, tensor in module._parameters.items()],
+                [
+                    # one that is None yet may be filled by the forward pass
+                    (key, f"{prefixes[id(module)]}.{key}".lstrip("."), None)
+                    if tensor is None and id(module) in prefixes
+                    else (key, self.names.get(id(tensor)), tensor)
+                    for key, tensor in module._buffers.items()
+                ],
             )
             for module in self.modules
         ]
+        self._scripted = [isinstance(module, torch.jit.ScriptModule) for module in self.modules]
+        self._own = {id(module) for module, scripted in zip(self.modules, self._scripted) if not scripted}
+        self._keys = [
+            set() if scripted else {*module._modules, *module._parameters}
+            for module, scripted in zip(self.modules, self._scripted)
+        ]
+        placed = {name for slots in self._slots for slot in slots for _, name, _ in slot}
+        elsewhere = [name for name in named if name not in placed]
+        if elsewhere:
+            raise InputError(
+                f"the parameter {elsewhere[0]!r} is named by the module, and in none of its submodules: give the "
+                "module that holds it, or make that a submodule"
+            )
+        self._criterion = criterion
+        self._moves_criterion = self.refers(criterion)
         self._attributes = [self._known(vars(module)) for module in self.modules]
+        # what forward writes into them is of one step, as what it sets on self is
+        self._containers = [
+            [
+                (key, value)
+                for key, value in vars(module).items()
+                if key not in OF_ALL_MODULES and type(value) in (dict, list, set, deque, OrderedDict)
+            ]
+            for module in self.modules
+        ]
+        self._hooked = any(vars(module).get("_backward_hooks") for module in self.modules)
+        self.training: bool | None = None  # of all modules, where it is not their own
         self._written_out = [
             (number, found)
             for number, module in enumerate(self.modules if open else ())
@@ -84,27 +117,35 @@ class Replicas:
         """Replicas of all modules, the root's first, that hold these tensors in place of the parameters and buffers of
         their names. Others are the module's own; a tensor that has several names goes by the first.
         """
-        found = [object.__new__(type(module)) for module in self.modules]
-        for replica, module, slots, attributes in zip(found, self.modules, self._slots, self._attributes):
+        found = [
+            module if scripted else object.__new__(type(module))  # which has no tensors, see `check_module`
+            for module, scripted in zip(self.modules, self._scripted)
+        ]
+        rows = zip(found, self.modules, self._slots, self._attributes, self._containers)
+        for replica, module, slots, attributes, containers in rows:
+            if replica is module:
+                continue
             own = replica.__dict__
             own.update(module.__dict__)
             own["_original"] = module
-            if self._evaluating and not isinstance(module, NORMS):
+            if self.training is not None:
+                own["training"] = self.training
+            elif self._evaluating and not isinstance(module, NORMS):
                 own["training"] = False
             own["_parameters"], own["_buffers"] = (
                 {key: tensor if name is None else tensors.get(name, tensor) for key, name, tensor in slot}
                 for slot in slots
             )
-            children = module._modules
-            if children:
-                own["_modules"] = {
-                    key: None if child is None else found[self.index[id(child)]]
-                    for key, child in children.items()
-                }
+            own["_modules"] = {
+                key: None if child is None else found[self.index[id(child)]]
+                for key, child in module._modules.items()
+            }
+            for key, value in containers:
+                own[key] = copy.copy(value)
             # of `Module.compile`, which has the module's tensors built in
             own.pop("_compiled_call_impl", None)
             for key, value in attributes:
-                own[key] = _Move(self, found, tensors)(value)
+                own[key] = Move(self, found, tensors)(value)
         for number, attributes in self._written_out:
             found[number].__dict__.update(attributes)
         return found
@@ -112,12 +153,13 @@ class Replicas:
     @contextmanager
     def holding(
         self, tensors: Mapping[str, Tensor], buffers: MutableMapping[str, Tensor], keep: bool = False
-    ) -> Iterator[Callable]:
+    ) -> Iterator[tuple[Callable, Any]]:
         """The forward pass with these tensors and buffers; within the block the module itself has them too, and all
         that the forward pass has set, for a criterion that looks at the module.
 
         A buffer that the forward pass assigns takes its place in `buffers`. keep: what else it has set on the module,
-        such as a term of the loss, stays there.
+        such as a term of the loss, stays there. The forward pass comes with the criterion, which knows the replica
+        where it knew the module.
         """
         tensors = {**tensors, **buffers}
         replicas = self.make(tensors)
@@ -125,7 +167,10 @@ class Replicas:
         try:
             for module, replica in zip(self.modules, replicas):
                 object.__setattr__(module, "__dict__", replica.__dict__)
-            yield functools.partial(self._run, replicas, buffers, tensors)
+            criterion = self._criterion
+            if self._moves_criterion:
+                criterion = Move(self, replicas, tensors)(criterion)
+            yield functools.partial(self._run, replicas, buffers, tensors), criterion
         finally:
             for module, own, attributes in zip(self.modules, before, self._attributes):
                 after = module.__dict__
@@ -143,27 +188,40 @@ class Replicas:
             for value in vars(module).values():
                 if isinstance(value, Tensor) and value.grad_fn is not None:
                     memo[id(value)] = value.detach().clone()
-        copied = copy.deepcopy(self.modules[0], memo)
+        try:
+            copied = copy.deepcopy(self.modules[0], memo)
+        except (TypeError, RuntimeError) as error:
+            raise InputError(f"the module cannot be copied: {in_one_line(error)}") from error
         modules = list(copied.modules())
         tensors = dict(chain(copied.named_parameters(), copied.named_buffers()))
         for module in modules:
             own = vars(module)
             for key, value in self._known(own):
-                own[key] = _Move(self, modules, tensors)(value)
+                own[key] = Move(self, modules, tensors)(value)
         return copied
 
     def _run(self, replicas, buffers, tensors, *args, **kwargs):
         if self._watched:
             replaced = self._replaced(tensors)
-            with _refusing(self.index), _Reads(replaced):
+            with calls_refused(self._own), ReadsRefused(replaced):
                 found = replicas[0](*args, **kwargs)
             self._watched = not replaced  # once is enough, and takes a part of the time of a small module
+            for keys, replica, scripted in zip(self._keys, replicas, self._scripted):
+                made = set() if scripted else {*replica._modules, *replica._parameters} - keys
+                if made:
+                    raise InputError(
+                        f"forward makes {min(made)!r}, a layer or a parameter, where there was none, so it would be "
+                        "made anew in each step and never learn: run the module once on a batch before"
+                    )
         else:
             found = replicas[0](*args, **kwargs)
         for replica, (_, slots) in zip(replicas, self._slots):
             for key, name, _ in slots:
-                if name is not None and replica._buffers.get(key) is not buffers.get(name) is not None:
-                    buffers[name] = replica._buffers[key].detach()
+                held = replica._buffers.get(key)
+                if name is not None and held is not None and held is not buffers.get(name):
+                    buffers[name] = held.detach()
+        if self._hooked and isinstance(found, Tensor) and found.grad_fn is not None:
+            found.grad_fn.metadata["replicas"] = replicas  # hooks hold the modules they are of weakly
         return found
 
     def _replaced(self, tensors: Mapping[str, Tensor]) -> dict[int, str]:
@@ -196,185 +254,19 @@ class Replicas:
         if id(value) in seen:
             return False
         seen.add(id(value))
-        parts = _parts(value)
-        if len(parts) > 100 and set(map(type, parts)) <= PLAIN:
+        held = parts(value)
+        if len(held) > 100 and set(map(type, held)) <= PLAIN:
             return False
-        return any(type(part) not in PLAIN and self.refers(part, seen) for part in parts)
+        return any(type(part) not in PLAIN and self.refers(part, seen) for part in held)
 
 
-class _Move:
-    """Gives what refers to the tree of some replicas with other modules and tensors in its place.
-
-    modules: in the order of those of the replicas. tensors: by name.
-    """
-
-    def __init__(self, replicas: Replicas, modules: list[nn.Module], tensors: Mapping[str, Tensor]):
-        self._replicas, self._modules, self._tensors = replicas, modules, tensors
-        self._done: dict[int, Any] = {}  # what refers to itself, as a function that calls itself does
-
-    def __call__(self, value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return self._tensors.get(self._replicas.names.get(id(value), ""), value)
-        if isinstance(value, nn.Module):
-            number = self._replicas.index.get(id(value), len(self._modules))
-            return self._modules[number] if number < len(self._modules) else value
-        if id(value) in self._done:
-            return self._done[id(value)]
-        if not self._replicas.refers(value):
-            return value
-        if isinstance(value, types.MethodType):
-            return types.MethodType(value.__func__, self(value.__self__))
-        if isinstance(value, functools.partial):
-            keywords = {key: self(part) for key, part in value.keywords.items()}
-            return functools.partial(self(value.func), *map(self, value.args), **keywords)
-        if isinstance(value, types.FunctionType):
-            return self._function(value)
-        if isinstance(value, tuple):
-            moved = map(self, value)
-            return type(value)(*moved) if hasattr(value, "_fields") else type(value)(moved)
-        self._done[id(value)] = found = copy.copy(value)
-        found.clear()
-        if isinstance(value, dict):
-            found.update((self(key), self(part)) for key, part in value.items())
-        else:
-            (found.update if isinstance(value, set) else found.extend)(map(self, value))
-        return found
-
-    def _function(self, function: types.FunctionType) -> types.FunctionType:
-        """A function whose variables from outside and defaults are moved."""
-        cells = tuple(types.CellType() for _ in function.__closure__ or ())
-        found = types.FunctionType(
-            function.__code__, function.__globals__, function.__name__, closure=cells or None
-        )
-        self._done[id(function)] = found
-        for cell, own in zip(cells, function.__closure__ or ()):
-            if _filled(own):
-                cell.cell_contents = self(own.cell_contents)
-        found.__defaults__ = function.__defaults__ and tuple(map(self, function.__defaults__))
-        found.__kwdefaults__ = function.__kwdefaults__ and {
-            key: self(part) for key, part in function.__kwdefaults__.items()
-        }
-        found.__dict__.update(function.__dict__)
-        return found
+def buffers_of(criterion: Any) -> dict[str, Tensor]:
+    """The buffers of a criterion that is a module, each task's own as the model's are."""
+    if not isinstance(criterion, nn.Module):
+        return {}
+    return {f"criterion/{name}": buffer for name, buffer in criterion.named_buffers()}
 
 
 def original(module: Module) -> Module:
     """The module that this is a replica of, or itself."""
     return vars(module).get("_original", module)
-
-
-def _parts(value: Any) -> list:
-    """What a container, a function or a bound method holds."""
-    if isinstance(value, types.MethodType):
-        return [value.__self__]
-    if isinstance(value, functools.partial):
-        return [value.func, *value.args, *value.keywords.values()]
-    if isinstance(value, types.FunctionType):
-        cells = [cell.cell_contents for cell in value.__closure__ or () if _filled(cell)]
-        return [*cells, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
-    if isinstance(value, dict):
-        return [*value, *value.values()]
-    return list(value) if isinstance(value, list | tuple | set | deque) else []
-
-
-def _filled(cell: types.CellType) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018 - a variable that was not assigned yet raises
-    except ValueError:
-        return False
-    return True
-
-
-@contextmanager
-def _refusing(index: Mapping[int, int]) -> Iterator[None]:
-    """Within it a forward pass that calls a module of the tree itself, and not its replica, is an `InputError`."""
-
-    def refuse(module, args):
-        if id(module) in index:
-            raise InputError(
-                f"the module calls its {type(module).__name__} by a reference that no copy of it follows, such as a "
-                "global variable or an object of your own: call it as an attribute of self"
-            )
-
-    handle = register_module_forward_pre_hook(refuse)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-class _Reads(TorchFunctionMode):
-    """Within it a forward pass that computes with a parameter of the module itself, and not with the tensor in its
-    place, is an `InputError`.
-
-    names: of these parameters, by their ids.
-    """
-
-    def __init__(self, names: Mapping[int, str]):
-        super().__init__()
-        self._names = names
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        found = function(*args, **(kwargs or {}))
-        if isinstance(found, Tensor) and found.requires_grad:
-            for given in (*args, *(kwargs or {}).values()):
-                for each in given if isinstance(given, list | tuple) else (given,):
-                    if id(each) in self._names:
-                        raise InputError(
-                            f"the module reads its parameter {self._names[id(each)]!r} by a reference that no copy of "
-                            "it follows, such as a global variable or an object of your own: read it as an attribute "
-                            "of self"
-                        )
-        return found
-
-
-# --- what no replica can be made of ---------------------------------------------------------------
-
-
-def check_module(model: nn.Module) -> None:
-    """Raise `InputError` for a module whose tensors cannot be replaced: a wrapper that keeps others of its own, such as
-    `nn.parallel.DistributedDataParallel`, a compiled or a scripted module, a lazy one that has no shape yet, and one
-    with a hook on the gradient of a parameter, which the gradients of replicas do not pass.
-    """
-    if not isinstance(model, nn.Module):
-        raise InputError(f"the model is an nn.Module, got a {type(model).__name__}")
-    for name, module in model.named_modules():
-        cure = _wrapper(module)
-        if cure:
-            what = f"the module {name!r}" if name else "the model"
-            raise InputError(
-                f"{what}, {type(module).__name__}, keeps its parameters from being replaced: {cure}"
-            )
-    for name, parameter in model.named_parameters():
-        if isinstance(parameter, nn.parameter.UninitializedParameter):
-            raise InputError(
-                f"the lazy parameter {name!r} has no shape yet: run the module once on a batch before"
-            )
-        if parameter.is_inference():
-            raise InputError(
-                f"the parameter {name!r} was made in inference mode: make the module outside of it"
-            )
-        if type(parameter).__module__.startswith("torch.distributed"):
-            raise InputError(
-                f"the parameter {name!r} is spread over processes: give the module as it was before"
-            )
-        if parameter.requires_grad and getattr(parameter, "_backward_hooks", None):
-            raise InputError(
-                f"a hook on the gradient of the parameter {name!r}: gradients here are of a task's own copy of it, "
-                "where the hook does not run; mask the parameter in forward instead (torch.nn.utils.parametrize)"
-            )
-
-
-def _wrapper(module: nn.Module) -> str:
-    """What to give in place of a module that keeps its parameters to itself; "" for any other."""
-    origin = type(module).__module__
-    if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        return "give the module that it wraps, its .module"
-    if origin.startswith("torch.distributed"):
-        return "give the module that it wraps"
-    if origin.startswith("torch._dynamo"):
-        return "give the module that was compiled, its ._orig_mod, and compile=True where you train it"
-    scripted = isinstance(module, torch.jit.ScriptModule)
-    if scripted and any(True for _ in chain(module.parameters(), module.buffers())):
-        return "give the module that it was made of"
-    return ""

@@ -1,0 +1,106 @@
+"""Which modules no replica can be made of, by what they are and by what their forward pass does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Set
+from contextlib import contextmanager
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
+
+from fomaml.errors import InputError
+
+
+def check_module(model: nn.Module) -> None:
+    """Raise `InputError` for a module whose tensors cannot be replaced: a wrapper that keeps others of its own, such as
+    `nn.parallel.DistributedDataParallel`, a compiled or a scripted module, a lazy one that has no shape yet, and one
+    with a hook on the gradient of a parameter, which the gradients of replicas do not pass.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"the model is an nn.Module, got a {type(model).__name__}")
+    for name, module in model.named_modules():
+        cure = _wrapper(module)
+        if cure:
+            what = f"the module {name!r}" if name else "the model"
+            raise InputError(
+                f"{what}, {type(module).__name__}, keeps its parameters from being replaced: {cure}"
+            )
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise InputError(
+                f"the lazy parameter {name!r} has no shape yet: run the module once on a batch before"
+            )
+        if parameter.is_inference():
+            raise InputError(
+                f"the parameter {name!r} was made in inference mode: make the module outside of it"
+            )
+        if type(parameter).__module__.startswith("torch.distributed"):
+            raise InputError(
+                f"the parameter {name!r} is spread over processes: give the module as it was before"
+            )
+        if parameter.requires_grad and getattr(parameter, "_backward_hooks", None):
+            raise InputError(
+                f"a hook on the gradient of the parameter {name!r}: gradients here are of a task's own copy of it, "
+                "where the hook does not run; mask the parameter in forward instead (torch.nn.utils.parametrize)"
+            )
+
+
+def _wrapper(module: nn.Module) -> str:
+    """What to give in place of a module that keeps its parameters to itself; "" for any other."""
+    origin = type(module).__module__
+    if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        return "give the module that it wraps, its .module"
+    if origin.startswith("torch.distributed"):
+        return "give the module that it wraps"
+    if origin.startswith("torch._dynamo"):
+        return "give the module that was compiled, its ._orig_mod, and compile=True where you train it"
+    scripted = isinstance(module, torch.jit.ScriptModule)
+    if scripted and any(True for _ in chain(module.parameters(), module.buffers())):
+        return "give the module that it was made of"
+    return ""
+
+
+@contextmanager
+def calls_refused(index: Set[int]) -> Iterator[None]:
+    """Within it a forward pass that calls a module of the tree itself, and not its replica, is an `InputError`."""
+
+    def refuse(module, args):
+        if id(module) in index:
+            raise InputError(
+                f"the module calls its {type(module).__name__} by a reference that no copy of it follows, such as a "
+                "global variable or an object of your own: call it as an attribute of self"
+            )
+
+    handle = register_module_forward_pre_hook(refuse)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+class ReadsRefused(TorchFunctionMode):
+    """Within it a forward pass that computes with a parameter of the module itself, and not with the tensor in its
+    place, is an `InputError`.
+
+    names: of these parameters, by their ids.
+    """
+
+    def __init__(self, names: Mapping[int, str]):
+        super().__init__()
+        self._names = names
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        if isinstance(found, Tensor) and found.requires_grad:
+            for given in (*args, *(kwargs or {}).values()):
+                for each in given if isinstance(given, list | tuple) else (given,):
+                    if id(each) in self._names:
+                        raise InputError(
+                            f"the module reads its parameter {self._names[id(each)]!r} by a reference that no copy of "
+                            "it follows, such as a global variable or an object of your own: read it as an attribute "
+                            "of self"
+                        )
+        return found
