@@ -64,9 +64,11 @@ class Found(NamedTuple):
     query_outputs: Tensor
 
 
-def differentiate(learner: MetaLearner, problem: Problem) -> Found:
-    """What one problem contributes: the gradients summed over its tasks. The mean is taken at the end: a backward pass
-    that is not linear, such as one that clips, sees the gradient that a task has alone.
+def differentiate(learner: MetaLearner, problem: Problem, tasks: int = 1) -> Found:
+    """What one problem contributes: the gradients summed over its tasks, and divided by a number.
+
+    tasks: the number, which is in the graph of what is compiled, where it costs nothing. Else the mean is taken at the
+        end: a backward pass that is not linear, such as one that clips, sees the gradient that a task has alone.
     """
     parameters = learner.meta_parameters()
     for name, parameter in parameters.items():
@@ -76,7 +78,10 @@ def differentiate(learner: MetaLearner, problem: Problem) -> Found:
             )
     outcome = learner.objective(problem)
     gradients = torch.autograd.grad(
-        outcome.scalar, list(parameters.values()), allow_unused=True, materialize_grads=True
+        outcome.scalar / tasks if tasks > 1 else outcome.scalar,
+        list(parameters.values()),
+        allow_unused=True,
+        materialize_grads=True,
     )
     _, losses, outputs, support_losses = outcome
     if problem.stacked:
@@ -85,20 +90,35 @@ def differentiate(learner: MetaLearner, problem: Problem) -> Found:
 
 
 def accumulate(names: Sequence[str], found: Iterable[Found], engine: str, tasks: int) -> MetaGradient:
-    """Put the chunks of a meta-batch together, one in memory at a time. names: of the gradients. tasks: what the sums
-    are divided by.
+    """Put the chunks of a meta-batch together, one in memory at a time.
+
+    names: of the gradients. tasks: what the sums are divided by; 1 where they are means already.
     """
     found = iter(found)
     gradients, *seen = next(found)
     rest = []
     for chunk in found:
-        # not in place, for the same reason as below
+        # not in place: autograd may hand two parameters the same tensor
         gradients = _torch.add(gradients, chunk.gradients)
         rest.append(chunk[1:])
     losses, support_losses, outputs = map(torch.cat, zip(seen, *rest)) if rest else seen
-    # new tensors: autograd may hand two parameters one, and whoever scales both would scale it twice
-    means = _torch.divide(gradients, tasks)
-    return MetaGradient(dict(zip(names, means)), losses, support_losses, outputs, engine)
+    gradients = _torch.divide(gradients, tasks) if tasks > 1 else _apart(gradients)
+    return MetaGradient(dict(zip(names, gradients)), losses, support_losses, outputs, engine)
+
+
+def _apart(gradients: Sequence[Tensor]) -> list[Tensor]:
+    """Each in memory of its own: autograd may hand two parameters one tensor, and whoever scales both would scale it
+    twice.
+    """
+    known: set[int] = set()
+    found = []
+    for gradient in gradients:
+        place = 0 if gradient.is_sparse else gradient.data_ptr()
+        if place and (place in known or (not gradient.is_contiguous() and 0 in gradient.stride())):
+            gradient = gradient.clone(memory_format=torch.contiguous_format)
+        known.add(place)
+        found.append(gradient)
+    return found
 
 
 def by_ways(learner: MetaLearner, tasks: Task) -> list[tuple[list[int], Task, int | None]]:

@@ -172,6 +172,8 @@ class Plan:
 
     def __call__(self, tasks: Task) -> MetaGradient:
         """The gradient of the meta-loss, averaged over a batch of tasks; see `meta_gradient`."""
+        if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+            return self._compute(tasks)
         with ordinary_modes():
             return self._compute(tasks)
 
@@ -208,10 +210,11 @@ class Plan:
         learner, tasks = self.learner, self._looked_at(tasks)
         groups: list[list[int]] = []
         parts: list[MetaGradient] = []
+        total = count(tasks)
         for rows, group, ways in by_ways(learner, tasks):
             groups.append(rows)
             number = len(rows)
-            find = partial(self._find, ways, self.engine)
+            find = partial(self._find, ways=ways, engine=self.engine)
             while len(parts) < len(groups):
                 size = most = min(self.tasks_at_once, number)
                 try:
@@ -219,19 +222,19 @@ class Plan:
                     if self.compile:
                         from fomaml.engines.compiled import cache
 
-                        size = next(
-                            n for n in range(most, 0, -1) if number % n == 0
-                        )  # one shape, compiled once
-                        alone = partial(self._find, ways, "loop") if self.choice.stacks else None
+                        # one shape, compiled once
+                        size = next(n for n in range(most, 0, -1) if number % n == 0)
+                        mean = partial(find, tasks=total)
+                        alone = partial(mean, engine="loop") if self.choice.stacks else None
                         side_by_side = size < number and size * torch.get_num_threads() <= number
-                        facts = (self.engine, ways, self.autocast)
+                        facts = (self.engine, ways, self.autocast, total)
                         rest = chunks(group, size)
-                        function = cache.function(learner, next(rest), find, facts, alone, side_by_side, rest)
+                        function = cache.function(learner, next(rest), mean, facts, alone, side_by_side, rest)
                     if function is None:
                         names, found = list(learner.meta_parameters()), map(find, chunks(group, size))
                     else:
                         names, found = function.names, function.map(chunks(group, size))
-                    parts.append(accumulate(names, found, self.engine, count(tasks)))
+                    parts.append(accumulate(names, found, self.engine, total if function is None else 1))
                 except Exception as error:  # whatever a module raises
                     self._halve(most, error, group)
         return joined(groups, parts)
@@ -239,7 +242,7 @@ class Plan:
     def _looked_at(self, tasks: Task) -> Task:
         """A batch of tasks, see `as_batch`; tensors like those of the call before are not looked at again."""
         if type(tasks) is Task and all(type(tensor) is Tensor for part in tasks for tensor in part):
-            like = [(tensor.shape, tensor.dtype, tensor.is_inference()) for part in tasks for tensor in part]
+            like = [(t.shape, t.dtype, t.is_inference()) for part in tasks for t in part]
             if like == self._like:
                 return tasks
             found = as_batch(tasks, self.learner.model)
@@ -248,11 +251,11 @@ class Plan:
             return found
         return as_batch(tasks, self.learner.model)
 
-    def _find(self, ways: int | None, engine: str, chunk: Task) -> Found:
-        """What a chunk contributes to a meta-gradient, by an engine."""
+    def _find(self, chunk: Task, ways: int | None, engine: str, tasks: int = 1) -> Found:
+        """What a chunk contributes to a meta-gradient, by an engine. tasks: see `differentiate`."""
         device = chunk.support.inputs.device.type
         with torch.autocast(device, self.autocast) if self.autocast is not None else nullcontext():
-            return differentiate(self.learner, ENGINES[engine](self.learner, chunk, ways=ways))
+            return differentiate(self.learner, ENGINES[engine](self.learner, chunk, ways=ways), tasks)
 
     def _halve(self, size: int, error: Exception, tasks: Task) -> None:
         """Half as many tasks at once from now on, if that may mend the error of so many; else raise it."""
