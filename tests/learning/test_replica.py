@@ -89,7 +89,7 @@ def test_what_runs_again_computes_with_the_tasks_tensors(build, way, first_order
 def test_what_runs_again_is_seen_by_this_test(monkeypatch):
     """With the parameters swapped while forward runs, and no longer, the gradient is wrong."""
 
-    def swap(self, replicas, buffers, tensors, *args):
+    def swap(self, replicas, tensors, *args):
         return self.modules[0](*args)
 
     monkeypatch.setattr(Replicas, "_run", swap)

@@ -169,6 +169,15 @@ def checked_criterion(given: Any) -> Criterion:
     return given
 
 
+def module_of(criterion: Any) -> nn.Module | None:
+    """The module that a criterion is, or is a method of, also within `functools.partial`; None if there is none."""
+    while isinstance(criterion, functools.partial):
+        criterion = criterion.func
+    if isinstance(criterion, types.MethodType):
+        criterion = criterion.__self__
+    return criterion if isinstance(criterion, nn.Module) else None
+
+
 def checked_optimizer(given: InnerOptimizer) -> InnerOptimizer:
     """The inner optimiser.
 

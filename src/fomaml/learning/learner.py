@@ -27,6 +27,7 @@ from fomaml.learning.contracts import (
     checked_criterion,
     checked_objective,
     checked_optimizer,
+    module_of,
 )
 from fomaml.learning.moments import SecondMoments
 from fomaml.learning.objectives import QueryLoss
@@ -152,9 +153,10 @@ class MetaLearner(nn.Module):
         """
         own = dict(self.model.named_parameters())
         learned = {f"inner_lr.{name}": rate for name, rate in self.inner_lr.learned().items()}
-        if isinstance(self.criterion, nn.Module):
+        criterion = module_of(self.criterion)
+        if criterion is not None:
             known = set(map(id, own.values()))
-            for name, parameter in self.criterion.named_parameters():
+            for name, parameter in criterion.named_parameters():
                 if parameter.requires_grad and id(parameter) not in known:
                     learned[f"criterion.{name}"] = parameter
         return {name: own[name] for name in self.meta_learned} | learned

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fomaml.errors import InputError, in_one_line
 from fomaml.learning.admission import ReadsRefused, calls_refused, check_module
+from fomaml.learning.contracts import module_of
 from fomaml.learning.moving import PLAIN, Move, parts
 from fomaml.learning.weight_norm import written_out
 from fomaml.models import NATIVE_NORMS, BatchNorm
@@ -57,8 +58,9 @@ class Replicas:
         check_module(model)
         self.modules = list(model.modules())
         own = set(self.modules)
-        if isinstance(criterion, nn.Module):
-            self.modules += [module for module in criterion.modules() if module not in own]
+        of_criterion = module_of(criterion)
+        if of_criterion is not None:
+            self.modules += [module for module in of_criterion.modules() if module not in own]
         self._evaluating = evaluating
         self.index = {id(module): number for number, module in enumerate(self.modules)}
         named = dict(chain(model.named_parameters(), model.named_buffers()))
@@ -170,7 +172,12 @@ class Replicas:
             criterion = self._criterion
             if self._moves_criterion:
                 criterion = Move(self, replicas, tensors)(criterion)
-            yield functools.partial(self._run, replicas, buffers, tensors), criterion
+            yield functools.partial(self._run, replicas, tensors), criterion
+            for replica, (_, slots) in zip(replicas, self._slots):
+                for key, name, _ in slots:
+                    held = replica._buffers.get(key)
+                    if name is not None and held is not None and held is not buffers.get(name):
+                        buffers[name] = held.detach()
         finally:
             for module, own, attributes in zip(self.modules, before, self._attributes):
                 after = module.__dict__
@@ -200,7 +207,7 @@ class Replicas:
                 own[key] = Move(self, modules, tensors)(value)
         return copied
 
-    def _run(self, replicas, buffers, tensors, *args, **kwargs):
+    def _run(self, replicas, tensors, *args, **kwargs):
         if self._watched:
             replaced = self._replaced(tensors)
             with calls_refused(self._own), ReadsRefused(replaced):
@@ -215,11 +222,6 @@ class Replicas:
                     )
         else:
             found = replicas[0](*args, **kwargs)
-        for replica, (_, slots) in zip(replicas, self._slots):
-            for key, name, _ in slots:
-                held = replica._buffers.get(key)
-                if name is not None and held is not None and held is not buffers.get(name):
-                    buffers[name] = held.detach()
         if self._hooked and isinstance(found, Tensor) and found.grad_fn is not None:
             found.grad_fn.metadata["replicas"] = replicas  # hooks hold the modules they are of weakly
         return found
@@ -262,9 +264,10 @@ class Replicas:
 
 def buffers_of(criterion: Any) -> dict[str, Tensor]:
     """The buffers of a criterion that is a module, each task's own as the model's are."""
-    if not isinstance(criterion, nn.Module):
+    module = module_of(criterion)
+    if module is None:
         return {}
-    return {f"criterion/{name}": buffer for name, buffer in criterion.named_buffers()}
+    return {f"criterion/{name}": buffer for name, buffer in module.named_buffers()}
 
 
 def original(module: Module) -> Module:
