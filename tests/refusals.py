@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -18,12 +17,53 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from fomaml import FOMAML, ClassSource, Examples, FastModel, Task, evaluate, meta_gradient, train
+from fomaml import FOMAML, ClassSource, FastModel, evaluate
 from fomaml.baselines import nearest_centroid
-from fomaml.checkpoint import save_weights
 from fomaml.errors import InputError
 from fomaml.metrics import Metric
 from fomaml.train import linear
+from situations import (
+    Carried,
+    Delegating,
+    Detached,
+    Elsewhere,
+    Few,
+    Given,
+    Late,
+    PerTensor,
+    Reentrant,
+    Tuple,
+    astray,
+    batches_of_numbers,
+    beyond,
+    classifier,
+    cosine_of_torch,
+    dataset,
+    emptied,
+    evaluated,
+    frozen_later,
+    gradient,
+    hooked,
+    labelled,
+    lbfgs,
+    loader,
+    not_iterated,
+    numbers,
+    one_task,
+    others,
+    partly,
+    relabelled,
+    replaced,
+    spoiled,
+    spoiled_model,
+    sums,
+    tasks,
+    thawed,
+    to_a_folder,
+    trained,
+    unlike,
+    unmoved,
+)
 
 KINDS = {
     1: "Modules whose tensors cannot be replaced",
@@ -43,202 +83,6 @@ class Row(NamedTuple):
     level: str = "error"
 
 
-def classifier(outputs=4):
-    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, outputs))
-
-
-def tasks(number=2, examples=8, dtype=torch.float32):
-    torch.manual_seed(0)
-    labels = (torch.arange(examples) % 4).expand(number, -1)
-    return Task(*(Examples(torch.randn(number, examples, 6).to(dtype), labels) for _ in range(2)))
-
-
-def numbers(shape):
-    torch.manual_seed(0)
-    return Task(*(Examples(torch.randn(2, 8, 6), torch.randn(2, *shape)) for _ in range(2)))
-
-
-def gradient(model=None, given=None, engine="auto", **choices):
-    given = tasks() if given is None else given
-    return meta_gradient(FOMAML(model or classifier(), 0.1, 2, **choices), given, engine=engine)
-
-
-def evaluated(model=None, given=None, metric=None, balanced=False, **choices):
-    learner = FOMAML(model or classifier(), 0.1, 2, **choices)
-    return evaluate(learner, Given(given), tasks=2, at_steps=[2], metric=metric, balanced=balanced)
-
-
-def relabelled(label, everywhere=False):
-    """Tasks whose last query label, or all of them, is another."""
-    given = tasks()
-    targets = given.query.targets.clone()
-    targets[:, slice(None) if everywhere else -1] = label
-    return given._replace(query=Examples(given.query.inputs, targets))
-
-
-def labelled(form):
-    """Tasks whose labels have another form."""
-    return Task(*(Examples(inputs, form(targets)) for inputs, targets in tasks()))
-
-
-class Given:
-    """Episodes of given tasks."""
-
-    def __init__(self, given=None):
-        self.given = given or tasks(8)
-
-    def batch(self, start, number):
-        return self.given.map(lambda tensor: tensor[torch.arange(start, start + number) % len(tensor)])
-
-
-def trained(learner=None, episodes=None, optimizer=None, iterations=2, **options):
-    learner = learner or FOMAML(classifier(), 0.1, 2)
-    episodes = Given() if episodes is None else episodes
-    optimizer = optimizer or torch.optim.SGD(learner.parameters(), lr=0.1)
-    records = train(learner, episodes, optimizer, iterations=iterations, meta_batch_size=2, **options)
-    return [record.iteration for record in records]
-
-
-def hooked():
-    model = classifier()
-    model[0].weight.register_hook(lambda slope: slope / 2)
-    return model
-
-
-class Elsewhere(nn.Module):
-    """Calls its layer, or reads its parameters, by an object of its own."""
-
-    class Box:
-        pass
-
-    def __init__(self, read=False):
-        super().__init__()
-        self.layer, self.box, self.read = nn.Linear(6, 4), self.Box(), read
-        self.box.layer, self.box.weight = self.layer, self.layer.weight
-
-    def forward(self, inputs):
-        return F.linear(inputs, self.box.weight) if self.read else self.box.layer(inputs)
-
-
-class Tuple(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.body = classifier()
-
-    def forward(self, inputs):
-        return self.body(inputs), inputs
-
-
-class PerTensor:
-    """An inner optimiser that looks at a whole tensor."""
-
-    second_order, carried = True, False
-
-    def direction(self, slope, parameter, state, step):
-        return slope / slope.norm()
-
-
-class Carried(PerTensor):
-    carried, elementwise = True, False
-
-
-def thawed():
-    model = classifier()
-    model[0].weight.requires_grad_(False)
-    learner = FOMAML(model, 0.1, 2)
-    model[0].weight.requires_grad_(True)
-    return meta_gradient(learner, tasks())
-
-
-def frozen_later():
-    learner = FOMAML(classifier(), 0.1, 2)
-    learner.model[0].weight.requires_grad_(False)
-    return meta_gradient(learner, tasks())
-
-
-def replaced():
-    learner = FOMAML(classifier(), 0.1, 2)
-    learner.model[2] = nn.Sequential(nn.Linear(8, 4))
-    return meta_gradient(learner, tasks())
-
-
-def others():
-    return trained(optimizer=torch.optim.SGD(classifier().parameters(), lr=0.1))
-
-
-def partly():
-    learner = FOMAML(classifier(), 0.1, 2, learn_rates="elementwise")
-    return trained(learner, optimizer=torch.optim.SGD(learner.model.parameters(), lr=0.1))
-
-
-def unmoved():
-    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))
-    return FOMAML(model.eval(), 0.1, 2)
-
-
-def spoiled_model():
-    model = classifier()
-    nn.init.constant_(model[0].bias, float("inf"))
-    return model
-
-
-def cosine_of_torch():
-    optimizer = torch.optim.SGD(classifier().parameters(), lr=0.1)
-    return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
-
-
-class Few(Given):
-    def batch(self, start, number):
-        return super().batch(start, 1)
-
-
-def spoiled(number=float("nan")):
-    given = tasks(8)
-    given.query.inputs[2, 0] = number
-    return Given(given)
-
-
-def not_iterated():
-    learner = FOMAML(classifier(), 0.1, 2)
-    train(learner, Given(), torch.optim.SGD(learner.parameters(), lr=0.1), iterations=1, meta_batch_size=2)
-
-
-def lbfgs():
-    learner = FOMAML(classifier(), 0.1, 2)
-    return trained(learner, optimizer=torch.optim.LBFGS(learner.parameters()))
-
-
-def loader():
-    given = tasks(8)
-    return DataLoader([given.map(lambda tensor, i=index: tensor[i]) for index in range(8)], batch_size=2)
-
-
-def one_task():
-    return tasks().map(lambda tensor: tensor[0])
-
-
-def emptied(part):
-    given = tasks()
-    return given._replace(**{part: Examples(*(tensor[:, :0] for tensor in getattr(given, part)))})
-
-
-def unlike():
-    given = tasks()
-    return given._replace(query=Examples(given.query.inputs, given.query.targets[:, :5]))
-
-
-def dataset(last):
-    return ClassSource.from_dataset([(torch.zeros(6), 0), (torch.ones(6), 1), last])
-
-
-def to_a_folder():
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            save_weights(Path(folder), classifier())
-        except InputError as error:
-            raise InputError(str(error).replace(folder, "runs")) from error
-
-
 ROWS = [
     Row(1, "an `nn.DataParallel` or `DistributedDataParallel`", lambda: gradient(nn.DataParallel(classifier()))),
     Row(1, "a `torch.compile`d module", lambda: gradient(torch.compile(classifier()))),
@@ -247,6 +91,10 @@ ROWS = [
     Row(1, "a hook on the gradient of a parameter", lambda: gradient(hooked())),
     Row(1, "a layer that is called by an object of one's own", lambda: gradient(Elsewhere(), engine="loop")),
     Row(1, "a parameter that is read from an object of one's own", lambda: gradient(Elsewhere(True), engine="loop")),
+    Row(1, "a hook of the backward pass, under vmap", lambda: gradient(hooked("layer"), engine="batched")),
+    Row(1, "a layer that forward makes", lambda: gradient(Late())),
+    Row(1, "parameters that are named, and in no submodule", lambda: gradient(Delegating())),
+    Row(1, "`torch.utils.checkpoint` that is reentrant", lambda: gradient(Reentrant(), engine="loop")),
     Row(1, "the same with `FastModel`", lambda: FastModel(Elsewhere())(torch.ones(1, 6))),
     Row(2, "an inner optimiser that does not say whether it is elementwise", lambda: gradient(optimizer=PerTensor())),
     Row(2, "one whose state outlives a task, and that is not elementwise", lambda: gradient(optimizer=Carried())),
@@ -274,6 +122,12 @@ ROWS = [
     Row(4, "a parameter that was frozen after the learner was made", frozen_later),
     Row(4, "a layer that was replaced after the learner was made", replaced),
     Row(4, "an optimiser of another module's parameters", others),
+    Row(4, "an optimiser of tensors that are none of the learner's", beyond, "warning"),
+    Row(4, "outputs that depend on no parameter", lambda: gradient(Detached(), engine="loop")),
+    Row(4, "a step of `FastModel` on a loss of the model itself", astray),
+    Row(4, "an adaptation that diverges", lambda: FOMAML(classifier(), 1e39, 3).adapt(one_task().support)),
+    Row(4, "outputs that are no numbers, in `evaluate`", lambda: evaluated(spoiled_model()), "warning"),
+    Row(4, "the same, of data that are not finite", lambda: evaluate(FOMAML(classifier(), 0.1, 1), spoiled(), tasks=4)),
     Row(4, "an optimiser that does not hold all meta-parameters", partly, "warning"),
     Row(4, "in training, native batch norm in evaluation mode as it was made", lambda: trained(unmoved()), "warning"),
     Row(4, "the same in `evaluate`", lambda: evaluate(unmoved(), Given(), tasks=2, at_steps=[0]), "warning"),
@@ -298,6 +152,7 @@ ROWS = [
     Row(5, "something that is no task", lambda: gradient(given=torch.ones(3))),
     Row(5, "a `DataLoader` in `evaluate`", lambda: evaluate(FOMAML(classifier(), 0.1, 1), loader(), tasks=2)),
     Row(5, "an iterable that training goes on with", lambda: trained(episodes=loader(), start=1)),
+    Row(5, "an iterable of what may be batches", lambda: trained(sums(), [batches_of_numbers()] * 4), "warning"),
     Row(5, "an iterator that ends", lambda: trained(episodes=iter([one_task()]))),
     Row(5, "an iterable without tasks", lambda: trained(episodes=[])),
     Row(5, "no tasks at all", lambda: trained(episodes=3)),

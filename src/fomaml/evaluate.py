@@ -106,14 +106,14 @@ def evaluate_at(
         check_labels(learner, batch)
         plan = plan or make_plan(learner, batch, engine=engine)
         found = plan.curve(batch, points)
-        if not spoiled:
-            spoiled = any(losses.isnan().any() or outputs.isnan().any() for losses, outputs in found)
-            if spoiled:
-                check_finite_tasks(batch)
-                text = "outputs or losses of some tasks are no numbers, and count as wrong: try a smaller inner_lr"
-                warnings.warn(text, RuntimeWarning, stacklevel=2)
         for part, (losses, outputs) in zip(parts, found):
             own = judged(episodes, score, outputs, batch.query.targets, losses, balanced)
+            # a score that is no number speaks for itself
+            if not spoiled and own.isfinite().all() and (losses.isnan().any() or outputs.isnan().any()):
+                spoiled = True
+                check_finite_tasks(batch)
+                text = "outputs or losses of some tasks are no numbers, and count as wrong: try a smaller inner_lr"
+                warnings.warn(text, RuntimeWarning, stacklevel=3)
             part.append(own.double().cpu())
     return dict(zip(points, map(torch.cat, parts)))
 

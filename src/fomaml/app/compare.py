@@ -217,7 +217,9 @@ class Memory:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 1e6
         after = high_water()
-        return None if after is None or self.before is None else (after - self.before) / 1e6
+        if after is None or self.before is None:
+            return None
+        return max(0, after - self.before) / 1e6  # the system counts it to some pages
 
 
 def high_water() -> int | None:

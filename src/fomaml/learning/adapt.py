@@ -165,18 +165,22 @@ def inner_loop(
 
 
 def _gradients(loss: Tensor, values: list[Tensor], create_graph: bool) -> tuple[Tensor | None, ...]:
-    if not loss.requires_grad:
-        raise InputError(
-            "the loss depends on no parameter that adapts: no detach, torch.no_grad or rounding on the way to it"
-        )
     try:
-        return torch.autograd.grad(loss, values, create_graph=create_graph, allow_unused=True)
+        found: tuple[Tensor | None, ...] = (None,)
+        if loss.requires_grad:
+            found = torch.autograd.grad(loss, values, create_graph=create_graph, allow_unused=True)
     except RuntimeError as error:
         if "use_reentrant" not in str(error):
             raise
         raise InputError(
             "torch.utils.checkpoint(…, use_reentrant=True) gives no gradient of chosen tensors: use_reentrant=False"
         ) from error
+    if all(gradient is None for gradient in found):
+        raise InputError(
+            "the loss depends on no parameter that adapts: nothing detached, rounded, under torch.no_grad or in "
+            "torch.utils.checkpoint(…, use_reentrant=True) on the way to it; in FastModel, computed with that object"
+        )
+    return found
 
 
 def _task_by_task(
@@ -228,10 +232,6 @@ class FastModel(nn.Module):
         if unknown:
             raise InputError(f"no parameter {unknown[0]!r} to adapt; there are: {', '.join(self.weights)}")
         gradients = _gradients(loss, [self.weights[name] for name in rates], not self.first_order)
-        if all(gradient is None for gradient in gradients):
-            raise InputError(
-                "the loss depends on no fast weight: compute it with this object, not with the model"
-            )
         for (name, rate), gradient in zip(rates.items(), gradients):
             if gradient is not None:
                 self.weights[name] = self.weights[name] - rate * gradient
