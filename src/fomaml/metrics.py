@@ -206,7 +206,7 @@ def metric_for(criterion: Any, asked: Asked = None) -> Metric:
         return asked if ignored == IGNORED else asked._replace(score=_accuracy_without(ignored))
     if isinstance(asked, Metric):
         return _checked(asked)
-    if not callable(asked):
+    if isinstance(asked, type) or not callable(asked):
         raise InputError(
             f"a metric is a name, a Metric or a function of outputs and targets, got {_kind(asked)}"
         )
