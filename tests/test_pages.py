@@ -83,6 +83,7 @@ def test_the_readme_runs_and_prints_what_it_shows(shell):
     assert adapted(task.query.inputs).argmax(1).shape == task.query.targets.shape
 
 
+@pytest.mark.long  # the page runs in `test_a_page_runs` as well, but for the figures
 def test_the_two_loops_print_what_their_page_shows(shell):
     [shown] = blocks(read("docs/two-loops.md"), "")
     command = [sys.executable, str(ROOT / "examples" / "two_loops.py")]

@@ -72,7 +72,12 @@ CASES = [
 @pytest.mark.parametrize(
     ("module", "algorithm", "engine"),
     [(*case, "loop") for case in CASES]
-    + [(*case, "batched") for case in CASES if case[1] == "fomaml" or case[0] in ("wide", "batch-norm")],
+    + [
+        # stacked, most of them by `make test-long`: each takes a second or two to trace
+        pytest.param(*case, "batched", marks=[pytest.mark.long] * (case[0] not in FEW))
+        for case in CASES
+        if case[1] == "fomaml" or case[0] in ("wide", "batch-norm")
+    ],
 )
 def test_every_convolutional_module_agrees_with_the_reference(module, algorithm, engine, monkeypatch):
     untouched(monkeypatch)

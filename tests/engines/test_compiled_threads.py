@@ -124,9 +124,10 @@ def test_stacks_one_by_one_on_all_threads(two_threads):
     ("model", "engine", "at_once"),
     [
         *((SMALL_CONV4, engine, at_once) for engine in ("loop", "batched") for at_once in (1, 5)),
-        (SMALL_MLP, "loop", 1),
+        # through torch's compiler, which takes seconds for each
+        pytest.param(SMALL_MLP, "loop", 1, marks=pytest.mark.long),
         (SMALL_MLP, "batched", 1),
-        (SMALL_MLP, "factored", 1),
+        pytest.param(SMALL_MLP, "factored", 1, marks=pytest.mark.long),
     ],
 )
 def test_one_thread_and_two_give_the_same_bits(model, engine, at_once):
