@@ -178,10 +178,8 @@ OPTIMIZERS = {
         lambda p: torch.optim.AdamW(p, 0.1, weight_decay=0.1),
     ),
 }
-# Adam of complex numbers squares the parts apart, ours as one; torch's sparse gradients go with SGD alone
-EXEMPT = {
-    (module, name) for module in ("complex", "sparse embedding") for name in OPTIMIZERS if name != "sgd"
-}
+# torch's sparse gradients go with SGD alone
+EXEMPT = {("sparse embedding", name) for name in OPTIMIZERS if name != "sgd"}
 LOOP_ALONE = {
     "lstm",
     "lstm of two layers and ways",

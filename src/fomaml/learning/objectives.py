@@ -40,7 +40,7 @@ class Displacement:
     def __call__(self, problem: InnerProblem) -> Outcome:
         adapted, support_losses = run(problem)
         constant = {name: value.detach() for name, value in adapted.items()}
-        scalar = sum((problem.start[name] - value).square().sum() / 2 for name, value in constant.items())
+        scalar = sum(squares(problem.start[name] - value).sum() / 2 for name, value in constant.items())
         with torch.no_grad():
             losses, outputs = problem.query(constant)
         return Outcome(scalar, losses, outputs, support_losses)
@@ -112,6 +112,8 @@ class Implicit:
             raise InputError(
                 f"the implicit gradient needs every meta-learned parameter to adapt: {min(still)!r} does not"
             )
+        if any(value.is_complex() for value in problem.start.values()):
+            raise InputError("the implicit gradient is of real parameters, and one that adapts is complex")
         adapted, support_losses = run(problem)
         point = {name: value.detach().requires_grad_() for name, value in adapted.items()}
         values = list(point.values())
@@ -159,6 +161,11 @@ def conjugate_gradients(product, right, steps: int, lead: int = 0) -> list[Tenso
         direction = plus(residual, ratio(following, square), direction)
         square = following
     return solution
+
+
+def squares(values: Tensor) -> Tensor:
+    """|x|² of each element."""
+    return (values * values.conj()).real if values.is_complex() else values.square()
 
 
 def run(problem: InnerProblem) -> tuple[Adapted, Tensor]:
