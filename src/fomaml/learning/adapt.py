@@ -86,8 +86,8 @@ class Adam:
 
     def direction(self, gradient: Tensor, parameter: Tensor, state: dict, step: int) -> Tensor:
         if gradient.is_complex():  # its parts apart, as in torch.optim
-            parts = [torch.view_as_real(each.resolve_conj()) for each in (gradient, parameter)]
-            return torch.view_as_complex(self.direction(*parts, state, step))
+            slope, point = (torch.view_as_real(each.resolve_conj()) for each in (gradient, parameter))
+            return torch.view_as_complex(self.direction(slope, point, state, step))
         if self.weight_decay and not self.decoupled:
             gradient = gradient + self.weight_decay * parameter
         first, second = self.betas

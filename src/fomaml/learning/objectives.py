@@ -40,7 +40,7 @@ class Displacement:
     def __call__(self, problem: InnerProblem) -> Outcome:
         adapted, support_losses = run(problem)
         constant = {name: value.detach() for name, value in adapted.items()}
-        scalar = sum(squares(problem.start[name] - value).sum() / 2 for name, value in constant.items())
+        scalar: Any = sum(squares(problem.start[name] - value).sum() / 2 for name, value in constant.items())
         with torch.no_grad():
             losses, outputs = problem.query(constant)
         return Outcome(scalar, losses, outputs, support_losses)
