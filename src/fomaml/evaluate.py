@@ -19,7 +19,7 @@ from fomaml.errors import InputError, plain, whole
 from fomaml.learning.learner import MetaLearner
 from fomaml.metrics import LOSS, Asked, Metric, metric_for, scores
 from fomaml.models import warn_of_unmoved
-from fomaml.streams import batch_of, check_sequence
+from fomaml.streams import batch_of
 from fomaml.tasks import Task, check_finite_tasks
 from fomaml.train import check_labels, check_width
 
@@ -95,7 +95,6 @@ def evaluate_at(
 ) -> dict[tuple[int, Statistics], Tensor]:
     """`evaluate` at pairs of steps and statistics: tasks are adapted once for all of them."""
     score = metric_for(learner.criterion, metric)
-    check_sequence(episodes)
     tasks_at_once = whole("tasks_at_once", tasks_at_once, 1)
     check_width(learner, episodes)
     points = sorted(dict.fromkeys(points), key=lambda point: point[0])
@@ -171,7 +170,6 @@ def judged(
 
 def batches(episodes: TaskSequence, tasks: int, tasks_at_once: int, model: nn.Module) -> Iterator[Task]:
     """So many tasks, so many at once. model: see `as_batch`."""
-    check_sequence(episodes)
     tasks, tasks_at_once = whole("tasks", tasks, 1), whole("tasks_at_once", tasks_at_once, 1)
     for start in range(0, tasks, tasks_at_once):
         yield batch_of(episodes, start, min(tasks_at_once, tasks - start), model)

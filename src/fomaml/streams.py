@@ -18,14 +18,15 @@ from fomaml.tasks import Task, as_batch, as_examples, count, one, stack
 class TaskStream:
     """The tasks of an iterable in their order, over and over again; no other order can be had.
 
-    iterable: gives single tasks, or is a `DataLoader` with a batch size, which gives batches of them.
+    iterable: gives single tasks, by iteration or as a `Dataset` does; or is a `DataLoader` with a batch size, which
+        gives batches of them.
     model: see `fomaml.tasks.as_batch`.
     """
 
     ways = None
     copies = 1
 
-    def __init__(self, iterable: Iterable, model: nn.Module):
+    def __init__(self, iterable: Any, model: nn.Module):
         self._iterable = iterable
         self._model = model
         self._tasks = self._all()
@@ -47,7 +48,10 @@ class TaskStream:
         number = 0
         while True:
             before = number
-            for given in self._iterable:
+            items = self._iterable
+            if _has_items(items):
+                items = (items[index] for index in range(len(items)))
+            for given in items:
                 for task in self._of(given):
                     yield task
                     number += 1
@@ -78,6 +82,10 @@ class TaskStream:
             ) from error
 
 
+def _has_items(given: Any) -> bool:
+    return isinstance(given, Dataset) and hasattr(given, "__len__")
+
+
 def _may_be_a_batch(task: Task) -> bool:
     """Whether all four tensors could have a leading axis of tasks."""
     sizes = {part.targets.shape[0] for part in task}
@@ -102,9 +110,7 @@ def as_sequence(episodes: Any, model: nn.Module, start: int = 0) -> TaskSequence
     """
     if hasattr(episodes, "batch"):
         return episodes
-    if isinstance(episodes, Dataset) and hasattr(episodes, "__len__"):
-        episodes = [episodes[index] for index in range(len(episodes))]
-    if not isinstance(episodes, Iterable):
+    if not isinstance(episodes, Iterable) and not _has_items(episodes):
         raise InputError(
             f"tasks come from Episodes, or any object with batch(start, tasks), got {_name(episodes)}"
         )
@@ -122,8 +128,9 @@ def batch_of(episodes: TaskSequence, start: int, tasks: int, model: nn.Module) -
     """Tasks start … start + tasks - 1, looked at.
 
     Raises:
-        InputError: another number of tasks, or what is no batch of them.
+        InputError: what gives no tasks by their index, another number of them, or what is no batch of them.
     """
+    check_sequence(episodes)
     batch = as_batch(episodes.batch(start, tasks), model)
     if count(batch) != tasks:
         raise InputError(f"batch({start}, {tasks}) of the tasks gave {count(batch)}, expected {tasks}")

@@ -124,15 +124,21 @@ def _as_tensor(values: Any, model: nn.Module) -> Tensor:
     return values.clone() if values.is_inference() else values  # which autograd does not take
 
 
-def check_finite_tasks(tasks: Task) -> None:
-    """Raise `InputError` where a batch of tasks holds numbers that are not finite."""
+def check_finite_tasks(tasks: Task, start: int | None = None) -> None:
+    """Raise `InputError` where a batch of tasks holds numbers that are not finite.
+
+    start: the number of its first task, where the message is to name them.
+    """
     for name, part in zip(Task._fields, tasks):
         for kind, tensor in zip(Examples._fields, part):
-            bad = [index for index, own in enumerate(tensor) if not own.isfinite().all()]
-            if bad:
-                raise InputError(
-                    f"the {name} {kind} of task {bad[0]} of a batch hold numbers that are not finite"
-                )
+            if tensor.isfinite().all():
+                continue
+            if start is None:
+                bad = next(index for index, own in enumerate(tensor) if not own.isfinite().all())
+                which = f"task {bad} of a batch"
+            else:
+                which = f"the tasks {start} to {start + count(tasks) - 1}"
+            raise InputError(f"the {name} {kind} of {which} hold numbers that are not finite")
 
 
 def stack(tasks: list[Task]) -> Task:

@@ -21,7 +21,7 @@ from fomaml.learning.learner import MetaLearner
 from fomaml.metrics import Asked, Metric, check_ignored, ignored_label, metric_for, scores
 from fomaml.models import warn_of_unmoved
 from fomaml.streams import TaskStream, as_sequence, batch_of
-from fomaml.tasks import Task
+from fomaml.tasks import Task, check_finite_tasks
 
 
 class Record(NamedTuple):
@@ -224,11 +224,7 @@ def check_data(learner: MetaLearner, episodes: TaskSequence, indices: Iterable[i
     for index in indices if not isinstance(episodes, TaskStream) else list(indices)[-1:]:
         batch = batch_of(episodes, index, tasks, learner.model)
         check_labels(learner, batch)
-        for name, part in zip(Task._fields, batch):
-            for kind, tensor in zip(("inputs", "targets"), part):
-                if not tensor.isfinite().all():
-                    which = f"the {name} {kind} of the tasks {index} to {index + tasks - 1}"
-                    raise InputError(f"{which} hold numbers that are not finite")
+        check_finite_tasks(batch, index)
 
 
 def cosine(iterations: float) -> Callable[[float], float]:

@@ -75,18 +75,25 @@ def method(model, run):
 FORMS = [Holding, closure, by_parameters, method]
 
 
-def by_copies(form, tasks, model):
+def descended(model, task, criterion_of):
+    """(a copy after the inner steps, its criterion), the plainest way."""
+    own = copy.deepcopy(model)
+    criterion = criterion_of(own)
+    for _ in range(STEPS):
+        loss = criterion(own(task.support.inputs), task.support.targets)
+        slopes = torch.autograd.grad(loss, list(own.parameters()))
+        with torch.no_grad():
+            for parameter, slope in zip(own.parameters(), slopes):
+                parameter -= LR * slope
+    return own, criterion
+
+
+def by_copies(criterion_of, tasks, model):
     """FOMAML on copies, with a criterion of each copy."""
     total: dict = dict.fromkeys(dict(model.named_parameters()), 0.0)
     for index in range(3):
-        task, own = one(tasks, index), copy.deepcopy(model)
-        criterion = form(own, plainly)
-        for _ in range(STEPS):
-            loss = criterion(own(task.support.inputs), task.support.targets)
-            slopes = torch.autograd.grad(loss, list(own.parameters()))
-            with torch.no_grad():
-                for parameter, slope in zip(own.parameters(), slopes):
-                    parameter -= LR * slope
+        task = one(tasks, index)
+        own, criterion = descended(model, task, criterion_of)
         loss = criterion(own(task.query.inputs), task.query.targets)
         slopes = torch.autograd.grad(loss, list(own.parameters()))
         total = {name: total[name] + slope / 3 for name, slope in zip(total, slopes)}
@@ -100,7 +107,7 @@ def by_copies(form, tasks, model):
 def test_what_it_knows_of_the_module_is_the_tasks(form, run, engine):
     model, tasks = made(), draw((6,), F.cross_entropy)
     learner = FOMAML(model, LR, STEPS, form(model, run))
-    expected = by_copies(form, tasks, model)
+    expected = by_copies(lambda own: form(own, plainly), tasks, model)
     found = meta_gradient(learner, tasks, engine=engine).gradients
     assert set(found) == set(expected)
     for name, gradient in expected.items():
@@ -137,12 +144,8 @@ def test_its_buffers_are_each_tasks_own(assigns, engine):
     learner = FOMAML(model, LR, STEPS, Counting(assigns))
     expected = []
     for index in range(3):
-        task, own, criterion = one(tasks, index), copy.deepcopy(model), Counting(assigns)
-        for _ in range(STEPS):
-            loss = criterion(own(task.support.inputs), task.support.targets)
-            with torch.no_grad():
-                for p, slope in zip(own.parameters(), torch.autograd.grad(loss, list(own.parameters()))):
-                    p -= LR * slope
+        task = one(tasks, index)
+        own, criterion = descended(model, task, lambda own: Counting(assigns))
         expected.append(criterion(own(task.query.inputs), task.query.targets).detach())
     for _ in range(2):
         found = meta_gradient(learner, tasks, engine=engine)
@@ -184,19 +187,7 @@ def test_a_hook_of_the_backward_pass_runs_or_is_refused(hooked):
     """Also one that is not linear: it sees the gradient that a task has alone."""
     model, tasks = hooked(made()), draw((6,), F.cross_entropy)
     learner = FOMAML(model, LR, STEPS)
-    total: dict = {}
-    for index in range(3):
-        task, own = one(tasks, index), copy.deepcopy(model)
-        for _ in range(STEPS):
-            loss = F.cross_entropy(own(task.support.inputs), task.support.targets)
-            with torch.no_grad():
-                for p, slope in zip(own.parameters(), torch.autograd.grad(loss, list(own.parameters()))):
-                    p -= LR * slope
-        loss = F.cross_entropy(own(task.query.inputs), task.query.targets)
-        for name, slope in zip(
-            dict(own.named_parameters()), torch.autograd.grad(loss, list(own.parameters()))
-        ):
-            total[name] = total.get(name, 0) + slope / 3
+    total = by_copies(lambda own: F.cross_entropy, tasks, model)
     for engine in ("loop", "auto"):
         found = meta_gradient(learner, tasks, engine=engine)
         assert found.engine == "loop"

@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import NamedTuple
 
@@ -30,6 +30,7 @@ from fomaml.engines.common import (
 )
 from fomaml.engines.probes import explain, flops, is_convolutional, takers, try_once
 from fomaml.errors import positive
+from fomaml.learning.adapt import ordinary_modes
 from fomaml.learning.learner import MetaLearner
 from fomaml.tasks import Task, as_batch, chunks, count
 
@@ -173,9 +174,9 @@ class Plan:
     def __call__(self, tasks: Task) -> MetaGradient:
         """The gradient of the meta-loss, averaged over a batch of tasks; see `meta_gradient`."""
         if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
-            return self._compute(tasks)
+            return self._compute(self._looked_at(tasks))
         with ordinary_modes():
-            return self._compute(tasks)
+            return self._compute(self._looked_at(tasks))
 
     def curve(self, tasks: Task, points: Sequence[tuple[int, Statistics]]) -> list[tuple[Tensor, Tensor]]:
         """Query losses (tasks,) and outputs (tasks, examples, ...) at each pair of a number of inner steps and
@@ -184,10 +185,9 @@ class Plan:
         Never compiled, and in the model's own precision. statistics: see `Problem.query`.
         """
         with ordinary_modes():
-            return self._curve(tasks, points)
+            return self._curve(self._looked_at(tasks), points)
 
     def _curve(self, tasks: Task, points: Sequence[tuple[int, Statistics]]) -> list[tuple[Tensor, Tensor]]:
-        tasks = self._looked_at(tasks)
         problem = partial(ENGINES[self.engine], self.learner, evaluating=True)
         groups: list[list[int]] = []
         parts: list[list[tuple[Tensor, Tensor]]] = []
@@ -206,8 +206,10 @@ class Plan:
         ]
 
     def _compute(self, tasks: Task) -> MetaGradient:
-        """As `__call__`; a frame between what the user calls and what warns, so that warnings name the user's line."""
-        learner, tasks = self.learner, self._looked_at(tasks)
+        """As `__call__`, of a batch that was looked at; a frame between what the user calls and what warns, so that
+        warnings name the user's line.
+        """
+        learner = self.learner
         groups: list[list[int]] = []
         parts: list[MetaGradient] = []
         total = count(tasks)
@@ -295,10 +297,3 @@ def plan(
     with ordinary_modes():
         tasks = as_batch(tasks, learner.model)
         return Plan(learner, choice(learner, tasks, engine, tasks_at_once, compile), compile, autocast)
-
-
-@contextmanager
-def ordinary_modes() -> Iterator[None]:
-    """The modes in which a gradient can be taken, whatever the caller's are."""
-    with torch.inference_mode(False), torch.enable_grad():
-        yield

@@ -15,10 +15,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from fomaml.engines import batched, factored, loop
 from fomaml.engines.common import Engine, differentiate, first_line, out_of_memory
 from fomaml.errors import InputError
+from fomaml.learning.adapt import ordinary_modes
 from fomaml.learning.learner import MetaLearner
 from fomaml.learning.problem import Problem
 from fomaml.metrics import ignored_label
-from fomaml.tasks import Task, chunks, one
+from fomaml.tasks import Task, chunks, one, ways_each
 
 CONVOLUTIONS = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
@@ -78,11 +79,7 @@ def _as_for_a_gradient(tasks: Task, number: int) -> Iterator[Task]:
     are drawn as if nothing had happened.
     """
     device = tasks.support.inputs.device
-    with (
-        fork_rng(devices=[device] if device.type == "cuda" else []),
-        torch.inference_mode(False),
-        torch.enable_grad(),
-    ):
+    with fork_rng(devices=[device] if device.type == "cuda" else []), ordinary_modes():
         few = next(chunks(tasks, number))
         yield few.map(lambda tensor: tensor.clone() if tensor.is_inference() else tensor)
 
@@ -181,7 +178,7 @@ def _refused(learner: MetaLearner, task: Task, outputs: Tensor) -> str | None:
                 f"the {name} labels hold {negative[0]}: labels are whole numbers from 0 on, or {ignored}, which is "
                 "ignored"
             )
-    support, ways = (_ways(targets, ignored) for targets in labels)
+    support, ways = (max(ways_each(targets[None], ignored)) for targets in labels)
     if max(support, ways) <= shape[1]:
         return None
     if learner.start is not None and support == shape[1]:
@@ -210,8 +207,3 @@ def _dtype(learner: MetaLearner, task: Task, outputs: Tensor) -> str | None:
     if found is None:
         return None
     return f"the criterion does not take targets of {targets.dtype}, but of {found.dtype}: targets.to({found.dtype})"
-
-
-def _ways(targets: Tensor, ignored: int) -> int:
-    """The largest label that counts and one."""
-    return int(torch.where(targets == ignored, -1, targets).max()) + 1

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fomaml.choices import Statistics
 from fomaml.engines.common import MetaGradient
-from fomaml.engines.plan import Choice, Plan, choice, ordinary_modes
+from fomaml.engines.plan import Choice, Plan, choice
+from fomaml.learning.adapt import ordinary_modes
 from fomaml.learning.learner import MetaLearner
 from fomaml.tasks import Task, as_batch
 

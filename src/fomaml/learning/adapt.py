@@ -23,6 +23,13 @@ Parameters = Mapping[str, Tensor]
 
 
 @contextmanager
+def ordinary_modes() -> Iterator[None]:
+    """The modes in which a gradient can be taken, whatever the caller's are."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+@contextmanager
 def open_attention(everywhere: bool) -> Iterator[None]:
     """No fused layers, and, `everywhere`, no fused attention either.
 

@@ -169,10 +169,16 @@ def checked_criterion(given: Any) -> Criterion:
     return given
 
 
-def module_of(criterion: Any) -> nn.Module | None:
-    """The module that a criterion is, or is a method of, also within `functools.partial`; None if there is none."""
+def unwrapped(criterion: Any) -> Any:
+    """What a criterion is within `functools.partial`."""
     while isinstance(criterion, functools.partial):
         criterion = criterion.func
+    return criterion
+
+
+def module_of(criterion: Any) -> nn.Module | None:
+    """The module that a criterion is, or is a method of, also within `functools.partial`; None if there is none."""
+    criterion = unwrapped(criterion)
     if isinstance(criterion, types.MethodType):
         criterion = criterion.__self__
     return criterion if isinstance(criterion, nn.Module) else None

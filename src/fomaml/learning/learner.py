@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fomaml.choices import LearnRates, Statistics, check_choice
 from fomaml.errors import InputError, whole
 from fomaml.learning import rates
-from fomaml.learning.adapt import SGD, load
+from fomaml.learning.adapt import SGD, load, ordinary_modes
 from fomaml.learning.admission import check_module
 from fomaml.learning.contracts import (
     Criterion,
@@ -192,7 +192,7 @@ class MetaLearner(nn.Module):
         check_choice("statistics of an adapted module", statistics, ("own", "support"))
         steps = self.inner_steps if steps is None else whole("steps", steps)
         warn_of_unmoved(self.model)
-        with torch.inference_mode(False), torch.enable_grad():
+        with ordinary_modes():
             support = as_examples(support, self.model)
             problem = Problem(self, Task(support, support), evaluating=True)
             adapted = problem.start

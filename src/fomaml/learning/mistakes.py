@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fomaml.errors import InputError
-from fomaml.learning.contracts import Criterion
+from fomaml.learning.contracts import Criterion, unwrapped
 from fomaml.metrics import ignored_label
 
 
@@ -100,8 +99,7 @@ def as_numbers(criterion: Criterion, outputs: Tensor, targets: Tensor) -> Tensor
 
 
 def _is_of_numbers(criterion: Any) -> bool:
-    while isinstance(criterion, functools.partial):
-        criterion = criterion.func
+    criterion = unwrapped(criterion)
     if not isinstance(criterion, MODULES_OF_NUMBERS):
         return criterion in NUMBERS
     return any(type(criterion).forward is kind.forward for kind in MODULES_OF_NUMBERS)
