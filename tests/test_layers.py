@@ -12,7 +12,7 @@ ROOT = Path(fomaml.errors.__file__).parent
 LAYERS = [
     {"errors", "choices", "files", "tasks", "metrics", "submodules"},
     {"data"},
-    {"models", "episodes", "streams"},
+    {"models", "episodes", "group_episodes", "streams"},
     {"learning"},
     {"engines"},
     {"train", "evaluate", "baselines", "checkpoint"},
