@@ -185,6 +185,18 @@ def test_augment_is_a_function_of_seed_and_index():
     assert torch.equal(batch.query.targets, plain.batch(3, 4).query.targets)
 
 
+def test_tensors_are_put_where_asked_or_where_the_inputs_are():
+    def devices(inputs, **more):
+        found = GroupSource(inputs, TABLE["label"], TABLE["key"])
+        task = GroupEpisodes(found, shots=1, query_shots=2, **more)[0]
+        return {tensor.device.type for part in task for tensor in part}
+
+    assert devices(TABLE["x"]) == devices(torch.from_numpy(TABLE["x"])) == {"cpu"}
+    assert devices(TABLE["x"], device="meta") == {"meta"}
+    if torch.cuda.is_available():
+        assert devices(torch.from_numpy(TABLE["x"]).cuda()) == {"cuda"}
+
+
 def test_a_learner_trains_on_groups():
     torch.manual_seed(0)
     learner = FOMAML(MLP(2, 8, 3), inner_lr=0.01, inner_steps=1)

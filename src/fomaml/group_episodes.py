@@ -40,7 +40,7 @@ class GroupEpisodes:
         stay those of the source. Else such groups are too small.
     augment: (inputs, random) → inputs, nested tensors (examples, ...) of one support or query set; `random` is a numpy
         generator that follows from seed and index.
-    device: where tensors are put; by default where the source's are, or on the CPU.
+    device: where tensors are put; by default where tensors of the inputs are, else on the CPU.
 
     Shapes of one task: inputs (examples, ...) as the source has them; targets (examples,) int64 or floating
     (examples, targets, ...). Examples of classification are ordered by class.
@@ -87,7 +87,7 @@ class GroupEpisodes:
             raise InputError("fewer_classes is for classification, the source is of regression")
         self.seed = checked_seed(seed)
         self.in_turn, self.fewer_classes = in_turn, fewer_classes
-        self.augment, self.device = augment, device
+        self.augment, self.device = augment, source.device if device is None else device
         self.ways = None if source.classes is None else len(source.classes)
         self.source, self.left_out = self._large_enough(source, small)
         self._positions: dict[int, list[np.ndarray]] = {}

@@ -214,6 +214,11 @@ class GroupSource:
         return int(np.prod(self._targets.shapes() or (1,)))
 
     @property
+    def device(self) -> torch.device | None:
+        """Where the inputs are, if some are tensors."""
+        return next((array.device for _, array in self._inputs.found if isinstance(array, Tensor)), None)
+
+    @property
     def input_shapes(self) -> Any:
         return self._inputs.shapes()
 
