@@ -135,7 +135,12 @@ def small(**more):
         ({"shots": 3, "query_shots": None, "gap": 6, "draw": "first"}, "a gap of 6 . 1 query row or more per class"),
         ({"shots": 4, "query_shots": 9, "regression": True}, "3 of 3 tasks .* need 13; take fewer"),
         ({"shots": 4, "query_shots": 9, "small": "leave out", "regression": True}, "3 of 3 tasks"),
-        ({"shots": 4, "query_shots": 9, "fewer_classes": True}, "3 of 3 tasks"),
+        ({"shots": 4, "query_shots": 9, "fewer_classes": True}, "3 of 3 tasks have too few classes"),
+        ({"shots": 1, "query_shots": 2, "ways": 2}, "2 of 3 tasks have too few classes: 'a' has 1 with the 3 rows"),
+        ({"shots": 1, "query_shots": 2, "ways": 3}, "3 of 3 tasks have too few classes"),
+        ({"shots": 1, "query_shots": 1, "ways": 2, "fewer_classes": True}, "give no fewer_classes"),
+        ({"shots": 1, "query_shots": 1, "ways": 2, "regression": True}, "ways is for classification"),
+        ({"shots": 1, "query_shots": 1, "ways": 0}, "ways must be a whole number of 1 or more"),
         ({"shots": 0, "query_shots": 1}, "shots must be a whole number of 1 or more"),
         ({"shots": 1, "query_shots": 0}, "query_shots"),
         ({"shots": 1, "query_shots": 1, "draw": "last"}, "last"),
@@ -167,6 +172,24 @@ def test_tasks_may_lack_classes():
     first, second = episodes.batch(0, 2)
     assert first.support.targets.tolist() == [0, 1, 2] and second.query.targets.tolist() == [0, 2]
     assert episodes.ways == 3
+
+
+def test_classes_may_be_drawn_and_numbered_anew():
+    keys = np.repeat(["x", "y"], [20, 16])
+    labels = np.repeat(np.arange(9), 4)  # five classes of x, four of y
+    found = GroupSource(np.arange(36.0), labels, keys)
+    episodes = GroupEpisodes(found, ways=3, shots=1, query_shots=2, seed=2)
+    assert episodes.ways == 3
+    seen = set()
+    for index in range(60):
+        support, query = episodes.rows(index)
+        task, kinds = episodes[index], labels[support]
+        assert len({keys[row] for row in [*support, *query]}) == 1
+        assert task.support.targets.tolist() == [0, 1, 2] and len(set(kinds)) == 3
+        assert task.query.targets.tolist() == [0, 0, 1, 1, 2, 2]
+        assert labels[query].tolist() == np.repeat(kinds, 2).tolist()
+        seen |= {(number, kind) for number, kind in enumerate(kinds.tolist())}
+    assert len(seen) == 27  # every class under every number
 
 
 # --- on the way to a model ------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from fomaml.errors import InputError, positive, whole
 from fomaml.tasks import Examples, Task
 
 Small = Literal["refuse", "leave out"]
+_Drawn = list[tuple[np.ndarray, np.ndarray]]
 FEWEST_CLASSES = 2
 
 
@@ -26,6 +27,8 @@ class GroupEpisodes:
     `episodes[i]` is one `Task`; `episodes.batch(i, n)` is the tasks i … i + n - 1, stacked where all sizes are equal,
     else a list of them. Both are pure functions of the seed and the index.
 
+    ways: draw so many of a group's classes for each task, and number them anew in random order, as `Episodes` does: for
+        classes that are not the same in all groups. Else a task has all classes of the source, under their own numbers.
     shots, query_shots: the rows of support and query set; of classification for each class of the source. None of query
         rows for all that are left, whose number then differs from task to task.
     draw: "random" rows; the "first" in the group's order for support, and query rows at random from the later ones; or
@@ -46,7 +49,7 @@ class GroupEpisodes:
     (examples, targets, ...). Examples of classification are ordered by class.
 
     Attributes:
-        ways: the number of classes of the source, of which a task may lack some; None for regression.
+        ways: as given; else the number of classes of the source, of which a task may lack some; None for regression.
 
     Raises:
         InputError: groups that are too small; windows whose support and query sets would share samples.
@@ -60,6 +63,7 @@ class GroupEpisodes:
         *,
         shots: int,
         query_shots: int | None,
+        ways: int | None = None,
         draw: Draw | None = None,
         gap: int | None = None,
         seed: int = 0,
@@ -83,12 +87,19 @@ class GroupEpisodes:
                 f"windows that overlap would share samples between support and query set, got draw {self.draw!r} and "
                 f"gap {self.gap}: take 'first' or 'anytime' with a gap of {source.least_gap} or more, or a longer hop"
             )
-        if fewer_classes and source.classes is None:
-            raise InputError("fewer_classes is for classification, the source is of regression")
+        for name, value in (("ways", ways), ("fewer_classes", fewer_classes or None)):
+            if value is not None and source.classes is None:
+                raise InputError(f"{name} is for classification, the source is of regression")
+        if ways is not None and fewer_classes:
+            raise InputError(f"{ways} ways are drawn from the classes that suffice: give no fewer_classes")
         self.seed = checked_seed(seed)
         self.in_turn, self.fewer_classes = in_turn, fewer_classes
         self.augment, self.device = augment, source.device if device is None else device
-        self.ways = None if source.classes is None else len(source.classes)
+        self.draws_classes = ways is not None
+        if ways is None:
+            self.ways = None if source.classes is None else len(source.classes)
+        else:
+            self.ways = positive("ways", ways, integer=True)
         self.source, self.left_out = self._large_enough(source, small)
         self._positions: dict[int, list[np.ndarray]] = {}
 
@@ -110,12 +121,12 @@ class GroupEpisodes:
         start, tasks = whole("the number of the first task", start), whole("tasks", tasks)
         drawn = [self._drawn(start + number) for number in range(tasks)]
         made = self._tasks(drawn, start)
-        sizes = {tuple(len(part) for part in own) for own in drawn}
+        sizes = {tuple(sum(map(len, part)) for part in zip(*own)) for own in drawn}
         return made if len(sizes) != 1 else _stacked(made)
 
     def rows(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """The rows of the source's arrays that the support and the query set of a task are."""
-        support, query = self._drawn(whole("the number of a task", index))
+        support, query = map(np.concatenate, zip(*self._drawn(whole("the number of a task", index))))
         return self.source.rows[support], self.source.rows[query]
 
     def group(self, index: int) -> str:
@@ -128,19 +139,18 @@ class GroupEpisodes:
         number = int(random.integers(len(self.source)))
         return index % len(self.source) if self.in_turn else number
 
-    def _drawn(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """The positions of support and query rows."""
+    def _drawn(self, index: int) -> _Drawn:
+        """The positions of support and query rows of each class; of regression of all rows."""
         random = generator(self.seed, index)
         group = self._group(index, random)
         if group not in self._positions:
             self._positions[group] = self.source.positions(group)
-        parts = [
-            self._part(own, random)
-            for own in self._positions[group]
-            if len(own) >= self.needed or not self.fewer_classes
-        ]
-        support, query = (np.concatenate(part) for part in zip(*parts))
-        return support, query
+        own = self._positions[group]
+        if self.fewer_classes or self.draws_classes:
+            own = [positions for positions in own if len(positions) >= self.needed]
+        if self.draws_classes:
+            own = [own[number] for number in random.permutation(len(own))[: self.ways]]
+        return [self._part(positions, random) for positions in own]
 
     def _part(self, own: np.ndarray, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Support and query positions out of those of a group, or of one of its classes."""
@@ -163,7 +173,10 @@ class GroupEpisodes:
         """
         counts = source.counts[:, None] if source.class_counts is None else source.class_counts
         enough = counts >= self.needed
-        fits = enough.sum(1) >= FEWEST_CLASSES if self.fewer_classes else enough.all(1)
+        fewest = (
+            self.ways if self.draws_classes else FEWEST_CLASSES if self.fewer_classes else counts.shape[1]
+        )
+        fits = enough.sum(1) >= (fewest or 1)
         if fits.all():
             return source, []
         few = np.flatnonzero(~fits)
@@ -177,6 +190,13 @@ class GroupEpisodes:
         if source.classes is not None:
             per, what = " per class", f"{what} of class {source.classes[int(counts[worst].argmin())]!r}"
         cure = "take fewer" if not fits.any() else "leave them out (small='leave out'), or take fewer"
+        if self.draws_classes or self.fewer_classes:
+            poorest = int(few[enough[few].sum(1).argmin()])
+            raise InputError(
+                f"{len(few)} of {len(source)} tasks have too few classes: {source.names[poorest]!r} has "
+                f"{enough[poorest].sum()} with the {self.needed} rows that {self.shots} shots{gap} + {queries} need, "
+                f"but {fewest} classes are needed; {cure}"
+            )
         raise InputError(
             f"{len(few)} of {len(source)} tasks have too few rows: {source.names[worst]!r} has {what}, but "
             f"{self.shots} shots{gap} + {queries}{per} need {self.needed}; {cure}"
@@ -184,14 +204,17 @@ class GroupEpisodes:
 
     # --- what they hold ---------------------------------------------------------------------------
 
-    def _tasks(self, drawn: Sequence[tuple[np.ndarray, np.ndarray]], start: int) -> list[Task]:
+    def _tasks(self, drawn: Sequence[_Drawn], start: int) -> list[Task]:
         """Tasks of these positions, whose rows are read together. start: the index of the first."""
         if not drawn:
             return []
-        positions = [part for own in drawn for part in own]
+        classes = [part for own in drawn for part in zip(*own)]  # of each set the positions of each class
+        positions = [np.concatenate(part) for part in classes]
         read = self.source.take(np.concatenate(positions))
         ends = np.cumsum([len(part) for part in positions])
         parts = [_rows_of(read, begin, end) for begin, end in pairwise([0, *ends])]
+        if self.draws_classes:
+            parts = [part._replace(targets=_numbered(own)) for part, own in zip(parts, classes)]
         if self.augment is not None:
             for number in range(len(drawn)):
                 random = np.random.Generator(
@@ -206,6 +229,11 @@ class GroupEpisodes:
                 for part in parts
             ]
         return [Task(*pair) for pair in zip(parts[::2], parts[1::2])]
+
+
+def _numbered(classes: Sequence[np.ndarray]) -> torch.Tensor:
+    """The labels 0, 1 … of rows that stand class after class."""
+    return torch.arange(len(classes)).repeat_interleave(torch.tensor([len(own) for own in classes]))
 
 
 def _rows_of(read: tuple[Any, Any], begin: int, end: int) -> Examples:
