@@ -116,7 +116,7 @@ class GroupEpisodes:
         index = whole("the number of a task", index)
         return self._tasks([self._drawn(index)], index)[0]
 
-    def batch(self, start: int, tasks: int) -> Task | list[Task]:
+    def batch(self, start: int, tasks: int) -> Any:
         """Tasks start … start + tasks - 1, with a leading axis (tasks, ...); a list of them where sizes differ."""
         start, tasks = whole("the number of the first task", start), whole("tasks", tasks)
         drawn = [self._drawn(start + number) for number in range(tasks)]
@@ -132,6 +132,16 @@ class GroupEpisodes:
     def group(self, index: int) -> str:
         """The name of the group that a task is of."""
         return self.source.names[self._group(index, generator(self.seed, index))]
+
+    def by_group(self, scores: torch.Tensor) -> torch.Tensor:
+        """(groups,) the mean score of each group that has been visited, of the scores (tasks,) of tasks 0, 1 …
+
+        Tasks of one group are not independent: an interval is over the groups.
+        """
+        numbers = [self._group(index, generator(self.seed, index)) for index in range(len(scores))]
+        groups, places = torch.tensor(numbers).unique(return_inverse=True)
+        found = torch.zeros(len(groups), dtype=scores.dtype).index_add(0, places, scores.cpu())
+        return found / torch.bincount(places, minlength=len(groups))
 
     # --- which rows -------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fomaml.app import sizing
 from fomaml.app.agenda import Noted
 from fomaml.app.algorithms import ALGORITHMS
-from fomaml.app.build import Data, build_model, for_test, head_name, open_data
+from fomaml.app.build import Data, build_model, for_test, head_name, of_units, open_data
 from fomaml.app.report import table, verdict
 from fomaml.app.settings import Settings
 from fomaml.app.sources import source_of
@@ -64,9 +64,9 @@ def beside_baselines(
     metric = source_of(settings).metric
     rows, differences = list(result["rows"]), list(result["differences"])
     for label, own, facts in baselines(settings, data, say, note):
-        row = _row(label, own, **facts)
+        row = _row(label, of_units(data.test, own), **facts)
         rows.append(row)
-        paired = estimate(scores[: len(own)] - own)
+        paired = estimate(of_units(data.test, scores[: len(own)] - own))
         differences.append({"to": label, "mean": paired.mean, "interval": paired.interval})
         say(f"baseline: {label}: {metric.text(row['mean'], row['interval'])} {metric.unit}".rstrip())
         yield result | {"rows": list(rows), "differences": list(differences)}
@@ -85,11 +85,13 @@ def summary(
     """The result as JSON-able facts: the headline figure, the protocol, the rows and the paired differences."""
     steps = max(found)
     name = ALGORITHMS[settings.algorithm].title
-    headline = estimate(found[steps])
+    headline = estimate(of_units(data.test, found[steps]))
     metric = source_of(settings).metric.name
     facts = protocol(settings, data, learner, statistics, balanced) | {"inner_steps": steps}
     if rows is None:
-        rows = [_row(f"{name}, {_steps(k)}", scores, steps=k) for k, scores in found.items()]
+        rows = [
+            _row(f"{name}, {_steps(k)}", of_units(data.test, scores), steps=k) for k, scores in found.items()
+        ]
     return {
         metric: headline.mean,
         "interval": headline.interval,
@@ -108,6 +110,7 @@ def protocol(
     settings: Settings, data: Data, learner: MetaLearner, statistics: Statistics, balanced: bool = False
 ) -> dict:
     """What an accuracy is an accuracy of."""
+    test: Any = data.test
     return {
         "data": data.name,
         "question": settings.question or settings.split,
@@ -122,7 +125,7 @@ def protocol(
         "transductive": statistics == "own" and _is_transductive(learner),
         "balanced": balanced,
         "overlap": overlap(data),
-    }
+    } | ({} if data.facts is None else {"groups": len(test)})
 
 
 def overlap(data: Data) -> str | None:
@@ -219,7 +222,7 @@ def evaluate_run(
     result |= {"part": part, "seed": settings.seed if seed is None else seed}
     if others:
         result["by_statistics"] = dict(zip(kinds[1:], others))
-        paired = estimate(found[0][result["steps"]] - found[1][result["steps"]])
+        paired = estimate(of_units(data.test, found[0][result["steps"]] - found[1][result["steps"]]))
         result["difference"] = paired._asdict()
         if abs(paired.mean) > paired.interval:
             result["warning"] = (
@@ -243,10 +246,11 @@ def describe(result: dict) -> str:
     )
     queries = f"{protocol['query_shots']} query {'example' if protocol['query_shots'] == 1 else 'examples'}"
     shared = f" ({protocol['overlap']})" if protocol.get("overlap") else ""
+    groups = f" of {protocol['groups']} groups, which the intervals are over" if "groups" in protocol else ""
     part = "validation" if result.get("part") == "validation" else "unseen"
     lines = [
         f"{', '.join(filter(None, (protocol['data'], protocol['question'])))}, {heading}, "
-        f"{result['tasks']} {part} tasks{shared}, {queries}{' per class' if ways else ''}{turns}, "
+        f"{result['tasks']} {part} tasks{shared}{groups}, {queries}{' per class' if ways else ''}{turns}, "
         f"{told(protocol)}{balanced}",
         "",
         table([(heading, result)]),
