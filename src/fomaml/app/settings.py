@@ -36,7 +36,7 @@ Weights = Literal["best", "last"]
 
 @dataclass(frozen=True)
 class Settings:
-    """Every setting of one run; `settle` makes it of what was given. What each means: commands.py.
+    """Every setting of one run; `settle` makes it of what was given. What each means: the *_options.py.
 
     None stands for "no such thing" (no clipping, no patience, a question of a source that asks none), but for three
     that only the data can tell: `validate_every`, `facts` and `image`, the shape of an image, are filled in when a run

@@ -1,0 +1,94 @@
+"""The options of what learns: the algorithm and its network, the inner loop and the outer one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fomaml.app.parser import option
+from fomaml.app.settings import (
+    Adapted,
+    InnerLoss,
+    InnerOptimizer,
+    LearnedRates,
+    NormParameters,
+    NormPolicy,
+    Schedule,
+)
+
+
+@dataclass(frozen=True)
+class AlgorithmOptions:
+    """Algorithm and network."""
+
+    channels: tuple[int, ...] | None = option(
+        "the channels of the convolutions: one number for all (default: 64), or one for each of the four"
+    )
+    norm_policy: NormPolicy | None = option(
+        "what a batch norm normalises by: batch (default; transductive), support, running or per-step"
+    )
+    norm_parameters: NormParameters | None = option(
+        "what a batch norm learns: scale-shift (gamma and beta; default) or shift (beta alone, as in the original MAML "
+        "code)"
+    )
+    adapt: Adapted | None = option(
+        "what the inner loop moves: all that the algorithm adapts (default), or no-norm, all but the parameters of "
+        "batch norms, which are then only meta-learned (as in the original MAML code)"
+    )
+    learn_rates: LearnedRates | None = option(
+        "learn the inner step sizes too, starting at --inner-lr: none (default), per-step (one per tensor and inner "
+        "step) or elementwise"
+    )
+    rates_lr: float | None = option("the meta_lr of learned step sizes; default: --meta-lr times --inner-lr")
+    multi_step_iterations: int | None = option(
+        "weigh the query losses of all inner steps, annealed to the last step over so many outer steps"
+    )
+
+
+@dataclass(frozen=True)
+class InnerOptions:
+    """Inner loop."""
+
+    inner_lr: float | None = option("the step size alpha")
+    inner_steps: int | None = option("the number of inner steps in training")
+    inner_loss: InnerLoss | None = option(
+        "mean (default) over the support examples, or summed: divided by the shots only, as in the original MAML code, "
+        "where the step size acts as N times alpha"
+    )
+    inner_optimizer: InnerOptimizer | None = option(
+        "sgd (default), adam, or carried-adam, whose second moments outlive a task (as in Reptile's code)"
+    )
+    inner_momentum: float | None = option("the momentum of sgd, or beta1 of adam (default: 0)")
+    inner_batch_size: int | None = option(
+        "take each inner step on a mini-batch of the support set; default: on all of it"
+    )
+    test_inner_batch_size: int | None = option(
+        "the same in validation and test; default: as --inner-batch-size"
+    )
+
+
+@dataclass(frozen=True)
+class OuterOptions:
+    """Outer loop."""
+
+    meta_lr: float | None = option("the step size of Adam (of SGD for reptile)")
+    meta_batch_size: int | None = option("the tasks of one outer step")
+    seconds: float | None = option(
+        "train for so many seconds instead of --iterations; such a run cannot be repeated bit for bit"
+    )
+    schedule: Schedule | None = option("the meta_lr over the training: constant, cosine or linear (to zero)")
+    weight_decay: float | None = option("the weight decay, decoupled in Adam (default: 0)")
+    clip: float | None = option(
+        "the largest norm of the meta-gradient; a longer one is scaled down to it; default: no limit"
+    )
+    validate_every: int | None = option(
+        "the outer steps between two validations, 0 for none; default: a tenth of the iterations where the source has "
+        "validation classes. weights.safetensors then holds the best weights, last.safetensors the last"
+    )
+    validation_tasks: int | None = option(
+        "the number of validation tasks, the same each time (default: 200; fewer in a run shorter than the source's "
+        "default)"
+    )
+    patience: int | None = option("stop after so many validations without a better one; default: never")
+    checkpoint_every: int | None = option(
+        "the outer steps between two checkpoints, from which a killed run goes on (default: 500)"
+    )
