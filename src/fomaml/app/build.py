@@ -19,6 +19,7 @@ from fomaml.app.settings import Settings
 from fomaml.app.sources import Functions, source_of
 from fomaml.data.augment import rotated, warped
 from fomaml.data.groups import GroupSource
+from fomaml.data.scaling import Scaling
 from fomaml.data.source import ClassSource
 from fomaml.engines._torch import cpu_has_bfloat16
 from fomaml.episodes import Episodes, RegressionEpisodes
@@ -27,6 +28,7 @@ from fomaml.group_episodes import GroupEpisodes
 from fomaml.learning import adapt
 from fomaml.learning.learner import MetaLearner
 from fomaml.learning.objectives import MultiStepLoss
+from fomaml.metrics import Metric
 from fomaml.models import MLP, BatchNorm, Conv4, Conv4Strided, Conv4StridedFlat, WithContext
 from fomaml.train import cosine, linear
 
@@ -122,6 +124,7 @@ def _of_groups(
     device: torch.device,
 ) -> Data:
     """Tasks that are groups of rows. Validation and test take one group after the other, so that all count the same."""
+    testing = testing | {"query_shots": None if settings.query_all else testing["query_shots"]}
     small: Any = "leave out" if settings.skip_small_groups else "refuse"
     ways = None if settings.fixed_classes or settings.kind == "regression" else settings.ways
     left_out: dict[str, int] = {}
@@ -163,6 +166,14 @@ def of_units(episodes: Any, scores: torch.Tensor) -> torch.Tensor:
     """The scores of what is independent: the means of groups, of episodes that are groups of rows, else the tasks."""
     by_group = getattr(episodes, "by_group", None)
     return scores if by_group is None else by_group(scores)
+
+
+def metric_of(settings: Settings) -> Metric:
+    """What a run's tasks are scored by; of rows in the unit of their targets, which are scaled for the network."""
+    metric = source_of(settings).metric
+    if settings.facts is None or settings.kind != "regression":
+        return metric
+    return Scaling.from_dict(settings.facts["scaling"]).in_own_unit(metric)
 
 
 def with_data(settings: Settings, data: Data) -> Settings:

@@ -38,7 +38,7 @@ from fomaml.learning.algorithms import FOMAML, MAML
 from fomaml.learning.learner import MetaLearner
 from fomaml.learning.objectives import Implicit
 from fomaml.metrics import METRICS, Metric
-from fomaml.tasks import Task, one
+from fomaml.tasks import Batch, Task, one
 
 
 def expand(options: CompareOptions) -> list[Settings]:
@@ -183,7 +183,7 @@ def gradient_evaluations(learner: MetaLearner, task: Task) -> tuple[int, int]:
     return count, 0 if first_order else learner.inner_steps
 
 
-def first_order_cosine(settings: Settings, model: nn.Module, tasks: Task) -> float:
+def first_order_cosine(settings: Settings, model: nn.Module, tasks: Batch) -> float:
     """The cosine between FOMAML's and MAML's meta-gradient of `model` on a batch of tasks."""
     like = dataclasses.replace(settings, algorithm="fomaml")
     criterion = build_learner(like, model).criterion

@@ -21,17 +21,6 @@ READ = {
     "arrays": (("task", "inputs", "target"), ("order", "kind")),
     "windows": (("task", "inputs", "target", "lengths", "window", "hop"), ("kind", "skip_short")),
 }
-# How tasks are made of what was read.
-DRAWN = (
-    "draw",
-    "train_draw",
-    "gap",
-    "test_keys",
-    "validation_keys",
-    "split_seed",
-    "skip_small_groups",
-    "scale",
-)
 
 
 class Groups(NamedTuple):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fomaml.app import sizing
 from fomaml.app.agenda import Noted
 from fomaml.app.algorithms import ALGORITHMS
-from fomaml.app.build import Data, build_model, for_test, head_name, of_units, open_data
+from fomaml.app.build import Data, build_model, for_test, head_name, metric_of, of_units, open_data
 from fomaml.app.report import table, verdict
 from fomaml.app.settings import Settings
 from fomaml.app.sources import source_of
@@ -40,6 +40,7 @@ def judge(
         tasks=tasks,
         at_steps=settings.test_steps,
         statistics=settings.statistics,
+        metric=metric_of(settings),
     )
     return summary(settings, learner, data, found, settings.statistics), found
 
@@ -116,7 +117,7 @@ def protocol(
         "question": settings.question or settings.split,
         "ways": None if source_of(settings).kind == "regression" else settings.ways,
         "shots": settings.shots,
-        "query_shots": settings.test_query_shots,
+        "query_shots": None if settings.query_all else settings.test_query_shots,
         "test_augment": settings.test_augment,
         "copies": settings.test_copies,
         "jitter": settings.test_jitter if settings.test_copies > 1 else 0.0,
@@ -213,7 +214,12 @@ def evaluate_run(
     kinds = list(dict.fromkeys(statistics or [settings.statistics]))
     points = [(steps, kind) for kind in kinds for steps in settings.test_steps]
     scores = evaluate_at(
-        for_test(settings, learner), data.test, points, settings.test_tasks, balanced=balanced
+        for_test(settings, learner),
+        data.test,
+        points,
+        settings.test_tasks,
+        balanced=balanced,
+        metric=metric_of(settings),
     )
     found = [{steps: each for (steps, own), each in scores.items() if own == kind} for kind in kinds]
     result, *others = (
@@ -245,6 +251,8 @@ def describe(result: dict) -> str:
         ", balanced: the same number of query examples per class assumed" if protocol.get("balanced") else ""
     )
     queries = f"{protocol['query_shots']} query {'example' if protocol['query_shots'] == 1 else 'examples'}"
+    if protocol["query_shots"] is None:
+        queries = "all others as query examples"
     shared = f" ({protocol['overlap']})" if protocol.get("overlap") else ""
     groups = f" of {protocol['groups']} groups, which the intervals are over" if "groups" in protocol else ""
     part = "validation" if result.get("part") == "validation" else "unseen"

@@ -130,6 +130,7 @@ class Settings:
     draw: Draw | None = None
     train_draw: Draw | None = None
     gap: int | None = None
+    query_all: bool = False
     test_keys: tuple[str, ...] | None = None
     validation_keys: tuple[str, ...] | None = None
     split_seed: int | None = None
@@ -142,7 +143,7 @@ class Settings:
 # What may be another when a run goes on or is judged: where it lies and is computed, and what only judges it.
 LATER = (
     "shares", "skip_small_classes", "task", "target", "order", "features", "categorical", "inputs", "lengths", "window",
-    "hop", "kind", "drop_missing", "skip_short", "separator", "draw", "train_draw", "gap", "test_keys",
+    "hop", "kind", "drop_missing", "skip_short", "separator", "draw", "train_draw", "gap", "query_all", "test_keys",
     "validation_keys", "split_seed", "skip_small_groups", "scale", "fixed_classes", "facts",
 )  # fmt: skip
 MAY_CHANGE = frozenset({"out", "data_root", "device", "test_tasks", "baselines", "baseline_size"})

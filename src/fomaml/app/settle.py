@@ -78,7 +78,7 @@ def settle_with_origins(given: Mapping[str, Any]) -> tuple[Settings, dict[str, s
         check_choice("source", asked["source"], names())
     source = SOURCES[name]
     for option in OF_SOURCES:
-        if asked.get(option) and option not in source.options:
+        if option in asked and asked[option] != OF_SOURCES[option] and option not in source.options:
             raise InputError(f"the source {name} takes no {typed(option)}, got {asked[option]!r}")
     algorithm = asked.get("algorithm", DEFAULTS["algorithm"])
     check_choice("algorithm", algorithm, ALGORITHMS)

@@ -16,7 +16,7 @@ from fomaml.data.mnist import MNIST, load_mnist
 from fomaml.data.omniglot import load_omniglot
 from fomaml.data.source import ClassSource
 from fomaml.data.synthetic import Sinusoids
-from fomaml.metrics import ACCURACY, LOSS, Metric
+from fomaml.metrics import ACCURACY, LOSS, METRICS, Metric
 
 DIGITS = [str(digit) for digit in range(10)]
 
@@ -74,12 +74,16 @@ class Source:
     @property
     def metric(self) -> Metric:
         """What its tasks are scored by."""
-        return LOSS if self.kind == "regression" else ACCURACY
+        if self.kind == "classification":
+            return ACCURACY
+        return LOSS if self.decide is None else METRICS["rmse"]
 
     @property
     def measured(self) -> str:
         """What tables say above the scores: for regression, which loss it is."""
-        return "mean squared error" if self.kind == "regression" else f"{ACCURACY.name} in {ACCURACY.unit}"
+        if self.kind == "classification":
+            return f"{ACCURACY.name} in {ACCURACY.unit}"
+        return "mean squared error" if self.decide is None else "RMSE in the unit of the targets"
 
 
 @functools.lru_cache(maxsize=1)
@@ -127,7 +131,13 @@ def _grouped(options: Mapping[str, Any], **defaults: Any) -> Source:
         "split_seed": None,
         "gap": None,
     }
-    shared |= {"draw": None, "train_draw": None, "skip_small_groups": False, "scale": True}
+    shared |= {
+        "draw": None,
+        "train_draw": None,
+        "skip_small_groups": False,
+        "scale": True,
+        "query_all": False,
+    }
     usual = {"shots": 5, "inner_lr": 0.05, "inner_steps": 5, "iterations": 2000, "test_tasks": 200}
     return Source(
         load_groups,
