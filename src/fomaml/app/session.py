@@ -290,6 +290,7 @@ class Session:
             self.validated = progress.get("validated", 0)
             if progress.get("tasks_at_once", self.plan.tasks_at_once) != self.plan.tasks_at_once:
                 self.plan = self._plan(progress["tasks_at_once"])
+            self.plan.seen |= set(progress.get("seen", ()))
         if metrics.exists():
             rundir.keep_metrics(metrics, self.done)
             limit = "" if self.settings.seconds else f" of {self.settings.iterations}"
@@ -337,5 +338,6 @@ class Session:
             "clock": dataclasses.asdict(self.clock),
             "validated": self.validated,
             "tasks_at_once": self.plan.tasks_at_once,  # halved where memory has run out
+            "seen": sorted(self.plan.seen),  # shapes that are compiled when they come back
         }
         save_state(self.out / rundir.STATE, self.learner, self.optimizer, self.done, progress, self.identity)
