@@ -22,7 +22,7 @@ from fomaml.app.build import (
     build_schedule,
     has_bfloat16,
     open_data,
-    with_image,
+    with_data,
     with_precision,
 )
 from fomaml.app.judge import beside_baselines, describe, has_baselines, judge
@@ -121,7 +121,7 @@ class Session:
         allow_download: bool = True,
     ):
         self.data = open_data(settings, allow_download=allow_download)
-        self.settings = with_precision(with_validation(with_image(settings, self.data), self.data))
+        self.settings = with_precision(with_validation(with_data(settings, self.data), self.data))
         self.identity = identity(self.settings)
         self.out, self.say, self.watch, self.work = out, say, watch, work
         self.agenda = Agenda(self.settings, has_baselines(self.settings, self.data))
