@@ -10,12 +10,12 @@ import fomaml.errors
 ROOT = Path(fomaml.errors.__file__).parent
 # A layer is a folder, or a few files that stand for one step of the way from examples to a result.
 LAYERS = [
-    {"errors", "choices", "files", "tasks", "metrics", "submodules"},
+    {"errors", "choices", "files", "trees", "tasks", "metrics", "submodules"},
     {"data"},
     {"models", "episodes", "streams"},
     {"learning"},
     {"engines"},
-    {"train", "evaluate", "baselines", "checkpoint"},
+    {"scoring", "train", "evaluate", "baselines", "checkpoint"},
     {"check"},
     {"app"},
     {"__init__", "__main__"},

@@ -46,8 +46,10 @@ if TYPE_CHECKING:  # a checker of types is to know all modules, and no other nam
     from fomaml import learning as learning
     from fomaml import metrics as metrics
     from fomaml import models as models
+    from fomaml import scoring as scoring
     from fomaml import streams as streams
     from fomaml import tasks as tasks
+    from fomaml import trees as trees
 else:
     __getattr__, __dir__ = submodules(__name__)
 

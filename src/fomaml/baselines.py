@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +17,15 @@ from fomaml.errors import InputError, positive, whole
 from fomaml.evaluate import batches, evaluate, judged
 from fomaml.learning.algorithms import FOMAML
 from fomaml.learning.contracts import Criterion
-from fomaml.metrics import Asked, metric_for
+from fomaml.learning.learner import Choices
+from fomaml.metrics import Asked, Metric, metric_for
+from fomaml.scoring import metrics_of
 from fomaml.streams import check_sequence
-from fomaml.tasks import Task
+from fomaml.tasks import Batch, Task, are_labels, singles
+from fomaml.trees import Tree
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def nearest_centroid(
@@ -35,19 +41,27 @@ def nearest_centroid(
     found = []
     score = metric_for(F.cross_entropy, metric)
     for batch in batches(episodes, tasks, tasks_at_once, nn.Identity()):
-        support, query = batch.support.inputs.flatten(2), batch.query.inputs.flatten(2)
-        members = _members(batch.support.targets).to(support.dtype)
-        number = members.sum(1).unsqueeze(-1)
-        centroids = members.mT @ support / number.clamp(min=1)
-        # a class that a task lacks beside others is none of its own
-        nearness = -torch.cdist(query, centroids).masked_fill(number.mT == 0, math.inf)
-        found.append(judged(episodes, score, nearness, batch.query.targets).double().cpu())
+        for own in [batch] if isinstance(batch, Task) else singles(batch):
+            scored = judged(episodes, score, _nearness(own), own.query.targets)
+            found.append(scored.double().cpu())
     return torch.cat(found)
 
 
-def _members(targets: Tensor) -> Tensor:
+def _nearness(tasks: Task) -> Tensor:
+    """(tasks, query examples, ways) distances to the mean support input of each class, times -1."""
+    if not isinstance(tasks.support.inputs, Tensor):
+        raise InputError("the nearest centroid needs one tensor of inputs, and these are nested")
+    support, query = tasks.support.inputs.flatten(2), tasks.query.inputs.flatten(2)
+    members = _members(tasks.support.targets).to(support.dtype)
+    number = members.sum(1).unsqueeze(-1)
+    centroids = members.mT @ support / number.clamp(min=1)
+    # a class that a task lacks beside others is none of its own
+    return -torch.cdist(query, centroids).masked_fill(number.mT == 0, math.inf)
+
+
+def _members(targets: Tree) -> Tensor:
     """(tasks, examples, ways) ones where an example is of a class, of labels (tasks, examples)."""
-    if targets.is_floating_point() or targets.dim() != 2:
+    if not are_labels(targets) or targets.dim() != 2:
         raise InputError("the nearest centroid needs one label for each example, got targets of another kind")
     if not (targets >= 0).any():
         raise InputError("the nearest centroid needs labels from 0 on, got none")
@@ -72,17 +86,19 @@ def fine_tune(
     inner_lrs: Sequence[float] = (0.001, 0.003, 0.01, 0.03, 0.1),
     at_steps: Sequence[int] = (5, 20, 50, 100),
     statistics: Statistics = "own",
-    criterion: Criterion = F.cross_entropy,
+    criterion: Criterion | None = None,
     metric: Asked = None,
+    **choices: Unpack[Choices],
 ) -> Tuned:
     """Train a model on each support set by gradient descent; step size and count tuned on other episodes.
 
+    choices: further arguments of `FOMAML`, such as `loss`, `output`, or `adapted` for the last layers alone.
     statistics, metric: as in `evaluate`; the best is tuned for in the metric's direction.
     model: the start for every task, or a function from a number to a fresh random start: then every
         hundred tasks get a start of their own.
     """
 
-    score = metric_for(criterion, metric)
+    score: Metric | None = None
 
     def run(
         episodes: TaskSequence, tasks: int, inner_lr: float, at_steps: Sequence[int]
@@ -90,7 +106,9 @@ def fine_tune(
         parts = []
         for number in range(math.ceil(tasks / 100)):
             start = model if isinstance(model, nn.Module) else model(number)
-            learner = FOMAML(start, inner_lr, max(at_steps), criterion)
+            nonlocal score
+            learner = FOMAML(start, inner_lr, max(1, *at_steps), criterion, **choices)
+            [score] = metrics_of(learner, [metric])
             part = _Slice(episodes, 100 * number)
             few = min(100, tasks - 100 * number)
             found = evaluate(learner, part, tasks=few, at_steps=at_steps, statistics=statistics, metric=score)
@@ -99,6 +117,7 @@ def fine_tune(
 
     def worth(found: Tensor) -> float:
         mean = found.mean().item()
+        assert score is not None  # once something was run
         return -math.inf if math.isnan(mean) else score.direction * mean  # nan: it has diverged
 
     best = max(
@@ -142,5 +161,5 @@ class _Slice:
         self.episodes, self.start = episodes, start
         self.ways, self.copies = ways_of(episodes), copies_of(episodes)
 
-    def batch(self, start: int, tasks: int) -> Task:
+    def batch(self, start: int, tasks: int) -> Batch:
         return self.episodes.batch(self.start + start, tasks)

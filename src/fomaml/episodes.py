@@ -12,7 +12,7 @@ from torch import Tensor
 from fomaml.data.augment import jittered, turned
 from fomaml.data.source import ClassSource
 from fomaml.errors import InputError, not_negative, positive, shown, whole
-from fomaml.tasks import Examples, Task, one
+from fomaml.tasks import Batch, Examples, Task, one
 
 
 def generator(seed: int, index: int) -> np.random.Generator:
@@ -43,8 +43,8 @@ class TaskSequence(Protocol):
     def copies(self) -> int:
         return 1
 
-    def batch(self, start: int, tasks: int, /) -> Task:
-        """Tasks start … start + tasks - 1, with a leading axis (tasks, ...)."""
+    def batch(self, start: int, tasks: int, /) -> Batch:
+        """Tasks start … start + tasks - 1, with a leading axis (tasks, ...); or, of unequal shapes, a list of them."""
         ...
 
 

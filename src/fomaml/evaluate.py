@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +17,13 @@ from fomaml.engines import plan as make_plan
 from fomaml.episodes import TaskSequence, copies_of
 from fomaml.errors import InputError, plain, whole
 from fomaml.learning.learner import MetaLearner
-from fomaml.metrics import LOSS, Asked, Metric, metric_for, scores
+from fomaml.metrics import LOSS, Asked, Metric, scores
 from fomaml.models import warn_of_unmoved
+from fomaml.scoring import measured_for, metrics_of, query_targets
 from fomaml.streams import batch_of
-from fomaml.tasks import Task, check_finite_tasks
+from fomaml.tasks import Batch, check_finite_tasks
 from fomaml.train import check_labels, check_width
+from fomaml.trees import Tree, leaves
 
 SCALINGS = 200  # of rows and columns each; after 100 one of 13 500 images of Omniglot still changed its class
 
@@ -40,6 +42,7 @@ def estimate(values: Tensor) -> Estimate:
     return Estimate(values.mean().item(), 1.96 * error / math.sqrt(len(values)))
 
 
+@overload
 def evaluate(
     learner: MetaLearner,
     episodes: TaskSequence,
@@ -51,7 +54,32 @@ def evaluate(
     tasks_at_once: int = 100,
     engine: str = "auto",
     metric: Asked = None,
-) -> dict[int, Tensor]:
+) -> dict[int, Tensor]: ...
+@overload
+def evaluate(
+    learner: MetaLearner,
+    episodes: TaskSequence,
+    *,
+    tasks: int = 1000,
+    at_steps: int | Sequence[int] = (0, 1, 5, 10, 20),
+    statistics: Statistics = "own",
+    balanced: bool = False,
+    tasks_at_once: int = 100,
+    engine: str = "auto",
+    metric: list[Asked],
+) -> dict[str, dict[int, Tensor]]: ...
+def evaluate(
+    learner: MetaLearner,
+    episodes: TaskSequence,
+    *,
+    tasks: int = 1000,
+    at_steps: int | Sequence[int] = (0, 1, 5, 10, 20),
+    statistics: Statistics = "own",
+    balanced: bool = False,
+    tasks_at_once: int = 100,
+    engine: str = "auto",
+    metric: Asked | list[Asked] = None,
+) -> dict[int, Tensor] | dict[str, dict[int, Tensor]]:
     """Adapt to the first `tasks` episodes; per number of inner steps the (tasks,) float64 scores.
 
     `estimate` sums them up. Of episodes with copies of each image, a query image's outputs are averaged over its copies
@@ -65,7 +93,8 @@ def evaluate(
         their modules, and `functools.partial` of all these), else "loss", the criterion's. The accuracy is of
         the class axis and without the ignored labels of `F.cross_entropy`. A function (outputs, targets) → a number
         is called for the query set of each task, (examples, ...) each; more counts as better, unless it is given as
-        a `fomaml.metrics.Metric`.
+        a `fomaml.metrics.Metric`. For a learner with a `loss` a function is called with (forward, examples) instead, as
+        the loss is. Of a list of metrics all are computed, and the result is by name, and then by number of steps.
 
     Raises:
         InputError: outputs narrower than the classes of a cross-entropy, or labels that are below 0 or all ignored; an
@@ -79,8 +108,10 @@ def evaluate(
     points = [(whole("at_steps", steps), statistics) for steps in numbers]
     if not points:
         raise InputError("at_steps is empty: it says after how many inner steps to score")
-    found = evaluate_at(learner, episodes, points, tasks, tasks_at_once, engine, balanced, metric)
-    return {steps: scores for (steps, _), scores in found.items()}
+    own = metrics_of(learner, metric if isinstance(metric, list) else [metric])
+    found = evaluate_all(learner, episodes, points, tasks, tasks_at_once, engine, balanced, own)
+    by_name = {name: {steps: s for (steps, _), s in each.items()} for name, each in found.items()}
+    return by_name if isinstance(metric, list) else by_name[own[0].name]
 
 
 def evaluate_at(
@@ -94,27 +125,49 @@ def evaluate_at(
     metric: Asked = None,
 ) -> dict[tuple[int, Statistics], Tensor]:
     """`evaluate` at pairs of steps and statistics: tasks are adapted once for all of them."""
-    score = metric_for(learner.criterion, metric)
+    [found] = evaluate_all(
+        learner, episodes, points, tasks, tasks_at_once, engine, balanced, metrics_of(learner, [metric])
+    ).values()
+    return found
+
+
+def evaluate_all(
+    learner: MetaLearner,
+    episodes: TaskSequence,
+    points: Sequence[tuple[int, Statistics]],
+    tasks: int,
+    tasks_at_once: int,
+    engine: str,
+    balanced: bool,
+    metrics: Sequence[Metric],
+) -> dict[str, dict[tuple[int, Statistics], Tensor]]:
+    """`evaluate_at` by each of several metrics, by name."""
     tasks_at_once = whole("tasks_at_once", tasks_at_once, 1)
     check_width(learner, episodes)
     points = sorted(dict.fromkeys(points), key=lambda point: point[0])
-    parts: list[list[Tensor]] = [[] for _ in points]
+    parts: dict[str, list[list[Tensor]]] = {metric.name: [[] for _ in points] for metric in metrics}
     plan: Plan | None = None
     spoiled = False
     for batch in batches(episodes, tasks, max(1, tasks_at_once // copies_of(episodes)), learner.model):
         check_labels(learner, batch)
         plan = plan or make_plan(learner, batch, engine=engine)
-        found = plan.curve(batch, points)
-        for part, (losses, outputs) in zip(parts, found):
-            own = judged(episodes, score, outputs, batch.query.targets, losses, balanced)
-            # a score that is no number speaks for itself
-            if not spoiled and own.isfinite().all() and (losses.isnan().any() or outputs.isnan().any()):
-                spoiled = True
-                check_finite_tasks(batch)
-                text = "outputs or losses of some tasks are no numbers, and count as wrong: try a smaller inner_lr"
-                warnings.warn(text, RuntimeWarning, stacklevel=3)
-            part.append(own.double().cpu())
-    return dict(zip(points, map(torch.cat, parts)))
+        targets = query_targets(batch)
+        curves: dict[Any, list] = {}
+        for metric in metrics:
+            kind = measured_for(learner, metric)
+            if kind not in curves:
+                curves[kind] = plan.curve(batch, points, kind)
+            for part, (losses, outputs) in zip(parts[metric.name], curves[kind]):
+                own = judged(episodes, metric, outputs, targets, losses, balanced)
+                # a score that is no number speaks for itself
+                wrong = any(leaf.isnan().any() for leaf in leaves((losses, outputs)))
+                if not spoiled and wrong and own.isfinite().all():
+                    spoiled = True
+                    check_finite_tasks(batch)
+                    text = "outputs or losses of some tasks are no numbers, and count as wrong: try a smaller inner_lr"
+                    warnings.warn(text, RuntimeWarning, stacklevel=4)
+                part.append(own.double().cpu())
+    return {name: dict(zip(points, map(torch.cat, own))) for name, own in parts.items()}
 
 
 def balance(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -150,13 +203,17 @@ def balance(outputs: Tensor, targets: Tensor) -> Tensor:
 def judged(
     episodes: TaskSequence,
     metric: Metric,
-    outputs: Tensor,
-    targets: Tensor,
+    outputs: Tree,
+    targets: Tree,
     losses: Tensor | None = None,
     balanced: bool = False,
 ) -> Tensor:
     """`scores`, of outputs that are averaged over the copies of a query image, and balanced if asked for."""
     copies = copies_of(episodes)
+    if (copies > 1 or balanced) and not (isinstance(outputs, Tensor) and isinstance(targets, Tensor)):
+        raise InputError(
+            "copies and balanced change one tensor of outputs, of tasks of one shape: leave them out"
+        )
     if copies > 1:
         outputs, targets = outputs.unflatten(1, (-1, copies)).mean(2), targets[:, ::copies]
     if balanced:
@@ -168,7 +225,7 @@ def judged(
     return scores(metric, outputs, targets, losses)
 
 
-def batches(episodes: TaskSequence, tasks: int, tasks_at_once: int, model: nn.Module) -> Iterator[Task]:
+def batches(episodes: TaskSequence, tasks: int, tasks_at_once: int, model: nn.Module) -> Iterator[Batch]:
     """So many tasks, so many at once. model: see `as_batch`."""
     tasks, tasks_at_once = whole("tasks", tasks, 1), whole("tasks_at_once", tasks_at_once, 1)
     for start in range(0, tasks, tasks_at_once):

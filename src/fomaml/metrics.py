@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fomaml.errors import InputError
+from fomaml.tasks import Examples, first
+from fomaml.trees import Tree, mapped
 
 
 class Metric(NamedTuple):
@@ -92,6 +94,7 @@ def loss(outputs: Tensor, targets: Tensor, losses: Tensor | None) -> Tensor:
 
 ACCURACY = Metric("accuracy", accuracy, 1, "%")
 LOSS = Metric("loss", loss, -1, "")
+OF_TENSORS = (accuracy,)
 METRICS = {metric.name: metric for metric in (ACCURACY, LOSS)}
 
 
@@ -106,30 +109,72 @@ def of_each_task(function: OfTask) -> Callable[[Tensor, Tensor, Tensor | None], 
     """
 
     @torch.no_grad()
-    def score(outputs: Tensor, targets: Tensor, losses: Tensor | None = None) -> Tensor:
-        found = [_number(function(*own), function) for own in zip(_own_classes(outputs), targets)]
-        return torch.tensor(found, dtype=torch.float64, device=outputs.device)
+    def score(outputs: Tree, targets: Tree, losses: Tensor | None = None) -> Tensor:
+        number = len(first(outputs))
+        each = _own_classes(outputs) if isinstance(outputs, Tensor) else _apart(outputs, number)
+        pairs = zip(each, _apart(targets, number), strict=True)
+        found = [_number(function(*own), function) for own in pairs]
+        return torch.tensor(found, dtype=torch.float64, device=first(outputs).device)
 
     return score
 
 
-def scores(metric: Metric, outputs: Tensor, targets: Tensor, losses: Tensor | None) -> Tensor:
+class OfModel:
+    """The `score` of a `Metric` that judges the model itself, out of a function of one task.
+
+    function: (forward, examples) → one number, of the model at φ and of the query set, as a `loss` of `MetaLearner`
+        gets them; it may differentiate. It is called task by task.
+    """
+
+    def __init__(self, function: Callable[[Callable, Examples], Any]):
+        self.function = function
+
+    def measure(self, forward: Callable, examples: Examples) -> Tensor:
+        """() float64, the value of one task."""
+        value = _number(self.function(forward, examples), self.function)
+        return torch.tensor(value, dtype=torch.float64, device=first(examples.inputs).device)
+
+    def __call__(self, outputs: Tensor, targets: Tree, losses: Tensor | None) -> Tensor:
+        """(tasks,) what was measured, which stands in the place of outputs."""
+        return outputs
+
+
+def scores(metric: Metric, outputs: Tree, targets: Tree, losses: Tensor | None) -> Tensor:
     """(tasks,) the scores of query sets.
 
+    outputs, targets: (tasks, examples, ...), or lists of those of each task, (examples, ...).
+
     Raises:
-        InputError: the metric gives something else.
+        InputError: the metric gives something else, or is of tensors where there are several or none.
     """
+    if isinstance(targets, list):
+        alone = [mapped(lambda tensor: tensor[None], pair) for pair in zip(outputs, targets)]
+        rows = range(len(targets))
+        own_losses = [None if losses is None else losses[row : row + 1] for row in rows]
+        return torch.cat([scores(metric, o, t, own) for (o, t), own in zip(alone, own_losses)])
+    named = metric.score in OF_TENSORS
+    if named and not (isinstance(outputs, Tensor) and isinstance(targets, Tensor)):
+        raise InputError(
+            f"{metric.name} is of one tensor of outputs and one of targets: give output=, which says what of the "
+            "model's is judged, or a function as the metric"
+        )
+    number = len(first(outputs)) if losses is None else len(losses)
     found = metric.score(outputs, targets, losses)
-    if not isinstance(found, Tensor) or found.shape != outputs.shape[:1]:
+    if not isinstance(found, Tensor) or found.shape != (number,):
         what = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else _kind(found)
         raise InputError(
-            f"the score of the metric {metric.name!r} is {what}, expected {len(outputs)} scores, one for each task: "
+            f"the score of the metric {metric.name!r} is {what}, expected {number} scores, one for each task: "
             "fomaml.metrics.of_each_task makes it of a function of one task"
         )
     return found
 
 
-def _number(found: Any, function: OfTask) -> float:
+def _apart(tree: Tree, number: int) -> list[Tree]:
+    """Of each task."""
+    return [mapped(lambda tensor, row=row: tensor[row], tree) for row in range(number)]
+
+
+def _number(found: Any, function: Callable) -> float:
     is_number = isinstance(found, numbers.Real | np.bool_)
     if not is_number and not (isinstance(found, Tensor) and not found.dim() and not found.is_complex()):
         what = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else _kind(found)

@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from fomaml.episodes import TaskSequence
 from fomaml.errors import InputError
-from fomaml.tasks import Task, as_batch, as_examples, count, one, stack
+from fomaml.tasks import Batch, Task, as_batch, as_task, count, count_of, one, together
+from fomaml.trees import leaves
 
 
 class TaskStream:
@@ -34,15 +35,17 @@ class TaskStream:
         self._held: list[Task] = []
         self._position = 0  # of the first that is held
 
-    def batch(self, start: int, tasks: int) -> Task:
-        """Tasks start … start + tasks - 1, with a leading axis (tasks, ...); those before `start` are let go."""
+    def batch(self, start: int, tasks: int) -> Batch:
+        """Tasks start … start + tasks - 1; those before `start` are let go. Of unequal shapes a list, else with a
+        leading axis (tasks, ...).
+        """
         if start < self._position:
             raise InputError(f"the tasks before {self._position} are gone: only Episodes gives them again")
         while self._position + len(self._held) < start + tasks:
             self._held.append(next(self._tasks))
         del self._held[: start - self._position]
         self._position = start
-        return stack(self._held[:tasks])
+        return together(self._held[:tasks])
 
     def _all(self) -> Iterator[Task]:
         number = 0
@@ -64,15 +67,15 @@ class TaskStream:
             tasks = self._made(as_batch, given)
             yield from (one(tasks, index) for index in range(count(tasks)))
         else:
-            task = one(self._made(lambda task, model: as_batch([_task(task, model)], model), given), 0)
+            task = one(self._made(lambda task, model: [_task(task, model)], given), 0)
             if not self._warned and _may_be_a_batch(task):
                 self._warned = True
                 text = f"an item of the {type(self._iterable).__name__} is taken for one task, its first axis for "
-                text += f"examples, {len(task.support.targets)} of them; of a batch of tasks give the tasks one by one"
+                text += f"examples, {count_of(task.support)} of them; of a batch of tasks give the tasks one by one"
                 warnings.warn(text, RuntimeWarning, stacklevel=2)
             yield task
 
-    def _made(self, make: Callable[[Any, nn.Module], Task], given: Any) -> Task:
+    def _made(self, make: Callable[[Any, nn.Module], Batch], given: Any) -> Batch:
         try:
             return make(given, self._model)
         except InputError as error:
@@ -87,10 +90,13 @@ def _has_items(given: Any) -> bool:
 
 
 def _may_be_a_batch(task: Task) -> bool:
-    """Whether all four tensors could have a leading axis of tasks."""
-    sizes = {part.targets.shape[0] for part in task}
-    return len(sizes) == 1 and all(
-        inputs.dim() > 2 and targets.dim() > 1 and inputs.shape[:2] == targets.shape[:2]
+    """Whether all tensors could have a leading axis of tasks."""
+    if len({count_of(part) for part in task}) > 1:
+        return False
+    return all(
+        all(leaf.dim() > 2 for leaf in leaves(inputs))
+        and all(leaf.dim() > 1 for leaf in leaves(targets))
+        and len({leaf.shape[:2] for leaf in leaves((inputs, targets))}) == 1
         for inputs, targets in task
     )
 
@@ -98,7 +104,7 @@ def _may_be_a_batch(task: Task) -> bool:
 def _task(given: Any, model: nn.Module) -> Task:
     if not isinstance(given, tuple | list) or len(given) != 2:
         raise InputError(f"a task is a pair of a support and a query set, got a {type(given).__name__}")
-    return Task(as_examples(given[0], model), as_examples(given[1], model, "query"))
+    return as_task(given[0], given[1], model)
 
 
 def as_sequence(episodes: Any, model: nn.Module, start: int = 0) -> TaskSequence:
@@ -124,7 +130,7 @@ def as_sequence(episodes: Any, model: nn.Module, start: int = 0) -> TaskSequence
     return TaskStream(episodes, model)
 
 
-def batch_of(episodes: TaskSequence, start: int, tasks: int, model: nn.Module) -> Task:
+def batch_of(episodes: TaskSequence, start: int, tasks: int, model: nn.Module) -> Batch:
     """Tasks start … start + tasks - 1, looked at.
 
     Raises:

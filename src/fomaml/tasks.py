@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -10,24 +10,29 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fomaml import trees
 from fomaml.errors import InputError
+from fomaml.trees import Tree, leaves, mapped
 
 
 class Examples(NamedTuple):
-    """Labelled examples, the first axis of both tensors running over the examples.
+    """Labelled examples, the first axis of every tensor running over the examples.
 
-    inputs: (examples, ...), any dtype the model takes.
-    targets: (examples,) int64 for classification, (examples, ...) floating for regression.
+    inputs: (examples, ...), any dtype the model takes; or a dict of such tensors, which goes to the model as keywords,
+        or a tuple, which goes to it as positional arguments, nested to any depth.
+    targets: (examples,) int64 for classification, (examples, ...) floating for regression; or a nesting of tensors, for
+        a criterion or loss that takes one. () for a loss that needs none.
     """
 
-    inputs: Tensor
-    targets: Tensor
+    inputs: Tree
+    targets: Tree
 
 
 class Task(NamedTuple):
     """One task: adapt on `support`, judge on `query`.
 
-    A batch of tasks is a `Task` whose four tensors have one more leading axis, (tasks, examples, ...).
+    A batch of tasks of one shape is a `Task` whose tensors have one more leading axis, (tasks, examples, ...); a batch
+    of tasks of any shapes is a list of them.
     """
 
     support: Examples
@@ -38,13 +43,16 @@ class Task(NamedTuple):
         return self.map(lambda t: t.to(device, dtype if t.is_floating_point() else None))
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Task:
-        """Apply `function` to each of the four tensors."""
-        return Task(*(Examples(*(function(tensor) for tensor in part)) for part in self))
+        """Apply `function` to each tensor."""
+        return mapped(function, self)
 
 
-def as_batch(tasks: Any, model: nn.Module) -> Task:
-    """A batch of tasks, of plain pairs ((inputs, targets), (inputs, targets)) too, of numpy arrays, or of a list of
-    single tasks of equal shapes. What it holds has been looked at.
+Batch = Task | list[Task]  # a meta-batch: stacked, or one task after the other
+
+
+def as_batch(tasks: Any, model: nn.Module) -> Batch:
+    """A batch of tasks, of plain pairs ((inputs, targets), (inputs, targets)) and of numpy arrays too; a list of
+    single tasks, which may differ in their shapes, remains one. What it holds has been looked at.
 
     model: floating numpy arrays take its dtype and device.
 
@@ -57,16 +65,18 @@ def as_batch(tasks: Any, model: nn.Module) -> Task:
         and tasks
         and all(map(_is_task, tasks))
     ):
-        singles = [
-            (as_examples(support, model), as_examples(query, model, "query")) for support, query in tasks
-        ]
-        tasks = stack([Task(*single) for single in singles])
+        return [as_task(support, query, model) for support, query in tasks]
     support, query = _pair(tasks, "a batch of tasks is a pair of support and query sets")
-    found = Task(as_examples(support, model, "support", True), as_examples(query, model, "query", True))
-    if found.support.targets.shape[0] != found.query.targets.shape[0]:
-        numbers = [part.targets.shape[0] for part in found]
+    found = as_task(support, query, model, batch=True)
+    numbers = [count_of(part) for part in found]
+    if numbers[0] != numbers[1]:
         raise InputError(f"{numbers[0]} support sets and {numbers[1]} query sets: a task has one of each")
     return found
+
+
+def as_task(support: Any, query: Any, model: nn.Module, batch: bool = False) -> Task:
+    """A task of two sets; see `as_examples`."""
+    return Task(as_examples(support, model, "support", batch), as_examples(query, model, "query", batch))
 
 
 def as_examples(examples: Any, model: nn.Module, name: str = "support", batch: bool = False) -> Examples:
@@ -77,31 +87,54 @@ def as_examples(examples: Any, model: nn.Module, name: str = "support", batch: b
     Raises: as `as_batch`.
     """
     inputs, targets = _pair(examples, f"a {name} set is a pair of inputs and targets")
-    inputs, targets = _as_tensor(inputs, model), _as_tensor(targets, model)
-    if targets.dtype in (torch.int8, torch.int16, torch.int32):
-        targets = targets.long()  # what torch's losses take for labels
+    inputs = trees.as_tree(inputs, lambda value, path: _as_tensor(value, model, path), f"{name} inputs")
+    targets = trees.as_tree(
+        () if targets is None else targets,
+        lambda value, path: _as_targets(_as_tensor(value, model, path)),
+        f"{name} targets",
+    )
+    every = [*trees.named(inputs, f"{name} inputs"), *trees.named(targets, f"{name} targets")]
+    if not leaves(inputs):
+        raise InputError(f"a {name} set has no inputs: got an empty {type(inputs).__name__}")
+    _check_axes(every, name, batch)
+    return Examples(inputs, targets)
+
+
+def _check_axes(every: list[tuple[str, Tensor]], name: str, batch: bool) -> None:
+    """Raise `InputError` where tensors lack the axes that all of them share, or differ there.
+
+    every: the tensors of a set, with their names. name, batch: see `as_examples`.
+    """
     axes = 1 + int(batch)
-    if min(inputs.dim(), targets.dim()) < axes:
+    shapes = [tuple(tensor.shape) for _, tensor in every]
+    plain = len(every) == 2 and [path for path, _ in every] == [f"{name} inputs", f"{name} targets"]
+    if min(map(len, shapes)) < axes:
         wanted = "(tasks, examples, ...)" if batch else "(examples, ...)"
         cure = "; of one task, task.map(lambda tensor: tensor[None])" if batch else ""
-        raise InputError(
-            f"{name} inputs and targets have shape {wanted}, got {tuple(inputs.shape)} and {tuple(targets.shape)}{cure}"
-        )
-    if inputs.shape[:axes] != targets.shape[:axes]:
+        if plain:
+            raise InputError(
+                f"{name} inputs and targets have shape {wanted}, got {shapes[0]} and {shapes[1]}{cure}"
+            )
+        path, shape = next((path, shape) for (path, _), shape in zip(every, shapes) if len(shape) < axes)
+        raise InputError(f"{path} have shape {wanted}, got {shape}{cure}")
+    first = shapes[0][:axes]
+    other = next((number for number, shape in enumerate(shapes) if shape[:axes] != first), None)
+    if other is not None:
         what = "tasks and examples" if batch else "examples"
+        second = "targets" if plain else every[other][0]
         raise InputError(
-            f"{name} inputs {tuple(inputs.shape)} and targets {tuple(targets.shape)} differ in their numbers of {what}"
+            f"{every[0][0]} {shapes[0]} and {second} {shapes[other]} differ in their numbers of {what}"
         )
-    if 0 in targets.shape[:axes]:
-        what = "tasks" if batch and not targets.shape[0] else "examples"
-        raise InputError(f"there are no {what}: {name} inputs of shape {tuple(inputs.shape)}")
-    return Examples(inputs, targets)
+    if 0 in first:
+        what = "tasks" if batch and not first[0] else "examples"
+        raise InputError(f"there are no {what}: {every[0][0]} of shape {shapes[0]}")
 
 
 def _is_task(given: Any) -> bool:
     """Whether it is a pair of pairs, as a support and a query set are."""
     return (
         isinstance(given, tuple | list)
+        and not isinstance(given, Examples)
         and len(given) == 2
         and all(isinstance(part, tuple | list) and len(part) == 2 for part in given)
     )
@@ -114,48 +147,71 @@ def _pair(given: Any, what: str) -> tuple[Any, Any]:
     return given[0], given[1]
 
 
-def _as_tensor(values: Any, model: nn.Module) -> Tensor:
+def _as_tensor(values: Any, model: nn.Module, name: str) -> Tensor:
     if isinstance(values, np.ndarray | np.generic):
         own = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
         tensor = torch.from_numpy(np.ascontiguousarray(values))
         return tensor.to(own.device, own.dtype if tensor.is_floating_point() else None)
     if not isinstance(values, Tensor):
-        raise InputError(f"inputs and targets are tensors or numpy arrays, got a {type(values).__name__}")
+        where = f"; {name} is one" if "[" in name else ""
+        raise InputError(
+            f"inputs and targets are tensors or numpy arrays, got a {type(values).__name__}{where}"
+        )
     return values.clone() if values.is_inference() else values  # which autograd does not take
 
 
-def check_finite_tasks(tasks: Task, start: int | None = None) -> None:
+def _as_targets(tensor: Tensor) -> Tensor:
+    """Labels in the dtype that torch's losses take."""
+    return tensor.long() if tensor.dtype in (torch.int8, torch.int16, torch.int32) else tensor
+
+
+def check_finite_tasks(tasks: Batch, start: int | None = None) -> None:
     """Raise `InputError` where a batch of tasks holds numbers that are not finite.
 
     start: the number of its first task, where the message is to name them.
     """
+    if not isinstance(tasks, Task):
+        for number, task in enumerate(tasks):
+            check_finite_tasks(task.map(lambda tensor: tensor[None]), start and start + number)
+        return
     for name, part in zip(Task._fields, tasks):
-        for kind, tensor in zip(Examples._fields, part):
-            if tensor.isfinite().all():
-                continue
-            if start is None:
-                bad = next(index for index, own in enumerate(tensor) if not own.isfinite().all())
-                which = f"task {bad} of a batch"
-            else:
-                which = f"the tasks {start} to {start + count(tasks) - 1}"
-            raise InputError(f"the {name} {kind} of {which} hold numbers that are not finite")
+        for kind, tree in zip(Examples._fields, part):
+            for path, tensor in trees.named(tree, kind):
+                if tensor.isfinite().all():
+                    continue
+                if start is None:
+                    bad = next(index for index, own in enumerate(tensor) if not own.isfinite().all())
+                    which = f"task {bad} of a batch"
+                else:
+                    which = f"the tasks {start} to {start + count(tasks) - 1}"
+                raise InputError(f"the {name} {path} of {which} hold numbers that are not finite")
 
 
-def stack(tasks: list[Task]) -> Task:
+def stack(tasks: Sequence[Task]) -> Task:
     """A batch of single tasks of equal shapes.
 
     Raises:
         InputError: unequal shapes.
     """
-    parts = [[tensor for part in task for tensor in part] for task in tasks]
-    for tensors in zip(*parts):
+    if len({trees.structure(task) for task in tasks}) > 1:
+        raise InputError("the tasks of a batch have one shape each, and these are nested in different ways")
+    for tensors in zip(*map(leaves, tasks)):
         shapes = {tuple(tensor.shape) for tensor in tensors}
         if len(shapes) > 1:
             raise InputError(
                 f"the tasks of a batch have one shape each, got {' and '.join(map(str, sorted(shapes)))}"
             )
-    a, b, c, d = (torch.stack(tensors) for tensors in zip(*parts))
-    return Task(Examples(a, b), Examples(c, d))
+    return trees.joined(list(tasks), torch.stack)
+
+
+def together(tasks: list[Task]) -> Batch:
+    """Single tasks as a batch: stacked where they have one shape and dtype, else as they are."""
+    return stack(tasks) if len(set(map(shape_of, tasks))) == 1 else tasks
+
+
+def shape_of(tasks: Task) -> tuple:
+    """What tasks must have in common to be stacked: the nesting, shapes, dtypes and devices, hashable."""
+    return trees.structure(tasks), *((t.shape, t.dtype, t.device) for t in leaves(tasks))
 
 
 def ways_each(targets: Tensor, ignored: int | None = None) -> list[int]:
@@ -169,14 +225,42 @@ def ways_each(targets: Tensor, ignored: int | None = None) -> list[int]:
     return (labels.amax(1) + 1).clamp(min=1).tolist()
 
 
-def count(tasks: Task) -> int:
+def are_labels(targets: Tree) -> bool:
+    """Whether they are one tensor of whole numbers."""
+    return isinstance(targets, Tensor) and not targets.is_floating_point() and not targets.is_complex()
+
+
+def first(tree: Tree) -> Tensor:
+    """Its first tensor, whose device and leading axes are those of all."""
+    return tree if isinstance(tree, Tensor) else leaves(tree)[0]
+
+
+def count_of(examples: Examples) -> int:
+    """How long the first axis is: the number of examples, or of tasks."""
+    return first(examples.inputs).shape[0]
+
+
+def count(tasks: Batch) -> int:
     """How many tasks a batch holds."""
-    return tasks.support.targets.shape[0]
+    return count_of(tasks.support) if isinstance(tasks, Task) else len(tasks)
 
 
-def one(tasks: Task, index: int) -> Task:
+def device_of(tasks: Batch) -> torch.device:
+    """Where its tensors are."""
+    return first(tasks.support.inputs if isinstance(tasks, Task) else tasks[0].support.inputs).device
+
+
+def one(tasks: Batch, index: int) -> Task:
     """Task number `index` of a batch, without the leading axis."""
-    return tasks.map(lambda tensor: tensor[index])
+    return tasks.map(lambda tensor: tensor[index]) if isinstance(tasks, Task) else tasks[index]
+
+
+def singles(tasks: Batch) -> Iterator[Task]:
+    """The tasks of a batch one by one, each a batch of one."""
+    if isinstance(tasks, Task):
+        yield from chunks(tasks, 1)
+    else:
+        yield from (task.map(lambda tensor: tensor[None]) for task in tasks)
 
 
 def chunks(tasks: Task, size: int) -> Iterator[Task]:

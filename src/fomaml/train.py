@@ -14,14 +14,23 @@ from torch import Tensor
 from fomaml.data.source import ClassSource
 from fomaml.engines import Plan, check_outputs
 from fomaml.engines import plan as make_plan
+from fomaml.engines.plan import TaskWeights
 from fomaml.episodes import Episodes, TaskSequence
 from fomaml.errors import InputError, plain, positive, whole
 from fomaml.learning.algorithms import FOMAML
 from fomaml.learning.learner import MetaLearner
-from fomaml.metrics import Asked, Metric, check_ignored, ignored_label, metric_for, scores
+from fomaml.metrics import Asked, check_ignored, ignored_label, scores
 from fomaml.models import warn_of_unmoved
+from fomaml.scoring import (
+    measured_for,
+    metrics_of,
+    query_targets,
+    score_after,
+    score_before,
+    weighted_mean,
+)
 from fomaml.streams import TaskStream, as_sequence, batch_of
-from fomaml.tasks import Task, check_finite_tasks
+from fomaml.tasks import Batch, Task, check_finite_tasks, singles
 
 
 class Record(NamedTuple):
@@ -54,20 +63,21 @@ def train(
     autocast: torch.dtype | None = None,
     plan: Plan | None = None,
     metric: Asked = None,
+    task_weights: TaskWeights = "equal",
 ) -> Iterator[Record]:
     """Meta-train `learner` in place on episodes start · meta_batch_size … (Finn et al. 2017, algorithm 1).
 
     Iteration i uses the episodes i · meta_batch_size and following, so a run continues exactly from
     `start`, the learner's parameters and the optimiser's state.
 
-    episodes: what has `batch(start, tasks) -> Task`, see `TaskSequence`; or an iterable of single tasks, or a
-        `DataLoader` of them, in one process and from the start alone.
+    episodes: what has `batch(start, tasks)`, which gives stacked tasks or a list of them, see `TaskSequence`; or an
+        iterable of single tasks, or a `DataLoader` of them, in one process and from the start alone.
     optimizer: over the learner's parameters; its step sizes at this call are the meta_lr.
     schedule: iteration (from 0) → factor of the meta_lr.
     measure_every: on every so-many-th iteration, and the last, the record has `before` and `after`.
     clip: the largest norm of the whole meta-gradient; a longer one is scaled down to it.
-    engine, tasks_at_once, compile, autocast: of the plan for the whole run, see `engines.plan`.
-    plan: in place of these four, a plan of the caller's for this learner, whose `tasks_at_once` a run can save and
+    engine, tasks_at_once, compile, autocast, task_weights: of the plan for the whole run, see `engines.plan`.
+    plan: in place of these five, a plan of the caller's for this learner, whose `tasks_at_once` a run can save and
         its continuation begin with.
     metric: what records score by, as in `evaluate`.
 
@@ -92,10 +102,12 @@ def train(
         "tasks_at_once": tasks_at_once,
         "compile": compile,
         "autocast": autocast,
+        "task_weights": task_weights,
     }
     if plan is not None:
         check_plan(plan, learner, asked)
-    score = metric_for(learner.criterion, metric)
+    [score] = metrics_of(learner, [metric])
+    measured_by = measured_for(learner, score)
     check_optimizer(optimizer, learner)
     if schedule is not None and not callable(schedule):
         raise InputError(
@@ -115,6 +127,7 @@ def train(
             measured = (iteration + 1) % measure_every == 0 or iteration + 1 == iterations
             own = own or make_plan(learner, tasks, **asked)
             before = score_before(own, tasks, score) if measured else None
+            adapted = score_after(own, tasks, score) if measured and measured_by else None
             result = own(tasks)
             if schedule is not None:
                 set_rates(optimizer, schedule(iteration), iteration)
@@ -125,7 +138,7 @@ def train(
             optimizer.step()
             optimizer.zero_grad()
             learner.update_statistics(tasks)
-            meta_loss = result.query_losses.mean()
+            meta_loss = weighted_mean(result.query_losses, own.weights(tasks))
             after = None
             if measured:
                 if not math.isfinite(meta_loss.item()):
@@ -134,8 +147,10 @@ def train(
                     )
                     check_data(learner, episodes, indices, meta_batch_size)
                 check_finite(meta_loss.item(), iteration + 1)
-                targets = tasks.query.targets
-                after = scores(score, result.query_outputs, targets, result.query_losses).mean()
+                after = adapted
+                if after is None:
+                    losses, outputs = result.query_losses, result.query_outputs
+                    after = scores(score, outputs, query_targets(tasks), losses).mean()
                 checked = iteration + 1
             yield Record(iteration + 1, meta_loss, before, after)
 
@@ -237,13 +252,6 @@ def linear(iterations: float) -> Callable[[float], float]:
     return lambda iteration: 1 - iteration / iterations
 
 
-@torch.no_grad()
-def score_before(plan: Plan, tasks: Task, metric: Metric) -> Tensor:
-    """The mean score of the meta-model itself on the query sets, before any adaptation."""
-    [(losses, outputs)] = plan.curve(tasks, [(0, "own")])
-    return scores(metric, outputs, tasks.query.targets, losses).mean()
-
-
 def check_width(learner: MetaLearner, episodes: TaskSequence) -> None:
     """Raise `InputError` where the criterion is a cross-entropy that does not go with the first task: outputs narrower
     than its classes, labels below 0 or all ignored, a single class, targets that are no probabilities.
@@ -253,12 +261,15 @@ def check_width(learner: MetaLearner, episodes: TaskSequence) -> None:
     check_outputs(learner, task)
 
 
-def check_labels(learner: MetaLearner, tasks: Task) -> None:
+def check_labels(learner: MetaLearner, tasks: Batch) -> None:
     """Raise `InputError` where the criterion ignores all labels of a support or query set."""
     ignored = ignored_label(learner.criterion)
-    if ignored is not None:
-        for name, (_, targets) in zip(Task._fields, tasks):
-            check_ignored(name, targets, ignored)
+    if ignored is None:
+        return
+    for batch in [tasks] if isinstance(tasks, Task) else singles(tasks):
+        for name, (_, targets) in zip(Task._fields, batch):
+            if isinstance(targets, Tensor):
+                check_ignored(name, targets, ignored)
 
 
 def check_finite(meta_loss: float, iteration: int) -> None:
@@ -273,7 +284,9 @@ def check_plan(plan: Plan, learner: MetaLearner, asked: dict[str, Any]) -> None:
     """Raise `InputError` where a plan is another learner's, or comes with arguments that it has settled."""
     if plan.learner is not learner:
         raise InputError("the plan was made for another learner; make one for this one")
-    plain = {"engine": "auto", "tasks_at_once": None, "compile": False, "autocast": None}
+    plain = {
+        "engine": "auto", "tasks_at_once": None, "compile": False, "autocast": None, "task_weights": "equal",
+    }  # fmt: skip
     for name, value in asked.items():
         if value != plain[name]:
             raise InputError(f"{name}={value!r} goes to engines.plan, not to train beside a plan")

@@ -143,7 +143,7 @@ def add(lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> Sequence[Tensor]:
         return [left + right for left, right in zip(lefts, rights)]
 
 
-def divide(tensors: Sequence[Tensor], divisor: int) -> Sequence[Tensor]:
+def divide(tensors: Sequence[Tensor], divisor: float) -> Sequence[Tensor]:
     """Each tensor divided by a number, in memory of its own."""
     try:
         return find("torch:_foreach_div", torch)(list(tensors), divisor)

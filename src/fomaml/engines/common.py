@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from operator import itemgetter
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,18 +18,28 @@ from fomaml.errors import InputError
 from fomaml.learning.learner import MetaLearner
 from fomaml.learning.problem import Problem
 from fomaml.metrics import ignored_label
-from fomaml.tasks import Task, count, ways_each
+from fomaml.tasks import Batch, Examples, Task, are_labels, count, shape_of, stack, ways_each
+from fomaml.trees import Tree, joined, mapped
+
+# (the model at φ, the query set of one task) → a number
+Measure = Callable[[Callable[..., Any], Examples], Tensor]
 
 
 class Engine(Protocol):
     """A way to compute a chunk of a meta-batch: it makes the inner problem of a batch of tasks.
 
-    evaluating, ways: see `Problem`.
+    evaluating, ways, measured: see `Problem`.
     Raises `InputError` for a learner that it does not take.
     """
 
     def __call__(
-        self, learner: MetaLearner, tasks: Task, *, evaluating: bool = False, ways: int | None = None
+        self,
+        learner: MetaLearner,
+        tasks: Task,
+        *,
+        evaluating: bool = False,
+        ways: int | None = None,
+        measured: bool = False,
     ) -> Problem: ...
 
 
@@ -38,13 +48,14 @@ class MetaGradient(NamedTuple):
 
     query_losses: (tasks,) at φ_K. support_losses: (tasks, steps), each at the start of its step.
     query_outputs: (tasks, query examples, ...) at φ_K; -inf for classes that a task does not have, where a start makes
-    heads of several numbers of ways. engine: the engine that computed it.
+    heads of several numbers of ways. Nested as what the model returns; of a list of tasks a list, in its order; ()
+    where a `loss` stands in for outputs. engine: the engine that computed it.
     """
 
     gradients: dict[str, Tensor]
     query_losses: Tensor
     support_losses: Tensor
-    query_outputs: Tensor
+    query_outputs: Tree | list[Tree]
     engine: str
 
     def apply_to(self, learner: MetaLearner) -> None:
@@ -61,7 +72,7 @@ class Found(NamedTuple):
     gradients: list[Tensor]
     query_losses: Tensor
     support_losses: Tensor
-    query_outputs: Tensor
+    query_outputs: Tree
 
 
 def differentiate(learner: MetaLearner, problem: Problem, tasks: int = 1) -> Found:
@@ -86,13 +97,13 @@ def differentiate(learner: MetaLearner, problem: Problem, tasks: int = 1) -> Fou
     _, losses, outputs, support_losses = outcome
     if problem.stacked:
         return Found(list(gradients), losses, support_losses.T, outputs)
-    return Found(list(gradients), losses[None], support_losses[None], outputs[None])
+    return Found(list(gradients), losses[None], support_losses[None], mapped(lambda t: t[None], outputs))
 
 
-def accumulate(names: Sequence[str], found: Iterable[Found], engine: str, tasks: int) -> MetaGradient:
+def accumulate(names: Sequence[str], found: Iterable[Found], engine: str, divisor: float) -> MetaGradient:
     """Put the chunks of a meta-batch together, one in memory at a time.
 
-    names: of the gradients. tasks: what the sums are divided by; 1 where they are means already.
+    names: of the gradients. divisor: of the sums, such as the number of tasks; 1 where they are means already.
     """
     found = iter(found)
     gradients, *seen = next(found)
@@ -101,8 +112,8 @@ def accumulate(names: Sequence[str], found: Iterable[Found], engine: str, tasks:
         # not in place: autograd may hand two parameters the same tensor
         gradients = _torch.add(gradients, chunk.gradients)
         rest.append(chunk[1:])
-    losses, support_losses, outputs = map(torch.cat, zip(seen, *rest)) if rest else seen
-    gradients = _torch.divide(gradients, tasks) if tasks > 1 else _apart(gradients)
+    losses, support_losses, outputs = (joined([*each]) for each in zip(seen, *rest)) if rest else seen
+    gradients = _torch.divide(gradients, divisor) if divisor != 1 else _apart(gradients)
     return MetaGradient(dict(zip(names, gradients)), losses, support_losses, outputs, engine)
 
 
@@ -121,42 +132,88 @@ def _apart(gradients: Sequence[Tensor]) -> list[Tensor]:
     return found
 
 
-def by_ways(learner: MetaLearner, tasks: Task) -> list[tuple[list[int], Task, int | None]]:
-    """(which tasks, these, their number of ways), so that a start makes each task the head that it would have alone.
+class Group(NamedTuple):
+    """Tasks of a meta-batch that are computed together.
 
-    One group with None where no start asks for the number of ways, or it is not known by labels.
+    rows: which ones of it. tasks: these, stacked. ways: their number of classes, so that a start makes each task the
+    head that it would have alone; None where no start asks for it, or it is not known by labels. weight: of each.
     """
-    rows = list(range(count(tasks)))
+
+    rows: list[int]
+    tasks: Task
+    ways: int | None
+    weight: float
+
+
+def groups(learner: MetaLearner, tasks: Batch, weights: Sequence[float] | None = None) -> list[Group]:
+    """A meta-batch by what tasks must have in common to be stacked: shapes, ways and weight, in the order of the first
+    of each.
+
+    weights: of the tasks; all 1 by default.
+    """
+    number = count(tasks)
+    if isinstance(tasks, Task) and learner.start is None and weights is None:
+        return [Group([*range(number)], tasks, None, 1.0)]
+    each = [1.0] * number if weights is None else weights
+    if isinstance(tasks, Task):
+        kinds: list[tuple] = [*zip(_ways(learner, tasks), each)]
+    else:
+        stacks = [task.map(lambda tensor: tensor[None]) for task in tasks]
+        kinds = [(shape_of(own), *_ways(learner, own), weight) for own, weight in zip(stacks, each)]
+    found = []
+    for kind in dict.fromkeys(kinds):
+        rows = [row for row in range(number) if kinds[row] == kind]
+        if not isinstance(tasks, Task):
+            own = stack([tasks[row] for row in rows])
+        else:
+            own = tasks if len(rows) == number else tasks.map(itemgetter(rows))
+        found.append(Group(rows, own, *kind[-2:]))
+    return found
+
+
+def _ways(learner: MetaLearner, tasks: Task) -> list[int | None]:
+    """By task, see `Group`."""
     targets = tasks.support.targets
-    if learner.start is None or targets.is_floating_point():
-        return [(rows, tasks, None)]
-    each = ways_each(targets, ignored_label(learner.criterion))
-    ways = sorted(set(each))
-    if len(ways) == 1:
-        return [(rows, tasks, ways[0])]
-    groups = [[row for row in rows if each[row] == number] for number in ways]
-    return [(own, tasks.map(itemgetter(own)), number) for own, number in zip(groups, ways)]
+    if learner.start is None or not are_labels(targets):
+        return [None] * count(tasks)
+    return [*ways_each(targets, ignored_label(learner.criterion))]
 
 
-def in_order(groups: Sequence[Sequence[int]], tensors: Sequence[Tensor]) -> Tensor:
+def in_order(groups: Sequence[Group], trees: Sequence[Tree]) -> Tree:
     """What was computed of groups of tasks, (tasks, ...) each, in the order of all tasks.
 
     Narrower outputs are filled up with -inf.
     """
-    if len(tensors) == 1:
-        return tensors[0]
-    if tensors[0].dim() > 2:
-        widest = max(tensor.shape[2] for tensor in tensors)
-        after = [0, 0] * (tensors[0].dim() - 3)
-        tensors = [F.pad(t, [*after, 0, widest - t.shape[2]], value=-math.inf) for t in tensors]
-    rows = torch.tensor([row for group in groups for row in group], device=tensors[0].device)
-    return torch.cat(list(tensors))[rows.argsort()]
+    if len(trees) == 1:
+        return trees[0]
+    rows = [row for group in groups for row in group.rows]
+
+    def ordered(*tensors: Tensor) -> Tensor:
+        if tensors[0].dim() > 2:
+            widest = max(tensor.shape[2] for tensor in tensors)
+            after = [0, 0] * (tensors[0].dim() - 3)
+            tensors = tuple(F.pad(t, [*after, 0, widest - t.shape[2]], value=-math.inf) for t in tensors)
+        return torch.cat(tensors)[torch.tensor(rows, device=tensors[0].device).argsort()]
+
+    return mapped(ordered, *trees)
 
 
-def joined(groups: Sequence[Sequence[int]], parts: Sequence[MetaGradient]) -> MetaGradient:
-    """The meta-gradient of all tasks out of those of groups of them."""
+def one_by_one(groups: Sequence[Group], trees: Sequence[Tree]) -> list[Tree]:
+    """What was computed of groups of tasks, (tasks, ...) each, as a list in the order of all tasks."""
+    found = {
+        row: mapped(itemgetter(place), tree)
+        for group, tree in zip(groups, trees)
+        for place, row in enumerate(group.rows)
+    }
+    return [found[row] for row in sorted(found)]
+
+
+def put_together(groups: Sequence[Group], parts: Sequence[MetaGradient], listed: bool) -> MetaGradient:
+    """The meta-gradient of all tasks out of those of groups of them. listed: the outputs as a list."""
+    order = one_by_one if listed else in_order
+    outputs = order(groups, [part.query_outputs for part in parts])
     if len(parts) == 1:
-        return parts[0]
+        return parts[0]._replace(query_outputs=outputs)
     gradients = list(parts[0].gradients.values())
     for part in parts[1:]:
         gradients = list(_torch.add(gradients, list(part.gradients.values())))
@@ -164,7 +221,7 @@ def joined(groups: Sequence[Sequence[int]], parts: Sequence[MetaGradient]) -> Me
         dict(zip(parts[0].gradients, gradients)),
         in_order(groups, [part.query_losses for part in parts]),
         in_order(groups, [part.support_losses for part in parts]),
-        in_order(groups, [part.query_outputs for part in parts]),
+        outputs,
         parts[0].engine,
     )
 
@@ -184,12 +241,14 @@ def first_line(error: Exception) -> str:
 
 
 def curves(
-    problems: Iterable[Problem], points: Sequence[tuple[int, Statistics]]
-) -> list[tuple[Tensor, Tensor]]:
+    problems: Iterable[Problem], points: Sequence[tuple[int, Statistics]], measure: Measure | None = None
+) -> list[tuple[Tensor, Tree]]:
     """For each number of steps, ascending, and statistics: query losses (tasks,) and outputs
     (tasks, examples, ...), no graph kept.
+
+    measure: its values (tasks,) are given in place of outputs; of problems of one task.
     """
-    parts: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in points]
+    parts: list[tuple[list[Tensor], list[Tree]]] = [([], []) for _ in points]
     for problem in problems:
         path = problem.path(first_order=True)
         adapted, done = problem.start, 0
@@ -201,6 +260,11 @@ def curves(
             buffers = {name: buffer.clone() for name, buffer in problem.buffers.items()}
             with torch.no_grad():
                 losses, outputs = problem.query(adapted, statistics, buffers=buffers)
-            for of_all, of_these in zip(part, (losses, outputs)):
-                of_all.append(of_these if problem.stacked else of_these[None])
-    return [(torch.cat(losses), torch.cat(outputs)) for losses, outputs in parts]
+                if measure is not None:
+                    outputs = problem.at(adapted, measure)
+            found = losses, outputs
+            if not problem.stacked:
+                found = mapped(lambda tensor: tensor[None], found)
+            for of_all, of_these in zip(part, found):
+                of_all.append(of_these)
+    return [(torch.cat(losses), joined(outputs)) for losses, outputs in parts]

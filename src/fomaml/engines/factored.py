@@ -34,7 +34,12 @@ from fomaml.tasks import Task
 
 
 def problem(
-    learner: MetaLearner, tasks: Task, *, evaluating: bool = False, ways: int | None = None
+    learner: MetaLearner,
+    tasks: Task,
+    *,
+    evaluating: bool = False,
+    ways: int | None = None,
+    measured: bool = False,
 ) -> Problem:
     """The problem of a stack of tasks, its Linear weights in factors.
 
@@ -58,6 +63,10 @@ def refusal(learner: MetaLearner) -> str | None:
         return f"it needs the query loss as objective, not {type(learner.objective).__name__}"
     if learner.inner_batch_size is not None:
         return "it needs the whole support set at each step, not inner_batch_size"
+    if learner.loss is not None:
+        return "it takes a criterion of outputs and targets, not a loss= of the whole model"
+    if learner.inner_accumulate is not None:
+        return "it needs the whole support set in memory, not inner_accumulate"
     if learner.start is not None:
         return f"it starts at the meta-parameters, not at a {type(learner.start).__name__}"
     if learner.inner_lr.learned():

@@ -8,7 +8,12 @@ from fomaml.tasks import Task, one
 
 
 def problem(
-    learner: MetaLearner, tasks: Task, *, evaluating: bool = False, ways: int | None = None
+    learner: MetaLearner,
+    tasks: Task,
+    *,
+    evaluating: bool = False,
+    ways: int | None = None,
+    measured: bool = False,
 ) -> Problem:
     """The problem of a batch of a single task. A plan has tried the learner: it is not watched again."""
-    return Problem(learner, one(tasks, 0), evaluating=evaluating, ways=ways, watched=False)
+    return Problem(learner, one(tasks, 0), evaluating=evaluating, ways=ways, watched=False, measured=measured)

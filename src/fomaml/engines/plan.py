@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import NamedTuple
+from hashlib import sha256
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,20 +21,24 @@ from fomaml.engines import batched, factored, loop
 from fomaml.engines.common import (
     Engine,
     Found,
+    Group,
+    Measure,
     MetaGradient,
     accumulate,
-    by_ways,
     curves,
     differentiate,
+    groups,
     in_order,
-    joined,
+    one_by_one,
     out_of_memory,
+    put_together,
 )
 from fomaml.engines.probes import explain, flops, is_convolutional, takers, try_once
-from fomaml.errors import positive
+from fomaml.errors import InputError, not_negative, positive
 from fomaml.learning.adapt import ordinary_modes
 from fomaml.learning.learner import MetaLearner
-from fomaml.tasks import Task, as_batch, chunks, count
+from fomaml.tasks import Batch, Task, as_batch, chunks, count, count_of, device_of, one, shape_of
+from fomaml.trees import Tree, leaves
 
 ENGINES: dict[str, Engine] = {
     "loop": loop.problem,
@@ -41,6 +47,9 @@ ENGINES: dict[str, Engine] = {
 }
 
 # --- the rule -------------------------------------------------------------------------------------
+
+
+TaskWeights = Literal["equal", "examples"] | Callable[[Task], float]
 
 
 class Choice(NamedTuple):
@@ -65,7 +74,7 @@ def choose(learner: MetaLearner, tasks: Task, compile: bool = False) -> tuple[st
     where few vectors go through wide Linear layers; other wide layers take the loop (1.3-1.8 times faster than vmap
     on a 784-256-10 MLP, second order and Reptile), or, compiled, vmap.
     """
-    device = tasks.support.inputs.device.type
+    device = device_of(tasks).type
     if is_convolutional(learner) and device == "cpu":
         millions = flops(learner, tasks) / 1e6
         how = ", compiled" if compile else ""
@@ -92,42 +101,48 @@ def choose(learner: MetaLearner, tasks: Task, compile: bool = False) -> tuple[st
 
 
 def choice(
-    learner: MetaLearner, tasks: Task, engine: str, tasks_at_once: int | None, compile: bool
+    learner: MetaLearner, tasks: Batch, engine: str, tasks_at_once: int | None, compile: bool
 ) -> Choice:
+    """The choice for a batch; for a list of tasks by those of one shape that have the most numbers."""
     check_choice("engine", engine, ("auto", *ENGINES))
+    number = count(tasks)
+    if not isinstance(tasks, Task):
+        own = [group.tasks for group in groups(learner, tasks)]
+        tasks = max(own, key=lambda each: sum(leaf.numel() for leaf in leaves(each)))
     try_once(learner, tasks)
     engine, why = choose(learner, tasks, compile) if engine == "auto" else (engine, "as asked")
-    on_cpu = tasks.support.inputs.device.type == "cpu"
+    on_cpu = device_of(tasks).type == "cpu"
     stacks = compile and engine == "batched" and on_cpu and is_convolutional(learner)
-    return Choice(engine, why, _at_once(learner, tasks, engine, tasks_at_once, compile), stacks)
+    return Choice(engine, why, _at_once(learner, tasks, number, engine, tasks_at_once, compile), stacks)
 
 
-def _at_once(learner: MetaLearner, tasks: Task, engine: str, tasks_at_once: int | None, compile: bool) -> int:
-    """How many tasks to compute at once, where they fit into memory."""
+def _at_once(
+    learner: MetaLearner, tasks: Task, number: int, engine: str, tasks_at_once: int | None, compile: bool
+) -> int:
+    """How many tasks to compute at once, where they fit into memory. number: of all."""
     if tasks_at_once is not None:
         positive("tasks_at_once", tasks_at_once, integer=True)
     if engine == "loop":
         return 1
     if tasks_at_once is not None:
-        return min(tasks_at_once, count(tasks))
-    if count(tasks) > 8 and tasks.support.inputs.device.type == "cpu":
+        return min(tasks_at_once, number)
+    if number > 8 and device_of(tasks).type == "cpu":
         if is_convolutional(learner):
             # measured on small strided convolutions: 8 or 16 at once are 1.2 times as fast as 32, which leave the
             # cache; but stacked 32 are 1.2 times as fast as 8, as there is less between their kernels
-            return min(count(tasks), 32) if compile else 8
+            return min(number, 32) if compile else 8
         if compile:
-            return _few(learner, tasks, engine)
-    return count(tasks)
+            return _few(learner, tasks, number, engine)
+    return number
 
 
-def _few(learner: MetaLearner, tasks: Task, engine: str) -> int:
+def _few(learner: MetaLearner, tasks: Task, number: int, engine: str) -> int:
     """How many tasks of compiled dense layers on a CPU, each on one thread, are faster than all of them on all threads.
 
     Measured: 8 of `batched` are 1.15 to 1.35 times as fast as 32 on one thread from 6 million operations a task on, as
     fast at half a million. `factored` has large products that know no tasks: 16 are as fast as 32 on one thread and
     1.2 times on two at 30 million, slower at 2 million. Fewer chunks than threads would leave threads without work.
     """
-    number = count(tasks)
     most, least_flops = {"batched": (8, 2e6), "factored": (16, 1e7)}[engine]
     if flops(learner, tasks) < least_flops:
         return number
@@ -144,6 +159,8 @@ class Plan:
     engine: the engine's name. why: the reason, in one line.
     tasks_at_once: at most so many tasks are in memory at a time. When memory runs out it is halved, with a warning,
         and stays so: kept with a run, it can be given to the plan with which the run goes on.
+    seen: of lists of tasks, what stands for the shapes that have come before, which are compiled when they come back;
+        kept with a run, so that it goes on with the same ones.
     """
 
     def __init__(
@@ -152,11 +169,14 @@ class Plan:
         choice: Choice,
         compile: bool = False,
         autocast: torch.dtype | None = None,
+        task_weights: TaskWeights = "equal",
     ):
         self.learner = learner
         self.choice = choice
         self.compile = compile
         self.autocast = autocast
+        self.task_weights = task_weights
+        self.seen: set[str] = set()
         self._like: list[tuple] = []
 
     @property
@@ -171,83 +191,131 @@ class Plan:
     def tasks_at_once(self) -> int:
         return self.choice.tasks_at_once
 
-    def __call__(self, tasks: Task) -> MetaGradient:
+    def __call__(self, tasks: Batch) -> MetaGradient:
         """The gradient of the meta-loss, averaged over a batch of tasks; see `meta_gradient`."""
         if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
             return self._compute(self._looked_at(tasks))
         with ordinary_modes():
             return self._compute(self._looked_at(tasks))
 
-    def curve(self, tasks: Task, points: Sequence[tuple[int, Statistics]]) -> list[tuple[Tensor, Tensor]]:
+    def curve(
+        self,
+        tasks: Batch,
+        points: Sequence[tuple[int, Statistics]],
+        measured: Measure | bool = False,
+    ) -> list[tuple[Tensor, Tree]]:
         """Query losses (tasks,) and outputs (tasks, examples, ...) at each pair of a number of inner steps and
-        statistics, ascending by steps: tasks are adapted once for all of them.
+        statistics, ascending by steps: tasks are adapted once for all of them. Of a list of tasks outputs are lists.
 
         Never compiled, and in the model's own precision. statistics: see `Problem.query`.
+        measured: True for the outputs of a learner with a `loss` too, see `Problem`; or a function (the model at φ,
+            query examples) → a number, whose values (tasks,) are given in place of outputs, task by task.
         """
         with ordinary_modes():
-            return self._curve(self._looked_at(tasks), points)
+            return self._curve(self._looked_at(tasks), points, measured)
 
-    def _curve(self, tasks: Task, points: Sequence[tuple[int, Statistics]]) -> list[tuple[Tensor, Tensor]]:
-        problem = partial(ENGINES[self.engine], self.learner, evaluating=True)
-        groups: list[list[int]] = []
-        parts: list[list[tuple[Tensor, Tensor]]] = []
-        for rows, group, ways in by_ways(self.learner, tasks):
-            groups.append(rows)
-            while len(parts) < len(groups):
-                size = min(self.tasks_at_once, count(group))
+    def _curve(
+        self, tasks: Batch, points: Sequence[tuple[int, Statistics]], measured: Measure | bool = False
+    ) -> list[tuple[Tensor, Tree]]:
+        measure = measured if callable(measured) else None
+        engine = "loop" if measure else self.engine
+        problem = partial(ENGINES[engine], self.learner, evaluating=True, measured=measured is True)
+        own = groups(self.learner, tasks)
+        parts: list[list[tuple[Tensor, Tree]]] = []
+        for number, group in enumerate(own):
+            while len(parts) <= number:
+                size = 1 if measure else min(self.tasks_at_once, len(group.rows))
                 try:
-                    problems = (problem(chunk, ways=ways) for chunk in chunks(group, size))
-                    parts.append(curves(problems, points))
+                    problems = (problem(chunk, ways=group.ways) for chunk in chunks(group.tasks, size))
+                    parts.append(curves(problems, points, measure))
                 except Exception as error:  # whatever a module raises
-                    self._halve(size, error, group)
+                    self._halve(size, error, group.tasks)
+        listed = not isinstance(tasks, Task) and measure is None
         return [
-            (in_order(groups, losses), in_order(groups, outputs))
+            (in_order(own, losses), (one_by_one if listed else in_order)(own, outputs))
             for losses, outputs in (zip(*of_groups) for of_groups in zip(*parts))
         ]
 
-    def _compute(self, tasks: Task) -> MetaGradient:
+    def weights(self, tasks: Batch) -> list[float] | None:
+        """The weights of the tasks of a batch in the meta-loss; None if they are all the same.
+
+        Raises:
+            InputError: a function that gives no number of 0 or more, or 0 for all tasks.
+        """
+        if self.task_weights == "equal" or (self.task_weights == "examples" and isinstance(tasks, Task)):
+            return None
+        own = (one(tasks, index) for index in range(count(tasks)))
+        found = [self._weight(task) for task in own]
+        if not sum(found):
+            raise InputError(f"the weights of all {len(found)} tasks of a meta-batch are 0")
+        return None if len(set(found)) == 1 else found
+
+    def _weight(self, task: Task) -> float:
+        if not callable(self.task_weights):
+            return float(count_of(task.query))
+        return not_negative("the weight of a task", self.task_weights(task))
+
+    def _compute(self, tasks: Batch) -> MetaGradient:
         """As `__call__`, of a batch that was looked at; a frame between what the user calls and what warns, so that
         warnings name the user's line.
         """
-        learner = self.learner
-        groups: list[list[int]] = []
+        weights = self.weights(tasks)
+        total = float(count(tasks)) if weights is None else sum(weights)
+        own = groups(self.learner, tasks, weights)
+        # a mean over a number that stays the same is in the graph of what is compiled, where it costs nothing
+        fixed = count(tasks) if isinstance(tasks, Task) and weights is None else 1
         parts: list[MetaGradient] = []
-        total = count(tasks)
-        for rows, group, ways in by_ways(learner, tasks):
-            groups.append(rows)
-            number = len(rows)
-            find = partial(self._find, ways=ways, engine=self.engine)
-            while len(parts) < len(groups):
-                size = most = min(self.tasks_at_once, number)
+        for number, group in enumerate(own):
+            compiles = self.compile and (isinstance(tasks, Task) or self._came_back(group))
+            find = partial(self._find, ways=group.ways, engine=self.engine)
+            while len(parts) <= number:
+                size = most = min(self.tasks_at_once, len(group.rows))
                 try:
                     function = None
-                    if self.compile:
+                    if compiles:
                         from fomaml.engines.compiled import cache
 
                         # one shape, compiled once
-                        size = next(n for n in range(most, 0, -1) if number % n == 0)
-                        mean = partial(find, tasks=total)
+                        size = next(n for n in range(most, 0, -1) if len(group.rows) % n == 0)
+                        mean = partial(find, tasks=fixed)
                         alone = partial(mean, engine="loop") if self.choice.stacks else None
-                        side_by_side = size < number and size * torch.get_num_threads() <= number
-                        facts = (self.engine, ways, self.autocast, total)
-                        rest = chunks(group, size)
-                        function = cache.function(learner, next(rest), mean, facts, alone, side_by_side, rest)
+                        side_by_side = size < len(group.rows) and size * torch.get_num_threads() <= len(
+                            group.rows
+                        )
+                        facts = (self.engine, group.ways, self.autocast, fixed)
+                        rest = chunks(group.tasks, size)
+                        function = cache.function(
+                            self.learner, next(rest), mean, facts, alone, side_by_side, rest
+                        )
+                    divisor = total / group.weight if group.weight else math.inf
                     if function is None:
-                        names, found = list(learner.meta_parameters()), map(find, chunks(group, size))
+                        names, found = (
+                            list(self.learner.meta_parameters()),
+                            map(find, chunks(group.tasks, size)),
+                        )
                     else:
-                        names, found = function.names, function.map(chunks(group, size))
-                    parts.append(accumulate(names, found, self.engine, total if function is None else 1))
+                        names, found = function.names, function.map(chunks(group.tasks, size))
+                        divisor /= fixed
+                    parts.append(accumulate(names, found, self.engine, divisor))
                 except Exception as error:  # whatever a module raises
-                    self._halve(most, error, group)
-        return joined(groups, parts)
+                    self._halve(most, error, group.tasks)
+        return put_together(own, parts, listed=not isinstance(tasks, Task))
 
-    def _looked_at(self, tasks: Task) -> Task:
+    def _came_back(self, group: Group) -> bool:
+        """Whether tasks of a list like these, as many of this shape, have come before: then they are compiled."""
+        key = sha256(repr((len(group.rows), group.ways, shape_of(group.tasks))).encode()).hexdigest()[:16]
+        came = key in self.seen
+        self.seen.add(key)
+        return came
+
+    def _looked_at(self, tasks: Batch) -> Batch:
         """A batch of tasks, see `as_batch`; tensors like those of the call before are not looked at again."""
         if type(tasks) is Task and all(type(tensor) is Tensor for part in tasks for tensor in part):
             like = [(t.shape, t.dtype, t.is_inference()) for part in tasks for t in part]
             if like == self._like:
                 return tasks
             found = as_batch(tasks, self.learner.model)
+            assert isinstance(found, Task)
             same = all(new is old for news, olds in zip(found, tasks) for new, old in zip(news, olds))
             self._like = like if same else []
             return found
@@ -255,7 +323,7 @@ class Plan:
 
     def _find(self, chunk: Task, ways: int | None, engine: str, tasks: int = 1) -> Found:
         """What a chunk contributes to a meta-gradient, by an engine. tasks: see `differentiate`."""
-        device = chunk.support.inputs.device.type
+        device = device_of(chunk).type
         with torch.autocast(device, self.autocast) if self.autocast is not None else nullcontext():
             return differentiate(self.learner, ENGINES[engine](self.learner, chunk, ways=ways), tasks)
 
@@ -269,31 +337,42 @@ class Plan:
         warnings.warn(text, RuntimeWarning, stacklevel=4)
 
 
+def check_weights(given: TaskWeights) -> None:
+    """Raise `InputError` for weights of tasks that are neither a name nor a function."""
+    if not callable(given):
+        check_choice("task_weights", given, ("equal", "examples"))
+
+
 def plan(
     learner: MetaLearner,
-    tasks: Task,
+    tasks: Batch,
     *,
     engine: str = "auto",
     tasks_at_once: int | None = None,
     compile: bool = False,
     autocast: torch.dtype | None = None,
+    task_weights: TaskWeights = "equal",
 ) -> Plan:
     """The plan for a learner as it is now and for batches like `tasks`, to be kept for a whole run.
 
     It depends on the learner, the shapes and dtypes of the tasks, the device and torch's number of threads alone, never
     on what was computed before. The learner is tried on two of the tasks where the choice needs it.
 
-    tasks: tensors (tasks, examples, ...); later batches may have other sizes.
+    tasks: tensors (tasks, examples, ...), or a list of single tasks of any shapes; later batches may have other sizes.
     engine: "loop", "batched", "factored" or "auto".
     tasks_at_once: at most so many tasks in memory at a time ("loop" takes one in any case), compiled on a CPU by each
         thread; by default as many as suit the engine.
-    compile: compile the whole meta-gradient, once for each shape of the tasks; where that cannot be, a
-        warning says so and the engine runs uncompiled.
+    compile: compile the whole meta-gradient, once for each shape of the tasks, of a list the shapes that come back;
+        where that cannot be, a warning says so and the engine runs uncompiled.
     autocast: run the forward passes in this lower precision (`torch.bfloat16`), see `torch.autocast`.
+    task_weights: how much each task counts in the meta-loss, Σ wᵢ Lᵢ / Σ wᵢ: "equal", "examples" for the number of its
+        query examples, or a function of the `Task`.
 
     Raises:
         InputError: an unknown engine, or tasks_at_once that is no positive whole number.
     """
+    check_weights(task_weights)
     with ordinary_modes():
         tasks = as_batch(tasks, learner.model)
-        return Plan(learner, choice(learner, tasks, engine, tasks_at_once, compile), compile, autocast)
+        own = choice(learner, tasks, engine, tasks_at_once, compile)
+        return Plan(learner, own, compile, autocast, task_weights)

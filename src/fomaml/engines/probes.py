@@ -19,7 +19,8 @@ from fomaml.learning.adapt import ordinary_modes
 from fomaml.learning.learner import MetaLearner
 from fomaml.learning.problem import Problem
 from fomaml.metrics import ignored_label
-from fomaml.tasks import Task, chunks, one, ways_each
+from fomaml.tasks import Batch, Task, chunks, device_of, one, singles, ways_each
+from fomaml.trees import Tree
 
 CONVOLUTIONS = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
@@ -51,6 +52,7 @@ def try_once(learner: MetaLearner, tasks: Task) -> None:
     with _as_for_a_gradient(tasks, 1) as single:
         problem = Problem(learner, one(single, 0))
         try:
+            problem.check_parts()
             problem.query({name: value.detach().requires_grad_() for name, value in problem.start.items()})
         except InputError:
             raise
@@ -78,7 +80,7 @@ def _as_for_a_gradient(tasks: Task, number: int) -> Iterator[Task]:
     """The first tasks, in the modes in which a meta-gradient is computed, whatever the caller's are; random numbers
     are drawn as if nothing had happened.
     """
-    device = tasks.support.inputs.device
+    device = device_of(tasks)
     with fork_rng(devices=[device] if device.type == "cuda" else []), ordinary_modes():
         few = next(chunks(tasks, number))
         yield few.map(lambda tensor: tensor.clone() if tensor.is_inference() else tensor)
@@ -100,6 +102,16 @@ def explain(error: Exception, learner: MetaLearner, tasks: Task, engine: str) ->
     """Raise `InputError` where an engine's error has a reason that can be told in words."""
     if isinstance(error, InputError) or out_of_memory(error):
         return
+    if "batch_norm does not support 3rd" in str(error):
+        text = "a loss= that differentiates by inputs, in second order, differentiates batch norms three times, which "
+        raise InputError(
+            f"{text}torch's own do not take: fomaml.convert_batch_norm(model), or FOMAML"
+        ) from error
+    if learner.loss is not None and "mutate a captured Tensor" in str(error):
+        text = "torch.func does not take a module that writes into its buffers, as torch's batch norms do in training: "
+        raise InputError(
+            f"{text}fomaml.convert_batch_norm(model), or torch.autograd.grad in the loss"
+        ) from error
     if isinstance(error, IndexError | RuntimeError):
         reason = None
         with suppress(Exception):  # where the model itself fails, targets are not why
@@ -116,7 +128,7 @@ def explain(error: Exception, learner: MetaLearner, tasks: Task, engine: str) ->
         ) from error
 
 
-def check_outputs(learner: MetaLearner, tasks: Task) -> None:
+def check_outputs(learner: MetaLearner, tasks: Batch) -> None:
     """Raise `InputError` where the criterion is a cross-entropy that cannot take these targets or the outputs for them,
     or where what the model or the criterion returns means nothing.
     """
@@ -124,16 +136,16 @@ def check_outputs(learner: MetaLearner, tasks: Task) -> None:
         reason = _reason(learner, tasks, _refused)
         if reason is not None:
             raise InputError(reason)
-    try_once(learner, tasks)
+    try_once(learner, next(singles(tasks)))
 
 
 def _reason(
-    learner: MetaLearner, tasks: Task, *looks: Callable[[MetaLearner, Task, Tensor], str | None]
+    learner: MetaLearner, tasks: Batch, *looks: Callable[[MetaLearner, Task, Tree], str | None]
 ) -> str | None:
     """What is found first, in words. looks: (learner, task, outputs for its query set before any step) → the reason, if
     they see one.
     """
-    for single in chunks(tasks, 1):
+    for single in singles(tasks):
         with _as_for_a_gradient(single, 1) as own, torch.no_grad():
             problem = loop.problem(learner, own, evaluating=True)
             outputs = problem.outputs(problem.start)
@@ -144,14 +156,15 @@ def _reason(
     return None
 
 
-def _refused(learner: MetaLearner, task: Task, outputs: Tensor) -> str | None:
+def _refused(learner: MetaLearner, task: Task, outputs: Tree) -> str | None:
     """Why a cross-entropy raises an error: its labels have another shape or dtype, are below 0, or more than there are
     classes.
     """
     ignored = ignored_label(learner.criterion)
-    if ignored is None:
-        return None
     targets = task.query.targets
+    plain = all(isinstance(each, Tensor) for each in (outputs, targets, task.support.targets))
+    if ignored is None or not plain:
+        return None
     if outputs.dim() > 1 and outputs.shape[:1] == targets.shape[:1]:
         shape = outputs.shape[:1] + outputs.shape[2:]
         probabilities = targets.is_floating_point() and targets.shape == outputs.shape
@@ -188,14 +201,16 @@ def _refused(learner: MetaLearner, task: Task, outputs: Tensor) -> str | None:
     return f"the model's outputs have shape {shape}, too narrow for {max(support, ways)} ways: {cure}"
 
 
-def _dtype(learner: MetaLearner, task: Task, outputs: Tensor) -> str | None:
+def _dtype(learner: MetaLearner, task: Task, outputs: Tree) -> str | None:
     """Why a criterion raises an error of dtypes: it takes the same targets in another one."""
-    targets = task.query.targets
+    targets, criterion = task.query.targets, learner.criterion
+    if criterion is None or not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
+        return None
     others = [targets.to(dtype) for dtype in (outputs.dtype, torch.int64) if dtype != targets.dtype]
 
     def takes(targets: Tensor) -> bool:
         try:
-            learner.criterion(outputs, targets)
+            criterion(outputs, targets)
         except Exception:  # whatever a criterion raises
             return False
         return True

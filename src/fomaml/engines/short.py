@@ -9,23 +9,26 @@ import torch
 from torch import Tensor
 
 from fomaml.choices import Statistics
-from fomaml.engines.common import MetaGradient
-from fomaml.engines.plan import Choice, Plan, choice
+from fomaml.engines.common import Measure, MetaGradient
+from fomaml.engines.plan import Choice, Plan, TaskWeights, check_weights, choice
 from fomaml.learning.adapt import ordinary_modes
 from fomaml.learning.learner import MetaLearner
-from fomaml.tasks import Task, as_batch
+from fomaml.tasks import Batch, Task, as_batch, shape_of
+from fomaml.trees import Tree
 
 
 def meta_gradient(
     learner: MetaLearner,
-    tasks: Task,
+    tasks: Batch,
     *,
     engine: str = "auto",
     tasks_at_once: int | None = None,
     compile: bool = False,
     autocast: torch.dtype | None = None,
+    task_weights: TaskWeights = "equal",
 ) -> MetaGradient:
-    """The gradient of the meta-loss by meta-parameter name, averaged over a batch of tasks.
+    """The gradient of the meta-loss by meta-parameter name, averaged over a batch of tasks: stacked ones, or a list of
+    single tasks of any shapes.
 
     The short form of a call of a `plan`, which has the same arguments. A plan is kept for each learner and shapes.
 
@@ -33,11 +36,14 @@ def meta_gradient(
         InputError: an unknown engine, one that does not take this learner, or outputs narrower than
             the number of classes.
     """
+    check_weights(task_weights)
     with ordinary_modes():
         tasks = as_batch(tasks, learner.model)
         known, key = _known(learner, tasks, engine, tasks_at_once, compile, autocast)
         kept = known.get(key)
-        own = Plan(learner, kept or choice(learner, tasks, engine, tasks_at_once, compile), compile, autocast)
+        chosen = kept or choice(learner, tasks, engine, tasks_at_once, compile)
+        own = Plan(learner, chosen, compile, autocast, task_weights)
+        own.seen = _kept[learner].seen
         result = own._compute(tasks)
     if own.choice is not kept:
         known[key] = own.choice  # only now: what fails may be the fault of these very tasks
@@ -46,13 +52,13 @@ def meta_gradient(
 
 def curve(
     learner: MetaLearner,
-    tasks: Task,
+    tasks: Batch,
     at_steps: Sequence[int],
     *,
     statistics: Statistics = "own",
     engine: str = "auto",
     tasks_at_once: int | None = None,
-) -> list[tuple[Tensor, Tensor]]:
+) -> list[tuple[Tensor, Tree]]:
     """Query losses (tasks,) and outputs (tasks, examples, ...) after each of `at_steps` inner steps, ascending.
 
     statistics: see `Problem.query`.
@@ -62,24 +68,28 @@ def curve(
 
 def curve_at(
     learner: MetaLearner,
-    tasks: Task,
+    tasks: Batch,
     points: Sequence[tuple[int, Statistics]],
     engine: str = "auto",
     tasks_at_once: int | None = None,
-) -> list[tuple[Tensor, Tensor]]:
-    """`curve` at pairs of steps and statistics, ascending: tasks are adapted once for all of them."""
+    measured: Measure | bool = False,
+) -> list[tuple[Tensor, Tree]]:
+    """`curve` at pairs of steps and statistics, ascending: tasks are adapted once for all of them.
+
+    measured: see `Plan.curve`.
+    """
     with ordinary_modes():
         tasks = as_batch(tasks, learner.model)
         known, key = _known(learner, tasks, engine, tasks_at_once)
         own = Plan(learner, known.get(key) or choice(learner, tasks, engine, tasks_at_once, compile=False))
-        result = own._curve(tasks, points)
+        result = own._curve(tasks, points, measured)
     known[key] = own.choice
     return result
 
 
 def _known(
     learner: MetaLearner,
-    tasks: Task,
+    tasks: Batch,
     engine: str,
     tasks_at_once: int | None,
     compile: bool = False,
@@ -93,9 +103,22 @@ def _known(
     kept = _kept.get(learner)
     if kept is None or not kept.is_of(learner):
         kept = _kept[learner] = _Kept(learner)
-    (a, b), (c, d) = tasks
-    like = (a.device, a.shape, b.shape, c.shape, d.shape, a.dtype, b.dtype, c.dtype, d.dtype)
-    numbers = (learner.inner_steps, learner.inner_batch_size, torch.get_num_threads())
+    if isinstance(tasks, Task):
+        (a, b), (c, d) = tasks
+        if (
+            isinstance(a, Tensor)
+            and isinstance(b, Tensor)
+            and isinstance(c, Tensor)
+            and isinstance(d, Tensor)
+        ):
+            # in full, as it is a part of a small meta-gradient
+            like: tuple = (a.device, a.shape, b.shape, c.shape, d.shape, a.dtype, b.dtype, c.dtype, d.dtype)
+        else:
+            like = shape_of(tasks)
+    else:
+        like = "a list", *map(shape_of, tasks)
+    sizes = learner.inner_batch_size, learner.inner_accumulate
+    numbers = (learner.inner_steps, *sizes, torch.get_num_threads())
     names = (*learner.adapted, None, *learner.meta_learned)
     modes = [module.training for module in kept.modules]
     return kept.choices, (engine, tasks_at_once, compile, autocast, *like, *numbers, *names, *modes)
@@ -106,6 +129,7 @@ class _Kept:
 
     def __init__(self, learner: MetaLearner):
         self.choices: dict[tuple, Choice] = {}
+        self.seen: set[str] = set()  # see `Plan`
         self.modules = tuple(learner.modules())[1:]  # not itself: it would live as long as what is kept
         slots = [slot for module in learner.modules() for slot in (module._modules, module._parameters)]
         self._filled = [slot for slot in slots if slot]
@@ -118,7 +142,8 @@ class _Kept:
         return not any(self._empty) and tuple(map(id, self._parts_of(learner))) == self._ids
 
     def _parts_of(self, learner: MetaLearner) -> list:
-        parts = [learner.optimizer, learner.objective, learner.criterion, learner.start, learner.first_order]
+        parts = [learner.optimizer, learner.objective, learner.criterion, learner.loss, learner.output]
+        parts += [learner.start, learner.first_order]
         for slot in self._filled:
             parts += slot.values()
         return parts

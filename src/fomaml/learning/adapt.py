@@ -7,7 +7,7 @@ adapts one task or, with one more leading axis on every tensor, a stack of tasks
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -123,7 +123,7 @@ class Sign:
 
 
 def inner_loop(
-    losses: Callable[[dict[str, Tensor], bool, int], Tensor],
+    losses: Callable[[dict[str, Tensor], bool, int], Tensor | Iterable[Tensor]],
     start: Parameters,
     rates: Callable[[int], Mapping[str, float | Tensor]],
     *,
@@ -134,8 +134,8 @@ def inner_loop(
 ) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
     """Adapt without end: yields (φₖ₊₁, losses at φₖ) for k = 0, 1, … (Finn et al. 2017, algorithm 1, line 6).
 
-    losses: (φ, constant, step) → the support loss, () for one task or (tasks,) for a stack. With
-        `constant` nothing but φ is to be differentiated.
+    losses: (φ, constant, step) → the support loss, () for one task or (tasks,) for a stack; or the terms that it is the
+        sum of, each differentiated before the next is asked for. With `constant` nothing but φ is to be differentiated.
     start: φ₀, differentiable functions of θ.
     rates: step → the step size α of each adapted parameter, a number or a tensor that broadcasts.
     first_order: hold the inner gradient constant. The *point* is detached, not the gradient, so no
@@ -154,8 +154,13 @@ def inner_loop(
                 n: p.detach().requires_grad_() if first_order or not p.requires_grad else p.view_as(p)
                 for n, p in current.items()
             }
-            loss = losses(point, first_order, step)
-            gradients = _gradients(loss.sum(), list(point.values()), not first_order)
+            loss: Tensor | None = None
+            gradients: list[Tensor | None] = [None] * len(point)
+            terms = losses(point, first_order, step)
+            for term in [terms] if isinstance(terms, Tensor) else terms:
+                found = _gradients(term.sum(), list(point.values()), not first_order)
+                gradients = [g if f is None else f if g is None else g + f for g, f in zip(gradients, found)]
+                loss = term.detach() if loss is None else loss + term.detach()
         alpha = rates(step)
         following = {}
         for (name, parameter), gradient in zip(current.items(), gradients):
@@ -171,7 +176,8 @@ def inner_loop(
             taken[name] += 1
             following[name] = parameter - alpha[name] * direction
         current = following
-        yield current, loss.detach()
+        assert loss is not None
+        yield current, loss
 
 
 def _gradients(loss: Tensor, values: list[Tensor], create_graph: bool) -> tuple[Tensor | None, ...]:

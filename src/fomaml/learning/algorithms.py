@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-import torch.nn.functional as F
 from torch import nn
 
 from fomaml.errors import InputError
@@ -28,7 +27,7 @@ def FOMAML(
     model: nn.Module,
     inner_lr: InnerLR,
     inner_steps: int,
-    criterion: Criterion = F.cross_entropy,
+    criterion: Criterion | None = None,
     **choices: Unpack[Choices],
 ) -> MetaLearner:
     """First-order MAML: the query gradient at φ_K, second derivatives dropped (Finn et al. 2017, section 5.2)."""
@@ -39,7 +38,7 @@ def MAML(
     model: nn.Module,
     inner_lr: InnerLR,
     inner_steps: int,
-    criterion: Criterion = F.cross_entropy,
+    criterion: Criterion | None = None,
     **choices: Unpack[Choices],
 ) -> MetaLearner:
     """Second-order MAML: differentiates through the inner steps (Finn et al. 2017, algorithm 1)."""
@@ -51,7 +50,7 @@ def Reptile(
     model: nn.Module,
     inner_lr: InnerLR,
     inner_steps: int,
-    criterion: Criterion = F.cross_entropy,
+    criterion: Criterion | None = None,
     **choices: Unpack[Choices],
 ) -> MetaLearner:
     """Reptile: the meta-gradient is θ - φ_K; an outer SGD's step size is then the paper's ε (Nichol et al.
@@ -65,7 +64,7 @@ def ANIL(
     model: nn.Module,
     inner_lr: InnerLR,
     inner_steps: int,
-    criterion: Criterion = F.cross_entropy,
+    criterion: Criterion | None = None,
     *,
     head: str | Sequence[str] = "head*",
     **choices: Unpack[Choices],
@@ -82,7 +81,7 @@ def BOIL(
     model: nn.Module,
     inner_lr: InnerLR,
     inner_steps: int,
-    criterion: Criterion = F.cross_entropy,
+    criterion: Criterion | None = None,
     *,
     head: str | Sequence[str] = "head*",
     **choices: Unpack[Choices],
@@ -98,7 +97,7 @@ def MetaSGD(
     model: nn.Module,
     inner_lr: InnerLR,
     inner_steps: int = 1,
-    criterion: Criterion = F.cross_entropy,
+    criterion: Criterion | None = None,
     **choices: Unpack[Choices],
 ) -> MetaLearner:
     """Meta-SGD: a step size per parameter element, meta-learned along with θ (Li et al. 2017, algorithm 1).
@@ -113,7 +112,7 @@ def MAMLPlusPlus(
     model: nn.Module,
     inner_lr: InnerLR,
     inner_steps: int,
-    criterion: Criterion = F.cross_entropy,
+    criterion: Criterion | None = None,
     *,
     multi_step_iterations: int,
     first_order_iterations: int = 0,
@@ -135,7 +134,7 @@ def iMAML(
     model: nn.Module,
     inner_lr: InnerLR,
     inner_steps: int,
-    criterion: Criterion = F.cross_entropy,
+    criterion: Criterion | None = None,
     *,
     strength: float = 2.0,
     cg_steps: int = 5,
@@ -154,7 +153,7 @@ def CAVIA(
     model: nn.Module,
     inner_lr: InnerLR,
     inner_steps: int,
-    criterion: Criterion = F.cross_entropy,
+    criterion: Criterion | None = None,
     *,
     context: str | Sequence[str] = "*context*",
     **choices: Unpack[Choices],
@@ -171,7 +170,7 @@ def SignMAML(
     model: nn.Module,
     inner_lr: InnerLR,
     inner_steps: int,
-    criterion: Criterion = F.cross_entropy,
+    criterion: Criterion | None = None,
     **choices: Unpack[Choices],
 ) -> MetaLearner:
     """Sign-MAML: inner steps along the sign of the gradient, first order by nature (Fan et al. 2021, eq. 5)."""
@@ -183,7 +182,7 @@ def ZeroHeadMAML(
     model: nn.Module,
     inner_lr: InnerLR,
     inner_steps: int,
-    criterion: Criterion = F.cross_entropy,
+    criterion: Criterion | None = None,
     *,
     head: str = "head",
     **choices: Unpack[Choices],
@@ -197,7 +196,7 @@ def ProtoMAML(
     model: nn.Module,
     inner_lr: InnerLR,
     inner_steps: int,
-    criterion: Criterion = F.cross_entropy,
+    criterion: Criterion | None = None,
     *,
     head: str = "head",
     **choices: Unpack[Choices],

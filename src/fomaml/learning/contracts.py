@@ -18,9 +18,15 @@ from fomaml.choices import Statistics
 from fomaml.errors import InputError
 from fomaml.learning.moments import SecondMoments
 from fomaml.learning.rates import ConstantRates, LearnedRates
-from fomaml.tasks import Task
+from fomaml.tasks import Examples, Task
+from fomaml.trees import Tree
 
-Criterion = Callable[[Tensor, Tensor], Tensor]  # (outputs, targets) → the mean loss, a scalar
+Criterion = Callable[[Any, Any], Tensor]  # (outputs, targets) → the mean loss, a scalar
+# (the model at the weights of a task, examples) → the loss, a scalar
+Loss = Callable[[Callable[..., Any], Examples], Tensor]
+Output = (
+    str | int | Callable[[Any], Any] | None
+)  # which part of what the model returns is judged, None for all
 # The parameters φ of one task, or of a stack of tasks: by name, but for the factored engine, which never builds them.
 Adapted = Any
 
@@ -56,7 +62,7 @@ class Outcome(NamedTuple):
 
     scalar: Tensor
     query_losses: Tensor
-    query_outputs: Tensor
+    query_outputs: Tree
     support_losses: Tensor
 
 
@@ -89,7 +95,10 @@ class Learner(Protocol):
     inner_lr: ConstantRates | LearnedRates
     inner_steps: int
     inner_batch_size: int | None
-    criterion: Criterion
+    inner_accumulate: int | None
+    criterion: Criterion | None
+    loss: Loss | None
+    output: Output
     first_order: bool | Callable[[int], bool]
     optimizer: InnerOptimizer
     objective: Objective
@@ -124,7 +133,7 @@ class InnerProblem(Protocol):
 
     def query(
         self, adapted: Adapted, statistics: Statistics = "own", step: int | None = None
-    ) -> tuple[Tensor, Tensor]: ...
+    ) -> tuple[Tensor, Tree]: ...
 
     def support_features(self, module: str) -> Tensor: ...
 
@@ -162,10 +171,42 @@ def checked_criterion(given: Any) -> Criterion:
     Raises:
         InputError: a class, or what cannot be called.
     """
+    return _called("criterion is a function of outputs and targets", given)
+
+
+def checked_loss_function(given: Any) -> Loss:
+    """The loss of the general form.
+
+    Raises:
+        InputError: a class, or what cannot be called.
+    """
+    return _called("loss is a function of the model at a task's weights and of examples", given)
+
+
+def checked_output(given: Any) -> Output:
+    """Which part of what the model returns is judged.
+
+    Raises:
+        InputError: no name, number or function.
+    """
+    is_number = isinstance(given, int) and not isinstance(given, bool)
+    if (
+        given is None
+        or isinstance(given, str)
+        or is_number
+        or (callable(given) and not isinstance(given, type))
+    ):
+        return given
+    raise InputError(
+        f"output is the name or the number of a part of what the model returns, or a function of it; got {given!r}"
+    )
+
+
+def _called(what: str, given: Any) -> Any:
     if isinstance(given, type) or not callable(given):
         name = given.__name__ if isinstance(given, type) else type(given).__name__
-        what = f"the class {name}, expected an instance: {name}()" if isinstance(given, type) else f"a {name}"
-        raise InputError(f"the criterion is a function of outputs and targets, or a module; got {what}")
+        got = f"the class {name}, expected an instance: {name}()" if isinstance(given, type) else f"a {name}"
+        raise InputError(f"the {what}, or a module; got {got}")
     return given
 
 

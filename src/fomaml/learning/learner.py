@@ -21,12 +21,16 @@ from fomaml.learning.contracts import (
     Criterion,
     InnerOptimizer,
     InnerProblem,
+    Loss,
     Objective,
     Outcome,
+    Output,
     Start,
     checked_criterion,
+    checked_loss_function,
     checked_objective,
     checked_optimizer,
+    checked_output,
     module_of,
 )
 from fomaml.learning.moments import SecondMoments
@@ -34,7 +38,8 @@ from fomaml.learning.objectives import QueryLoss
 from fomaml.learning.problem import Problem
 from fomaml.learning.replica import original
 from fomaml.models import BatchNorm, Seen, normalising, refuse_native, warn_of_unmoved
-from fomaml.tasks import Examples, Task, as_batch, as_examples, count, one
+from fomaml.tasks import Batch, Examples, Task, as_batch, as_examples, count, one
+from fomaml.trees import call
 
 
 class Choices(TypedDict, total=False):
@@ -48,18 +53,28 @@ class Choices(TypedDict, total=False):
     objective: Objective | Callable[[InnerProblem], Outcome]
     start: Start | None
     inner_batch_size: int | None
+    inner_accumulate: int | None
+    loss: Loss | None
+    output: Output
 
 
 class MetaLearner(nn.Module):
     """A module together with the way it learns a task.
 
     Arguments:
-        model: any module of one input and one output tensor. It is held, not copied: meta-training
-            moves its own parameters. Parameters with `requires_grad=False` never change.
+        model: any module. A dict of inputs goes to it as keywords, a tuple as positional arguments. It is held, not
+            copied: meta-training moves its own parameters. Parameters with `requires_grad=False` never change.
         inner_lr: the step size α, one number, or numbers by glob over parameter names
             (`{"head.*": 0.4, "*": 0.01}`, the first match counts).
         inner_steps: K, the number of inner steps in training; evaluation may take another number.
-        criterion: (outputs, targets) → the mean loss, a scalar tensor.
+        criterion: (outputs, targets) → the mean loss, a scalar tensor; by default `F.cross_entropy`.
+        loss: the general form in the criterion's place, (forward, examples) → the loss, a scalar tensor. `forward` is
+            the model at the task's weights, to be called as the model is, `forward(examples.inputs)` included, with
+            its attributes; examples are the support or the query set. It may differentiate by the inputs, weigh
+            examples, use several heads. The engine "loop" takes it in any form; "batched" takes forms that
+            `torch.func.vmap` does, with `torch.func.grad` in place of `torch.autograd.grad`.
+        output: which part of what the model returns the criterion and metrics judge: a name (an attribute, or a key of
+            a dict), a number, or a function. By default all of it.
         adapted: globs over parameter names, one or several; the parameters that adapt. All others
             are used as they are, and are meta-learned all the same.
         frozen: globs; parameters that neither adapt nor are meta-learned.
@@ -76,6 +91,8 @@ class MetaLearner(nn.Module):
         inner_batch_size: take each inner step on a mini-batch of the support set: step k uses the
             examples i with i ≡ k modulo the number of mini-batches. Episodes order their examples by
             class, so a mini-batch is as balanced as it can be. None: the whole support set.
+        inner_accumulate: compute each inner gradient over parts of so many support examples, one in memory at a time,
+            and add them up: the same gradient, for a criterion that is the mean of one term for each example.
 
     Attributes:
         iteration: the outer iteration, from 0, which `train` sets; schedules read it.
@@ -91,7 +108,9 @@ class MetaLearner(nn.Module):
         *,
         inner_lr: float | Mapping[str, float],
         inner_steps: int,
-        criterion: Criterion = F.cross_entropy,
+        criterion: Criterion | None = None,
+        loss: Loss | None = None,
+        output: Output = None,
         adapted: str | Sequence[str] = "*",
         frozen: str | Sequence[str] = (),
         first_order: bool | Callable[[int], bool] = True,
@@ -100,12 +119,19 @@ class MetaLearner(nn.Module):
         objective: Objective | Callable[[InnerProblem], Outcome] = QueryLoss(),  # noqa: B008 - frozen
         start: Start | None = None,
         inner_batch_size: int | None = None,
+        inner_accumulate: int | None = None,
     ):
         super().__init__()
         check_module(model)
         self.model = model
         self.inner_steps = whole("inner_steps", inner_steps, 1)
-        self.criterion = checked_criterion(criterion)
+        if loss is not None and criterion is not None:
+            raise InputError("loss= takes the place of the criterion: give one of the two")
+        self.criterion = None
+        if loss is None:
+            self.criterion = checked_criterion(F.cross_entropy if criterion is None else criterion)
+        self.loss = None if loss is None else checked_loss_function(loss)
+        self.output = checked_output(output)
         if not isinstance(first_order, bool) and not callable(first_order):
             raise InputError(
                 f"first_order is True, False or a function of the iteration, got {first_order!r}"
@@ -117,6 +143,13 @@ class MetaLearner(nn.Module):
         if inner_batch_size is not None:
             inner_batch_size = whole("inner_batch_size", inner_batch_size, 1)
         self.inner_batch_size = inner_batch_size
+        if inner_accumulate is not None:
+            inner_accumulate = whole("inner_accumulate", inner_accumulate, 1)
+            if loss is not None:
+                raise InputError(
+                    "inner_accumulate takes a mean over examples, and loss= is a function of all of them"
+                )
+        self.inner_accumulate = inner_accumulate
         self.iteration = 0
         own = dict(model.named_parameters())
         trainable = [name for name, parameter in own.items() if parameter.requires_grad]
@@ -149,27 +182,29 @@ class MetaLearner(nn.Module):
 
     def meta_parameters(self) -> dict[str, nn.Parameter]:
         """What the outer loop learns: the model's parameters by name, learned rates as "inner_lr.NAME", and those of a
-        criterion that is a module as "criterion.NAME".
+        criterion or loss that is a module as "criterion.NAME" or "loss.NAME".
         """
         own = dict(self.model.named_parameters())
         learned = {f"inner_lr.{name}": rate for name, rate in self.inner_lr.learned().items()}
-        criterion = module_of(self.criterion)
-        if criterion is not None:
+        kind = "criterion" if self.loss is None else "loss"
+        judge = module_of(getattr(self, kind))
+        if judge is not None:
             known = set(map(id, own.values()))
-            for name, parameter in criterion.named_parameters():
+            for name, parameter in judge.named_parameters():
                 if parameter.requires_grad and id(parameter) not in known:
-                    learned[f"criterion.{name}"] = parameter
+                    learned[f"{kind}.{name}"] = parameter
         return {name: own[name] for name in self.meta_learned} | learned
 
-    def forward(self, tasks: Task) -> Tensor:
+    def forward(self, tasks: Batch) -> Tensor:
         """The meta-loss of a batch of tasks, a scalar to call `backward()` on, one task after the other.
 
-        tasks: tensors of shape (tasks, examples, ...). `fomaml.meta_gradient` computes the same gradient
-        with less memory and, mostly, faster.
+        tasks: tensors of shape (tasks, examples, ...), or a list of single tasks. `fomaml.meta_gradient` computes the
+        same gradient with less memory and, mostly, faster.
         """
         tasks = as_batch(tasks, self.model)
         number = count(tasks)
-        outcomes = (self.objective(Problem(self, one(tasks, index))) for index in range(number))
+        problems = (Problem(self, one(tasks, index)) for index in range(number))
+        outcomes = (self.objective(checked(problem)) for problem in problems)
         return reduce(torch.add, (outcome.scalar for outcome in outcomes)) / number
 
     def adapt(self, support: Examples, steps: int | None = None, statistics: Statistics = "own") -> nn.Module:
@@ -194,7 +229,7 @@ class MetaLearner(nn.Module):
         warn_of_unmoved(self.model)
         with ordinary_modes():
             support = as_examples(support, self.model)
-            problem = Problem(self, Task(support, support), evaluating=True)
+            problem = checked(Problem(self, Task(support, support), evaluating=True))
             adapted = problem.start
             for adapted, _ in islice(problem.path(first_order=True), steps):
                 pass
@@ -206,7 +241,7 @@ class MetaLearner(nn.Module):
                 refuse_native(module)
                 seen: list[Seen] = []
                 with torch.no_grad(), normalising(record=seen):
-                    module(support.inputs)
+                    call(module, support.inputs)
                 for layer, _, mean, variance in seen:
                     layer.freeze(mean, variance)
         return module
@@ -216,7 +251,7 @@ class MetaLearner(nn.Module):
         return any(m.policy == "support" for m in self.model.modules() if isinstance(m, BatchNorm))
 
     @torch.no_grad()
-    def update_statistics(self, tasks: Task, momentum: float = 0.1) -> None:
+    def update_statistics(self, tasks: Batch, momentum: float = 0.1) -> None:
         """Move the running statistics of "running" and "per-step" `BatchNorm` layers towards those of the
         batches that the first of `tasks` meets on its way from θ to φ_K; the outer loop calls it once a step.
         """
@@ -234,7 +269,7 @@ class MetaLearner(nn.Module):
             original(layer).update(step, mean, variance, momentum)
 
     @torch.no_grad()
-    def carry_moments(self, tasks: Task) -> None:
+    def carry_moments(self, tasks: Batch) -> None:
         """Keep, for the next tasks, the second moments with which a carried `Adam` ends the first of `tasks`; the outer
         loop calls it before each of its steps.
         """
@@ -245,6 +280,12 @@ class MetaLearner(nn.Module):
         for _ in islice(problem.path(first_order=True, state=state), self.inner_steps):
             pass
         self.moments.keep(state)
+
+
+def checked(problem: Problem) -> Problem:
+    """The problem, whose support set may be taken in parts if it is to be."""
+    problem.check_parts()
+    return problem
 
 
 def select(names: list[str], globs: str | Sequence[str]) -> list[str]:

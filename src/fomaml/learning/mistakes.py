@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,26 +12,85 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fomaml.errors import InputError
-from fomaml.learning.contracts import Criterion, unwrapped
+from fomaml.learning.contracts import Criterion, Output, unwrapped
 from fomaml.metrics import ignored_label
+from fomaml.trees import Tree, as_tree, call, leaves
 
 
-def checked_outputs(outputs: Any) -> Tensor:
-    """What a model returns.
+def selected(returned: Any, output: Output) -> Any:
+    """The part of what a model returns that is judged.
 
     Raises:
-        InputError: it is not one tensor.
+        InputError: there is no such part.
     """
-    if not isinstance(outputs, Tensor):
+    if output is None:
+        return returned
+    if callable(output):
+        return output(returned)
+    try:
+        if isinstance(output, str) and not isinstance(returned, Mapping):
+            return getattr(returned, output)
+        return returned[output]
+    except (KeyError, IndexError, AttributeError, TypeError) as error:
+        raise InputError(f"output={output!r}: the model returns {described(returned)}") from error
+
+
+def checked_outputs(outputs: Any, criterion: Criterion | None) -> Tree:
+    """What a model returns, or the part of it that is judged: a tensor, or a dict or tuple of tensors.
+
+    Raises:
+        InputError: something else, or several tensors where the criterion is one of torch's.
+    """
+    if isinstance(outputs, Tensor):
+        return outputs
+    of_torch = ignored_label(criterion) is not None or _is_of_numbers(criterion)
+    cure = "give output=, the name or the number of the part that is judged, or a function that takes it"
+    if of_torch or not isinstance(outputs, Mapping | list | tuple):
+        raise InputError(f"the model returns {described(outputs)}, expected one tensor of outputs: {cure}")
+
+    def refuse(value: Any, path: str) -> Tensor:
+        if isinstance(value, Tensor):
+            return value
+        raise InputError(f"the {path} of the model are a {type(value).__name__}, expected tensors: {cure}")
+
+    return as_tree(outputs, refuse, "outputs")
+
+
+def described(returned: Any) -> str:
+    """What a model returns, and the parts it has."""
+    kind = f"a {type(returned).__name__}"
+    if isinstance(returned, Mapping):
+        return f"{kind} with {', '.join(map(repr, returned))}"
+    if isinstance(returned, list | tuple) and not hasattr(returned, "_fields"):
+        return f"{kind} of {len(returned)}"
+    if isinstance(returned, Tensor):
+        return f"a tensor of shape {tuple(returned.shape)}"
+    names = getattr(returned, "_fields", None) or [
+        n for n in getattr(returned, "__dict__", ()) if n[:1] != "_"
+    ]
+    return f"{kind} with {', '.join(map(repr, names))}" if names else kind
+
+
+def refuse_call(error: TypeError, model: nn.Module, inputs: Tree) -> None:
+    """Raise `InputError` where the inputs are not what forward takes: other keywords, or another number."""
+    try:
+        signature = inspect.signature(model.forward)
+        call(signature.bind, inputs)
+    except TypeError as reason:
+        keys = ", ".join(inputs) if isinstance(inputs, dict) else None
+        what = f"a dict of {keys}, which go to the model as keywords" if keys else ""
+        if not what:
+            number = 1 if isinstance(inputs, Tensor) else len(inputs)
+            what = f"{number} tensor{'s' if number > 1 else ''}, which go to the model in order"
         raise InputError(
-            f"the model returns a {type(outputs).__name__}, expected one tensor of outputs: wrap it in a module that "
-            "returns the one that the criterion judges"
-        )
-    return outputs
+            f"the inputs are {what}; forward of {type(model).__name__} takes {signature}: {reason}"
+        ) from error
+    except ValueError:  # a forward without a signature
+        return
 
 
-def checked_loss(loss: Any) -> Tensor:
-    """What a criterion returns.
+def checked_loss(loss: Any, name: str = "criterion") -> Tensor:
+    """What a criterion returns, or a loss.
 
     Raises:
         InputError: it is not one number, as with `reduction="none"`.
@@ -43,17 +104,17 @@ def checked_loss(loss: Any) -> Tensor:
         if isinstance(loss, Tensor) and not loss.dim():
             what = f"a tensor of {loss.dtype}"
         raise InputError(
-            f"the criterion returns {what}, expected the mean loss, a floating tensor of shape (): reduction='mean'"
+            f"the {name} returns {what}, expected the mean loss, a floating tensor of shape (): reduction='mean'"
         )
     return loss
 
 
-def refuse_broadcast(criterion: Criterion, outputs: Tensor, targets: Tensor) -> None:
+def refuse_broadcast(criterion: Criterion, outputs: Tree, targets: Tree) -> None:
     """Raise `InputError` where a criterion compares each output with every target, as a loss of outputs (n, 1) and
     targets (n,) does: then it is the same whatever the order of the targets, and another one in one shape. One that
     brings both into one shape itself is as it should be.
     """
-    if outputs.shape == targets.shape:
+    if not (isinstance(outputs, Tensor) and isinstance(targets, Tensor)) or outputs.shape == targets.shape:
         return
     if _is_of_numbers(criterion):  # torch's own, which all want one shape
         raise InputError(
@@ -89,11 +150,11 @@ MODULES_OF_NUMBERS = (
 )  # fmt: skip
 
 
-def as_numbers(criterion: Criterion, outputs: Tensor, targets: Tensor) -> Tensor:
+def as_numbers(criterion: Criterion, outputs: Tree, targets: Tree) -> Tree:
     """The targets, as numbers of the outputs' dtype where a loss of torch compares with numbers: it takes whole ones in
     some engines and not in others.
     """
-    if targets.is_floating_point() or not _is_of_numbers(criterion):
+    if not _is_of_numbers(criterion) or not isinstance(targets, Tensor) or targets.is_floating_point():
         return targets
     return targets.to(outputs.dtype)
 
@@ -105,8 +166,18 @@ def _is_of_numbers(criterion: Any) -> bool:
     return any(type(criterion).forward is kind.forward for kind in MODULES_OF_NUMBERS)
 
 
-def refuse_meaningless(criterion: Criterion, outputs: Tensor, targets: Tensor) -> None:
-    """Raise `InputError` where a cross-entropy takes the outputs and targets of a task, and its value means nothing."""
+def refuse_meaningless(criterion: Criterion, outputs: Tree, targets: Tree) -> None:
+    """Raise `InputError` where a cross-entropy takes the outputs and targets of a task, and its value means nothing; or
+    where a loss of torch is to compare outputs with several targets.
+    """
+    if not isinstance(targets, Tensor) and (
+        ignored_label(criterion) is not None or _is_of_numbers(criterion)
+    ):
+        what = f"{len(leaves(targets))} tensors" if leaves(targets) else "none"
+        raise InputError(
+            f"the criterion takes one tensor of targets, and the task has {what}: give a criterion or a loss= of your "
+            "own"
+        )
     if ignored_label(criterion) is None:
         return
     if outputs.dim() > 1 and outputs.shape[1] == 1:
@@ -121,8 +192,12 @@ def refuse_meaningless(criterion: Criterion, outputs: Tensor, targets: Tensor) -
         )
 
 
-def unlike(error: RuntimeError, model: nn.Module, inputs: Tensor) -> str | None:
+def unlike(error: RuntimeError, model: nn.Module, inputs: Tree) -> str | None:
     """Why a model does not take inputs of another dtype or on another device than its parameters, if that is why."""
+    if not isinstance(inputs, Tensor):
+        floating = [leaf for leaf in leaves(inputs) if leaf.is_floating_point()]
+        reasons = (unlike(error, model, leaf) for leaf in floating)
+        return next((reason for reason in reasons if reason), None)
     parameters = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
     text = str(error)
     dtypes = {parameter.dtype for parameter in parameters}

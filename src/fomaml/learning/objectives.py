@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fomaml.errors import InputError, positive
 from fomaml.learning.contracts import Adapted, InnerProblem, Outcome
+from fomaml.trees import Tree, mapped
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class QueryLoss:
     def __call__(self, problem: InnerProblem) -> Outcome:
         adapted, support_losses = run(problem)
         losses, outputs = problem.query(adapted)
-        return Outcome(losses.sum(), losses.detach(), outputs.detach(), support_losses)
+        return Outcome(losses.sum(), losses.detach(), detached(outputs), support_losses)
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class MultiStepLoss:
             support_losses.append(loss)
             losses, outputs = problem.query(adapted, step=len(support_losses))
             scalar = scalar + weight * losses.sum()
-        return Outcome(scalar, losses.detach(), outputs.detach(), torch.stack(support_losses))
+        return Outcome(scalar, losses.detach(), detached(outputs), torch.stack(support_losses))
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ class Implicit:
 
         solved = conjugate_gradients(product, right, self.cg_steps, int(problem.stacked))
         scalar = sum((value * problem.start[name]).sum() for name, value in zip(point, solved))
-        return Outcome(scalar, losses.detach(), outputs.detach(), support_losses)
+        return Outcome(scalar, losses.detach(), detached(outputs), support_losses)
 
 
 def conjugate_gradients(product, right, steps: int, lead: int = 0) -> list[Tensor]:
@@ -161,6 +162,11 @@ def conjugate_gradients(product, right, steps: int, lead: int = 0) -> list[Tenso
         direction = plus(residual, ratio(following, square), direction)
         square = following
     return solution
+
+
+def detached(outputs: Tree) -> Tree:
+    """The same without the graph that they were computed by."""
+    return mapped(Tensor.detach, outputs)
 
 
 def squares(values: Tensor) -> Tensor:

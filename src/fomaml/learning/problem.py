@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
+from operator import itemgetter
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from fomaml.choices import Statistics, check_choice
 from fomaml.errors import InputError
 from fomaml.learning.adapt import inner_loop, open_attention
 from fomaml.learning.contracts import Adapted, Learner
-from fomaml.learning.mistakes import (
-    as_numbers,
-    checked_loss,
-    checked_outputs,
-    refuse_broadcast,
-    refuse_meaningless,
-    unlike,
-)
+from fomaml.learning.forward import Forward, Stacked, outputs_of
+from fomaml.learning.mistakes import as_numbers, checked_loss, refuse_broadcast, refuse_meaningless
+from fomaml.learning.parts import check_mean, counted, minibatch, parts_of, summed
 from fomaml.learning.replica import Replicas, buffers_of
 from fomaml.metrics import ignored_label
-from fomaml.models import normalising, refuse_native
-from fomaml.tasks import Examples, Task, ways_each
+from fomaml.models import NATIVE_BATCH_NORMS, BatchNorm, normalising, refuse_native
+from fomaml.tasks import Examples, Task, are_labels, count_of, ways_each
+from fomaml.tasks import first as first_of
+from fomaml.trees import Tree, call, joined, leaves, mapped, rebuilt
 
 
 class Problem:
@@ -37,6 +34,8 @@ class Problem:
     ways: the number of classes of the task, where a start needs it; by default the largest label and one, or the number
         of probabilities.
     watched: see `Replicas`; of a stack nothing can be seen.
+    measured: of a learner with a `loss`, compute the outputs for the inputs too, which the loss may never do; they are
+        the empty nesting () else.
     """
 
     def __init__(
@@ -47,8 +46,11 @@ class Problem:
         evaluating: bool = False,
         ways: int | None = None,
         watched: bool = True,
+        measured: bool = False,
     ):
         self.learner = learner
+        self._measured = measured
+        self._judge = learner.criterion if learner.loss is None else learner.loss
         self.task = task
         self._ways = ways
         self.stacked = stacked
@@ -59,7 +61,7 @@ class Problem:
         self.first_order = choice(learner.iteration) if callable(choice) else choice
         self.replicas = Replicas(
             learner.model,
-            learner.criterion,
+            self._judge,
             evaluating=evaluating,
             open=stacked or self._differentiates_twice,
             watched=watched and not stacked,  # vmap does not tell what depends on what
@@ -67,13 +69,13 @@ class Problem:
         learned = set(learner.meta_learned)
         _check_parameters(learner)
         own = {n: p if n in learned else p.detach() for n, p in learner.model.named_parameters()}
-        own_buffers = dict(learner.model.named_buffers()) | buffers_of(learner.criterion)
+        own_buffers = dict(learner.model.named_buffers()) | buffers_of(self._judge)
         self.buffers = {name: buffer.clone() for name, buffer in own_buffers.items()}
         self.meta = dict(own)
         self.start: Adapted = {name: own.pop(name) for name in learner.adapted}
         self.fixed = own
         if stacked:
-            tasks = task.support.targets.shape[0]
+            tasks = count_of(task.support)
             self.start = {n: p.expand(tasks, *p.shape) for n, p in self.start.items()}
             self.buffers = {n: b.expand(tasks, *b.shape).clone() for n, b in self.buffers.items()}
         if learner.start is not None:
@@ -85,13 +87,14 @@ class Problem:
         axis = 1 + int(self.stacked)
         if self._ways is not None:
             return self._ways
-        if not targets.is_floating_point():
+        if are_labels(targets):
             ignored = ignored_label(self.learner.criterion)
             return max(ways_each(targets if self.stacked else targets[None], ignored))
-        if targets.dim() <= axis:
+        if not isinstance(targets, Tensor) or targets.dim() <= axis:
+            what = " and ".join(f"{t.dtype} targets of shape {tuple(t.shape)}" for t in leaves(targets))
             raise InputError(
                 "the number of classes comes from labels, or from probabilities (examples, classes), got "
-                f"{targets.dtype} targets of shape {tuple(targets.shape)}"
+                f"{what or 'no targets'}"
             )
         return targets.shape[axis]  # probabilities of classes
 
@@ -100,7 +103,7 @@ class Problem:
     ) -> Iterator[tuple[Adapted, Tensor]]:
         """(φₖ₊₁, support losses at φₖ) for k = 0, 1, …, without end. state: the inner optimiser's, see `inner_loop`."""
         return inner_loop(
-            self.support_losses,
+            self._support_parts,
             self.start,
             self.learner.inner_lr,
             optimizer=self.learner.optimizer,
@@ -119,13 +122,32 @@ class Problem:
         examples = minibatch(self.task.support, self.learner.inner_batch_size, step, self.stacked)
         fixed = {n: p.detach() for n, p in self.fixed.items()} if constant else self.fixed
         losses = self._losses(adapted, fixed, examples, step=step)[0]
-        strength = self.learner.objective.proximal
-        if strength and proximal:
-            lead = int(self.stacked)
-            for name, value in adapted.items():
-                far = (value - self.start[name].detach()).square()
-                losses = losses + strength / 2 * (far.flatten(lead).sum(-1) if far.dim() > lead else far)
-        return losses
+        return losses + self._proximal(adapted) if proximal and self.learner.objective.proximal else losses
+
+    def _support_parts(self, adapted: Mapping[str, Tensor], constant: bool, step: int) -> Iterator[Tensor]:
+        """`support_losses` as the terms of a sum, of parts of the support set, each to be differentiated by itself."""
+        size = self.learner.inner_accumulate
+        if size is None:
+            yield self.support_losses(adapted, constant, step)
+            return
+        examples = minibatch(self.task.support, self.learner.inner_batch_size, step, self.stacked)
+        fixed = {n: p.detach() for n, p in self.fixed.items()} if constant else self.fixed
+        criterion = self.learner.criterion
+        total = counted(criterion, examples.targets, self.stacked) if summed(criterion) else None
+        for part, share in parts_of(examples, size, self.stacked):
+            losses = self._losses(adapted, fixed, part, step=step, summing=total is not None)[0]
+            yield losses * share if total is None else losses / total
+        if self.learner.objective.proximal:
+            yield self._proximal(adapted)
+
+    def _proximal(self, adapted: Mapping[str, Tensor]) -> Tensor:
+        """λ/2 ‖φ - θ‖²: () or (tasks,)."""
+        lead = int(self.stacked)
+        total: Any = 0.0
+        for name, value in adapted.items():
+            far = (value - self.start[name].detach()).square()
+            total = total + (far.flatten(lead).sum(-1) if far.dim() > lead else far)
+        return self.learner.objective.proximal / 2 * total
 
     def query(
         self,
@@ -133,8 +155,8 @@ class Problem:
         statistics: Statistics = "own",
         step: int | None = None,
         buffers: Mapping[str, Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Losses () or (tasks,) and outputs on the query set at φ.
+    ) -> tuple[Tensor, Tree]:
+        """Losses () or (tasks,) and outputs on the query set at φ, see `measured`.
 
         statistics: whose examples batch norms normalise by: "own", as their policies say; "support", the support
             set, so that query examples do not inform each other; "with-query", the support set and the one query
@@ -153,16 +175,58 @@ class Problem:
             buffers,
         )
 
-    def outputs(self, adapted: Adapted) -> Tensor:
+    def outputs(self, adapted: Adapted) -> Tree:
         """The outputs on the query set of one task at φ, no criterion asked."""
         parameters = {**self.fixed, **adapted}
         with self.replicas.holding(parameters, dict(self.buffers)) as (model, _), self._attention():
             return self._outputs(model, self.task.query.inputs, self._support_for("own"), step=0)
 
-    def _support_for(self, statistics: Statistics) -> Tensor | None:
+    def at(self, adapted: Adapted, function: Callable[[Callable, Examples], Any]) -> Any:
+        """What a function of the model at φ and of the query set of one task gives."""
+        parameters = {**self.fixed, **adapted}
+        query = self.task.query
+        with self.replicas.holding(parameters, dict(self.buffers)) as (model, _), self._attention():
+            forward = Forward(model, self.learner.model, query.inputs)
+            return self._with_gradients(function, forward, query, self.steps)
+
+    def _with_gradients(self, function: Callable, forward: Forward, examples: Examples, step: int) -> Any:
+        """What a function of a model and examples gives, which may differentiate whatever the caller's mode is."""
+        told = normalising(step=step, running=self.evaluating or None, open=True)
+        keeps = torch.is_grad_enabled()
+        with told, Stacked() if self.stacked else nullcontext(), torch.enable_grad():
+            found = function(forward, examples)
+        return found if keeps or not isinstance(found, Tensor) else found.detach()
+
+    def check_parts(self) -> None:
+        """Raise `InputError` where the gradient of a support set is not that of its parts, see `inner_accumulate`."""
+        if self.learner.inner_accumulate is None:
+            return
+        mixing = [
+            name
+            for name, module in self.learner.model.named_modules()
+            if (isinstance(module, BatchNorm) and module.policy != "frozen")
+            or (
+                isinstance(module, NATIVE_BATCH_NORMS) and (module.training or not module.track_running_stats)
+            )
+        ]
+        if mixing:
+            raise InputError(
+                f"inner_accumulate takes a support set in parts, and {mixing[0]!r} normalises by the statistics of "
+                "all of it: take GroupNorm, or a batch norm in evaluation mode"
+            )
+        few = mapped(itemgetter(slice(4)), self.task.support)
+        with self.replicas.holding(self.meta, dict(self.buffers)) as (model, _), torch.no_grad():
+            check_mean(self.learner.criterion, self._outputs(model, few.inputs, None, step=0), few.targets)
+
+    def _support_for(self, statistics: Statistics) -> Tree | None:
         check_choice("statistics", statistics, Statistics)
         if statistics == "own" and not self.learner.uses_support_statistics():
             return None
+        if self.learner.loss is not None:
+            raise InputError(
+                "loss= makes its own forward passes, which are told of no support set: take the statistics 'own', and "
+                "no BatchNorm of the policy 'support'"
+            )
         if statistics != "with-query":
             refuse_native(self.learner.model)
         return self.task.support.inputs
@@ -174,7 +238,7 @@ class Problem:
         def one_task(buffers, inputs):
             given = dict(buffers)
             with self.replicas.holding(self.meta, buffers) as (model, _):
-                model(inputs)
+                call(model, inputs)
             return caught.pop(), _assigned(given, buffers)
 
         with self.learner.model.get_submodule(module).register_forward_pre_hook(
@@ -187,11 +251,11 @@ class Problem:
         return features
 
     def _losses(
-        self, adapted, fixed, examples, support=None, step=0, apart=False, buffers=None
-    ) -> tuple[Tensor, Tensor]:
+        self, adapted, fixed, examples, support=None, step=0, apart=False, buffers=None, summing=False
+    ) -> tuple[Tensor, Tree]:
         def one_task(adapted, buffers, examples, support):
             parameters = {**fixed, **adapted}
-            return self._judged(parameters, buffers, examples, support, step, apart)
+            return self._judged(parameters, buffers, examples, support, step, apart, summing)
 
         buffers = self.buffers if buffers is None else buffers
         arguments = (dict(adapted), buffers, examples, support)
@@ -204,32 +268,45 @@ class Problem:
                 buffers.update(assigned)
         return loss, outputs
 
-    def _judged(self, parameters, buffers, examples, support, step, apart) -> tuple[Tensor, Tensor, dict]:
-        """The loss and the outputs of one task, and the buffers that the forward pass has assigned."""
+    def _judged(
+        self, parameters, buffers, examples, support, step, apart, summing=False
+    ) -> tuple[Tensor, Tree, dict]:
+        """The loss and the outputs of one task, and the buffers that the forward pass has assigned.
+
+        summing: the sum of a cross-entropy, not its mean.
+        """
         given = dict(buffers)
-        with self.replicas.holding(parameters, buffers) as (model, own_criterion):
-            outputs = self._outputs(model, examples.inputs, support, step, apart)
+        with self.replicas.holding(parameters, buffers) as (model, judge):
             criterion = self.learner.criterion
-            targets = as_numbers(criterion, outputs, examples.targets)
-            if not self.stacked:
-                refuse_meaningless(criterion, outputs, targets)
-                refuse_broadcast(criterion, outputs, targets)
-            loss = checked_loss(own_criterion(outputs, targets))
+            if criterion is not None:
+                outputs = self._outputs(model, examples.inputs, support, step, apart)
+                targets = as_numbers(criterion, outputs, examples.targets)
+                if not self.stacked:
+                    refuse_meaningless(criterion, outputs, targets)
+                    refuse_broadcast(criterion, outputs, targets)
+                own: Any = summed(judge) if summing else judge
+                loss = checked_loss(own(outputs, targets))
+            else:
+                forward = Forward(model, self.learner.model, examples.inputs)
+                loss = checked_loss(self._with_gradients(judge, forward, examples, step), "loss")
+                outputs = self._outputs(model, examples.inputs, None, step) if self._measured else ()
         return loss, outputs, _assigned(given, buffers)
 
     @property
     def _differentiates_twice(self) -> bool:
-        return not self.first_order or self.learner.objective.differentiates_twice
+        # a loss of one's own may differentiate by the inputs, or not
+        own = self.learner.loss is not None
+        return own or not self.first_order or self.learner.objective.differentiates_twice
 
     def _attention(self):
         """Attention written out, where it is differentiated twice or under vmap; as it is elsewhere."""
         twice = self._differentiates_twice
         if not (self.stacked or twice):
             return nullcontext()
-        on_cpu = self.task.support.inputs.device.type == "cpu"
+        on_cpu = first_of(self.task.support.inputs).device.type == "cpu"
         return open_attention(everywhere=twice or on_cpu)
 
-    def _outputs(self, model, inputs, support, step, apart=False) -> Tensor:
+    def _outputs(self, model, inputs, support, step, apart=False) -> Tree:
         """The outputs for the inputs of one task, batch norms told what they need to know.
 
         model: the forward pass. apart: one input at a time, each in a batch with the support set.
@@ -238,20 +315,16 @@ class Problem:
         def run(inputs, first=None):
             told = normalising(first=first, step=step, running=self.evaluating or None)
             with told, Stacked() if self.stacked else nullcontext():
-                try:
-                    return checked_outputs(model(inputs))
-                except RuntimeError as error:
-                    reason = unlike(error, self.learner.model, inputs)
-                    if reason is None:
-                        raise
-                    raise InputError(reason) from error
+                return outputs_of(self.learner, model, inputs)
 
         if support is None:
             return run(inputs)
         if apart:
-            return torch.cat([run(torch.cat([support, own]))[-1:] for own in inputs.split(1)])
-        first = len(support)
-        return run(torch.cat([support, inputs]), first)[first:]
+            singles = zip(*(leaf.split(1) for leaf in leaves(inputs)))
+            batches = (joined([support, rebuilt(inputs, iter(own))]) for own in singles)
+            return joined([mapped(itemgetter(slice(-1, None)), run(batch)) for batch in batches])
+        first = first_of(support).shape[0]
+        return mapped(itemgetter(slice(first, None)), run(joined([support, inputs]), first))
 
 
 def _assigned(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -267,39 +340,3 @@ def _check_parameters(learner: Learner) -> None:
     if late or gone:
         what = f"{late[0]} was frozen or not there" if late else f"{gone[0]} is no longer there, as it was"
         raise InputError(f"the parameter {what} when the learner was made: make a new learner")
-
-
-class Stacked(TorchFunctionMode):
-    """Within it, functions whose batching rule (torch 2.14) is wrong or slow are called so that vmap does well.
-
-    `F.embedding` puts the tables of all tasks one below the other and knows the `padding_idx` of the first alone: in
-    all other tasks the padding learned (meta-gradients 6 % off and more, without an error). `F.linear` of inputs that
-    are not contiguous, as attention's are, copies the weight once for each token.
-    """
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if function is Tensor.register_hook:
-            raise InputError("a hook of the backward pass, which does not run under vmap: engine='loop'")
-        inputs = {F.linear: 1, F.multi_head_attention_forward: 3}.get(function, 0)
-        if inputs:
-            # query, key and value may be one tensor, and are to stay one
-            once = {id(tensor): tensor.contiguous() for tensor in args[:inputs]}
-            args = (*(once[id(tensor)] for tensor in args[:inputs]), *args[inputs:])
-        elif function is F.embedding:
-            weight, index = args[1], kwargs.pop("padding_idx")  # as F.embedding hands them over
-            if index is not None:
-                padding = torch.arange(len(weight), device=weight.device)[:, None] == index % len(weight)
-                args = (args[0], torch.where(padding, weight.detach(), weight))
-        return function(*args, **kwargs)
-
-
-def minibatch(examples: Examples, size: int | None, step: int, stacked: bool) -> Examples:
-    """The mini-batch of inner step `step`: every m-th example from the (step mod m)-th on, m = ⌈n / size⌉."""
-    axis = int(stacked)
-    number = examples.targets.shape[axis]
-    if size is None or size >= number:
-        return examples
-    batches = -(-number // size)
-    rows = (slice(None),) * axis + (slice(step % batches, None, batches),)
-    return Examples(*(tensor[rows] for tensor in examples))

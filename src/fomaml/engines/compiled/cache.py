@@ -17,7 +17,7 @@ from fomaml.engines.cpu.build import compiler
 from fomaml.errors import InputError
 from fomaml.learning.learner import MetaLearner
 from fomaml.learning.objectives import MultiStepLoss
-from fomaml.tasks import Task, count
+from fomaml.tasks import Task, count, device_of, shape_of
 
 if TYPE_CHECKING:  # with all that compiling needs of torch: loaded below, where its absence is a warning
     from fomaml.engines.compiled.trace import Compiled, Find
@@ -49,19 +49,20 @@ def function(
             "compile=True does not take the multi-step loss: its weights change at every iteration"
         )
     watched = _current(learner)
-    parts = (learner.optimizer, learner.objective, learner.criterion, learner.start)
+    judge = learner.criterion if learner.loss is None else learner.loss
+    parts = (learner.optimizer, learner.objective, judge, learner.output, learner.start)
     key = Key(
         facts,
         side_by_side,
         learner.first_order(learner.iteration) if callable(learner.first_order) else learner.first_order,
         learner.inner_steps,
-        learner.inner_batch_size,
+        (learner.inner_batch_size, learner.inner_accumulate),
         tuple(learner.adapted),
         tuple(learner.meta_learned),
         tuple(learner.inner_lr.sizes.items()),
         tuple([module.training for module in watched.modules]),
         tuple([(parameter.dtype, parameter.requires_grad) for parameter in watched.parameters]),
-        tuple((tensor.shape, tensor.dtype, tensor.device) for part in tasks for tensor in part),
+        shape_of(tasks),
         tuple(map(id, parts)),
     )
     found = watched.known.get(key)  # once: the key's hash takes a hundredth of a small compiled meta-gradient
@@ -75,23 +76,24 @@ def function(
 class Key(NamedTuple):
     """What a compiled function depends on, beside the values of parameters and buffers.
 
-    facts, side_by_side: see `function`. first_order, …, adapted, meta_learned: the learner's, as they are now.
+    facts, side_by_side: see `function`. first_order, …, adapted, meta_learned: the learner's, as they are now;
+    inner_sizes: of mini-batches and of parts.
     rates: the constant step sizes by name. modes: `training` of each module. kinds: dtype and `requires_grad` of
-    each parameter. tensors: shape, dtype and device of each tensor of a chunk. parts: the ids of the learner's
-    optimiser, objective, criterion and start.
+    each parameter. tensors: see `shape_of`, of a chunk. parts: the ids of the learner's optimiser, objective, criterion
+    or loss, output and start.
     """
 
     facts: tuple
     side_by_side: bool
     first_order: bool
     inner_steps: int
-    inner_batch_size: int | None
+    inner_sizes: tuple[int | None, int | None]
     adapted: tuple[str, ...]
     meta_learned: tuple[str, ...]
     rates: tuple[tuple[str, float], ...]
     modes: tuple[bool, ...]
     kinds: tuple[tuple[torch.dtype, bool], ...]
-    tensors: tuple[tuple[torch.Size, torch.dtype, torch.device], ...]
+    tensors: tuple
     parts: tuple[int, ...]
 
 
@@ -116,7 +118,7 @@ def _made(learner, tasks, find, alone, side_by_side, others) -> Compiled | None:
         reason = first_line(error)
         if _torch.depends_on_values(error):
             reason = f"what {reason} gives depends on values, which a trace does not have"
-        elif tasks.support.inputs.device.type == "cpu" and not compiler():
+        elif device_of(tasks).type == "cpu" and not compiler():
             reason = "there is no C++ compiler on this machine"
         _warn(f"compile=True runs uncompiled: {reason}")
         return None

@@ -25,7 +25,8 @@ from fomaml.engines.cpu.build import library
 from fomaml.engines.cpu.threads import on_one_thread, one_by_one, side_by_side
 from fomaml.errors import InputError
 from fomaml.learning.learner import MetaLearner
-from fomaml.tasks import Examples, Task, chunks, count
+from fomaml.tasks import Task, chunks, count, device_of
+from fomaml.trees import Tree, leaves, mapped, rebuilt
 
 Find = Callable[[Task], Found]
 FEW_OPERATIONS = 10_000_000  # with a second thread, 6 million took 1.3 times as long
@@ -56,6 +57,7 @@ class Compiled:
         self._on_one_thread = False
         self._memory: kernels.Memory | None = None
         self.draws_its_own = False
+        self._outputs: Tree = ()
 
         def trace(find: Find, tasks: Task) -> GraphModule:
             def flat(*arguments: Tensor) -> list[Tensor]:
@@ -64,14 +66,18 @@ class Compiled:
                     name: value.detach().requires_grad_() if name in learned else value
                     for name, value in zip(tensors, values)
                 }
-                chunk = Task(Examples(*examples[:2]), Examples(*examples[2:]))
-                gradients, *seen = holder.at(state, chunk, find)
-                return [*(gradient.detach() for gradient in gradients), *seen]
+                chunk = rebuilt(tasks, iter(examples))
+                gradients, losses, support_losses, outputs = holder.at(state, chunk, find)
+                self._outputs = outputs
+                return [
+                    *(gradient.detach() for gradient in gradients),
+                    *(losses, support_losses, *leaves(outputs)),
+                ]
 
             with torch.enable_grad():
                 return _torch.trace(flat, *self._state(), *_tensors(tasks))
 
-        on_cpu = tasks.support.inputs.device.type == "cpu"
+        on_cpu = device_of(tasks).type == "cpu"
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             self._run = None if alone is None else self._stacked(trace, alone, tasks)
             if self._run is None:
@@ -85,6 +91,8 @@ class Compiled:
                 del graph
             if isinstance(self._run, GraphModule):
                 self._run = _forward(self._run)
+            # its structure alone
+            self._outputs = mapped(lambda tensor: tensor.new_empty(0), self._outputs)
             gc.collect()  # the graphs, whose nodes refer to each other
 
     def _fuse(self, graph: GraphModule) -> bool:
@@ -135,7 +143,8 @@ class Compiled:
     def _call(self, state: list[Tensor], tasks: Task) -> Found:
         with torch.no_grad():
             found = self._run(*state, *_tensors(tasks))
-        return Found(found[: len(self.names)], *found[len(self.names) :])
+        gradients, (losses, support_losses, *outputs) = found[: len(self.names)], found[len(self.names) :]
+        return Found(gradients, losses, support_losses, rebuilt(self._outputs, iter(outputs)))
 
     def _state(self) -> list[Tensor]:
         state = [owner[name].detach() for owner, name in self._slots]
@@ -161,7 +170,7 @@ def _draws(graph: GraphModule) -> bool:
 
 
 def _tensors(tasks: Task) -> list[Tensor]:
-    return [tensor.contiguous() for part in tasks for tensor in part]
+    return [tensor.contiguous() for tensor in leaves(tasks)]
 
 
 class Holder(nn.Module):

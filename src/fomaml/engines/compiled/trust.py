@@ -15,7 +15,8 @@ from torch.random import fork_rng
 from fomaml.engines.common import Found, out_of_memory
 from fomaml.engines.compiled.trace import Compiled, Find, Holder
 from fomaml.learning.learner import MetaLearner
-from fomaml.tasks import Task
+from fomaml.tasks import Task, device_of
+from fomaml.trees import leaves, mapped
 
 TOLERANCE = 1e-3
 TOLERANCE_OF_FLOAT64 = 1e-6
@@ -41,7 +42,7 @@ def compare(
     Raises:
         Wrong: three misses.
     """
-    device = tasks.support.inputs.device
+    device = device_of(tasks)
     for chunk in islice(chain([tasks], others, _moved(tasks)), CHUNKS):
         [found], drawn = _run(lambda chunk=chunk: [*compiled.map([chunk])], device)
         try:
@@ -79,7 +80,7 @@ def _rounds_so(apart: tuple[float, float], learner: MetaLearner, find: Find, chu
     """Whether the eager engine is so far off float64 itself, by a fourth at least."""
     if _least(learner) < TOLERANCE:
         return False
-    device = chunk.support.inputs.device
+    device = device_of(chunk)
     try:
         exact, drawn = _run(lambda: _exactly_found(learner, find, chunk), device)
     except Exception:  # whatever a module raises that does not run in float64
@@ -114,7 +115,7 @@ def _apart(found: Found, expected: Found) -> tuple[float, float]:
     gradients = [_norm([tensor]) for tensor in expected.gradients]
     least = SMALL * _norm(expected.gradients)
     return (
-        max(_off(one, other, _norm([other])) for one, other in zip(found[1:], expected[1:])),
+        max(_off(one, other, _norm([other])) for one, other in zip(leaves(found[1:]), leaves(expected[1:]))),
         max(
             _off(one, other, max(size, least))
             for one, other, size in zip(found.gradients, expected.gradients, gradients)
@@ -144,13 +145,14 @@ def _moved(tasks: Task, by: float = 0.01) -> Iterator[Task]:
         draw = torch.Generator().manual_seed(seed)
 
         def move(inputs: Tensor, draw=draw, seed=seed) -> Tensor:
-            if not _floating(tasks):
-                return inputs.roll(seed, 1)
+            if not inputs.is_floating_point():
+                return inputs if _floating(tasks) else inputs.roll(seed, 1)
             noise = torch.randn(inputs.shape, generator=draw).to(inputs)
             return inputs + by * inputs.abs().mean() * noise
 
-        yield Task(*(part._replace(inputs=move(part.inputs)) for part in tasks))
+        yield Task(*(part._replace(inputs=mapped(move, part.inputs)) for part in tasks))
 
 
 def _floating(tasks: Task) -> bool:
-    return tasks.support.inputs.is_floating_point()
+    """Whether inputs can be moved a little: one tensor of them at least."""
+    return any(leaf.is_floating_point() for leaf in leaves(tasks.support.inputs))

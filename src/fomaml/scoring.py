@@ -1,0 +1,73 @@
+"""What a learner is scored by, and the scores of a batch of tasks at some number of steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from fomaml.engines import Plan
+from fomaml.engines.common import Measure
+from fomaml.errors import InputError
+from fomaml.learning.learner import MetaLearner
+from fomaml.metrics import LOSS, Asked, Metric, OfModel, metric_for, scores
+from fomaml.tasks import Batch, Task
+from fomaml.trees import Tree
+
+
+def score_before(plan: Plan, tasks: Batch, metric: Metric) -> Tensor:
+    """The mean score of the meta-model itself on the query sets, before any adaptation."""
+    return _score_at(plan, tasks, metric, 0)
+
+
+def score_after(plan: Plan, tasks: Batch, metric: Metric) -> Tensor:
+    """The mean score after the inner steps, where the meta-gradient gives no outputs to score."""
+    return _score_at(plan, tasks, metric, plan.learner.inner_steps)
+
+
+def _score_at(plan: Plan, tasks: Batch, metric: Metric, steps: int) -> Tensor:
+    [(losses, outputs)] = plan.curve(tasks, [(steps, "own")], measured_for(plan.learner, metric))
+    return scores(metric, outputs, query_targets(tasks), losses).mean()
+
+
+def query_targets(tasks: Batch) -> Tree | list[Tree]:
+    """Those of a batch, of a list of tasks as a list."""
+    return tasks.query.targets if isinstance(tasks, Task) else [task.query.targets for task in tasks]
+
+
+def weighted_mean(values: Tensor, weights: Sequence[float] | None) -> Tensor:
+    if weights is None:
+        return values.mean()
+    own = values.new_tensor(weights)
+    return (values * own).sum() / own.sum()
+
+
+def metrics_of(learner: MetaLearner, asked: Sequence[Asked]) -> list[Metric]:
+    """The metrics that are asked for, see `evaluate`.
+
+    Raises:
+        InputError: an unknown name, something else, or two of one name.
+    """
+    found = []
+    each: Any
+    for each in asked:
+        # a function of the model, as the loss is
+        own = each is not None and not isinstance(each, str | Metric) and callable(each)
+        if learner.loss is not None and own and not isinstance(each, type):
+            found.append(Metric(getattr(each, "__name__", type(each).__name__), OfModel(each), 1, ""))
+        else:
+            found.append(metric_for(learner.criterion, each))
+    names = [metric.name for metric in found]
+    if len(set(names)) < len(names) or not names:
+        raise InputError(
+            f"metrics have one name each, and there must be one, got {', '.join(names) or 'none'}"
+        )
+    return found
+
+
+def measured_for(learner: MetaLearner, metric: Metric) -> Measure | bool:
+    """What a metric needs beside losses and the outputs that a criterion judges, see `Plan.curve`."""
+    if isinstance(metric.score, OfModel):
+        return metric.score.measure
+    return learner.loss is not None and metric is not LOSS
