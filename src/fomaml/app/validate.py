@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 
 from fomaml.app.build import Data, for_test
+from fomaml.app.scores import headline
 from fomaml.app.settings import Settings
 from fomaml.errors import InputError
 from fomaml.evaluate import Estimate, estimate, evaluate
@@ -71,5 +72,6 @@ def validate(settings: Settings, learner: MetaLearner, data: Data) -> Estimate:
         tasks=settings.validation_tasks,
         at_steps=[steps],
         statistics=settings.statistics,
+        metric=headline(settings),
     )
     return estimate(found[steps])
