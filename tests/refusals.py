@@ -109,7 +109,7 @@ ROWS = [
     Row(3, "targets of a dtype that the criterion does not take", lambda: gradient(
         engine="loop", given=tasks().map(lambda t: t if t.is_floating_point() else t.bool())
     )),
-    Row(3, "a metric of an unknown name", lambda: evaluated(metric="f1")),
+    Row(3, "a metric of an unknown name", lambda: evaluated(metric="acc")),
     Row(3, "a metric that gives a number for each example", lambda: evaluated(metric=lambda o, t: o.argmax(1) == t)),
     Row(3, "a `Metric` of a function of one task", lambda: evaluated(metric=Metric("mae", F.l1_loss, -1, ""))),
     Row(3, "the accuracy of numbers", lambda: evaluated(

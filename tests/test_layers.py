@@ -10,9 +10,9 @@ import fomaml.errors
 ROOT = Path(fomaml.errors.__file__).parent
 # A layer is a folder, or a few files that stand for one step of the way from examples to a result.
 LAYERS = [
-    {"errors", "choices", "files", "trees", "tasks", "metrics", "submodules"},
+    {"errors", "choices", "files", "trees", "tasks", "measures", "metrics", "submodules"},
     {"data"},
-    {"models", "episodes", "streams"},
+    {"models", "episodes", "group_episodes", "streams", "backbones"},
     {"learning"},
     {"engines"},
     {"scoring", "train", "evaluate", "baselines", "checkpoint"},

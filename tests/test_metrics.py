@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fomaml.errors import InputError
-from fomaml.metrics import ACCURACY, LOSS, METRICS, Metric, ignored_label, metric_for, of_each_task, scores
+from fomaml.metrics import ACCURACY, LOSS, Metric, ignored_label, metric_for, of_each_task, scores
 
 OUTPUTS = torch.tensor([[[2.0, 1.0], [0.0, 3.0]], [[1.0, 0.0], [1.0, 0.0]]])  # (tasks, examples, ways)
 LABELS, LOSSES = torch.tensor([[0, 1], [0, 1]]), torch.tensor([0.25, 0.5])
@@ -208,13 +208,6 @@ def test_a_function_has_its_name_and_more_of_it_is_better():
     ):
         metric = metric_for(F.mse_loss, given)
         assert (metric.name, metric.direction, metric.unit) == (name, 1, "")
-
-
-def test_metrics_by_name_with_their_directions():
-    assert {name: (metric.name, metric.direction, metric.unit) for name, metric in METRICS.items()} == {
-        "accuracy": ("accuracy", 1, "%"),
-        "loss": ("loss", -1, ""),
-    }
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,14 @@
 
 from typing import TYPE_CHECKING
 
+from fomaml.data.groups import GroupSource
 from fomaml.data.source import ClassSource
 from fomaml.data.synthetic import Sinusoids
 from fomaml.engines import MetaGradient, meta_gradient
 from fomaml.episodes import Episodes, RegressionEpisodes
 from fomaml.errors import InputError
 from fomaml.evaluate import Estimate, estimate, evaluate
+from fomaml.group_episodes import GroupEpisodes
 from fomaml.learning.adapt import SGD, Adam, FastModel, Sign
 from fomaml.learning.algorithms import (
     ANIL,
@@ -34,6 +36,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:  # a checker of types is to know all modules, and no other name
     from fomaml import app as app
+    from fomaml import backbones as backbones
     from fomaml import baselines as baselines
     from fomaml import check as check
     from fomaml import checkpoint as checkpoint
@@ -43,7 +46,9 @@ if TYPE_CHECKING:  # a checker of types is to know all modules, and no other nam
     from fomaml import episodes as episodes
     from fomaml import errors as errors
     from fomaml import files as files
+    from fomaml import group_episodes as group_episodes
     from fomaml import learning as learning
+    from fomaml import measures as measures
     from fomaml import metrics as metrics
     from fomaml import models as models
     from fomaml import scoring as scoring
@@ -55,8 +60,8 @@ else:
 
 __all__ = [
     "ANIL", "BOIL", "CAVIA", "FOMAML", "MAML", "MLP", "SGD", "Adam", "BatchNorm", "ClassSource", "Conv4",
-    "Conv4Strided", "Episodes", "Estimate", "Examples", "FastModel", "InputError", "MAMLPlusPlus", "MetaGradient",
-    "MetaLearner", "MetaSGD", "Metric", "ProtoMAML", "RegressionEpisodes", "Reptile", "Sign", "SignMAML", "Sinusoids",
-    "Task", "WithContext", "ZeroHeadMAML", "convert_batch_norm", "estimate", "evaluate", "fomaml_train", "iMAML",
-    "meta_gradient", "train",
+    "Conv4Strided", "Episodes", "Estimate", "Examples", "FastModel", "GroupEpisodes", "GroupSource", "InputError",
+    "MAMLPlusPlus", "MetaGradient", "MetaLearner", "MetaSGD", "Metric", "ProtoMAML", "RegressionEpisodes",
+    "Reptile", "Sign", "SignMAML", "Sinusoids", "Task", "WithContext", "ZeroHeadMAML", "convert_batch_norm",
+    "estimate", "evaluate", "fomaml_train", "iMAML", "meta_gradient", "train",
 ]  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from difflib import SequenceMatcher
 from typing import Any, Literal, get_args
 
 from fomaml.errors import InputError
@@ -19,3 +21,11 @@ def check_choice(what: str, value: Any, choices: Any) -> None:
     names = get_args(choices) or tuple(choices)
     if value not in names:
         raise InputError(f"unknown {what} {value!r}; there are: {', '.join(map(str, names))}")
+
+
+def nearest_first(name: Any, names: Sequence[str]) -> str:
+    """The names that there are in one line, those first that are most like `name`; of many the nearest alone."""
+    ordered = sorted(
+        names, key=lambda known: -SequenceMatcher(None, str(name).lower(), known.lower()).ratio()
+    )
+    return ", ".join(ordered[:20]) + (f" and {len(ordered) - 20} more" if len(ordered) > 20 else "")

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
 import numbers
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fomaml.errors import InputError
+from fomaml import measures
+from fomaml.errors import InputError, positive
+from fomaml.measures import IGNORED, ByClass, accuracy, own_classes
+from fomaml.measures import check_ignored as check_ignored
 from fomaml.tasks import Examples, first
 from fomaml.trees import Tree, mapped
 
@@ -26,13 +29,13 @@ class Metric(NamedTuple):
         (tasks, examples, ...), losses (tasks,) or None where there is no loss. `of_each_task` makes one of a function
         of one task.
     direction: 1 if higher is better, -1 if lower is.
-    unit: "%" for a score from 0 to 1 that is written in per cent, or "".
+    unit: "%" for a score from 0 to 1 that is written in per cent, "dB" of a ratio, or "".
     """
 
     name: str
     score: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     direction: Literal[1, -1]
-    unit: Literal["%", ""]
+    unit: Literal["%", "dB", ""]
 
     @property
     def scale(self) -> int:
@@ -40,8 +43,8 @@ class Metric(NamedTuple):
         return 100 if self.unit == "%" else 1
 
     def text(self, mean: float, interval: float, digits: int | None = None) -> str:
-        """A mean and its interval, the unit left out: "85.3 ± 0.6" in per cent, else plain numbers, "0.123 ± 0.004"."""
-        digits = (1 if self.unit == "%" else 3) if digits is None else digits
+        """A mean and its interval, the unit left out: "85.3 ± 0.6" in per cent or dB, else "0.123 ± 0.004"."""
+        digits = (3 if self.unit == "" else 1) if digits is None else digits
         return f"{self.scale * mean:.{digits}f} ± {self.scale * interval:.{digits}f}"
 
 
@@ -50,35 +53,6 @@ OfTask = Callable[[Tensor, Tensor], Tensor | float]
 Asked = str | Metric | OfTask | None  # see `metric_for`
 
 # --- the scores -----------------------------------------------------------------------------------
-
-IGNORED = -100  # the label that torch's cross-entropies leave out by default
-
-
-def accuracy(
-    outputs: Tensor, targets: Tensor, losses: Tensor | None = None, ignored: int = IGNORED
-) -> Tensor:
-    """(tasks,) float64 shares of the labels that are the class of the largest output.
-
-    Axes are those of `F.cross_entropy`, of a stack of tasks. outputs: (tasks, examples, classes, ...). targets: labels
-    (tasks, examples, ...), or floating probabilities of the outputs' shape, whose largest is the label.
-    ignored: the label of what is left out.
-
-    Raises:
-        InputError: other shapes, or a task all of whose labels are left out.
-    """
-    if outputs.dim() > 2 and targets.is_floating_point() and targets.shape == outputs.shape:
-        return (outputs.argmax(2) == targets.argmax(2)).double().flatten(1).mean(1)
-    if targets.is_floating_point() or outputs.shape[:2] + outputs.shape[3:] != targets.shape:
-        raise InputError(
-            "accuracy needs outputs (examples, classes, ...) and labels (examples, ...), or probabilities of the "
-            f"outputs' shape, got outputs {tuple(outputs.shape[1:])} and {targets.dtype} targets "
-            f"{tuple(targets.shape[1:])}: take another metric"
-        )
-    check_ignored("query", targets, ignored)
-    targets = targets.long()  # to compare bytes with -100 would be to compare them with 156
-    counted = (targets != ignored).flatten(1)
-    right = (outputs.argmax(2) == targets).flatten(1) & counted
-    return right.sum(1).double() / counted.sum(1)
 
 
 def loss(outputs: Tensor, targets: Tensor, losses: Tensor | None) -> Tensor:
@@ -94,8 +68,20 @@ def loss(outputs: Tensor, targets: Tensor, losses: Tensor | None) -> Tensor:
 
 ACCURACY = Metric("accuracy", accuracy, 1, "%")
 LOSS = Metric("loss", loss, -1, "")
-OF_TENSORS = (accuracy,)
-METRICS = {metric.name: metric for metric in (ACCURACY, LOSS)}
+PSNR = Metric("psnr", measures.psnr, 1, "dB")
+OF_CLASSES = (  # by scikit-learn
+    Metric("balanced-accuracy", ByClass("balanced-accuracy"), 1, "%"),
+    Metric("f1", ByClass("f1"), 1, "%"),
+    Metric("auprc", ByClass("auprc"), 1, "%"),
+)
+OF_NUMBERS = (
+    Metric("mse", measures.mse, -1, ""),
+    Metric("rmse", measures.rmse, -1, ""),
+    Metric("mae", measures.mae, -1, ""),
+    Metric("r2", measures.r2, 1, ""),  # by scikit-learn
+    PSNR,
+)
+METRICS = {metric.name: metric for metric in (ACCURACY, LOSS, *OF_CLASSES, *OF_NUMBERS)}
 
 
 def of_each_task(function: OfTask) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
@@ -111,7 +97,7 @@ def of_each_task(function: OfTask) -> Callable[[Tensor, Tensor, Tensor | None], 
     @torch.no_grad()
     def score(outputs: Tree, targets: Tree, losses: Tensor | None = None) -> Tensor:
         number = len(first(outputs))
-        each = _own_classes(outputs) if isinstance(outputs, Tensor) else _apart(outputs, number)
+        each = own_classes(outputs) if isinstance(outputs, Tensor) else _apart(outputs, number)
         pairs = zip(each, _apart(targets, number), strict=True)
         found = [_number(function(*own), function) for own in pairs]
         return torch.tensor(found, dtype=torch.float64, device=first(outputs).device)
@@ -152,8 +138,7 @@ def scores(metric: Metric, outputs: Tree, targets: Tree, losses: Tensor | None) 
         rows = range(len(targets))
         own_losses = [None if losses is None else losses[row : row + 1] for row in rows]
         return torch.cat([scores(metric, o, t, own) for (o, t), own in zip(alone, own_losses)])
-    named = metric.score in OF_TENSORS
-    if named and not (isinstance(outputs, Tensor) and isinstance(targets, Tensor)):
+    if _of_tensors(metric) and not (isinstance(outputs, Tensor) and isinstance(targets, Tensor)):
         raise InputError(
             f"{metric.name} is of one tensor of outputs and one of targets: give output=, which says what of the "
             "model's is judged, or a function as the metric"
@@ -169,6 +154,12 @@ def scores(metric: Metric, outputs: Tree, targets: Tree, losses: Tensor | None) 
     return found
 
 
+def _of_tensors(metric: Metric) -> bool:
+    """Whether it is one of `measures`, which are of one tensor of outputs and one of targets."""
+    score = metric.score.func if isinstance(metric.score, functools.partial) else metric.score
+    return isinstance(score, ByClass) or getattr(score, "__module__", "") == measures.__name__
+
+
 def _apart(tree: Tree, number: int) -> list[Tree]:
     """Of each task."""
     return [mapped(lambda tensor, row=row: tensor[row], tree) for row in range(number)]
@@ -182,19 +173,6 @@ def _number(found: Any, function: Callable) -> float:
     return float(found.detach() if isinstance(found, Tensor) else found)
 
 
-def _own_classes(outputs: Tensor) -> list[Tensor]:
-    """The outputs of each task, without classes that it lacks beside tasks that have more: all of its examples have
-    -inf there, as `MetaGradient` says.
-    """
-    if outputs.dim() < 3 or not outputs.is_floating_point():
-        return list(outputs)
-    lacking = (outputs.movedim(2, 1).flatten(2) == -math.inf).all(2)  # (tasks, classes)
-    if not lacking[:, -1].any() or lacking[:, -1].all():
-        return list(outputs)
-    widths = [int((~row).nonzero()[-1]) + 1 if not row.all() else len(row) for row in lacking]
-    return [own[:, :width] for own, width in zip(outputs, widths)]
-
-
 # --- which one ------------------------------------------------------------------------------------
 
 
@@ -203,35 +181,70 @@ def ignored_label(criterion: Any) -> int | None:
 
     Known are `F.cross_entropy`, `F.nll_loss`, their modules and `functools.partial` of all these.
     """
-    options: dict[str, Any] = {}
-    while isinstance(criterion, functools.partial) and not criterion.args:
-        options = criterion.keywords | options
-        criterion = criterion.func
+    criterion, options = _unwrapped(criterion)
     if criterion is F.cross_entropy or criterion is F.nll_loss:
         return options.get("ignore_index", IGNORED)
     for kind in (nn.CrossEntropyLoss, nn.NLLLoss):
-        # a subclass that computes something else is another criterion
-        if isinstance(criterion, kind) and type(criterion).forward is kind.forward:
+        if _computes_as(criterion, kind):
             return criterion.ignore_index
     return None
 
 
-def check_ignored(part: str, targets: Tensor, ignored: int) -> None:
-    """Raise `InputError` where all labels of a task are left out, so that nothing can be learned from it, or judged.
+def threshold_of(criterion: Any) -> float | None:
+    """The output above which a binary cross-entropy says class 1; None of another criterion."""
+    criterion, _ = _unwrapped(criterion)
+    if criterion is F.binary_cross_entropy_with_logits or _computes_as(criterion, nn.BCEWithLogitsLoss):
+        return 0.0
+    if criterion is F.binary_cross_entropy or _computes_as(criterion, nn.BCELoss):
+        return 0.5
+    return None
 
-    part: "support" or "query". targets: (tasks, examples, ...).
+
+def _unwrapped(criterion: Any) -> tuple[Any, dict[str, Any]]:
+    """What a `functools.partial` is of, and its options."""
+    options: dict[str, Any] = {}
+    while isinstance(criterion, functools.partial) and not criterion.args:
+        options = criterion.keywords | options
+        criterion = criterion.func
+    return criterion, options
+
+
+def _computes_as(criterion: Any, kind: type[nn.Module]) -> bool:
+    """Whether it is of this kind: a subclass that computes something else is another criterion."""
+    return isinstance(criterion, kind) and type(criterion).forward is kind.forward
+
+
+def named(name: str) -> Metric:
+    """The metric of this name in METRICS, "_" for "-" too; "psnr:2" is `psnr` of a range of 2, as of [-1, 1].
+
+    Raises:
+        InputError: there is none, or a library that it needs is not installed.
     """
-    if not targets.is_floating_point() and (targets.long() == ignored).flatten(1).all(1).any():
+    plain, _, data_range = name.partition(":")
+    plain = plain if plain in METRICS else plain.replace("_", "-").lower()
+    if plain not in METRICS or (data_range and plain != "psnr"):
         raise InputError(
-            f"all {part} labels of a task are {ignored}, which is ignored: a task needs others as well"
+            f"unknown metric {name!r}; there are: {', '.join(METRICS)}, or a function of outputs and targets"
         )
+    metric = METRICS[plain]
+    if metric.score is measures.r2 or isinstance(metric.score, ByClass):
+        measures.sklearn(plain)  # now, not after an hour of training
+    if data_range:
+        try:
+            number = float(data_range)
+        except ValueError:
+            raise InputError(f"the range of psnr is a number, as in psnr:2, got {data_range!r}") from None
+        number = positive("the range of psnr", number)
+        metric = PSNR._replace(name=name, score=functools.partial(measures.psnr, data_range=number))
+    return metric
 
 
 def metric_for(criterion: Any, asked: Asked = None) -> Metric:
     """The metric that is asked for; by default the accuracy where the criterion is a cross-entropy, else the loss.
 
-    asked: a name in METRICS, a `Metric`, or a function of one task, see `of_each_task`, of which more is better.
-        The accuracy leaves out the labels that the criterion ignores.
+    asked: a name, see `named`, a `Metric`, or a function of one task, see `of_each_task`, of which more is better.
+        Metrics of classes leave out the labels that the criterion ignores, and take one output for each label as a
+        binary cross-entropy reads it.
 
     Raises:
         InputError: an unknown name, or something else.
@@ -240,16 +253,20 @@ def metric_for(criterion: Any, asked: Asked = None) -> Metric:
     if asked is None:
         asked = LOSS if ignored is None else ACCURACY
     if isinstance(asked, str):
-        if asked not in METRICS:
-            raise InputError(
-                f"unknown metric {asked!r}; there are: {', '.join(METRICS)}, or a function of outputs and targets"
-            )
-        asked = METRICS[asked]
+        asked = named(asked)
     if asked is ACCURACY:
-        if ignored is None:
-            return ACCURACY._replace(score=_accuracy_of_distributions)
-        return asked if ignored == IGNORED else asked._replace(score=_accuracy_without(ignored))
+        if ignored == IGNORED:
+            return asked
+        asked = asked._replace(score=ByClass("accuracy"))
     if isinstance(asked, Metric):
+        if isinstance(asked.score, ByClass):
+            of = replace(
+                asked.score,
+                ignored=IGNORED if ignored is None else ignored,
+                certain=ignored is not None,
+                threshold=threshold_of(criterion),
+            )
+            asked = asked._replace(score=of)
         return _checked(asked)
     if isinstance(asked, type) or not callable(asked):
         raise InputError(
@@ -258,20 +275,24 @@ def metric_for(criterion: Any, asked: Asked = None) -> Metric:
     return Metric(_name(asked), of_each_task(asked), 1, "")
 
 
-def _accuracy_without(ignored: int) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
-    return functools.partial(accuracy, ignored=ignored)
+def metrics_for(criterion: Any, asked: Asked | Sequence[Asked] = None) -> list[Metric]:
+    """Several metrics, each as of `metric_for`; one alone, or None, is a list of one.
 
-
-def _accuracy_of_distributions(outputs: Tensor, targets: Tensor, losses: Tensor | None = None) -> Tensor:
-    """`accuracy` where no cross-entropy vouches that floating targets are probabilities of classes."""
-    if targets.is_floating_point() and targets.dim() > 2:
-        sums = targets.sum(2)
-        if targets.min() < 0 or not torch.allclose(sums, torch.ones_like(sums), atol=1e-2):
+    Raises:
+        InputError: none, or two of one name.
+    """
+    if isinstance(asked, Metric) or not isinstance(asked, list | tuple):  # a Metric is a tuple
+        return [metric_for(criterion, cast(Asked, asked))]
+    metrics = [metric_for(criterion, each) for each in asked]
+    if not metrics:
+        raise InputError("no metric is asked for; leave metric out for the default, or name one")
+    names = [metric.name for metric in metrics]
+    for name in names:
+        if names.count(name) > 1:
             raise InputError(
-                "accuracy needs labels, or probabilities that sum to 1 over axis 1 of a task, got other floating "
-                "targets: take another metric"
+                f"two metrics are named {name!r}; leave one out, or give a fomaml.Metric with another name"
             )
-    return accuracy(outputs, targets, losses)
+    return metrics
 
 
 def _checked(metric: Metric) -> Metric:
@@ -280,10 +301,10 @@ def _checked(metric: Metric) -> Metric:
     Raises:
         InputError: a field that is not what it must be.
     """
-    if metric.direction not in (1, -1) or metric.unit not in ("%", ""):
+    if metric.direction not in (1, -1) or metric.unit not in ("%", "dB", ""):
         raise InputError(
-            f"the metric {metric.name!r} needs direction 1 or -1 and unit '%' or '', got {metric.direction!r} and "
-            f"{metric.unit!r}"
+            f"the metric {metric.name!r} needs direction 1 or -1 and unit '%', 'dB' or '', got "
+            f"{metric.direction!r} and {metric.unit!r}"
         )
     if not callable(metric.score) or not _takes_losses(metric.score):
         raise InputError(

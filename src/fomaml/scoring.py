@@ -9,9 +9,8 @@ from torch import Tensor
 
 from fomaml.engines import Plan
 from fomaml.engines.common import Measure
-from fomaml.errors import InputError
 from fomaml.learning.learner import MetaLearner
-from fomaml.metrics import LOSS, Asked, Metric, OfModel, metric_for, scores
+from fomaml.metrics import LOSS, Asked, Metric, OfModel, metrics_for, scores
 from fomaml.tasks import Batch, Task
 from fomaml.trees import Tree
 
@@ -49,21 +48,16 @@ def metrics_of(learner: MetaLearner, asked: Sequence[Asked]) -> list[Metric]:
     Raises:
         InputError: an unknown name, something else, or two of one name.
     """
-    found = []
-    each: Any
-    for each in asked:
-        # a function of the model, as the loss is
-        own = each is not None and not isinstance(each, str | Metric) and callable(each)
-        if learner.loss is not None and own and not isinstance(each, type):
-            found.append(Metric(getattr(each, "__name__", type(each).__name__), OfModel(each), 1, ""))
-        else:
-            found.append(metric_for(learner.criterion, each))
-    names = [metric.name for metric in found]
-    if len(set(names)) < len(names) or not names:
-        raise InputError(
-            f"metrics have one name each, and there must be one, got {', '.join(names) or 'none'}"
-        )
-    return found
+    if learner.loss is None:
+        return metrics_for(learner.criterion, asked)
+    return metrics_for(None, [_of_model(each) for each in asked])
+
+
+def _of_model(asked: Any) -> Asked:
+    """What is asked for of a learner with a loss: a function is one of the model, as the loss is."""
+    if asked is None or isinstance(asked, str | Metric | type) or not callable(asked):
+        return asked
+    return Metric(getattr(asked, "__name__", type(asked).__name__), OfModel(asked), 1, "")
 
 
 def measured_for(learner: MetaLearner, metric: Metric) -> Measure | bool:

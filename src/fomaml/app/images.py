@@ -6,7 +6,8 @@ import math
 from typing import NamedTuple
 
 from fomaml.app.settings import Settings
-from fomaml.data.folder import Folder, few_listed, load_folder, split_counts
+from fomaml.data.folder import Folder, few_listed, load_folder
+from fomaml.data.shares import split_counts
 from fomaml.data.source import ClassSource
 from fomaml.errors import InputError
 

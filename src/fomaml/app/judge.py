@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fomaml.app import sizing
 from fomaml.app.agenda import Noted
 from fomaml.app.algorithms import ALGORITHMS
-from fomaml.app.build import Data, build_model, for_test, judged_by, open_data
+from fomaml.app.build import Data, build_model, for_test, judged_by, of_units, open_data
 from fomaml.app.named import foreign_model
 from fomaml.app.networks import head_of
 from fomaml.app.report import table, verdict
@@ -74,12 +74,12 @@ def beside_baselines(
             if theirs is None:  # the pixels have no loss
                 grown.append(own)
                 continue
-            paired = estimate(scores[own["metric"]][steps][: len(theirs)] - theirs)
+            paired = estimate(of_units(data.test, scores[own["metric"]][steps][: len(theirs)] - theirs))
             difference = {"to": label, "mean": paired.mean, "interval": paired.interval}
-            rows = [*own["rows"], _row(label, theirs, **facts)]
+            rows = [*own["rows"], _row(label, of_units(data.test, theirs), **facts)]
             grown.append(own | {"rows": rows, "differences": [*own["differences"], difference]})
         result = grown[0] | ({"others": grown[1:]} if grown[1:] else {})
-        mean, interval = estimate(found[first.name])
+        mean, interval = estimate(of_units(data.test, found[first.name]))
         say(f"baseline: {label}: {first.text(mean, interval)} {first.unit}".rstrip())
         yield result
 
@@ -95,16 +95,18 @@ def summary(
     """The result as JSON-able facts: the headline figure, the protocol, the rows and the paired differences; under
     "others" the same of each further metric.
     """
-    first, *others = (_of_metric(settings, metric, found[metric.name]) for metric in metrics_of(settings))
+    first, *others = (
+        _of_metric(settings, data, metric, found[metric.name]) for metric in metrics_of(settings)
+    )
     facts = protocol(settings, data, learner, statistics, balanced) | {"inner_steps": first["steps"]}
     result = first | {"protocol": facts}
     return result | {"others": others} if others else result
 
 
-def _of_metric(settings: Settings, metric: Metric, found: Mapping[int, Tensor]) -> dict:
+def _of_metric(settings: Settings, data: Data, metric: Metric, found: Mapping[int, Tensor]) -> dict:
     steps = max(found)
     name = ALGORITHMS[settings.algorithm].title
-    last = estimate(found[steps])
+    last = estimate(of_units(data.test, found[steps]))
     return {
         metric.name: last.mean,
         "interval": last.interval,
@@ -113,7 +115,9 @@ def _of_metric(settings: Settings, metric: Metric, found: Mapping[int, Tensor]) 
         "steps": steps,
         **facts_of(metric),
         "measured": measured(settings, metric),
-        "rows": [_row(f"{name}, {_steps(k)}", scores, steps=k) for k, scores in found.items()],
+        "rows": [
+            _row(f"{name}, {_steps(k)}", of_units(data.test, scores), steps=k) for k, scores in found.items()
+        ],
         "differences": [],
     }
 
@@ -122,12 +126,13 @@ def protocol(
     settings: Settings, data: Data, learner: MetaLearner, statistics: Statistics, balanced: bool = False
 ) -> dict:
     """What an accuracy is an accuracy of."""
+    test: Any = data.test
     return {
         "data": data.name,
         "question": settings.question or settings.split,
         "ways": None if source_of(settings).kind == "regression" else settings.ways,
         "shots": settings.shots,
-        "query_shots": settings.test_query_shots,
+        "query_shots": None if settings.query_all else settings.test_query_shots,
         "test_augment": settings.test_augment,
         "copies": settings.test_copies,
         "jitter": settings.test_jitter if settings.test_copies > 1 else 0.0,
@@ -136,7 +141,7 @@ def protocol(
         "transductive": statistics == "own" and _is_transductive(learner),
         "balanced": balanced,
         "overlap": overlap(data),
-    }
+    } | ({} if data.facts is None else {"groups": len(test)})
 
 
 def overlap(data: Data) -> str | None:
@@ -279,7 +284,8 @@ def evaluate_run(
     if others:
         result["by_statistics"] = dict(zip(kinds[1:], others))
         metric = headline(settings)
-        paired = estimate(found[0][metric.name][result["steps"]] - found[1][metric.name][result["steps"]])
+        apart = found[0][metric.name][result["steps"]] - found[1][metric.name][result["steps"]]
+        paired = estimate(of_units(data.test, apart))
         result["difference"] = paired._asdict()
         if abs(paired.mean) > paired.interval:
             result["warning"] = (
@@ -303,11 +309,14 @@ def describe(result: dict) -> str:
         ", balanced: the same number of query examples per class assumed" if protocol.get("balanced") else ""
     )
     queries = f"{protocol['query_shots']} query {'example' if protocol['query_shots'] == 1 else 'examples'}"
+    if protocol["query_shots"] is None:
+        queries = "all others as query examples"
     shared = f" ({protocol['overlap']})" if protocol.get("overlap") else ""
+    groups = f" of {protocol['groups']} groups, which the intervals are over" if "groups" in protocol else ""
     part = "validation" if result.get("part") == "validation" else "unseen"
     lines = [
         f"{', '.join(filter(None, (protocol['data'], protocol['question'])))}, {heading}, "
-        f"{result['tasks']} {part} tasks{shared}, {queries}{' per class' if ways else ''}{turns}, "
+        f"{result['tasks']} {part} tasks{shared}{groups}, {queries}{' per class' if ways else ''}{turns}, "
         f"{told(protocol)}{balanced}",
         "",
         table([(heading, result)]),

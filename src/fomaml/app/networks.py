@@ -25,7 +25,7 @@ from fomaml.tasks import one
 def _mlp(settings: Settings, outputs: int) -> nn.Module:
     """An MLP; for CAVIA with context parameters joined to its inputs (Zintgraf et al. 2019, section 4)."""
     source = source_of(settings)
-    inputs = math.prod(settings.image or source.inputs)
+    inputs = math.prod(_image(settings))
     if settings.algorithm != "cavia":
         return MLP(inputs, *source.hidden, outputs)
     context = source.context
@@ -43,7 +43,22 @@ def _convolutions(settings: Settings) -> dict:
 
 
 def _image(settings: Settings) -> tuple[int, ...]:
-    return settings.image or source_of(settings).inputs
+    """The shape of an input."""
+    if settings.facts is None:
+        return settings.image or source_of(settings).inputs
+    shape = settings.facts["shapes"]
+    if not isinstance(shape, list):
+        raise InputError(
+            f"the inputs are {' and '.join(shape)}, but the model {settings.model} takes one: give another --model"
+        )
+    return tuple(shape)
+
+
+def _outputs(settings: Settings) -> int:
+    """How many numbers the network gives for an input."""
+    if settings.facts is not None and settings.kind == "regression":
+        return settings.facts["outputs"]
+    return source_of(settings).outputs or settings.ways
 
 
 # (settings, outputs) → a network with random weights, by name
@@ -65,13 +80,14 @@ def build_model(settings: Settings, seed: int | None = None) -> nn.Module:
     Raises:
         InputError: the device is not there; it is the user's own and has not been named here, or cannot be built.
     """
-    source, seed = source_of(settings), settings.seed if seed is None else seed
+    seed = settings.seed if seed is None else seed
     if foreign_model(settings):
         return _foreign(settings, seed).to(check_device(settings.device))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = NETWORKS[settings.model](settings, source.outputs or settings.ways)
-    if source.kind == "classification" and ALGORITHMS[settings.algorithm].adapts_head:
+        model = NETWORKS[settings.model](settings, _outputs(settings))
+    shuffled = source_of(settings).kind == "classification" and not settings.fixed_classes
+    if shuffled and ALGORITHMS[settings.algorithm].adapts_head:
         zero_head(model)
     return model.to(check_device(settings.device))
 
@@ -82,16 +98,17 @@ def _foreign(settings: Settings, seed: int) -> nn.Module:
     """
     own = own_of(settings, "model")
     steps = settings.inner_steps if settings.norm_policy == "per-step" else None
-    model = build(own, settings.model_options, facts(settings), seed)
+    model = build(own, settings.model_options, told_to(settings), seed)
     return convert_batch_norm(model, settings.norm_policy, steps)
 
 
-def facts(settings: Settings) -> dict[str, Any]:
+def told_to(settings: Settings) -> dict[str, Any]:
     """What a model of the user's own is told of the data, if it asks; see `offered`."""
-    source = source_of(settings)
-    if source.kind == "classification":
-        return offered(settings.ways, settings.ways, _image(settings))
-    return offered(source.outputs or 1, None, _image(settings))
+    several = settings.facts is not None and not isinstance(settings.facts["shapes"], list)
+    shape = None if several else _image(settings)
+    if source_of(settings).kind == "classification":
+        return offered(settings.ways, settings.ways, shape)
+    return offered(_outputs(settings), None, shape)
 
 
 def check_model(settings: Settings, model: nn.Module, episodes: TaskSequence) -> None:
@@ -142,7 +159,7 @@ def head_of(settings: Settings, model: nn.Module) -> str | None:
     if not names:
         return None
     if foreign_model(settings):
-        width, outputs = layers[names[-1]].out_features, facts(settings)["outputs"]
+        width, outputs = layers[names[-1]].out_features, told_to(settings)["outputs"]
         if width != outputs:
             raise InputError(
                 f"which layer of {settings.model} is the head? Its last nn.Linear, {names[-1]!r}, gives {width} "

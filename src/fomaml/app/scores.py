@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from fomaml.app.named import own_of
 from fomaml.app.settings import Settings
 from fomaml.app.sources import source_of
+from fomaml.data.scaling import Scaling
 from fomaml.errors import InputError
 from fomaml.metrics import LOSS, METRICS, Metric, OfModel, metric_for, of_each_task
 
@@ -23,8 +24,13 @@ def metrics_of(settings: Settings) -> list[Metric]:
         InputError: two of one name, or the user's own that has not been named here.
     """
     if settings.metric is None:
-        return [source_of(settings).metric if settings.loss is None else LOSS]
-    found = [_metric(settings, name) for name in settings.metric]
+        found = [source_of(settings).metric if settings.loss is None else LOSS]
+    else:
+        found = [_metric(settings, name) for name in settings.metric]
+    if settings.facts is not None and settings.kind == "regression":  # of rows, whose targets are scaled
+        scaling = Scaling.from_dict(settings.facts["scaling"])
+        own_loss = settings.loss is not None
+        found = [each if own_loss and each is LOSS else scaling.in_own_unit(each) for each in found]
     names = [metric.name for metric in found]
     for name in names:
         if names.count(name) > 1:

@@ -15,6 +15,8 @@ from fomaml.errors import InputError
 FORMAT = 1  # of config.json; a run without one has format 0
 
 Question = Literal["new-labels", "new-digits"]
+Kind = Literal["classification", "regression"]  # of tasks
+Draw = Literal["random", "first", "anytime"]
 Split = Literal["maml", "vinyals", "background-evaluation"]
 Filter = Literal["lanczos", "nearest", "box", "bilinear"]
 Augmentation = Literal["none", "rotations", "turns", "warps"]
@@ -37,8 +39,9 @@ Better = Literal["higher", "lower"]
 class Settings:
     """Every setting of one run; `settle` makes it of what was given. What each means: the *_options.py.
 
-    None stands for "no such thing" (no clipping, no patience, a question of a source that asks none), but for two that
-    only the data can tell: `validate_every` and `image`, the shape of an image, are filled in when a run begins.
+    None stands for "no such thing" (no clipping, no patience, a question of a source that asks none), but for three
+    that only the data can tell: `validate_every`, `facts` and `image`, the shape of an image, are filled in when a run
+    begins.
     """
 
     source: str
@@ -123,19 +126,40 @@ class Settings:
     # a run that is read from its directory has it only where the user has named it again.
     code: dict[str, dict[str, Any]] | None = None
     own: dict[str, Any] | None = dataclasses.field(default=None, compare=False, repr=False)
+    # Of tasks that are groups of rows, see grouped.py: what is read of a file, and how tasks are made of it.
+    task: str | None = None
+    target: tuple[str, ...] | None = None
+    order: str | None = None
+    features: tuple[str, ...] | None = None
+    categorical: tuple[str, ...] | None = None
+    inputs: tuple[str, ...] | None = None
+    lengths: str | None = None
+    window: int | None = None
+    hop: int | None = None
+    kind: Kind | None = None
+    drop_missing: bool = False
+    skip_short: bool = False
+    separator: str | None = None
+    draw: Draw | None = None
+    train_draw: Draw | None = None
+    gap: int | None = None
+    query_all: bool = False
+    test_keys: tuple[str, ...] | None = None
+    validation_keys: tuple[str, ...] | None = None
+    split_seed: int | None = None
+    skip_small_groups: bool = False
+    scale: bool | None = None
+    fixed_classes: bool | None = None  # the classes of the data, the same ones in all tasks
+    facts: dict[str, Any] | None = None  # what the data have told: columns, classes, split, scaling
 
 
 # What may be another when a run goes on or is judged: where it lies and is computed, and what only judges it.
 LATER = (
-    "shares",
-    "skip_small_classes",
-    "model_options",
-    "head",
-    "output",
-    "loss",
-    "metric",
-    "metric_direction",
-)
+    "shares", "skip_small_classes", "task", "target", "order", "features", "categorical", "inputs", "lengths", "window",
+    "hop", "kind", "drop_missing", "skip_short", "separator", "draw", "train_draw", "gap", "query_all", "test_keys",
+    "validation_keys", "split_seed", "skip_small_groups", "scale", "fixed_classes", "facts",
+    "model_options", "head", "output", "loss", "metric", "metric_direction",
+)  # fmt: skip
 MAY_CHANGE = frozenset(
     {"out", "data_root", "device", "test_tasks", "baselines", "baseline_size", "model_weights", "code", "own"}
 )
@@ -144,7 +168,9 @@ MAY_CHANGE = frozenset(
 def identity(settings: Settings) -> dict[str, Any]:
     """What a run's weights are made by, JSON-able: its files of tensors carry a digest of it."""
     values = vars(settings)
-    added = {name for name in LATER if values[name] is None}  # weights from before are of the same run
+    added = {
+        name for name in LATER if values[name] is None or values[name] is False
+    }  # as weights from before
     kept = {name: value for name, value in values.items() if name not in MAY_CHANGE | added}
     return json.loads(json.dumps(kept, default=str))
 
@@ -171,9 +197,9 @@ def from_json(text: str, origin: str) -> Settings:
         values.setdefault("model_weights", None)
         for name in ("out", "data_root", "model_weights"):
             values[name] = values[name] and Path(values[name])
-        for name in ("test_steps", "image", "image_size", "channels", "shares", "metric"):
-            if values.get(name):
-                values[name] = tuple(values[name])
+        for name, value in values.items():
+            if name != "facts" and isinstance(value, list):
+                values[name] = tuple(value)
         return Settings(**values)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{origin} is not the config of a run ({error})") from None

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
-from fomaml.app.build import Data, for_test
+from fomaml.app.build import Data, for_test, of_units
 from fomaml.app.scores import headline
 from fomaml.app.settings import Settings
 from fomaml.errors import InputError
@@ -74,4 +74,4 @@ def validate(settings: Settings, learner: MetaLearner, data: Data) -> Estimate:
         statistics=settings.statistics,
         metric=headline(settings),
     )
-    return estimate(found[steps])
+    return estimate(of_units(data.validation, found[steps]))

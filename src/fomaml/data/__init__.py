@@ -1,4 +1,4 @@
-"""Where examples come from: labelled datasets, folders, MNIST, Omniglot, functions; augmentation."""
+"""Where examples come from: datasets, tables and arrays with a task key, folders, MNIST, Omniglot; augmentation."""
 
 from fomaml.submodules import submodules
 

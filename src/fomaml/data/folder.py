@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import math
 import os
-import random
 from collections.abc import Sequence
-from itertools import accumulate, combinations
+from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from fomaml.data.shares import SHARES, check_shares, dealt
 from fomaml.data.source import ClassSource, pixels
-from fomaml.errors import InputError, plain, positive
+from fomaml.errors import InputError, positive
 
 MODES = {"grey": "L", "rgb": "RGB"}
 PARTS = {"train": ("train",), "validation": ("val", "valid", "validation"), "test": ("test",)}
 WIDE = ("I", "F")  # more than 8 bits a pixel, which Pillow's conversion clips to white
-
-
-SHARES = (0.6, 0.2, 0.2)
 
 
 class Folder(NamedTuple):
@@ -81,7 +77,6 @@ def load_folder(
             raise InputError(f"size must be (height, width) or None, got {size!r}")
         height, width = (positive("each side of size", side, integer=True) for side in size)
         size = height, width
-    seed = plain(seed)
     min_images = positive("min_images", min_images, integer=True)
     reader = _Reader(size, MODES[colour], readable_suffixes(), min_images)
     own = _given_parts(root)
@@ -166,31 +161,17 @@ def _as_they_are(
     return parts, split
 
 
-def split_counts(classes: int, shares: Sequence[float]) -> tuple[int, int, int]:
-    """How many of the classes go to training, validation and test."""
-    first, second = round(classes * shares[0]), round(classes * (shares[0] + shares[1]))
-    return first, second - first, classes - second
-
-
 def _split_by_class(
     root: Path, shares: tuple[float, float, float], seed: int, reader: _Reader
 ) -> tuple[dict[str, list[Path]], str]:
-    if not isinstance(shares, (tuple, list)) or len(shares) != 3:
-        raise InputError(f"shares must be three numbers, for train, validation and test, got {shares!r}")
-    for part, share in zip(PARTS, shares):
-        if share != 0 or part != "validation":
-            positive("each of shares", share)
-    if not math.isclose(sum(shares), 1):
-        raise InputError(f"shares must add up to 1, got {shares!r}, which is {sum(shares)}")
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise InputError(f"seed must be a whole number, got {seed!r}")
+    check_shares(shares)
     folders = reader.large_enough(_directories(root))
     if not folders:
         raise InputError(
             f"{root}: found {reader.small()}, and no larger one: add images, or ask for fewer of a class"
         )
-    random.Random(seed).shuffle(folders)
-    counts = split_counts(len(folders), shares)
+    deal = dealt(folders, shares, seed)
+    counts = tuple(map(len, deal))
     shown = "/".join(map(str, counts))
     if not counts[0] or not counts[2] or (shares[1] and not counts[1]):
         few = f" besides {reader.small()}" if reader.left_out else ""
@@ -198,8 +179,7 @@ def _split_by_class(
             f"{root}: found {_counted(len(folders), 'class', 'classes')}{few}, which the shares {shares} split "
             f"{shown} into train/validation/test; expected some in each: give more classes or other shares"
         )
-    ends = list(accumulate(counts, initial=0))
-    parts = {part: sorted(folders[a:b]) for part, a, b in zip(PARTS, ends, ends[1:]) if b > a}
+    parts = {part: folders for part, folders in zip(PARTS, deal) if folders}
     return parts, f"split by class {shown} with seed {seed}"
 
 
