@@ -7,7 +7,8 @@ from typing import Any
 import torch.nn.functional as F
 
 from fomaml.app.named import own_of
-from fomaml.app.settings import Settings
+from fomaml.app.own import Own
+from fomaml.app.settings import Better, Settings
 from fomaml.app.sources import source_of
 from fomaml.data.scaling import Scaling
 from fomaml.errors import InputError
@@ -46,12 +47,16 @@ def headline(settings: Settings) -> Metric:
 def _metric(settings: Settings, name: str) -> Metric:
     if f"metric {name}" not in (settings.code or {}):
         return metric_for(F.mse_loss if source_of(settings).kind == "regression" else F.cross_entropy, name)
-    value: Any = own_of(settings, f"metric {name}").value
+    return as_metric(own_of(settings, f"metric {name}"), settings.metric_direction, settings.loss is not None)
+
+
+def as_metric(own: Own, direction: Better | None, of_model: bool) -> Metric:
+    """The user's own metric. of_model: whether a function is of (forward, examples), as the loss is."""
+    value: Any = own.value
     if isinstance(value, Metric):
         return value
-    score: Any = of_each_task(value) if settings.loss is None else OfModel(value)
-    own = getattr(value, "__name__", name)
-    return Metric(own, score, 1 if settings.metric_direction == "higher" else -1, "")
+    score: Any = OfModel(value) if of_model else of_each_task(value)
+    return Metric(getattr(value, "__name__", own.name), score, 1 if direction == "higher" else -1, "")
 
 
 def measured(settings: Settings, metric: Metric) -> str:
