@@ -11,10 +11,10 @@ import torch
 
 from fomaml.choices import check_choice
 from fomaml.data.groups import Draw, GroupSource
-from fomaml.data.rows import each
 from fomaml.episodes import checked_seed, generator
 from fomaml.errors import InputError, positive, whole
-from fomaml.tasks import Examples, Task
+from fomaml.tasks import Batch, Examples, Task, together
+from fomaml.trees import mapped
 
 Small = Literal["refuse", "leave out"]
 _Drawn = list[tuple[np.ndarray, np.ndarray]]
@@ -116,13 +116,10 @@ class GroupEpisodes:
         index = whole("the number of a task", index)
         return self._tasks([self._drawn(index)], index)[0]
 
-    def batch(self, start: int, tasks: int) -> Task | list[Task]:
+    def batch(self, start: int, tasks: int) -> Batch:
         """Tasks start … start + tasks - 1, with a leading axis (tasks, ...); a list of them where sizes differ."""
         start, tasks = whole("the number of the first task", start), whole("tasks", tasks)
-        drawn = [self._drawn(start + number) for number in range(tasks)]
-        made = self._tasks(drawn, start)
-        sizes = {tuple(sum(map(len, part)) for part in zip(*own)) for own in drawn}
-        return made if len(sizes) != 1 else _stacked(made)
+        return together(self._tasks([self._drawn(start + number) for number in range(tasks)], start))
 
     def rows(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """The rows of the source's arrays that the support and the query set of a task are."""
@@ -132,6 +129,16 @@ class GroupEpisodes:
     def group(self, index: int) -> str:
         """The name of the group that a task is of."""
         return self.source.names[self._group(index, generator(self.seed, index))]
+
+    def by_group(self, scores: torch.Tensor) -> torch.Tensor:
+        """(groups,) the mean score of each group that has been visited, of the scores (tasks,) of tasks 0, 1 …
+
+        Tasks of one group are not independent: an interval is over the groups.
+        """
+        numbers = [self._group(index, generator(self.seed, index)) for index in range(len(scores))]
+        groups, places = torch.tensor(numbers).unique(return_inverse=True)
+        found = torch.zeros(len(groups), dtype=scores.dtype).index_add(0, places, scores.cpu())
+        return found / torch.bincount(places, minlength=len(groups))
 
     # --- which rows -------------------------------------------------------------------------------
 
@@ -223,12 +230,7 @@ class GroupEpisodes:
                 for place in (2 * number, 2 * number + 1):
                     own = parts[place]
                     parts[place] = own._replace(inputs=self.augment(own.inputs, random))
-        if self.device is not None:
-            parts = [
-                Examples(*(each(tree, lambda tensor, place: tensor.to(self.device)) for tree in part))
-                for part in parts
-            ]
-        return [Task(*pair) for pair in zip(parts[::2], parts[1::2])]
+        return [Task(*pair).to(self.device) for pair in zip(parts[::2], parts[1::2])]
 
 
 def _numbered(classes: Sequence[np.ndarray]) -> torch.Tensor:
@@ -238,15 +240,4 @@ def _numbered(classes: Sequence[np.ndarray]) -> torch.Tensor:
 
 def _rows_of(read: tuple[Any, Any], begin: int, end: int) -> Examples:
     """A part of inputs and targets."""
-    return Examples(*(each(tree, lambda tensor, place: tensor[begin:end]) for tree in read))
-
-
-def _stacked(trees: Sequence[Any]) -> Any:
-    """One nesting out of several of the same structure, their tensors stacked."""
-    first = trees[0]
-    if isinstance(first, dict):
-        return {key: _stacked([tree[key] for tree in trees]) for key in first}
-    if isinstance(first, tuple):
-        parts = [_stacked(own) for own in zip(*trees)]
-        return type(first)(*parts) if hasattr(first, "_fields") else tuple(parts)
-    return torch.stack(list(trees))
+    return mapped(lambda tensor: tensor[begin:end], Examples(*read))

@@ -6,10 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from fomaml.app.settings import Kind
 from fomaml.learning import algorithms as family
 from fomaml.learning.learner import MetaLearner
-
-Kind = Literal["classification", "regression"]
 
 
 @dataclass(frozen=True)

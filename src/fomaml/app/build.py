@@ -14,16 +14,21 @@ import torch.nn.functional as F
 from torch import nn
 
 from fomaml.app.algorithms import ALGORITHMS
+from fomaml.app.grouped import Groups
 from fomaml.app.settings import Settings
 from fomaml.app.sources import Functions, source_of
 from fomaml.data.augment import rotated, warped
+from fomaml.data.groups import GroupSource
+from fomaml.data.scaling import Scaling
 from fomaml.data.source import ClassSource
 from fomaml.engines._torch import cpu_has_bfloat16
 from fomaml.episodes import Episodes, RegressionEpisodes
 from fomaml.errors import InputError
+from fomaml.group_episodes import GroupEpisodes
 from fomaml.learning import adapt
 from fomaml.learning.learner import MetaLearner
 from fomaml.learning.objectives import MultiStepLoss
+from fomaml.metrics import Metric
 from fomaml.models import MLP, BatchNorm, Conv4, Conv4Strided, Conv4StridedFlat, WithContext
 from fomaml.train import cosine, linear
 
@@ -37,17 +42,19 @@ class Data:
     train: to train on; tuning: of the training classes too, to tune baselines on; test: unseen ones.
     validation: of validation classes; None where there are none, and `unvalidated` says why.
     own_classes, classes: to train on, as the data have them and as augmented; None where there are none.
+    facts: what a run records of groups of rows, see grouped.py.
     """
 
     name: str
     origin: str
-    train: Episodes | RegressionEpisodes
-    tuning: Episodes | RegressionEpisodes
-    test: Episodes | RegressionEpisodes
-    validation: Episodes | None = None
+    train: Episodes | RegressionEpisodes | GroupEpisodes
+    tuning: Episodes | RegressionEpisodes | GroupEpisodes
+    test: Episodes | RegressionEpisodes | GroupEpisodes
+    validation: Episodes | GroupEpisodes | None = None
     unvalidated: str = ""
     own_classes: ClassSource | None = None
     classes: ClassSource | None = None
+    facts: dict[str, Any] | None = None
 
 
 def open_data(settings: Settings, test_seed: int | None = None, allow_download: bool = True) -> Data:
@@ -75,6 +82,8 @@ def open_data(settings: Settings, test_seed: int | None = None, allow_download: 
             test=draw(**testing, seed=seed),
             unvalidated=f"the source {settings.source} has no validation classes",
         )
+    if isinstance(found, Groups):
+        return _of_groups(settings, found, training, testing, (tuning_seed, validation_seed, seed), device)
     own_classes, test_classes = found.train.to(device), found.test.to(device)
     classes = own_classes
     if settings.augment == "rotations":
@@ -106,8 +115,71 @@ def open_data(settings: Settings, test_seed: int | None = None, allow_download: 
     return data
 
 
-def with_image(settings: Settings, data: Data) -> Settings:
-    """The settings with the shape of the images that the data has, which the networks are built for."""
+def _of_groups(
+    settings: Settings,
+    found: Groups,
+    training: dict[str, Any],
+    testing: dict[str, Any],
+    seeds: tuple[int, int, int],
+    device: torch.device,
+) -> Data:
+    """Tasks that are groups of rows. Validation and test take one group after the other, so that all count the same."""
+    testing = testing | {"query_shots": None if settings.query_all else testing["query_shots"]}
+    small: Any = "leave out" if settings.skip_small_groups else "refuse"
+    ways = None if settings.fixed_classes or settings.kind == "regression" else settings.ways
+    left_out: dict[str, int] = {}
+
+    def draw(source: GroupSource, part: str, facts: dict[str, Any], **more: Any) -> GroupEpisodes:
+        try:
+            made = GroupEpisodes(
+                source, **facts, **more, ways=ways, gap=settings.gap, small=small, device=device
+            )
+        except InputError as error:
+            raise InputError(f"{part}: {error}") from None
+        left_out.update(made.left_out)
+        return made
+
+    data = Data(
+        name=found.name,
+        origin=found.origin,
+        train=draw(found.train, "training", training, draw=settings.train_draw),
+        tuning=draw(found.train, "training", testing, draw=settings.draw, seed=seeds[0]),
+        test=draw(found.test, "test", testing, draw=settings.draw, seed=seeds[2], in_turn=True),
+        unvalidated=found.unvalidated,
+        facts=found.facts,
+    )
+    if found.validation is not None:
+        try:
+            data.validation = draw(
+                found.validation, "validation", testing, draw=settings.draw, seed=seeds[1], in_turn=True
+            )
+        except InputError as error:
+            data.unvalidated = f"the validation tasks do not suffice: {error}"
+    if left_out:
+        few = ", ".join(f"{name} {rows}" for name, rows in list(left_out.items())[:5])
+        more = f" and {len(left_out) - 5} more" if len(left_out) > 5 else ""
+        data.origin += f", left out {len(left_out)} tasks with too few rows ({few}{more})"
+    return data
+
+
+def of_units(episodes: Any, scores: torch.Tensor) -> torch.Tensor:
+    """The scores of what is independent: the means of groups, of episodes that are groups of rows, else the tasks."""
+    by_group = getattr(episodes, "by_group", None)
+    return scores if by_group is None else by_group(scores)
+
+
+def metric_of(settings: Settings) -> Metric:
+    """What a run's tasks are scored by; of rows in the unit of their targets, which are scaled for the network."""
+    metric = source_of(settings).metric
+    if settings.facts is None or settings.kind != "regression":
+        return metric
+    return Scaling.from_dict(settings.facts["scaling"]).in_own_unit(metric)
+
+
+def with_data(settings: Settings, data: Data) -> Settings:
+    """The settings with what the data tell: the shape of the images that the networks are built for, or their facts."""
+    if data.facts is not None:
+        return dataclasses.replace(settings, facts=data.facts)
     if data.classes is None:
         return settings
     return dataclasses.replace(settings, image=tuple(data.classes.inputs.shape[1:]))
@@ -133,7 +205,7 @@ def has_bfloat16(name: str) -> bool:
 def _mlp(settings: Settings, outputs: int) -> nn.Module:
     """An MLP; for CAVIA with context parameters joined to its inputs (Zintgraf et al. 2019, section 4)."""
     source = source_of(settings)
-    inputs = math.prod(settings.image or source.inputs)
+    inputs = math.prod(_image(settings))
     if settings.algorithm != "cavia":
         return MLP(inputs, *source.hidden, outputs)
     context = source.context
@@ -151,7 +223,22 @@ def _convolutions(settings: Settings) -> dict:
 
 
 def _image(settings: Settings) -> tuple[int, ...]:
-    return settings.image or source_of(settings).inputs
+    """The shape of an input."""
+    if settings.facts is None:
+        return settings.image or source_of(settings).inputs
+    shape = settings.facts["shapes"]
+    if not isinstance(shape, list):
+        raise InputError(
+            f"the inputs are {' and '.join(shape)}, but the model {settings.model} takes one: give another --model"
+        )
+    return tuple(shape)
+
+
+def _outputs(settings: Settings) -> int:
+    """How many numbers the network gives for an input."""
+    if settings.facts is not None and settings.kind == "regression":
+        return settings.facts["outputs"]
+    return source_of(settings).outputs or settings.ways
 
 
 # (settings, outputs) → a network with random weights, by name
@@ -169,11 +256,11 @@ NETWORKS: dict[str, Callable[[Settings, int], nn.Module]] = {
 
 def build_model(settings: Settings, seed: int | None = None) -> nn.Module:
     """The run's network with random weights that depend on the seed alone, on the run's device."""
-    source = source_of(settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed if seed is None else seed)
-        model = NETWORKS[settings.model](settings, source.outputs or settings.ways)
-    if source.kind == "classification" and ALGORITHMS[settings.algorithm].adapts_head:
+        model = NETWORKS[settings.model](settings, _outputs(settings))
+    shuffled = source_of(settings).kind == "classification" and not settings.fixed_classes
+    if shuffled and ALGORITHMS[settings.algorithm].adapts_head:
         zero_head(model)
     return model.to(check_device(settings.device))
 

@@ -12,6 +12,7 @@ from fomaml.app.algorithms import ALGORITHMS
 from fomaml.app.build import NETWORKS
 from fomaml.app.data_options import DATA_ROOT, SOURCE, DataOptions, TaskOptions
 from fomaml.app.evaluation_options import EvaluateOptions, EvaluationOptions, MachineOptions
+from fomaml.app.group_options import GroupOptions
 from fomaml.app.learner_options import AlgorithmOptions, InnerOptions, OuterOptions
 from fomaml.app.parser import group, option, positional
 
@@ -31,9 +32,12 @@ class RunOptions:
     """What every training is made of."""
 
     source: str = positional(SOURCE, "", metavar="SOURCE")
-    ways: int | None = option("N, the classes of a task (default: 5)")
+    ways: int | None = option(
+        "N, the classes of a task (default: 5); of groups of rows so many are drawn and numbered anew in each task "
+        "(default: all classes of the data, under their own numbers)"
+    )
     shots: int | None = option(
-        "K, the support examples per class (default: 1), or per sinusoid (default: 10)"
+        "K, the support examples per class (default: 1; of groups of rows 5), or per task of regression (sinusoids: 10)"
     )
     model: str | None = option(
         "the network: mlp (784-256-10 on images, 1-40-40-1 on sinusoids; default for mnist), conv4 (default for "
@@ -44,6 +48,7 @@ class RunOptions:
     data_root: Path | None = option(DATA_ROOT)
     out: Path | None = option("the folder to write; default: a new one under out/")
     data: DataOptions = group(DataOptions)
+    rows: GroupOptions = group(GroupOptions)
     tasks: TaskOptions = group(TaskOptions)
     network: AlgorithmOptions = group(AlgorithmOptions)
     inner: InnerOptions = group(InnerOptions)
@@ -61,6 +66,7 @@ class TrainOptions(RunOptions):
 
     Example: fomaml train mnist --question new-labels --shots 1 --out out/digits
     Example: fomaml train folder:my/photos --image-size 84 84 --rgb --ways 3
+    Example: fomaml train table:my/machines.csv --task machine --target wear --order hour
     Example: fomaml train --preset fomaml-omniglot-5w1s --data-root my/omniglot
     """
 

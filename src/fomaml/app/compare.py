@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from fomaml.app.algorithms import ALGORITHMS
-from fomaml.app.build import build_learner, build_model, open_data, with_image
+from fomaml.app.build import build_learner, build_model, of_units, open_data, with_data
 from fomaml.app.commands import CompareOptions, given
 from fomaml.app.judge import protocol, told
 from fomaml.app.report import align
@@ -38,7 +38,7 @@ from fomaml.learning.algorithms import FOMAML, MAML
 from fomaml.learning.learner import MetaLearner
 from fomaml.learning.objectives import Implicit
 from fomaml.metrics import METRICS, Metric
-from fomaml.tasks import Task, one
+from fomaml.tasks import Batch, Task, one
 
 
 def expand(options: CompareOptions) -> list[Settings]:
@@ -74,7 +74,7 @@ def compare(options: CompareOptions, out: Path, *, say: Callable[[str], None] = 
     say(f"{data.name}: {data.origin}")
     if first.seconds:
         say(f"each algorithm trains for {first.seconds:g} s, which cannot be repeated bit for bit")
-    shown = with_image(first, data)
+    shown = with_data(first, data)
     facts = protocol(shown, data, build_learner(shown, build_model(shown)), first.statistics)
     found = {}
     for number, settings in enumerate(runs, 1):
@@ -153,7 +153,7 @@ def run_one(settings: Settings, out: Path, cosine_every: int | None, threads: in
             "hessian_products": tasks * products,
             "settings": {name: getattr(settings, name) for name in SETTINGS},
             "cosines": cosines,
-            "scores": {steps: scores.tolist() for steps, scores in run.scores.items()},
+            "scores": {steps: of_units(run.data.test, own).tolist() for steps, own in run.scores.items()},
         }
 
 
@@ -183,7 +183,7 @@ def gradient_evaluations(learner: MetaLearner, task: Task) -> tuple[int, int]:
     return count, 0 if first_order else learner.inner_steps
 
 
-def first_order_cosine(settings: Settings, model: nn.Module, tasks: Task) -> float:
+def first_order_cosine(settings: Settings, model: nn.Module, tasks: Batch) -> float:
     """The cosine between FOMAML's and MAML's meta-gradient of `model` on a batch of tasks."""
     like = dataclasses.replace(settings, algorithm="fomaml")
     criterion = build_learner(like, model).criterion
@@ -330,7 +330,7 @@ def describe(result: dict) -> str:
         f"{each} of training each on {result['device']}"
         + (f", {threads} thread{'s' * (threads > 1)}" if result["device"] == "cpu" else ""),
         f"{what} on the same {result['tasks']} unseen tasks{seen}, {told(facts)}, ± 95 % interval over "
-        "tasks; one training run "
+        f"{'the groups' if 'groups' in facts else 'tasks'}; one training run "
         f"each (seed {result['seed']})",
         "",
     ]

@@ -9,7 +9,10 @@ from fomaml.app.parser import option
 from fomaml.app.settings import Augmentation, Filter, Question, Split, TestAugmentation
 from fomaml.app.sources import names
 
-SOURCE = f"where tasks come from: {', '.join(names())}; PATH holds one directory of images per class"
+SOURCE = (
+    f"where tasks come from: {', '.join(names())}; PATH holds one directory of images per class; FILE is a csv, tsv or "
+    "parquet table, or an .npz of arrays, whose rows belong to tasks by a key"
+)
 DATA_ROOT = (
     "the folder of the data: MNIST/raw/*-ubyte, or the archives of Omniglot; default: torchvision's download, or "
     "MNIST-5k without a network"
@@ -36,8 +39,8 @@ class DataOptions:
     )
     rgb: bool = option("for folder: keep the three colours instead of grey", False)
     shares: tuple[float, float, float] | None = option(
-        "for folder: the shares of its classes for training, validation and test, where it has no directories that say "
-        "so (default: 0.6 0.2 0.2); 0 for no validation",
+        "the shares for training, validation and test: for folder of its classes, where it has no directories that say "
+        "so, for groups of rows of the tasks (default: 0.6 0.2 0.2); 0 for no validation",
         metavar="SHARE",
     )
     skip_small_classes: bool = option(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fomaml.app import sizing
 from fomaml.app.agenda import Noted
 from fomaml.app.algorithms import ALGORITHMS
-from fomaml.app.build import Data, build_model, for_test, head_name, open_data
+from fomaml.app.build import Data, build_model, for_test, head_name, metric_of, of_units, open_data
 from fomaml.app.report import table, verdict
 from fomaml.app.settings import Settings
 from fomaml.app.sources import source_of
@@ -40,6 +40,7 @@ def judge(
         tasks=tasks,
         at_steps=settings.test_steps,
         statistics=settings.statistics,
+        metric=metric_of(settings),
     )
     return summary(settings, learner, data, found, settings.statistics), found
 
@@ -64,9 +65,9 @@ def beside_baselines(
     metric = source_of(settings).metric
     rows, differences = list(result["rows"]), list(result["differences"])
     for label, own, facts in baselines(settings, data, say, note):
-        row = _row(label, own, **facts)
+        row = _row(label, of_units(data.test, own), **facts)
         rows.append(row)
-        paired = estimate(scores[: len(own)] - own)
+        paired = estimate(of_units(data.test, scores[: len(own)] - own))
         differences.append({"to": label, "mean": paired.mean, "interval": paired.interval})
         say(f"baseline: {label}: {metric.text(row['mean'], row['interval'])} {metric.unit}".rstrip())
         yield result | {"rows": list(rows), "differences": list(differences)}
@@ -85,11 +86,13 @@ def summary(
     """The result as JSON-able facts: the headline figure, the protocol, the rows and the paired differences."""
     steps = max(found)
     name = ALGORITHMS[settings.algorithm].title
-    headline = estimate(found[steps])
+    headline = estimate(of_units(data.test, found[steps]))
     metric = source_of(settings).metric.name
     facts = protocol(settings, data, learner, statistics, balanced) | {"inner_steps": steps}
     if rows is None:
-        rows = [_row(f"{name}, {_steps(k)}", scores, steps=k) for k, scores in found.items()]
+        rows = [
+            _row(f"{name}, {_steps(k)}", of_units(data.test, scores), steps=k) for k, scores in found.items()
+        ]
     return {
         metric: headline.mean,
         "interval": headline.interval,
@@ -108,12 +111,13 @@ def protocol(
     settings: Settings, data: Data, learner: MetaLearner, statistics: Statistics, balanced: bool = False
 ) -> dict:
     """What an accuracy is an accuracy of."""
+    test: Any = data.test
     return {
         "data": data.name,
         "question": settings.question or settings.split,
         "ways": None if source_of(settings).kind == "regression" else settings.ways,
         "shots": settings.shots,
-        "query_shots": settings.test_query_shots,
+        "query_shots": None if settings.query_all else settings.test_query_shots,
         "test_augment": settings.test_augment,
         "copies": settings.test_copies,
         "jitter": settings.test_jitter if settings.test_copies > 1 else 0.0,
@@ -122,7 +126,7 @@ def protocol(
         "transductive": statistics == "own" and _is_transductive(learner),
         "balanced": balanced,
         "overlap": overlap(data),
-    }
+    } | ({} if data.facts is None else {"groups": len(test)})
 
 
 def overlap(data: Data) -> str | None:
@@ -210,7 +214,12 @@ def evaluate_run(
     kinds = list(dict.fromkeys(statistics or [settings.statistics]))
     points = [(steps, kind) for kind in kinds for steps in settings.test_steps]
     scores = evaluate_at(
-        for_test(settings, learner), data.test, points, settings.test_tasks, balanced=balanced
+        for_test(settings, learner),
+        data.test,
+        points,
+        settings.test_tasks,
+        balanced=balanced,
+        metric=metric_of(settings),
     )
     found = [{steps: each for (steps, own), each in scores.items() if own == kind} for kind in kinds]
     result, *others = (
@@ -219,7 +228,7 @@ def evaluate_run(
     result |= {"part": part, "seed": settings.seed if seed is None else seed}
     if others:
         result["by_statistics"] = dict(zip(kinds[1:], others))
-        paired = estimate(found[0][result["steps"]] - found[1][result["steps"]])
+        paired = estimate(of_units(data.test, found[0][result["steps"]] - found[1][result["steps"]]))
         result["difference"] = paired._asdict()
         if abs(paired.mean) > paired.interval:
             result["warning"] = (
@@ -242,11 +251,14 @@ def describe(result: dict) -> str:
         ", balanced: the same number of query examples per class assumed" if protocol.get("balanced") else ""
     )
     queries = f"{protocol['query_shots']} query {'example' if protocol['query_shots'] == 1 else 'examples'}"
+    if protocol["query_shots"] is None:
+        queries = "all others as query examples"
     shared = f" ({protocol['overlap']})" if protocol.get("overlap") else ""
+    groups = f" of {protocol['groups']} groups, which the intervals are over" if "groups" in protocol else ""
     part = "validation" if result.get("part") == "validation" else "unseen"
     lines = [
         f"{', '.join(filter(None, (protocol['data'], protocol['question'])))}, {heading}, "
-        f"{result['tasks']} {part} tasks{shared}, {queries}{' per class' if ways else ''}{turns}, "
+        f"{result['tasks']} {part} tasks{shared}{groups}, {queries}{' per class' if ways else ''}{turns}, "
         f"{told(protocol)}{balanced}",
         "",
         table([(heading, result)]),

@@ -22,7 +22,7 @@ from fomaml.app.build import (
     build_schedule,
     has_bfloat16,
     open_data,
-    with_image,
+    with_data,
     with_precision,
 )
 from fomaml.app.judge import beside_baselines, describe, has_baselines, judge
@@ -121,7 +121,7 @@ class Session:
         allow_download: bool = True,
     ):
         self.data = open_data(settings, allow_download=allow_download)
-        self.settings = with_precision(with_validation(with_image(settings, self.data), self.data))
+        self.settings = with_precision(with_validation(with_data(settings, self.data), self.data))
         self.identity = identity(self.settings)
         self.out, self.say, self.watch, self.work = out, say, watch, work
         self.agenda = Agenda(self.settings, has_baselines(self.settings, self.data))
@@ -290,6 +290,7 @@ class Session:
             self.validated = progress.get("validated", 0)
             if progress.get("tasks_at_once", self.plan.tasks_at_once) != self.plan.tasks_at_once:
                 self.plan = self._plan(progress["tasks_at_once"])
+            self.plan.seen |= set(progress.get("seen", ()))
         if metrics.exists():
             rundir.keep_metrics(metrics, self.done)
             limit = "" if self.settings.seconds else f" of {self.settings.iterations}"
@@ -337,5 +338,6 @@ class Session:
             "clock": dataclasses.asdict(self.clock),
             "validated": self.validated,
             "tasks_at_once": self.plan.tasks_at_once,  # halved where memory has run out
+            "seen": sorted(self.plan.seen),  # shapes that are compiled when they come back
         }
         save_state(self.out / rundir.STATE, self.learner, self.optimizer, self.done, progress, self.identity)

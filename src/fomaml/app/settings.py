@@ -15,6 +15,8 @@ from fomaml.errors import InputError
 FORMAT = 1  # of config.json; a run without one has format 0
 
 Question = Literal["new-labels", "new-digits"]
+Kind = Literal["classification", "regression"]  # of tasks
+Draw = Literal["random", "first", "anytime"]
 Split = Literal["maml", "vinyals", "background-evaluation"]
 Filter = Literal["lanczos", "nearest", "box", "bilinear"]
 Augmentation = Literal["none", "rotations", "turns", "warps"]
@@ -36,8 +38,9 @@ Weights = Literal["best", "last"]
 class Settings:
     """Every setting of one run; `settle` makes it of what was given. What each means: the *_options.py.
 
-    None stands for "no such thing" (no clipping, no patience, a question of a source that asks none), but for two that
-    only the data can tell: `validate_every` and `image`, the shape of an image, are filled in when a run begins.
+    None stands for "no such thing" (no clipping, no patience, a question of a source that asks none), but for three
+    that only the data can tell: `validate_every`, `facts` and `image`, the shape of an image, are filled in when a run
+    begins.
     """
 
     source: str
@@ -110,17 +113,48 @@ class Settings:
     shares: tuple[float, float, float] | None = None
     skip_small_classes: int | None = None
     baseline_size: BaselineSize = "full"  # as they all were
+    # Of tasks that are groups of rows, see grouped.py: what is read of a file, and how tasks are made of it.
+    task: str | None = None
+    target: tuple[str, ...] | None = None
+    order: str | None = None
+    features: tuple[str, ...] | None = None
+    categorical: tuple[str, ...] | None = None
+    inputs: tuple[str, ...] | None = None
+    lengths: str | None = None
+    window: int | None = None
+    hop: int | None = None
+    kind: Kind | None = None
+    drop_missing: bool = False
+    skip_short: bool = False
+    separator: str | None = None
+    draw: Draw | None = None
+    train_draw: Draw | None = None
+    gap: int | None = None
+    query_all: bool = False
+    test_keys: tuple[str, ...] | None = None
+    validation_keys: tuple[str, ...] | None = None
+    split_seed: int | None = None
+    skip_small_groups: bool = False
+    scale: bool | None = None
+    fixed_classes: bool | None = None  # the classes of the data, the same ones in all tasks
+    facts: dict[str, Any] | None = None  # what the data have told: columns, classes, split, scaling
 
 
 # What may be another when a run goes on or is judged: where it lies and is computed, and what only judges it.
-LATER = ("shares", "skip_small_classes")
+LATER = (
+    "shares", "skip_small_classes", "task", "target", "order", "features", "categorical", "inputs", "lengths", "window",
+    "hop", "kind", "drop_missing", "skip_short", "separator", "draw", "train_draw", "gap", "query_all", "test_keys",
+    "validation_keys", "split_seed", "skip_small_groups", "scale", "fixed_classes", "facts",
+)  # fmt: skip
 MAY_CHANGE = frozenset({"out", "data_root", "device", "test_tasks", "baselines", "baseline_size"})
 
 
 def identity(settings: Settings) -> dict[str, Any]:
     """What a run's weights are made by, JSON-able: its files of tensors carry a digest of it."""
     values = dataclasses.asdict(settings)
-    added = {name for name in LATER if values[name] is None}  # weights from before are of the same run
+    added = {
+        name for name in LATER if values[name] in (None, False)
+    }  # weights from before are of the same run
     kept = {name: value for name, value in values.items() if name not in MAY_CHANGE | added}
     return json.loads(json.dumps(kept, default=str))
 
@@ -146,9 +180,9 @@ def from_json(text: str, origin: str) -> Settings:
             values = _of_format_0(values)
         for name in ("out", "data_root"):
             values[name] = values[name] and Path(values[name])
-        for name in ("test_steps", "image", "image_size", "channels", "shares"):
-            if values.get(name):
-                values[name] = tuple(values[name])
+        for name, value in values.items():
+            if name != "facts" and isinstance(value, list):
+                values[name] = tuple(value)
         return Settings(**values)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{origin} is not the config of a run ({error})") from None

@@ -25,7 +25,7 @@ HINTS = get_type_hints(Settings)
 COUNTS = [
     name
     for name, hint in HINTS.items()
-    if hint in (int, int | None) and name not in ("seed", "validate_every")
+    if hint in (int, int | None) and name not in ("seed", "validate_every", "gap", "split_seed")
 ]
 SEEDS = 2**60
 SIZES = ("inner_lr", "meta_lr", "rates_lr", "clip", "seconds")
@@ -78,20 +78,23 @@ def settle_with_origins(given: Mapping[str, Any]) -> tuple[Settings, dict[str, s
         check_choice("source", asked["source"], names())
     source = SOURCES[name]
     for option in OF_SOURCES:
-        if asked.get(option) and option not in source.options:
+        if option in asked and asked[option] != OF_SOURCES[option] and option not in source.options:
             raise InputError(f"the source {name} takes no {typed(option)}, got {asked[option]!r}")
     algorithm = asked.get("algorithm", DEFAULTS["algorithm"])
     check_choice("algorithm", algorithm, ALGORITHMS)
     question = asked.get("question", source.options.get("question"))
     if question is not None:
         check_choice("question", question, CHOICES["question"])
+    decided = source.decide(name, path, asked) if source.decide else {}
+    kind = decided.get("kind", source.kind)
     suited = source.defaults[question or ""]
     shots = asked.get("shots", suited[min(suited)].get("shots", DEFAULTS["shots"]))
     positive("--shots", shots, integer=True)
     layers = [
         ("default", {**DEFAULTS, **OF_SOURCES}),
         (f"source {name}", {**source.options, **suited[max(few for few in suited if few <= shots)]}),
-        (f"algorithm {algorithm}", ALGORITHMS[algorithm].defaults.get(source.kind, {})),
+        (f"algorithm {algorithm}", ALGORITHMS[algorithm].defaults.get(kind, {})),
+        ("the data", decided),
         (f"preset {given.get('preset')}", preset),
         ("given", given),
     ]
@@ -176,20 +179,22 @@ def check_steps(name: str, steps: tuple[int, ...]) -> None:
 
 
 def check_classless(settings: Settings) -> None:
-    """Raise `InputError` where a source of functions is given an option of classes or images."""
-    if source_of(settings).kind == "classification":
+    """Raise `InputError` where a source of functions, or of rows, is given an option of classes or images."""
+    source, name = source_of(settings), split_name(settings.source)[0]
+    if source.kind == "regression":
+        if source.decide is None and settings.model != "mlp":
+            raise InputError(f"the source {name} goes with the model mlp, got {settings.model!r}")
+        if ALGORITHMS[settings.algorithm].any_ways:
+            raise InputError(f"the algorithm {settings.algorithm} needs classes: the source {name} has none")
+    elif source.decide is None:
         return
-    name = split_name(settings.source)[0]
-    if settings.model != "mlp":
-        raise InputError(f"the source {name} goes with the model mlp, got {settings.model!r}")
-    if ALGORITHMS[settings.algorithm].any_ways:
-        raise InputError(f"the algorithm {settings.algorithm} needs classes: the source {name} has none")
+    lacking = "classes" if source.kind == "regression" else "images"
     for option in OF_CLASSES:
         value, plain = getattr(settings, option), DEFAULTS[option]
-        if value != plain:
+        if value != plain and not (option == "inner_loss" and source.kind == "classification"):
             plain = 0 if plain == 0 else plain
             raise InputError(
-                f"the source {name} has no classes: {typed(option)} must be {plain}, got {value!r}"
+                f"the source {name} has no {lacking}: {typed(option)} must be {plain}, got {value!r}"
             )
 
 

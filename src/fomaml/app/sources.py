@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fomaml.app.algorithms import Kind
+from fomaml.app import grouped
+from fomaml.app.grouped import Groups
 from fomaml.app.images import load_images
-from fomaml.app.settings import Settings
+from fomaml.app.settings import Kind, Settings
 from fomaml.data.mnist import MNIST, load_mnist
 from fomaml.data.omniglot import load_omniglot
 from fomaml.data.source import ClassSource
 from fomaml.data.synthetic import Sinusoids
-from fomaml.metrics import ACCURACY, LOSS, Metric
+from fomaml.metrics import ACCURACY, LOSS, METRICS, Metric
 
 DIGITS = [str(digit) for digit in range(10)]
 
@@ -47,7 +48,9 @@ class Source:
     """A source of tasks, to be chosen by name.
 
     load: (settings, allow_download) → its examples.
-    kind: of its tasks.
+    kind: of its tasks; where the data tell it, what counts until then.
+    decide: (name, path, options given) → the settings that the data decide on, the kind among them; None for a source
+        that needs no data for its settings.
     path: what stands after a colon in its name, as in folder:PATH; empty where nothing does.
     options: options that it alone understands, or shares with few, with their defaults.
     defaults: what else it takes for options that are not given, by question ("" where it asks none), then by number of
@@ -57,8 +60,9 @@ class Source:
     hidden, context: the hidden layers of its mlp, and the context parameters that CAVIA adds.
     """
 
-    load: Callable[[Settings, bool], Classes | Functions]
+    load: Callable[[Settings, bool], Classes | Functions | Groups]
     kind: Kind = "classification"
+    decide: Callable[[str, str, Mapping[str, Any]], dict[str, Any]] | None = None
     path: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
     defaults: Mapping[str, Mapping[int, Mapping[str, Any]]] = field(default_factory=dict)
@@ -70,12 +74,16 @@ class Source:
     @property
     def metric(self) -> Metric:
         """What its tasks are scored by."""
-        return LOSS if self.kind == "regression" else ACCURACY
+        if self.kind == "classification":
+            return ACCURACY
+        return LOSS if self.decide is None else METRICS["rmse"]
 
     @property
     def measured(self) -> str:
         """What tables say above the scores: for regression, which loss it is."""
-        return "mean squared error" if self.kind == "regression" else f"{ACCURACY.name} in {ACCURACY.unit}"
+        if self.kind == "classification":
+            return f"{ACCURACY.name} in {ACCURACY.unit}"
+        return "mean squared error" if self.decide is None else "RMSE in the unit of the targets"
 
 
 @functools.lru_cache(maxsize=1)
@@ -108,6 +116,38 @@ def load_own_images(settings: Settings, allow_download: bool) -> Classes:
 
 def load_sinusoids(settings: Settings, allow_download: bool) -> Functions:
     return Functions(Sinusoids(), "sinusoids", "y = A sin(x - p), A in [0.1, 5], p in [0, π]")
+
+
+def load_groups(settings: Settings, allow_download: bool) -> Groups:
+    return grouped.load(*split_name(settings.source), settings)
+
+
+def _grouped(options: Mapping[str, Any], **defaults: Any) -> Source:
+    """A source of groups of rows. options: those that say how its file is read."""
+    shared: dict[str, Any] = {
+        "shares": None,
+        "test_keys": None,
+        "validation_keys": None,
+        "split_seed": None,
+        "gap": None,
+    }
+    shared |= {
+        "draw": None,
+        "train_draw": None,
+        "skip_small_groups": False,
+        "scale": True,
+        "query_all": False,
+    }
+    usual = {"shots": 5, "inner_lr": 0.05, "inner_steps": 5, "iterations": 2000, "test_tasks": 200}
+    return Source(
+        load_groups,
+        path="FILE",
+        decide=grouped.decide,
+        options={**options, **shared},
+        defaults={"": {1: {**usual, **defaults}}},
+        hidden=(64, 64),
+        context=10,
+    )
 
 
 # How the defaults of MNIST were found: docs/LOG.md.
@@ -176,6 +216,23 @@ SOURCES: dict[str, Source] = {
         hidden=(40, 40),
         context=5,
     ),
+    "table": _grouped(
+        {"task": None, "target": None, "order": None, "features": None, "categorical": None, "kind": None}
+        | {"drop_missing": False, "separator": None}
+    ),
+    "arrays": _grouped({"task": None, "inputs": None, "target": None, "order": None, "kind": None}),
+    "windows": _grouped(
+        {
+            "task": None,
+            "inputs": None,
+            "lengths": None,
+            "target": None,
+            "window": None,
+            "hop": None,
+            "kind": None,
+        }
+        | {"skip_short": False}
+    ),
 }
 
 
@@ -186,8 +243,9 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def source_of(settings: Settings) -> Source:
-    """The entry of a run's source."""
-    return SOURCES[split_name(settings.source)[0]]
+    """The entry of a run's source, of the kind that its data have."""
+    source = SOURCES[split_name(settings.source)[0]]
+    return source if settings.kind is None else replace(source, kind=settings.kind)
 
 
 def names() -> list[str]:

@@ -18,6 +18,7 @@ from fomaml.data.shares import parted
 from fomaml.data.table import read_columns
 from fomaml.data.windows import Windows
 from fomaml.errors import InputError
+from fomaml.trees import mapped
 
 Draw = Literal["random", "first", "anytime"]
 
@@ -252,7 +253,7 @@ class GroupSource:
         if self.classes is not None:
             return inputs, self._targets.take(rows)
         targets = self._targets.take(rows, self._scale(self.scaling.targets))
-        return inputs, each(targets, _with_columns)
+        return inputs, mapped(_with_columns, targets)
 
     def _scale(self, known: Mapping[str, Any]) -> Callable[[Tensor, str], Tensor]:
         return lambda drawn, place: known[place].scaled(drawn) if place in known else drawn
@@ -360,7 +361,7 @@ class GroupSplit(NamedTuple):
         )
 
 
-def _with_columns(targets: Tensor, place: str) -> Tensor:
+def _with_columns(targets: Tensor) -> Tensor:
     return targets[:, None] if targets.dim() == 1 else targets
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fomaml.data.rows import each
 from fomaml.errors import InputError
-from fomaml.metrics import LOSS, Metric
+from fomaml.metrics import LOSS, Metric, OfModel
 
 
 class Standard(NamedTuple):
@@ -83,7 +83,8 @@ class Scaling:
         return each(targets, leaf)
 
     def in_own_unit(self, metric: Metric) -> Metric:
-        """The metric, of outputs and targets (tasks, examples, targets) in the targets' own unit.
+        """The metric, of outputs and targets (tasks, examples, targets) in the targets' own unit. One that judges the
+        model itself stays as it is.
 
         Raises:
             InputError: the metric is the loss, which is computed of what the model sees.
@@ -94,7 +95,8 @@ class Scaling:
         def score(outputs: Tensor, targets: Tensor, losses: Tensor | None) -> Tensor:
             return metric.score(self.unscaled(outputs, 2), self.unscaled(targets, 2), losses)
 
-        return metric._replace(score=score) if self.targets else metric
+        judges_model = isinstance(metric.score, OfModel)
+        return metric._replace(score=score) if self.targets and not judges_model else metric
 
 
 def fitted(parts: Iterable[Any]) -> dict[str, Standard]:
