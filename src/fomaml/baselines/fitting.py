@@ -40,6 +40,7 @@ class Estimator:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
+LEAST = np.finfo(np.float64).eps  # a probability of 0 counts as this, as in scikit-learn's log_loss
 ALPHA = LogUniform(1e-3, 1e3)
 ESTIMATORS: dict[str, Estimator] = {
     "nearest": Estimator(
@@ -211,8 +212,7 @@ class _Fitted:
         else:
             encoded, known = self.encoder(rows), self.model.classes_
             if hasattr(self.model, "predict_proba"):
-                with np.errstate(divide="ignore"):
-                    found = np.log(self.model.predict_proba(encoded))
+                found = np.log(np.maximum(self.model.predict_proba(encoded), LEAST))
             else:
                 found = self.model.decision_function(encoded)
                 found = np.stack([np.zeros(len(rows)), found], axis=1) if found.ndim == 1 else found
