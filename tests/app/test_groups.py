@@ -66,7 +66,10 @@ def command(data, text):
 TABLE = f"table:DATA/machines.csv --task machine --target wear --order hour --features load hour {QUICK}"
 LABELS = f"table:DATA/machines.csv --task machine --target state --features load hour {QUICK}"
 ARRAYS = f"arrays:DATA/machines.npz --task machine --inputs x --target wear {QUICK}"
-WINDOWS = f"windows:DATA/motion.npz --inputs samples --lengths lengths --task subject --target motion --window 8 --hop 4 {QUICK}"
+WINDOWS = (
+    "windows:DATA/motion.npz --inputs samples --lengths lengths --task subject --target motion --window 8 --hop 4 "
+    f"{QUICK}"
+)
 
 
 @pytest.mark.parametrize(
@@ -212,7 +215,7 @@ def test_data_that_have_changed_are_refused(data, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("table:DATA/machines.csv", "the source table needs --task: fomaml train table:FILE --task TASK --target TARGET"),
+        ("table:DATA/machines.csv", "needs --task: fomaml train table:FILE --task TASK --target TARGET"),
         ("table:DATA/machines.csv --task machine", "the source table needs --target"),
         ("table --task machine --target wear", "unknown source 'table'"),
         ("arrays:DATA/machines.npz --task machine --target wear", "the source arrays needs --inputs"),
