@@ -12,7 +12,7 @@ ROOT = Path(fomaml.errors.__file__).parent
 LAYERS = [
     {"errors", "choices", "files", "tasks", "measures", "metrics", "submodules"},
     {"data"},
-    {"models", "backbones", "episodes", "streams"},
+    {"models", "backbones", "features", "episodes", "streams"},
     {"learning"},
     {"engines"},
     {"train", "evaluate", "baselines", "checkpoint"},

@@ -43,6 +43,7 @@ if TYPE_CHECKING:  # a checker of types is to know all modules, and no other nam
     from fomaml import engines as engines
     from fomaml import episodes as episodes
     from fomaml import errors as errors
+    from fomaml import features as features
     from fomaml import files as files
     from fomaml import learning as learning
     from fomaml import measures as measures
