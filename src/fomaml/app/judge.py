@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from fomaml.app import sizing
 from fomaml.app.agenda import Noted
 from fomaml.app.algorithms import ALGORITHMS
-from fomaml.app.build import Data, build_model, for_test, head_name, metric_of, of_units, open_data
+from fomaml.app.build import Data, build_model, for_test, head_name, open_data
+from fomaml.app.group_tasks import in_own_unit, of_units
 from fomaml.app.report import table, verdict
 from fomaml.app.settings import Settings
 from fomaml.app.sources import source_of
@@ -40,7 +41,7 @@ def judge(
         tasks=tasks,
         at_steps=settings.test_steps,
         statistics=settings.statistics,
-        metric=metric_of(settings),
+        metric=in_own_unit(settings, source_of(settings).metric),
     )
     return summary(settings, learner, data, found, settings.statistics), found
 
@@ -219,7 +220,7 @@ def evaluate_run(
         points,
         settings.test_tasks,
         balanced=balanced,
-        metric=metric_of(settings),
+        metric=in_own_unit(settings, source_of(settings).metric),
     )
     found = [{steps: each for (steps, own), each in scores.items() if own == kind} for kind in kinds]
     result, *others = (

@@ -179,23 +179,25 @@ def check_steps(name: str, steps: tuple[int, ...]) -> None:
 
 
 def check_classless(settings: Settings) -> None:
-    """Raise `InputError` where a source of functions, or of rows, is given an option of classes or images."""
-    source, name = source_of(settings), split_name(settings.source)[0]
+    """Raise `InputError` where a source of functions, or of groups, is given an option of classes or images."""
+    source, name, groups = source_of(settings), split_name(settings.source)[0], settings.kind is not None
     if source.kind == "regression":
-        if source.decide is None and settings.model != "mlp":
+        if not groups and settings.model != "mlp":
             raise InputError(f"the source {name} goes with the model mlp, got {settings.model!r}")
         if ALGORITHMS[settings.algorithm].any_ways:
             raise InputError(f"the algorithm {settings.algorithm} needs classes: the source {name} has none")
-    elif source.decide is None:
+    elif not groups:
         return
-    lacking = "classes" if source.kind == "regression" else "images"
+    if settings.fixed_classes and settings.train_ways != settings.ways:
+        raise InputError(
+            f"a task has the {settings.ways} classes of the data: give --ways to draw some, or no --train-ways"
+        )
+    lacks = "is of groups" if groups else "has no classes"
     for option in OF_CLASSES:
         value, plain = getattr(settings, option), DEFAULTS[option]
         if value != plain and not (option == "inner_loss" and source.kind == "classification"):
             plain = 0 if plain == 0 else plain
-            raise InputError(
-                f"the source {name} has no {lacking}: {typed(option)} must be {plain}, got {value!r}"
-            )
+            raise InputError(f"the source {name} {lacks}: {typed(option)} must be {plain}, got {value!r}")
 
 
 def _check_algorithm(settings: Settings) -> None:

@@ -6,8 +6,10 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
-from fomaml.app.build import Data, for_test, metric_of, of_units
+from fomaml.app.build import Data, for_test
+from fomaml.app.group_tasks import in_own_unit, of_units
 from fomaml.app.settings import Settings
+from fomaml.app.sources import source_of
 from fomaml.errors import InputError
 from fomaml.evaluate import Estimate, estimate, evaluate
 from fomaml.learning.learner import MetaLearner
@@ -71,6 +73,6 @@ def validate(settings: Settings, learner: MetaLearner, data: Data) -> Estimate:
         tasks=settings.validation_tasks,
         at_steps=[steps],
         statistics=settings.statistics,
-        metric=metric_of(settings),
+        metric=in_own_unit(settings, source_of(settings).metric),
     )
     return estimate(of_units(data.validation, found[steps]))
