@@ -36,6 +36,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:  # a checker of types is to know all modules, and no other name
     from fomaml import app as app
+    from fomaml import backbones as backbones
     from fomaml import baselines as baselines
     from fomaml import check as check
     from fomaml import checkpoint as checkpoint

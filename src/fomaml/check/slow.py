@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fomaml.check.trial import Trial, changed_buffers, learned
 from fomaml.learning.replica import Replicas
 from fomaml.models import BatchNorm, normalising
-from fomaml.tasks import Task, count
+from fomaml.tasks import Task, count, count_of
 
 DIRECTIONS = 3
 # Of a step in a random direction of length 1. At 1e-5 a third of all directions crossed a kink of Conv4's max-pools,
@@ -37,7 +37,7 @@ def reference(trial: Trial) -> tuple[dict[str, Tensor], set[str]]:
 def _descend(trial: Trial, model: nn.Module, task: Task, reached: set[str]) -> nn.Module:
     for step in range(trial.inner_steps):
         with normalising(step=step):
-            loss = trial.criterion(model(task.support.inputs), task.support.targets)
+            loss = trial.loss(model, task.support)
         gradients = _gradients(loss, model, reached)
         with torch.no_grad():
             for name, parameter in learned(model).items():
@@ -46,11 +46,11 @@ def _descend(trial: Trial, model: nn.Module, task: Task, reached: set[str]) -> n
 
 
 def _query_loss(trial: Trial, model: nn.Module, task: Task) -> Tensor:
-    first, inputs = None, task.query.inputs
+    first, before = None, None
     if any(isinstance(m, BatchNorm) and m.policy == "support" for m in model.modules()):
-        first, inputs = len(task.support.inputs), torch.cat([task.support.inputs, task.query.inputs])
+        first, before = count_of(task.support), task.support.inputs
     with normalising(first=first, step=trial.inner_steps):
-        return trial.criterion(model(inputs)[first:], task.query.targets)
+        return trial.loss(model, task.query, before)
 
 
 def _gradients(loss: Tensor, model: nn.Module, reached: set[str]) -> dict[str, Tensor]:

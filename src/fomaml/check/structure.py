@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
+from operator import itemgetter
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +22,19 @@ from fomaml.check.trial import (
     snapshot,
 )
 from fomaml.engines import _torch
+from fomaml.metrics import ignored_label
 from fomaml.models import NATIVE_BATCH_NORMS, NATIVE_NORMS, BatchNorm, unmoved_norms
+from fomaml.tasks import first
+from fomaml.trees import Tree, leaves, mapped
 
 
-def width_for_ways(outputs: Tensor, ways: int) -> Finding:
+def width_for_ways(trial: Trial, outputs: Tree, ways: int) -> Finding:
+    if trial.judged["loss"] is not None:
+        return Finding("note", "judged by a loss of its own")
+    if not isinstance(outputs, Tensor) or ignored_label(trial.judged["criterion"]) is None:
+        parts = leaves(outputs)
+        shapes = ", ".join(str(tuple(leaf.shape[1:])) for leaf in parts)
+        return Finding("note", f"outputs {shapes} per example: tried as a regression")
     if is_regression(outputs):
         return Finding("note", f"outputs {tuple(outputs.shape[1:])} per example: tried as a regression")
     width = outputs.shape[1]
@@ -60,10 +71,10 @@ def state_of_forward(trial: Trial) -> Iterator[Finding]:
     model = trial.copy()
     parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
     before, versions = snapshot(parameters | buffers), {n: _torch.version(p) for n, p in parameters.items()}
-    first = trial.outputs(model)
+    found = trial.outputs(model)
     moved = [n for n, p in parameters.items() if _torch.version(p) != versions[n] or differ(p, before[n])]
     yield from of_kinds({"moved": moved, "buffers": changed_buffers(trial)})
-    if differ(first, trial.outputs(lambda inputs: put(model, before, inputs))):
+    if differ(found, trial.outputs(partial(put, model, before))):
         what = "forward keeps state on self that is no buffer: each step finds it as the meta-model's"
         yield Finding("wrong", what, "register_buffer for what changes; no counters or caches on self")
 
@@ -72,9 +83,11 @@ def randomness_of_forward(trial: Trial) -> Iterator[Finding]:
     if trial.random:
         yield Finding("note", "forward draws random numbers of its own: only the loop can be compared")
     elif not any(isinstance(m, (BatchNorm, *NATIVE_BATCH_NORMS)) for m in trial.model.modules()):
-        inputs = trial.tasks.support.inputs[0]
-        half = len(inputs) // 2  # the last half: what a recurrent layer gives depends on what came before
-        if differ(trial.outputs(trial.copy())[half:], trial.outputs(trial.copy(), inputs[half:]), 1e-3):
+        number = len(first(trial.inputs))
+        half = number // 2  # the last half: what a recurrent layer gives depends on what came before
+        last = mapped(itemgetter(slice(half, None)), trial.inputs)
+        whole = trial.outputs(trial.copy())
+        if len(whole) == number and differ(whole[half:], trial.outputs(trial.copy(), last), 1e-3):
             what = "an example's outputs depend on the other examples, and there is no batch norm"
             yield Finding("note", what, "batch_first=True, if a layer takes the examples for time steps")
 
@@ -95,11 +108,10 @@ def unreached(trial: Trial, reached: set[str]) -> dict[str, list[str]]:
 
 def unread(trial: Trial) -> str:
     """The parameters that forward reads elsewhere than from its modules, where adapted ones cannot be put."""
-    names, inputs = [], trial.tasks.support.inputs[0]
+    names = []
     for name, own in learned(trial.model).items():
         value = own.detach() + torch.randn_like(own)
-        torch.manual_seed(trial.seed)
-        given = put(trial.copy(), {name: value}, inputs)
+        given = trial.outputs(partial(put, trial.copy(), {name: value}))
         names += [name] if differ(trial.outputs(trial.copy(name, value)), given) else []
     return f"; forward does not read its current {listed(names)}" if names else ""
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,18 +14,25 @@ from fomaml.check.findings import Finding
 from fomaml.engines import meta_gradient
 from fomaml.errors import InputError, in_one_line, positive
 from fomaml.learning.algorithms import FOMAML
+from fomaml.learning.contracts import Output
+from fomaml.learning.forward import Forward
 from fomaml.learning.learner import MetaLearner
+from fomaml.learning.mistakes import selected
 from fomaml.learning.replica import Replicas
 from fomaml.models import NATIVE_NORMS
-from fomaml.tasks import Examples, Task, count, one
+from fomaml.tasks import Examples, Task, count, first, one
+from fomaml.trees import Tree, as_tree, call, joined, leaves, mapped
 
 
 class Trial(NamedTuple):
-    """A module that is only ever copied, tasks for it, and how to learn them."""
+    """A module that is only ever copied, tasks for it, and how to learn them.
+
+    judged: by what, `criterion`, `loss` and `output` of a learner.
+    """
 
     model: nn.Module
     tasks: Task
-    criterion: Callable[[Tensor, Tensor], Tensor]
+    judged: Mapping[str, Any]
     inner_lr: float
     inner_steps: int
     seed: int
@@ -38,11 +46,30 @@ class Trial(NamedTuple):
                 model.get_parameter(name).copy_(value)
         return model
 
-    def outputs(
-        self, model: Callable[[Tensor], Tensor], inputs: Tensor | None = None, seed: int = 0
-    ) -> Tensor:
+    @property
+    def inputs(self) -> Tree:
+        """Those of the first support set."""
+        return mapped(itemgetter(0), self.tasks.support.inputs)
+
+    def outputs(self, model: Callable[..., Any], inputs: Tree | None = None, seed: int = 0) -> Tensor:
+        """All that is judged of what the model returns, in one tensor; a row for each example where it has rows."""
         torch.manual_seed(self.seed + seed)
-        return model(self.tasks.support.inputs[0] if inputs is None else inputs)
+        inputs = self.inputs if inputs is None else inputs
+        return rows(self.picked(call(model, inputs)), len(first(inputs)))
+
+    def picked(self, returned: Any) -> Tree:
+        found = selected(returned, self.judged["output"])
+        return found if isinstance(found, Tensor) else as_tree(found, as_number, "outputs")
+
+    def loss(self, model: nn.Module, examples: Examples, before: Tree | None = None) -> Tensor:
+        """The loss of examples. before: inputs that go through the model before them, in one batch."""
+        if self.judged["loss"] is not None:
+            return self.judged["loss"](Forward(model, model, examples.inputs), examples)
+        inputs = examples.inputs if before is None else joined([before, examples.inputs])
+        found = self.picked(call(model, inputs))
+        if before is not None:
+            found = mapped(itemgetter(slice(len(first(before)), None)), found)
+        return self.judged["criterion"](found, examples.targets)
 
     def each(self) -> Iterator[Task]:
         return (one(self.tasks, index) for index in range(count(self.tasks)))
@@ -55,7 +82,8 @@ class Trial(NamedTuple):
         return next(iter(learned(self.model).values())).dtype
 
     def learner(self, first_order: bool = True) -> MetaLearner:
-        return FOMAML(self.copy(), self.inner_lr, self.inner_steps, self.criterion, first_order=first_order)
+        judged = {name: value for name, value in self.judged.items() if value is not None}
+        return FOMAML(self.copy(), self.inner_lr, self.inner_steps, first_order=first_order, **judged)
 
     def gradient(self, engine: str, first_order: bool) -> tuple[dict[str, Tensor], list[str]]:
         """The meta-gradient, and the names of what computing it changed in the meta-model."""
@@ -68,31 +96,60 @@ class Trial(NamedTuple):
         return gradients, [n for n, t in learner.model.state_dict().items() if differ(t, before[n])]
 
 
-def draw_inputs(model: nn.Module, shape: tuple[int, ...], vocabulary: int | None) -> Tensor:
+def check_learns(model: nn.Module) -> Tensor:
+    """A parameter that learns; InputError where there is none, or one without a shape."""
     parameters = list(model.parameters())
     if any(isinstance(p, nn.parameter.UninitializedParameter) for p in parameters):
         raise InputError("the module has lazy parameters without a shape; run it once on a batch before")
     floating = [p for p in parameters if p.is_floating_point() and p.requires_grad]
     if not floating:
         raise InputError("the module has no parameter that requires gradients: there is nothing to learn")
+    return floating[0]
+
+
+def draw_inputs(like: Tensor, shape: tuple[int, ...], vocabulary: int | None) -> Tensor:
     if vocabulary is None:
-        return torch.randn(shape).to(floating[0])
-    return torch.randint(positive("vocabulary", vocabulary, integer=True), shape).to(floating[0].device)
+        return torch.randn(shape).to(like)
+    return torch.randint(positive("vocabulary", vocabulary, integer=True), shape).to(like.device)
 
 
-def first_outputs(model: nn.Module, inputs: Tensor) -> Tensor:
-    """The outputs of the module as it is; InputError unless it runs and returns one tensor, a row per example."""
-    given = f"{str(inputs.dtype)[6:]} inputs {tuple(inputs.shape)}"
+def first_outputs(model: nn.Module, inputs: Tree, output: Output = None) -> Tree:
+    """The outputs of the module as it is; InputError unless it runs and returns tensors, a row per example."""
+    given = " and ".join(f"{str(leaf.dtype)[6:]} inputs {tuple(leaf.shape)}" for leaf in leaves(inputs))
     try:
-        outputs = Replicas(model).duplicate()(inputs)
+        found = selected(call(Replicas(model).duplicate(), inputs), output)
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(f"the module does not run on {given}: {in_one_line(error)}") from None
-    if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
-        kind = f"{outputs.dtype} tensor" if isinstance(outputs, Tensor) else type(outputs).__name__
-        raise InputError(f"the module must return one floating tensor, not a {kind}")
-    if outputs.shape[:1] != inputs.shape[:1]:
-        raise InputError(f"{given} gave outputs {tuple(outputs.shape)}; expected {len(inputs)} rows")
-    return outputs
+    if not isinstance(found, Tensor | Mapping | list | tuple):
+        raise InputError(f"the module must return one floating tensor, not a {type(found).__name__}")
+    if not isinstance(found, Tensor):
+        found = as_tree(found, as_number, "outputs")
+    for leaf in leaves(found):
+        if not leaf.is_floating_point():
+            raise InputError(f"the module must return one floating tensor, not a {leaf.dtype} tensor")
+        if isinstance(found, Tensor) and leaf.shape[:1] != first(inputs).shape[:1]:
+            raise InputError(f"{given} gave outputs {tuple(leaf.shape)}; expected {len(first(inputs))} rows")
+    return found
+
+
+def as_number(value: Any, name: str) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    raise InputError(
+        f"the module must return one floating tensor, or several; {name} is a {type(value).__name__}: give output="
+    )
+
+
+def rows(outputs: Tree, number: int) -> Tensor:
+    """One tensor of all outputs, a row for each of so many examples where each of them has such rows."""
+    if isinstance(outputs, Tensor):
+        return outputs
+    found = leaves(outputs)
+    if all(leaf.shape[:1] == (number,) for leaf in found):
+        return torch.cat([leaf.reshape(number, -1) for leaf in found], 1)
+    return torch.cat([leaf.flatten() for leaf in found])
 
 
 def draw_tasks(inputs: list[Tensor], outputs: Tensor, ways: int):
@@ -153,14 +210,14 @@ def snapshot(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
-def computed_before(model: nn.Module, inputs: Tensor) -> list[str]:
+def computed_before(model: nn.Module, inputs: Tree) -> list[str]:
     """The names of tensors that were computed from parameters, and that a forward pass does not compute anew."""
     names = [name for name, tensor in plain_tensors(model) if tensor.grad_fn is not None]
     if not names:
         return []
     copied = Replicas(model).duplicate()
     before = dict(plain_tensors(copied))
-    copied(inputs)
+    call(copied, inputs)
     after = dict(plain_tensors(copied))
     return [name for name in names if after.get(name) is before.get(name)]
 
@@ -175,11 +232,11 @@ def changed_buffers(trial: Trial) -> list[str]:
     return [n for n, b in after.items() if differ(b, before[n]) and n.rpartition(".")[0] not in norms]
 
 
-def put(model: nn.Module, tensors: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
-    """The outputs with these tensors in place of those of the module."""
+def put(model: nn.Module, tensors: Mapping[str, Tensor], *args, **kwargs) -> Any:
+    """What the module returns with these tensors in place of its own."""
     buffers = {name: tensors.get(name, buffer) for name, buffer in model.named_buffers()}
     with Replicas(model).holding(tensors, buffers) as (forward, _):
-        return forward(inputs)
+        return forward(*args, **kwargs)
 
 
 def plain_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

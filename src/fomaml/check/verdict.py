@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fomaml.check.findings import (
@@ -32,6 +33,7 @@ from fomaml.check.structure import (
 )
 from fomaml.check.trial import (
     Trial,
+    check_learns,
     computed_before,
     draw_inputs,
     draw_tasks,
@@ -44,7 +46,21 @@ from fomaml.engines import ENGINES
 from fomaml.engines.plan import choose
 from fomaml.errors import InputError, in_one_line, positive
 from fomaml.learning.admission import check_module
-from fomaml.tasks import chunks
+from fomaml.learning.contracts import Criterion, Loss, Output
+from fomaml.tasks import (
+    Batch,
+    Task,
+    are_labels,
+    as_batch,
+    chunks,
+    count,
+    first,
+    one,
+    shape_of,
+    stack,
+    ways_each,
+)
+from fomaml.trees import Tree, leaves
 
 TASKS = 2
 # The largest relative error of a gradient that counts as rounding; a float64 module may compute parts in float32.
@@ -53,8 +69,12 @@ TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-2}
 
 def check(
     model: nn.Module,
-    shape: int | Sequence[int],
+    shape: int | Sequence[int] | None = None,
     *,
+    tasks: Batch | None = None,
+    criterion: Criterion | None = None,
+    loss: Loss | None = None,
+    output: Output = None,
     vocabulary: int | None = None,
     ways: int = 5,
     shots: int = 2,
@@ -64,7 +84,7 @@ def check(
     seed: int = 0,
     name: str | None = None,
 ) -> Report:
-    """Try a module, in the mode it is in, on two random tasks. It is copied, never changed.
+    """Try a module, in the mode it is in, on two tasks, random or yours. It is copied, never changed.
 
     FOMAML's gradient is compared with a plain loop in float64, dropout off; second order with central
     differences of that loop's query loss in random directions, by their median, as a direction may cross
@@ -72,6 +92,9 @@ def check(
 
     shape: of one input. Inputs are normal random numbers (examples, *shape) of the module's dtype or,
         with a vocabulary, int64 below it. Outputs that are not (examples, at least 2) make it a regression.
+    tasks: in place of a shape, your own, of nested inputs too: a stacked batch or a list; the first two of one shape
+        are taken.
+    criterion, loss, output: as of a learner; by default a cross-entropy, or the squared error of a regression.
     name: of the module, for the heading.
 
     Raises:
@@ -82,26 +105,48 @@ def check(
             f"the model is an nn.Module, got {'the class ' if isinstance(model, type) else 'a '}"
             f"{getattr(model, '__name__', type(model).__name__)}"
         )
-    shape = [shape] if isinstance(shape, int) else shape
+    if (shape is None) == (tasks is None):
+        raise InputError("give the shape of one input, or tasks=, and not both")
     counts = {"ways": ways, "shots": shots, "query_shots": query_shots, "inner_steps": inner_steps}
-    for what, number in [*counts.items(), *(("a size of the input", size) for size in shape)]:
+    sizes = [] if shape is None else [shape] if isinstance(shape, int) else list(shape)
+    for what, number in [*counts.items(), *(("a size of the input", size) for size in sizes)]:
         positive(what, number, integer=True)
     mode = "train" if model.training else "eval"
-    heading = f"{name or type(model).__name__} in {mode} mode, inputs {tuple(shape)}, {ways}-way {shots}-shot"
+    own = None if tasks is None else _two(tasks, model)
+    if own is None:
+        facts = f"inputs {tuple(sizes)}, {ways}-way {shots}-shot"
+    else:
+        ways = max(ways_each(own.support.targets)) if are_labels(own.support.targets) else ways
+        facts = f"{plural(count(own), 'task')} of yours, {plural(len(first(one(own, 0).support.inputs)), 'example')}"
+    heading = f"{name or type(model).__name__} in {mode} mode, {facts}"
     heading += f", {plural(inner_steps, 'inner step')} of {positive('inner_lr', inner_lr):g}"
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(seed)
-        inputs = [draw_inputs(model, (TASKS, ways * n, *shape), vocabulary) for n in (shots, query_shots)]
+        like = check_learns(model)
+        inputs = [draw_inputs(like, (TASKS, ways * n, *sizes), vocabulary) for n in (shots, query_shots)]
         try:
             check_module(model)
         except InputError as error:
             return Report(heading, [Finding("refused", str(error))])
-        outputs = first_outputs(model, inputs[0][0])
-        stale = computed_before(model, inputs[0][0])
+        first_inputs = inputs[0][0] if own is None else one(own, 0).support.inputs
+        outputs = first_outputs(model, first_inputs, output)
+        stale = computed_before(model, first_inputs)
         if stale:
             return Report(heading, list(of_kinds({"stale": stale})))
-        learning = *draw_tasks(inputs, outputs, ways), inner_lr, inner_steps, seed
+        if own is None:
+            if not isinstance(outputs, Tensor):
+                raise InputError(
+                    f"the module must return one floating tensor, not a {type(outputs).__name__}"
+                )
+            own, suited = draw_tasks(inputs, outputs, ways)
+        else:
+            suited = F.cross_entropy if are_labels(own.support.targets) else F.mse_loss
+        judge = None if loss is not None else suited if criterion is None else criterion
+        judged = {"criterion": judge, "loss": loss, "output": output}
+        if loss is not None and criterion is not None:
+            raise InputError("loss= takes the place of the criterion: give one of the two")
+        learning = own, judged, inner_lr, inner_steps, seed
         trial = Trial(without_dropout(model), *learning)
         trial = trial._replace(random=trial.is_random())
         found: list[Finding] = []
@@ -112,16 +157,24 @@ def check(
         return Report(heading, found)
 
 
-def _findings(own: Trial, trial: Trial, outputs: Tensor, ways: int) -> Iterator[Finding]:
+def _two(tasks: Batch, model: nn.Module) -> Task:
+    """Two tasks of one shape, or the first alone where there are none."""
+    batch = as_batch(tasks, model)
+    if not isinstance(batch, Task):
+        batch = stack([task for task in batch if shape_of(task) == shape_of(batch[0])])
+    return next(chunks(batch, TASKS))
+
+
+def _findings(own: Trial, trial: Trial, outputs: Tree, ways: int) -> Iterator[Finding]:
     """own: the module as it is. trial: with dropout off."""
     parameters = list(own.model.parameters())
     count = f"{sum(p.numel() for p in parameters):,} parameters"
     yield Finding("ok", f"{count} in {plural(len(parameters), 'tensor')}")
-    yield width_for_ways(outputs, ways)
+    yield width_for_ways(own, outputs, ways)
     yield from of_kinds(kinds_of_layers(own))
-    if not outputs.isfinite().all():
+    if not all(leaf.isfinite().all() for leaf in leaves(outputs)):
         yield Finding("wrong", "the outputs are not finite; nothing else was tried", "look at the forward")
-    elif not outputs.requires_grad:
+    elif not any(leaf.requires_grad for leaf in leaves(outputs)):
         yield Finding(
             "wrong", "no gradient reaches any parameter", "no torch.no_grad or .detach() in forward"
         )

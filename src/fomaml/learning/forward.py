@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -91,12 +91,9 @@ class Stacked(TorchFunctionMode):
 
 def _called_by_torch() -> bool:
     """Whether it is a function of `torch.func` that calls what is intercepted."""
-    frame = sys._getframe(2)
-    while frame is not None and frame.f_globals.get("__name__") in (
-        "torch.overrides",
-        "torch.autograd",
-        "torch._tensor",
-    ):
+    frame: Any = inspect.currentframe()
+    between = {__name__, torch.overrides.__name__, torch.autograd.__name__, Tensor.backward.__module__}
+    while frame is not None and frame.f_globals.get("__name__") in between:
         frame = frame.f_back
     return frame is not None and frame.f_globals.get("__name__", "").startswith("torch.")
 
