@@ -77,10 +77,12 @@ WINDOWS = f"windows:DATA/motion.npz {CUT} {QUICK}"
     [
         (TABLE, "rmse", [2]),
         (TABLE + " --query-all", "rmse", [2]),
+        (TABLE + " --categorical tool", "rmse", {"numbers": [2], "categories": [1]}),
         (LABELS, "accuracy", [2]),
         (ARRAYS, "rmse", [2]),
         (ARRAYS.replace("--target wear", "--target state"), "accuracy", [2]),
         (WINDOWS, "accuracy", [2, 8]),
+        (WINDOWS + " --model gru", "accuracy", [2, 8]),
     ],
 )
 def test_a_run_is_trained_and_evaluated_again(text, metric, shapes, data, tmp_path, capsys):
@@ -240,6 +242,11 @@ def test_data_that_have_changed_are_refused(data, tmp_path, capsys):
         (TABLE + " --model conv4", "conv4 takes images (channels, height, width), but an input has the shape (2,)"),
         (LABELS + " --train-ways 1 --algorithm zero-head", "a task has the 2 classes of the data"),
         (LABELS + " --ways 3", "too few classes"),
+        (TABLE + " --model conv1d", "conv1d takes series (channels, time), got inputs of shape [2]: take --model mlp"),
+        (TABLE + " --model gru --channels 4", "the model gru is not one of images: no --channels 4"),
+        (TABLE + " --categorical tool --algorithm cavia", "cavia takes one input, got numbers and the categories tool"),
+        (TABLE + " --categorical tool --model conv4", "numbers and categories, but the model conv4 takes one"),
+        (ARRAYS.replace("--inputs x", "--inputs x hour"), "the inputs are x and hour, but the model mlp takes one"),
         (TABLE + " --augment rotations", "the source table is of groups: --augment must be none"),
         (LABELS + " --jitter 0.1", "the source table is of groups: --jitter must be 0"),
         (TABLE + " --shares 0.5 0.5 0.5", "--shares must add up to 1, got 0.5 0.5 0.5"),

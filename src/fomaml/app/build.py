@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fomaml.app import group_tasks
+from fomaml.app import group_networks, group_tasks
 from fomaml.app.algorithms import ALGORITHMS
 from fomaml.app.grouped import Groups
 from fomaml.app.settings import Settings
@@ -143,6 +143,8 @@ def has_bfloat16(name: str) -> bool:
 def _mlp(settings: Settings, outputs: int) -> nn.Module:
     """An MLP; for CAVIA with context parameters joined to its inputs (Zintgraf et al. 2019, section 4)."""
     source = source_of(settings)
+    if settings.facts is not None and settings.facts["categories"]:
+        return group_networks.table_mlp(settings, outputs, source.hidden)
     inputs = math.prod(_image(settings))
     if settings.algorithm != "cavia":
         return MLP(inputs, *source.hidden, outputs)
@@ -194,6 +196,8 @@ NETWORKS: dict[str, Callable[[Settings, int], nn.Module]] = {
     "conv4-strided-flat": lambda settings, outputs: Conv4StridedFlat(
         outputs, image=_image(settings), **_convolutions(settings)
     ),
+    "conv1d": group_networks.conv1d,
+    "gru": group_networks.gru,
 }
 
 

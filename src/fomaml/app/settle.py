@@ -237,11 +237,14 @@ def _check_algorithm(settings: Settings) -> None:
 
 
 def _check_network(settings: Settings) -> None:
-    """Options of convolutions, where there are none."""
-    if settings.model != "mlp":
+    """Options of convolutions of images, where there are none."""
+    if settings.model.startswith("conv4"):
         return
     for name in ("channels", "norm_policy", "norm_parameters", "adapt"):
         value = getattr(settings, name)
         if value != DEFAULTS[name]:
             value = " ".join(map(str, value)) if isinstance(value, tuple) else value
-            raise InputError(f"the model mlp has no convolutions and no batch norm: no {typed(name)} {value}")
+            has = (
+                "has no convolutions and no batch norm" if settings.model == "mlp" else "is not one of images"
+            )
+            raise InputError(f"the model {settings.model} {has}: no {typed(name)} {value}")

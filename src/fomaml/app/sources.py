@@ -236,7 +236,8 @@ SOURCES: dict[str, Source] = {
             "hop": None,
             "kind": None,
         }
-        | {"skip_short": False}
+        | {"skip_short": False},
+        model="conv1d",
     ),
 }
 
