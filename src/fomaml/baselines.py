@@ -1,16 +1,18 @@
-"""What meta-learning is measured against on the same tasks: fine-tuning, a pretrained classifier, centroids."""
+"""What meta-learning is measured against on the same tasks: fine-tuning, pooled training, centroids, estimators."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fomaml.choices import Statistics
+from fomaml.data.groups import GroupSource
 from fomaml.data.source import ClassSource
 from fomaml.episodes import TaskSequence, copies_of, ways_of
 from fomaml.errors import InputError, positive, whole
@@ -21,8 +23,8 @@ from fomaml.learning.learner import Choices
 from fomaml.metrics import Asked, Metric, metric_for
 from fomaml.scoring import metrics_of
 from fomaml.streams import check_sequence
-from fomaml.tasks import Batch, Task, are_labels, singles
-from fomaml.trees import Tree
+from fomaml.tasks import Batch, Task, are_labels, one, singles
+from fomaml.trees import Tree, call, leaves, mapped
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -151,6 +153,81 @@ def pretrain(
         F.cross_entropy(model(inputs), labels[rows].to(inputs.device)).backward()
         optimizer.step()
     return model
+
+
+def pool(
+    model: nn.Module,
+    source: GroupSource,
+    *,
+    iterations: int = 1000,
+    batch_size: int = 128,
+    lr: float = 1e-3,
+    seed: int = 0,
+    criterion: Criterion | None = None,
+) -> nn.Module:
+    """Train `model`, in place, on the rows of all groups together, as if there were no tasks (Adam).
+
+    criterion: by default the cross-entropy, or of regression the mean squared error.
+    """
+    iterations = positive("iterations", iterations, integer=True)
+    batch_size = positive("batch_size", batch_size, integer=True)
+    if criterion is None:
+        criterion = F.cross_entropy if source.kind == "classification" else F.mse_loss
+    optimizer = torch.optim.Adam(model.parameters(), lr=positive("lr", lr))
+    device = next(model.parameters()).device
+    random = torch.Generator().manual_seed(whole("seed", seed))
+    for _ in range(iterations):
+        positions = torch.randint(len(source.rows), (batch_size,), generator=random)
+        inputs, targets = (mapped(lambda t: t.to(device), part) for part in source.take(positions.numpy()))
+        optimizer.zero_grad()
+        criterion(call(model, inputs), targets).backward()
+        optimizer.step()
+    return model
+
+
+def of_estimator(
+    make: Callable[[], Any],
+    episodes: TaskSequence,
+    *,
+    tasks: int = 1000,
+    metric: Asked,
+    pooled: GroupSource | None = None,
+) -> Tensor:
+    """(tasks,) float64 scores of an estimator in the manner of scikit-learn, fitted anew on each support set.
+
+    make: gives one that is not fitted. It sees the numbers of an example in one row, whatever their nesting. Classes
+        have the probabilities that it gives, of a regressor outputs have the targets' shape.
+    pooled: rows that it is fitted on beside the support set, those of training tasks.
+    metric: as in `evaluate`; there is no loss.
+    """
+    score = metric_for(F.cross_entropy if ways_of(episodes) is not None else F.mse_loss, metric)
+    beside = None if pooled is None else pooled.take(np.arange(len(pooled.rows)))
+    found = []
+    for batch in batches(episodes, tasks, 100, nn.Identity()):
+        for task in singles(batch):
+            support, query = one(task, 0)
+            inputs, targets = _as_rows(support.inputs), support.targets.cpu().numpy()
+            if beside is not None:
+                inputs = np.concatenate([_as_rows(beside[0]), inputs])
+                targets = np.concatenate([beside[1].cpu().numpy(), targets])
+            fitted = make().fit(inputs, targets.squeeze(1) if targets.shape[1:] == (1,) else targets)
+            outputs = _predicted(fitted, _as_rows(query.inputs), query.targets, ways_of(episodes))
+            found.append(judged(episodes, score, outputs[None], query.targets[None].cpu()).double())
+    return torch.cat(found)
+
+
+def _as_rows(inputs: Tree) -> np.ndarray:
+    """(examples, numbers) of nested inputs."""
+    return torch.cat([leaf.cpu().double().flatten(1) for leaf in leaves(inputs)], dim=1).numpy()
+
+
+def _predicted(fitted: Any, rows: np.ndarray, targets: Tensor, ways: int | None) -> Tensor:
+    """Outputs as a network gives them: (examples, ways) probabilities, or numbers of the targets' shape."""
+    if ways is None:
+        return torch.from_numpy(np.asarray(fitted.predict(rows))).to(targets.dtype).view(targets.shape)
+    outputs = torch.zeros(len(rows), ways, dtype=torch.float64)
+    outputs[:, torch.from_numpy(fitted.classes_)] = torch.from_numpy(fitted.predict_proba(rows))
+    return outputs
 
 
 class _Slice:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from fomaml.app import sizing
 from fomaml.app.agenda import Noted
 from fomaml.app.algorithms import ALGORITHMS
-from fomaml.app.build import Data, build_model, for_test, judged_by, of_units, open_data
+from fomaml.app.build import Data, build_model, for_test, judged_by, open_data
+from fomaml.app.group_tasks import of_units
 from fomaml.app.named import foreign_model
 from fomaml.app.networks import head_of
 from fomaml.app.report import table, verdict

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch.nn.functional as F
 
+from fomaml.app.group_tasks import in_own_unit
 from fomaml.app.named import own_of
 from fomaml.app.settings import Settings
 from fomaml.app.sources import source_of
-from fomaml.data.scaling import Scaling
 from fomaml.errors import InputError
 from fomaml.metrics import LOSS, METRICS, Metric, OfModel, metric_for, of_each_task
 
@@ -24,20 +24,13 @@ def metrics_of(settings: Settings) -> list[Metric]:
         InputError: two of one name, or the user's own that has not been named here.
     """
     if settings.metric is None:
-        return [_in_own_unit(settings, source_of(settings).metric) if settings.loss is None else LOSS]
-    found = [_in_own_unit(settings, _metric(settings, name)) for name in settings.metric]
+        return [in_own_unit(settings, source_of(settings).metric) if settings.loss is None else LOSS]
+    found = [in_own_unit(settings, _metric(settings, name)) for name in settings.metric]
     names = [metric.name for metric in found]
     for name in names:
         if names.count(name) > 1:
             raise InputError(f"--metric has two of the name {name!r}: leave one out")
     return found
-
-
-def _in_own_unit(settings: Settings, metric: Metric) -> Metric:
-    """The metric, of rows in the unit of their targets, which are scaled for the network."""
-    if settings.facts is None or settings.kind != "regression" or metric.score is LOSS.score:
-        return metric
-    return Scaling.from_dict(settings.facts["scaling"]).in_own_unit(metric)
 
 
 def headline(settings: Settings) -> Metric:
