@@ -12,7 +12,7 @@ ROOT = Path(fomaml.errors.__file__).parent
 LAYERS = [
     {"errors", "choices", "files", "trees", "tasks", "measures", "metrics", "submodules"},
     {"data"},
-    {"models", "episodes", "group_episodes", "streams", "backbones"},
+    {"models", "episodes", "group_episodes", "streams", "backbones", "features"},
     {"learning"},
     {"engines"},
     {"scoring", "train", "evaluate", "tuning", "baselines", "checkpoint"},

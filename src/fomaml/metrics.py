@@ -170,7 +170,7 @@ def _number(found: Any, function: Callable) -> float:
     if not is_number and not (isinstance(found, Tensor) and not found.dim() and not found.is_complex()):
         what = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else _kind(found)
         raise InputError(f"the metric {_name(function)!r} returns {what}, expected one number for each task")
-    return float(found)
+    return float(found.detach() if isinstance(found, Tensor) else found)
 
 
 # --- which one ------------------------------------------------------------------------------------

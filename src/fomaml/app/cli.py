@@ -23,7 +23,8 @@ from fomaml.app.commands import (
 from fomaml.app.compare import compare, expand
 from fomaml.app.compare import describe as describe_comparison
 from fomaml.app.judge import describe, evaluate_run
-from fomaml.app.modules import load_module
+from fomaml.app.modules import load_module, offered
+from fomaml.app.named import named_again, parsed
 from fomaml.app.parser import parse_command
 from fomaml.app.presets import PRESETS
 from fomaml.app.progress import watching
@@ -80,11 +81,19 @@ def log_shown() -> Iterator[None]:
 def _train(options: TrainOptions) -> None:
     asked = given(options)
     if options.resume is not None:
+        again = {name: asked.pop(name, None) for name in ("model", "loss", "metric")}
+        accept = asked.pop("accept_changed_code", False)
         if set(asked) != {"resume"}:
-            raise InputError("--resume takes the settings of the run; no other option goes with it")
-        settings, out = load_settings(options.resume), options.resume
+            raise InputError(
+                "--resume takes the settings of the run; no other option goes with it, but --model, --loss and "
+                "--metric where they are your own code"
+            )
+        out = options.resume
+        settings = named_again(load_settings(out), out, **again, accept_changed_code=accept)
     else:
         dry_run = asked.pop("dry_run", False)
+        if asked.pop("accept_changed_code", False):
+            raise InputError("--accept-changed-code goes with --resume")
         settings, origins = settle_with_origins(asked)
         if dry_run:
             print(settled(settings, origins))
@@ -131,6 +140,11 @@ def _evaluate(options: EvaluateOptions) -> None:
     settings, learner = load_run(
         options.run,
         options.weights,
+        model=options.model,
+        loss=options.loss,
+        metric=options.metric,
+        metric_direction=options.metric_direction,
+        accept_changed_code=options.accept_changed_code,
         data_root=options.data_root,
         device=options.device,
         test_tasks=options.tasks,
@@ -177,7 +191,12 @@ def _check(options: CheckOptions) -> None:
     check_seed(options.seed)
     with contextlib.redirect_stdout(sys.stderr):  # what the module itself prints
         report = check(
-            load_module(options.module, options.seed),
+            load_module(
+                options.module,
+                options.seed,
+                parsed(options.model_options or ()),
+                offered(options.ways, options.ways, tuple(options.input)),
+            ),
             options.input,
             vocabulary=options.vocabulary,
             ways=options.ways,

@@ -40,9 +40,11 @@ class RunOptions:
         "K, the support examples per class (default: 1; of groups of rows 5), or per task of regression (sinusoids: 10)"
     )
     model: str | None = option(
-        "the network: mlp (784-256-10 on images, 1-40-40-1 on sinusoids; default for mnist), conv4 (default for "
-        "folder), conv4-strided (mean over space; default for omniglot) or conv4-strided-flat (Reptile's)",
-        choices=tuple(NETWORKS),
+        "the network: FILE.py:NAME or package.module:NAME, a class or a function of your own; or mlp (784-256-10 on "
+        "images, 1-40-40-1 on sinusoids, two layers of 64 on rows, with embeddings of categories; default for mnist, "
+        "tables and arrays), conv4 (default for folder), conv4-strided (mean over space; default for omniglot), "
+        "conv4-strided-flat (Reptile's), conv1d (convolutions over time; default for windows) or gru",
+        choices=(*NETWORKS, "FILE.py:NAME"),
     )
     iterations: int | None = option("the number of outer steps; default: the source's")
     data_root: Path | None = option(DATA_ROOT)
@@ -73,7 +75,11 @@ class TrainOptions(RunOptions):
     algorithm: str | None = option("the algorithm (default: fomaml)", choices=tuple(ALGORITHMS))
     preset: str | None = option("a published setting, see `fomaml presets`; any option beside it wins")
     resume: Path | None = option(
-        "finish this run directory, with its own settings; no other option goes with it"
+        "finish this run directory, with its own settings; no other option goes with it, but --model, --loss and "
+        "--metric again where they are your own code"
+    )
+    accept_changed_code: bool = option(
+        "with --resume: go on with code of your own that is not what the run began with", False
     )
     dry_run: bool = option("print the settings and where each came from, and do nothing", False)
 
@@ -124,6 +130,9 @@ class CheckOptions:
     )
     input: tuple[int, ...] = option(
         "the shape of one input, without the axis of the examples", dataclasses.MISSING
+    )
+    model_options: tuple[str, ...] | None = option(
+        "what it is called with, each key=value, as in `fomaml train`", metavar="KEY=VALUE"
     )
     input_dtype: Literal["float32", "int64"] = option(
         "float32 (default), or int64 for token numbers below --vocabulary", "float32"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from fomaml.metrics import METRICS, Metric
+from fomaml.app.scores import metric_in
+from fomaml.metrics import Metric
 
 
 def table(columns: Sequence[tuple[str, dict]]) -> str:
@@ -13,7 +14,7 @@ def table(columns: Sequence[tuple[str, dict]]) -> str:
 
     columns: (heading, result) pairs; a result has `metric`, `measured`, `rows` and `differences`, see judge.py.
     """
-    metric = METRICS[columns[0][1]["metric"]]
+    metric = metric_in(columns[0][1])
     labels: list[str] = []
     for _, result in columns:
         labels += [row["label"] for row in result["rows"] if row["label"] not in labels]
@@ -43,7 +44,7 @@ def align(lines: list[list[str]], left: bool = False) -> str:
 
 def verdict(result: dict) -> str:
     """One line: whether the learner beats every baseline by more than the interval of the paired difference."""
-    metric, rows = METRICS[result["metric"]], result["differences"]
+    metric, rows = metric_in(result), result["differences"]
     if not rows:
         return ""
     hardest = min(rows, key=lambda row: metric.direction * row["mean"])
