@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fomaml.app import group_tasks
 from fomaml.app.algorithms import ALGORITHMS
 from fomaml.app.device import check_device as check_device
 from fomaml.app.device import has_bfloat16 as has_bfloat16
@@ -24,7 +25,6 @@ from fomaml.app.networks import head_of
 from fomaml.app.settings import Settings
 from fomaml.app.sources import Functions, source_of
 from fomaml.data.augment import rotated, warped
-from fomaml.data.groups import GroupSource
 from fomaml.data.source import ClassSource
 from fomaml.episodes import Episodes, RegressionEpisodes
 from fomaml.errors import InputError
@@ -86,7 +86,8 @@ def open_data(settings: Settings, test_seed: int | None = None, allow_download: 
             unvalidated=f"the source {settings.source} has no validation classes",
         )
     if isinstance(found, Groups):
-        return _of_groups(settings, found, training, testing, (tuning_seed, validation_seed, seed), device)
+        seeds = tuning_seed, validation_seed, seed
+        return Data(**group_tasks.drawn(settings, found, training, testing, seeds, device))
     own_classes, test_classes = found.train.to(device), found.test.to(device)
     classes = own_classes
     if settings.augment == "rotations":
@@ -116,59 +117,6 @@ def open_data(settings: Settings, test_seed: int | None = None, allow_download: 
         except InputError as error:
             data.unvalidated = f"the validation classes do not suffice: {error}"
     return data
-
-
-def _of_groups(
-    settings: Settings,
-    found: Groups,
-    training: dict[str, Any],
-    testing: dict[str, Any],
-    seeds: tuple[int, int, int],
-    device: torch.device,
-) -> Data:
-    """Tasks that are groups of rows. Validation and test take one group after the other, so that all count the same."""
-    testing = testing | {"query_shots": None if settings.query_all else testing["query_shots"]}
-    small: Any = "leave out" if settings.skip_small_groups else "refuse"
-    ways = None if settings.fixed_classes or settings.kind == "regression" else settings.ways
-    left_out: dict[str, int] = {}
-
-    def draw(source: GroupSource, part: str, facts: dict[str, Any], **more: Any) -> GroupEpisodes:
-        try:
-            made = GroupEpisodes(
-                source, **facts, **more, ways=ways, gap=settings.gap, small=small, device=device
-            )
-        except InputError as error:
-            raise InputError(f"{part}: {error}") from None
-        left_out.update(made.left_out)
-        return made
-
-    data = Data(
-        name=found.name,
-        origin=found.origin,
-        train=draw(found.train, "training", training, draw=settings.train_draw),
-        tuning=draw(found.train, "training", testing, draw=settings.draw, seed=seeds[0]),
-        test=draw(found.test, "test", testing, draw=settings.draw, seed=seeds[2], in_turn=True),
-        unvalidated=found.unvalidated,
-        facts=found.facts,
-    )
-    if found.validation is not None:
-        try:
-            data.validation = draw(
-                found.validation, "validation", testing, draw=settings.draw, seed=seeds[1], in_turn=True
-            )
-        except InputError as error:
-            data.unvalidated = f"the validation tasks do not suffice: {error}"
-    if left_out:
-        few = ", ".join(f"{name} {rows}" for name, rows in list(left_out.items())[:5])
-        more = f" and {len(left_out) - 5} more" if len(left_out) > 5 else ""
-        data.origin += f", left out {len(left_out)} tasks with too few rows ({few}{more})"
-    return data
-
-
-def of_units(episodes: Any, scores: torch.Tensor) -> torch.Tensor:
-    """The scores of what is independent: the means of groups, of episodes that are groups of rows, else the tasks."""
-    by_group = getattr(episodes, "by_group", None)
-    return scores if by_group is None else by_group(scores)
 
 
 def with_data(settings: Settings, data: Data) -> Settings:

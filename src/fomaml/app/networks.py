@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fomaml.app import group_networks
 from fomaml.app.algorithms import ALGORITHMS
 from fomaml.app.device import check_device
 from fomaml.app.modules import build, check_forward, check_seeded, offered
@@ -29,6 +30,8 @@ from fomaml.tasks import one
 def _mlp(settings: Settings, outputs: int) -> nn.Module:
     """An MLP; for CAVIA with context parameters joined to its inputs (Zintgraf et al. 2019, section 4)."""
     source = source_of(settings)
+    if settings.facts is not None and settings.facts["categories"]:
+        return group_networks.table_mlp(settings, outputs, source.hidden)
     inputs = math.prod(_image(settings))
     if settings.algorithm != "cavia":
         return MLP(inputs, *source.hidden, outputs)
@@ -55,6 +58,11 @@ def _image(settings: Settings) -> tuple[int, ...]:
         raise InputError(
             f"the inputs are {' and '.join(shape)}, but the model {settings.model} takes one: give another --model"
         )
+    if settings.model.startswith("conv4") and len(shape) != 3:
+        raise InputError(
+            f"the model {settings.model} takes images (channels, height, width), but an input has the shape "
+            f"{tuple(shape)}: take --model mlp"
+        )
     return tuple(shape)
 
 
@@ -75,6 +83,8 @@ NETWORKS: dict[str, Callable[[Settings, int], nn.Module]] = {
     "conv4-strided-flat": lambda settings, outputs: Conv4StridedFlat(
         outputs, image=_image(settings), **_convolutions(settings)
     ),
+    "conv1d": group_networks.conv1d,
+    "gru": group_networks.gru,
 }
 
 
@@ -131,7 +141,8 @@ def of_library(
         with seeded(seed):
             return backbone(name, outputs, weights=weights, norm=norm, **{**channels, **options})
     except InputError as error:
-        raise InputError(str(error).replace("weights=FILE", "--model-weights FILE")) from None
+        message = str(error).replace("weights=FILE", "--model-weights FILE")
+        raise InputError(message) from None
 
 
 def told_to(settings: Settings) -> dict[str, Any]:

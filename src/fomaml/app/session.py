@@ -25,9 +25,10 @@ from fomaml.app.build import (
     with_data,
     with_precision,
 )
-from fomaml.app.judge import Scores, beside_baselines, describe, has_baselines, judge
+from fomaml.app.judge import Scores, beside_baselines, describe, judge
 from fomaml.app.named import resume_line
 from fomaml.app.networks import check_model
+from fomaml.app.rivals import has_baselines
 from fomaml.app.rundir import circumstances
 from fomaml.app.scores import headline
 from fomaml.app.settings import Settings, identity, to_json
@@ -87,10 +88,9 @@ def session(
     run = Session(settings, out, say, watch, work, allow_download)
     if not resume:
         rundir.claim(out)
-    with rundir.alone(out):
-        if (
-            not resume or run.settings.code or run.settings.model_weights
-        ):  # which may have changed, as was accepted
+    with rundir.alone(out), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)  # dropout draws from there
+        if not resume or settings.code:  # a change of code that was accepted
             write_text(out / rundir.CONFIG, to_json(run.settings))
         yield run
 

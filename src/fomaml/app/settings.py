@@ -114,18 +114,6 @@ class Settings:
     shares: tuple[float, float, float] | None = None
     skip_small_classes: int | None = None
     baseline_size: BaselineSize = "full"  # as they all were
-    # Of a model of the user's own, or of another library: its arguments, its head, the file of its weights.
-    model_options: dict[str, Any] | None = None
-    model_weights: str | None = None  # a file, or "random" or "download"
-    head: str | None = None
-    output: str | int | None = None  # what of the model's outputs is judged
-    loss: str | None = None
-    metric: tuple[str, ...] | None = None
-    metric_direction: Better | None = None
-    # What is compared of the user's own files, by option, see own.py; and what was found there, which is never written:
-    # a run that is read from its directory has it only where the user has named it again.
-    code: dict[str, dict[str, Any]] | None = None
-    own: dict[str, Any] | None = dataclasses.field(default=None, compare=False, repr=False)
     # Of tasks that are groups of rows, see grouped.py: what is read of a file, and how tasks are made of it.
     task: str | None = None
     target: tuple[str, ...] | None = None
@@ -151,13 +139,25 @@ class Settings:
     scale: bool | None = None
     fixed_classes: bool | None = None  # the classes of the data, the same ones in all tasks
     facts: dict[str, Any] | None = None  # what the data have told: columns, classes, split, scaling
+    # Of a model of the user's own, or of another library: its arguments, its head, the file of its weights.
+    model_options: dict[str, Any] | None = None
+    model_weights: str | None = None  # a file, or "random" or "download"
+    head: str | None = None
+    output: str | int | None = None  # what of the model's outputs is judged
+    loss: str | None = None
+    metric: tuple[str, ...] | None = None
+    metric_direction: Better | None = None
+    # What is compared of the user's own files, by option, see own.py; and what was found there, which is never written:
+    # a run that is read from its directory has it only where the user has named it again.
+    code: dict[str, dict[str, Any]] | None = None
+    own: dict[str, Any] | None = dataclasses.field(default=None, compare=False, repr=False)
 
 
 # What may be another when a run goes on or is judged: where it lies and is computed, and what only judges it.
 LATER = (
-    "shares", "skip_small_classes", "task", "target", "order", "features", "categorical", "inputs", "lengths", "window",
-    "hop", "kind", "drop_missing", "skip_short", "separator", "draw", "train_draw", "gap", "query_all", "test_keys",
-    "validation_keys", "split_seed", "skip_small_groups", "scale", "fixed_classes", "facts",
+    "shares", "skip_small_classes", "task", "target", "order", "features", "categorical", "inputs", "lengths",
+    "window", "hop", "kind", "drop_missing", "skip_short", "separator", "draw", "train_draw", "gap", "query_all",
+    "test_keys", "validation_keys", "split_seed", "skip_small_groups", "scale", "fixed_classes", "facts",
     "model_options", "head", "output", "loss", "metric", "metric_direction",
 )  # fmt: skip
 MAY_CHANGE = frozenset(
@@ -197,7 +197,7 @@ def from_json(text: str, origin: str) -> Settings:
         for name in ("out", "data_root"):
             values[name] = values[name] and Path(values[name])
         for name, value in values.items():
-            if name != "facts" and isinstance(value, list):
+            if name not in ("facts", "model_options", "code") and isinstance(value, list):
                 values[name] = tuple(value)
         return Settings(**values)
     except (ValueError, TypeError, KeyError, AttributeError) as error:

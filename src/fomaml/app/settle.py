@@ -191,25 +191,27 @@ def check_steps(name: str, steps: tuple[int, ...]) -> None:
 
 
 def check_classless(settings: Settings) -> None:
-    """Raise `InputError` where a source of functions, or of rows, is given an option of classes or images."""
-    source, name = source_of(settings), split_name(settings.source)[0]
+    """Raise `InputError` where a source of functions, or of groups, is given an option of classes or images."""
+    source, name, groups = source_of(settings), split_name(settings.source)[0], settings.kind is not None
     if source.kind == "regression":
-        if source.decide is None and settings.model != "mlp" and not foreign_model(settings):
+        if not groups and settings.model != "mlp" and not foreign_model(settings):
             raise InputError(
                 f"the source {name} goes with the model mlp or one of your own, got {settings.model!r}"
             )
         if ALGORITHMS[settings.algorithm].any_ways:
             raise InputError(f"the algorithm {settings.algorithm} needs classes: the source {name} has none")
-    elif source.decide is None:
+    elif not groups:
         return
-    lacking = "classes" if source.kind == "regression" else "images"
+    if settings.fixed_classes and settings.train_ways != settings.ways:
+        raise InputError(
+            f"a task has the {settings.ways} classes of the data: give --ways to draw some, or no --train-ways"
+        )
+    lacks = "is of groups" if groups else "has no classes"
     for option in OF_CLASSES:
         value, plain = getattr(settings, option), DEFAULTS[option]
         if value != plain and not (option == "inner_loss" and source.kind == "classification"):
             plain = 0 if plain == 0 else plain
-            raise InputError(
-                f"the source {name} has no {lacking}: {typed(option)} must be {plain}, got {value!r}"
-            )
+            raise InputError(f"the source {name} {lacks}: {typed(option)} must be {plain}, got {value!r}")
 
 
 def as_kept(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -269,7 +271,7 @@ def _check_algorithm(settings: Settings) -> None:
 
 
 def _check_network(settings: Settings) -> None:
-    """Options of convolutions, where there are none."""
+    """Options of convolutions of images, where there are none."""
     weights = settings.model_weights
     if settings.norm_policy == "frozen" and (weights is None or weights == "random"):
         raise InputError("--norm-policy frozen takes statistics that were learned: give --model-weights FILE")
@@ -286,10 +288,13 @@ def _check_network(settings: Settings) -> None:
         raise InputError(
             f"--model-options go to a model of your own, {' or '.join(OWN)}, got {settings.model}"
         )
-    if settings.model != "mlp":
+    if settings.model.startswith("conv4"):
         return
     for name in ("channels", "norm_policy", "norm_parameters", "adapt"):
         value = getattr(settings, name)
         if value != DEFAULTS[name]:
             value = " ".join(map(str, value)) if isinstance(value, tuple) else value
-            raise InputError(f"the model mlp has no convolutions and no batch norm: no {typed(name)} {value}")
+            has = (
+                "has no convolutions and no batch norm" if settings.model == "mlp" else "is not one of images"
+            )
+            raise InputError(f"the model {settings.model} {has}: no {typed(name)} {value}")

@@ -6,7 +6,8 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
-from fomaml.app.build import Data, for_test, of_units
+from fomaml.app.build import Data, for_test
+from fomaml.app.group_tasks import of_units
 from fomaml.app.scores import headline
 from fomaml.app.settings import Settings
 from fomaml.errors import InputError
