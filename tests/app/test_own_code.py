@@ -59,6 +59,17 @@ class Listed(nn.Module):
     def forward(self, inputs):
         return self.more[0](self.first(inputs))
 
+class Lazy(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.LazyLinear(1))
+
+class Several(nn.Linear):
+    def __init__(self):
+        super().__init__(1, 1)
+
+    def forward(self, inputs):
+        return {"first": super().forward(inputs), "second": inputs}
+
 class Flat(nn.Sequential):
     def __init__(self):
         super().__init__(nn.Linear(28, 1))
@@ -259,7 +270,9 @@ def test_weights_to_begin_with(folder, capsys):
         ("--model needs.py:f", "No module named 'nothing_of_that_name' (needs.py, line 2)"),
         ("--model doubles.py:f", "doubles.py sets the default dtype to torch.float64 for all of torch"),
         ("--model net.py:huber", "net.py:huber needs forward, examples: give --model-options forward=VALUE"),
-        ("--model wrong.py:Fails", "wrong.py:Fails could not be built: KeyError: 'no such size' (wrong.py, line 29)"),
+        ("--model wrong.py:Fails", "wrong.py:Fails could not be built: KeyError: 'no such size' (wrong.py, line 40)"),
+        ("--model wrong.py:Lazy", "wrong.py:Lazy has the lazy parameter '0.weight' without a shape"),
+        ("--model wrong.py:Several", "give --output, the name or the number"),
         ("--model wrong.py:Plain", "wrong.py:Plain is a class, but no nn.Module"),
         ("--model wrong.py:number", "wrong.py:number must give an nn.Module, not 3, of type int"),
         ("--model wrong.py:Empty", "wrong.py:Empty has no parameters that require gradients"),

@@ -101,6 +101,11 @@ def build(
         model = factory(**arguments)
     if not isinstance(model, nn.Module):
         raise InputError(f"{name} must give an nn.Module, not {_article(model)}")
+    for parameter, tensor in model.named_parameters():
+        if isinstance(tensor, nn.parameter.UninitializedParameter):
+            raise InputError(
+                f"{name} has the lazy parameter {parameter!r} without a shape: give its layer the size"
+            )
     for attribute, kept in _unregistered(model):
         raise InputError(
             f"{name} keeps parameters where torch does not see them, in the {kept} {attribute!r}, so that they would "

@@ -19,6 +19,7 @@ PHRASES: list[tuple[str, str]] = [
     (r"small='leave out'", "--skip-small-groups"),
     (r"separator='\\t'", "--separator tab"),
     (r"separator=('.')", r"--separator \1"),
+    (r"give output=, the name", "give --output, the name"),
     (rf"(?<![\w'/.-])({_ANY})=True\b", r"--\1"),
     (rf"(?<![\w'/.-])({_ANY})=(['\"]?)([\w.-]+)\2(?: or (['\"])([\w.-]+)\4)?", r"--\1 \3 or \5"),
     (rf"(?<![\w'/.-])({_LONG})(?![\w'/=(-]|\.\w)", r"--\1"),
