@@ -21,7 +21,8 @@ def pickles(source):
             if isinstance(node.value, ast.Name) and node.value.id == "torch":
                 yield node.lineno
         elif isinstance(node, ast.keyword) and node.arg == "allow_pickle":
-            if not (isinstance(node.value, ast.Constant) and node.value.value is False):
+            refused = isinstance(node.value, ast.Constant) and node.value.value is False
+            if not refused:
                 yield node.value.lineno
 
 
