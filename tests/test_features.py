@@ -61,6 +61,14 @@ def test_what_the_model_gives_in_evaluation_mode(model, layer, batch_size):
     assert torch.equal(found.counts, source.counts) and torch.equal(found.labels(), source.labels())
 
 
+def test_what_a_layer_behind_changes_in_place_is_taken_before():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(36, 5), nn.ReLU(inplace=True))
+    source = images()
+    found = embed(model, source, layer="1").inputs
+    torch.testing.assert_close(found, model[:2](source.take(torch.arange(20))).detach())
+    assert (found < 0).any()
+
+
 def test_episodes_of_the_vectors_are_those_of_the_images(model):
     """The head's meta-gradient on vectors is that of ANIL on the whole, frozen, network."""
     source = images()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -102,11 +102,16 @@ class _Run:
 
     def __call__(self, rows: Tensor) -> Tensor:
         inputs = mapped(lambda tensor: tensor.to(self.device), _drawn(self.source, rows))
-        caught: list[Tensor] = []
+        caught: list[Any] = []
+
+        def catch(module: nn.Module, inputs: Tree, outputs: Any) -> None:
+            found = selected(outputs, self.output)
+            # a layer behind may work in place, as nn.ReLU(inplace=True) does
+            caught.append(found.clone() if isinstance(found, Tensor) else found)
+
         hook = None
         if self.layer is not None:
-            inner = self.model.get_submodule(self.layer)
-            hook = inner.register_forward_hook(lambda _, inputs, outputs: caught.append(outputs))
+            hook = self.model.get_submodule(self.layer).register_forward_hook(catch)
         try:
             outputs = called(self.model, self.model, inputs)
         except (RuntimeError, TypeError, ValueError) as error:
@@ -123,7 +128,8 @@ class _Run:
                     f"the layer {self.layer!r} runs {len(caught)} times in a forward pass, not once: take another"
                 )
             outputs = caught[0]
-        outputs = selected(outputs, self.output)
+        else:
+            outputs = selected(outputs, self.output)
         if not isinstance(outputs, Tensor) or outputs.shape[:1] != rows.shape:
             what = tuple(outputs.shape) if isinstance(outputs, Tensor) else f"a {type(outputs).__name__}"
             raise InputError(
