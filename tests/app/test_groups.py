@@ -16,7 +16,7 @@ from fomaml.app.settle import settle
 
 pd = pytest.importorskip("pandas", reason="tables are read by pandas, of the extra tables")
 QUICK = "--iterations 4 --meta-batch-size 2 --test-tasks 8 --validation-tasks 4 --test-steps 0 1 --shots 2"
-QUICK += " --query-shots 3"
+QUICK += " --query-shots 3 --no-baselines"
 
 
 @pytest.fixture(scope="module")

@@ -6,27 +6,22 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from fomaml.app import sizing
-from fomaml.app.agenda import Noted
 from fomaml.app.algorithms import ALGORITHMS
-from fomaml.app.build import Data, build_model, for_test, judged_by, open_data
+from fomaml.app.baselines import baselines
+from fomaml.app.baselines import has_baselines as has_baselines
+from fomaml.app.build import Data, for_test, open_data
 from fomaml.app.group_tasks import of_units
-from fomaml.app.named import foreign_model
-from fomaml.app.networks import head_of
 from fomaml.app.report import table, verdict
 from fomaml.app.scores import facts_of, headline, measured, metrics_of
 from fomaml.app.settings import Settings
 from fomaml.app.sources import source_of
-from fomaml.baselines import fine_tune, nearest_centroid, pretrain
 from fomaml.choices import Statistics
-from fomaml.data.source import ClassSource
 from fomaml.errors import InputError
 from fomaml.evaluate import estimate, evaluate, evaluate_all
 from fomaml.learning.learner import MetaLearner
-from fomaml.metrics import METRICS, Metric
+from fomaml.metrics import Metric
 from fomaml.models import NATIVE_BATCH_NORMS, BatchNorm
 from fomaml.scoring import metrics_of as of_learner
 
@@ -47,11 +42,6 @@ def judge(settings: Settings, learner: MetaLearner, data: Data, say=lambda line:
         metric=list(metrics_of(settings)),
     )
     return summary(settings, learner, data, found, settings.statistics), found
-
-
-def has_baselines(settings: Settings, data: Data) -> bool:
-    """Whether there is something to compare a run with: functions have no classes."""
-    return settings.baselines and data.own_classes is not None
 
 
 def beside_baselines(
@@ -160,88 +150,6 @@ def overlap(data: Data) -> str | None:
             which = "all" if len(shared) == len(tested) else f"{len(shared)} of"
             told.append(f"{which} {len(tested)} test classes were {how}")
     return " and ".join(told) or None
-
-
-def baselines(settings: Settings, data: Data, say, note: Callable[[float], None] = lambda cost: None):
-    """(label, scores by metric, facts) of each baseline on the test tasks, step size and count tuned on training
-    classes by the first metric.
-    """
-    own_classes, classes = data.own_classes, data.classes
-    if own_classes is None or classes is None:
-        return
-    sizes = sizing.of_baselines(settings)
-    counts: dict[str, Any] = {"tasks": sizes.tasks, "tuning_tasks": sizes.tuning_tasks}
-    counts |= {"inner_lrs": sizing.INNER_LRS, "at_steps": sizes.at_steps, "statistics": settings.statistics}
-    costs = sizing.tuning(settings, sizes), sizing.adaptation(settings, max(sizes.at_steps))
-    tuning = Noted(data.tuning, lambda tasks: note(tasks * costs[0]))
-    test = Noted(data.test, lambda tasks: note(tasks * costs[1]))
-    few = f", on {sizes.tasks} tasks" if sizes.tasks < settings.test_tasks else ""
-
-    def tuned(model: Any) -> tuple[dict[str, Tensor], dict]:
-        first, *others = metrics_of(settings)
-        best = fine_tune(model, tuning, test, **counts, **judged_by(settings), metric=first)
-        scores = {first.name: best.scores}
-        again = counts | {"tuning_tasks": 1, "inner_lrs": (best.inner_lr,), "at_steps": (best.steps,)}
-        for metric in others:
-            own = fine_tune(model, data.tuning, data.test, **again, **judged_by(settings), metric=metric)
-            scores[metric.name] = own.scores
-        return scores, {"inner_lr": best.inner_lr, "steps": best.steps}
-
-    say("baseline: the same network from a random start")
-    yield f"random start, support set only{few}", *tuned(lambda n: build_model(settings, 1000 + n))
-    learned = {"pretrained classifier, fine-tuned": own_classes}
-    if settings.augment != "none":
-        learned["pretrained on augmented, fine-tuned"] = classes
-    if why := not_pretrained(settings):
-        say(f"baseline: no pretrained classifier: {why}")
-        learned = {}
-    for label, known in learned.items():
-        say(f"baseline: the same network pretrained as a classifier of {len(known)} classes")
-        seen: Any = Noted(known, lambda examples: note(examples * sizing.PASSES))
-        model = pretrained(settings, seen, sizes.pretraining)
-        yield f"{label}{few}", *tuned(model)
-    known = [metric for metric in metrics_of(settings) if METRICS.get(metric.name) and metric.name != "loss"]
-    if known and known[0].name == headline(settings).name:
-        centroids = {
-            metric.name: nearest_centroid(data.test, tasks=settings.test_tasks, metric=metric)
-            for metric in known
-        }
-        yield "nearest centroid of the pixels", centroids, {}
-
-
-def not_pretrained(settings: Settings) -> str:
-    """Why the run's network cannot be pretrained as a classifier, in words; "" where it can."""
-    if settings.loss is not None or settings.output is not None:
-        return "what its outputs are is said by " + ("--loss" if settings.loss is not None else "--output")
-    try:
-        model = build_model(settings)
-        head = head_of(settings, model)
-    except InputError as error:
-        return str(error)
-    if head is None or not isinstance(dict(model.named_modules()).get(head), nn.Linear):
-        return "its head is no nn.Linear, --head NAME"
-    return ""
-
-
-def pretrained(settings: Settings, classes: ClassSource, iterations: int = 1000) -> nn.Module:
-    """The run's network as an ordinary classifier of these classes has learned it, with a head of zeros: the
-    classifier's own head means nothing under new labels.
-    """
-    model = build_model(settings)
-    name = head_of(settings, model)
-    assert name is not None  # see `not_pretrained`
-    owner_name, _, last = name.rpartition(".")
-    owner = model.get_submodule(owner_name)
-    head = getattr(owner, last)
-    if foreign_model(settings):
-        for parameter in head.parameters():
-            nn.init.zeros_(parameter)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
-        setattr(owner, last, nn.Linear(head.in_features, len(classes)).to(head.weight))
-    pretrain(model, classes, iterations=iterations, batch_size=sizing.BATCH, seed=settings.seed)
-    setattr(owner, last, head)
-    return model
 
 
 def evaluate_run(

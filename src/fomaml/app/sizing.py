@@ -47,7 +47,7 @@ def sized(settings: Settings) -> Sizes:
     A run of as many training tasks as the source's default, or more, has the full sizes: all kept figures are of such.
     """
     whole, few = full(settings), least(settings)
-    if source_of(settings).kind == "regression" or not is_short(settings):
+    if is_of_functions(settings) or not is_short(settings):
         return whole
     for number in (4, 3, 2):
         whole = whole._replace(at_steps=whole.at_steps[:number])
@@ -60,6 +60,11 @@ def sized(settings: Settings) -> Sizes:
         for name in ("validation_tasks", "tasks", "tuning_tasks", "pretraining")
     }
     return whole._replace(**counts)
+
+
+def is_of_functions(settings: Settings) -> bool:
+    """Whether tasks are functions to regress, which have no baselines."""
+    return settings.kind is None and source_of(settings).kind == "regression"
 
 
 def is_short(settings: Settings) -> bool:
@@ -113,7 +118,7 @@ def tuning(settings: Settings, sizes: Sizes) -> float:
 
 def baselines(settings: Settings, sizes: Sizes) -> float:
     """The cost of all baselines; nothing where there are none."""
-    if not settings.baselines or source_of(settings).kind == "regression":
+    if not settings.baselines or is_of_functions(settings):
         return 0.0
     classifiers = 1 if settings.augment == "none" else 2
     tuned = len(INNER_LRS) * sizes.tuning_tasks * tuning(settings, sizes)
