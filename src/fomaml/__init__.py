@@ -56,6 +56,7 @@ if TYPE_CHECKING:  # a checker of types is to know all modules, and no other nam
     from fomaml import streams as streams
     from fomaml import tasks as tasks
     from fomaml import trees as trees
+    from fomaml import tuning as tuning
 else:
     __getattr__, __dir__ = submodules(__name__)
 

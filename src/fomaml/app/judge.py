@@ -9,11 +9,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from fomaml.app.algorithms import ALGORITHMS
-from fomaml.app.baselines import baselines
-from fomaml.app.baselines import has_baselines as has_baselines
 from fomaml.app.build import Data, for_test, open_data
 from fomaml.app.group_tasks import of_units
 from fomaml.app.report import table, verdict
+from fomaml.app.rivals import baselines
 from fomaml.app.scores import facts_of, headline, measured, metrics_of
 from fomaml.app.settings import Settings
 from fomaml.app.sources import source_of

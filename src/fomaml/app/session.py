@@ -25,9 +25,10 @@ from fomaml.app.build import (
     with_data,
     with_precision,
 )
-from fomaml.app.judge import Scores, beside_baselines, describe, has_baselines, judge
+from fomaml.app.judge import Scores, beside_baselines, describe, judge
 from fomaml.app.named import resume_line
 from fomaml.app.networks import check_model
+from fomaml.app.rivals import has_baselines
 from fomaml.app.rundir import circumstances
 from fomaml.app.scores import headline
 from fomaml.app.settings import Settings, identity, to_json
