@@ -239,6 +239,8 @@ def test_data_that_have_changed_are_refused(data, tmp_path, capsys):
         (TABLE.replace("machines", "none"), "no file "),
         (ARRAYS.replace("--inputs x", "--inputs y"), "no array 'y'; there are: "),
         (ARRAYS.replace("--inputs x", "--inputs objects"), "never unpickled"),
+        (ARRAYS.replace("--inputs x", "--inputs x wear"), "'wear' is given both as --target and as --inputs"),
+        (WINDOWS.replace("--hop 4", "--hop 0"), "hop must be a whole number of 1 or more, got 0"),
         (ARRAYS.replace("machines.npz", "machines.csv"), "cannot be read as an .npz file"),
         (WINDOWS.replace("--window 8", "--window 80"), "12 of 12 recordings are shorter than a window of 80"),
         (WINDOWS + " --draw random", "windows that overlap would share samples"),
