@@ -64,7 +64,7 @@ def backbone(
     build = _timm if library == "timm" else _torchvision
     model, head = build(model_name, outputs, weights == "download", options)
     if weights not in ("random", "download"):
-        _load(model, Path(weights).expanduser(), name, head)
+        fit_weights(model, Path(weights).expanduser(), name, head)
     return convert_batch_norm(model, norm or ("batch" if weights == "random" else "frozen"))
 
 
@@ -212,10 +212,10 @@ def _made(name: str, download: bool, make: Callable[[], nn.Module]) -> nn.Module
 # --- weights --------------------------------------------------------------------------------------
 
 
-def _load(model: nn.Module, path: Path, name: str, head: str) -> None:
-    """Read all but a head of another shape; see `backbone`."""
+def fit_weights(model: nn.Module, path: Path, name: str, head: str = "") -> None:
+    """Read all but a head of another shape; see `backbone`. head: its name, "" where all has to fit."""
     found, own = read_weights(path), model.state_dict()
-    of_head = [key for key in own.keys() | found.keys() if key.startswith(f"{head}.")]
+    of_head = [key for key in own.keys() | found.keys() if head and key.startswith(f"{head}.")]
     if any(_shape(found, key) != _shape(own, key) for key in of_head):
         if any(key in own for key in of_head):
             log.info("%s: the head %r is a new one, not that of %s", name, head, path)

@@ -11,6 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fomaml.app.checking import check_module
 from fomaml.app.commands import (
     CheckOptions,
     CompareOptions,
@@ -23,8 +24,7 @@ from fomaml.app.commands import (
 from fomaml.app.compare import compare, expand
 from fomaml.app.compare import describe as describe_comparison
 from fomaml.app.judge import describe, evaluate_run
-from fomaml.app.modules import load_module, offered
-from fomaml.app.named import named_again, parsed
+from fomaml.app.named import named_again
 from fomaml.app.parser import parse_command
 from fomaml.app.presets import PRESETS
 from fomaml.app.progress import watching
@@ -44,7 +44,6 @@ from fomaml.app.tune import tune
 from fomaml.app.tune_options import TuneOptions
 from fomaml.app.wording import option as typed
 from fomaml.app.wording import spoken
-from fomaml.check import check
 from fomaml.choices import Statistics, check_choice
 from fomaml.errors import InputError, positive
 
@@ -89,7 +88,7 @@ def log_shown() -> Iterator[None]:
 def _train(options: TrainOptions) -> None:
     asked = given(options)
     if options.resume is not None:
-        again = {name: asked.pop(name, None) for name in ("model", "loss", "metric")}
+        again = {name: asked.pop(name, None) for name in ("model", "loss", "metric", "model_weights")}
         accept = asked.pop("accept_changed_code", False)
         if set(asked) != {"resume"}:
             raise InputError(
@@ -200,34 +199,7 @@ def _data(options: ShowOptions) -> None:
 
 
 def _check(options: CheckOptions) -> None:
-    check_choice("input dtype", options.input_dtype, ("float32", "int64"))
-    if (options.input_dtype == "int64") != (options.vocabulary is not None):
-        raise InputError("--input-dtype int64 and --vocabulary N go together: the numbers are drawn below N")
-    for name in ("ways", "shots", "query_shots", "inner_steps", "vocabulary"):
-        if getattr(options, name) is not None:
-            positive(typed(name), getattr(options, name), integer=True)
-    positive("--inner-lr", options.inner_lr)
-    for size in options.input:
-        positive("each number of --input", size, integer=True)
-    check_seed(options.seed)
-    with contextlib.redirect_stdout(sys.stderr):  # what the module itself prints
-        report = check(
-            load_module(
-                options.module,
-                options.seed,
-                parsed(options.model_options or ()),
-                offered(options.ways, options.ways, tuple(options.input)),
-            ),
-            options.input,
-            vocabulary=options.vocabulary,
-            ways=options.ways,
-            shots=options.shots,
-            query_shots=options.query_shots,
-            inner_steps=options.inner_steps,
-            inner_lr=options.inner_lr,
-            seed=options.seed,
-            name=options.module,
-        )
+    report = check_module(options)
     print(json.dumps(report.facts(), indent=2) if options.json else report.text())
     if report.exit_status:
         raise SystemExit(report.exit_status)

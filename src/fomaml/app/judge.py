@@ -192,11 +192,8 @@ def evaluate_run(
     if others:
         result["by_statistics"] = dict(zip(kinds[1:], others))
         metric = headline(settings)
-        paired = estimate(
-            of_units(
-                data.test, found[0][metric.name][result["steps"]] - found[1][metric.name][result["steps"]]
-            )
-        )
+        apart = found[0][metric.name][result["steps"]] - found[1][metric.name][result["steps"]]
+        paired = estimate(of_units(data.test, apart))
         result["difference"] = paired._asdict()
         if abs(paired.mean) > paired.interval:
             result["warning"] = (

@@ -15,6 +15,11 @@ from fomaml.app.settings import (
     Schedule,
 )
 
+MODEL_WEIGHTS = (
+    "the weights to begin with of a model of your own, or of timm or torchvision: a .safetensors file; for these two "
+    "also random, or download, by the library itself"
+)
+
 
 @dataclass(frozen=True)
 class AlgorithmOptions:
@@ -24,6 +29,7 @@ class AlgorithmOptions:
         "what a model of your own is called with, each key=value, a number, a word, a list, True, False or None",
         metavar="KEY=VALUE",
     )
+    model_weights: str | None = option(MODEL_WEIGHTS, metavar="FILE")
     head: str | None = option(
         "the layer that algorithms such as anil take for the head; default: the last nn.Linear"
     )
@@ -34,8 +40,9 @@ class AlgorithmOptions:
         "the channels of the convolutions: one number for all (default: 64), or one for each of the four"
     )
     norm_policy: NormPolicy | None = option(
-        "what a batch norm, of a model of your own too, normalises by: batch (default; transductive), support, running "
-        "or per-step"
+        "what a batch norm, of a model of your own too, normalises by: batch (default; transductive), support, "
+        "running, per-step, or frozen at the statistics of --model-weights (default for timm and "
+        "torchvision with such)"
     )
     norm_parameters: NormParameters | None = option(
         "what a batch norm learns: scale-shift (gamma and beta; default) or shift (beta alone, as in the original MAML "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fomaml.app.own import Own, find, seeded, told, where
+from fomaml.backbones import fit_weights
 from fomaml.errors import InputError, in_one_line, shown
 from fomaml.tasks import Examples
 from fomaml.trees import call, mapped
@@ -51,6 +53,7 @@ def load_module(
     seed: int = 0,
     options: Mapping[str, Any] | None = None,
     facts: Mapping[str, Any] | None = None,
+    weights: str | None = None,
 ) -> nn.Module:
     """Build the module that `package.module:factory`, `file.py:factory`, or either without a factory, names.
 
@@ -61,10 +64,10 @@ def load_module(
     """
     own = find_model(name)
     if isinstance(own.value, nn.Module):
-        if options:
-            raise InputError(f"{name} is a module already: no --model-options")
+        if options or weights:
+            raise InputError(f"{name} is a module already: no --model-options and no --model-weights")
         return own.value
-    return build(own, options, facts, seed)
+    return build(own, options, facts, seed, weights)
 
 
 def build(
@@ -72,9 +75,11 @@ def build(
     options: Mapping[str, Any] | None = None,
     facts: Mapping[str, Any] | None = None,
     seed: int = 0,
+    weights: str | None = None,
 ) -> nn.Module:
     """Call the class or function that the user has named; all weights follow from the seed.
 
+    weights: a .safetensors file of all its tensors.
     options: its arguments. facts: further ones, see `offered`, of which it is told those that its signature names.
 
     Raises:
@@ -103,6 +108,8 @@ def build(
         )
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise InputError(f"{name} has no parameters that require gradients, so there is nothing to learn")
+    if weights is not None:
+        fit_weights(model, Path(weights).expanduser(), name)
     return model
 
 
@@ -120,7 +127,7 @@ def check_seeded(own: Own, model: nn.Module, again: nn.Module) -> None:
             )
 
 
-def check_forward(own: Own, model: nn.Module, examples: Examples, steps: int = 4) -> None:
+def check_forward(name: str, path: Path | None, model: nn.Module, examples: Examples, steps: int = 4) -> None:
     """Raise `InputError` where the model fails on inputs of the data's shape. The model is run, so give a spare one.
 
     examples: of one task. steps: how many of them are tried.
@@ -131,11 +138,11 @@ def check_forward(own: Own, model: nn.Module, examples: Examples, steps: int = 4
         with seeded(0), torch.no_grad():
             outputs = call(model, inputs)
     except Exception as error:
-        text = f"{in_one_line(error)}{where(error, own.path)}"
-        raise InputError(f"{own.name} fails on inputs of the data's shape, {told_of}: {text}") from None
+        text = f"{in_one_line(error)}{where(error, path)}"
+        raise InputError(f"{name} fails on inputs of the data's shape, {told_of}: {text}") from None
     if isinstance(outputs, Tensor) and isinstance(inputs, Tensor) and outputs.shape[:1] != inputs.shape[:1]:
         raise InputError(
-            f"{own.name} gives outputs {tuple(outputs.shape)} of inputs {told_of}: the first axis must be the examples"
+            f"{name} gives outputs {tuple(outputs.shape)} of inputs {told_of}: the first axis must be the examples"
         )
 
 

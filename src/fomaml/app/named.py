@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import json
+import hashlib
 import math
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,10 @@ from fomaml.app.modules import find_model
 from fomaml.app.own import Own, changed, find, is_own, of_object, split
 from fomaml.app.settings import Better, Settings
 from fomaml.app.wording import option as typed
+from fomaml.backbones import LIBRARIES, read_weights
 from fomaml.errors import InputError
 from fomaml.metrics import Metric, metric_for
 
-LIBRARIES = ("timm", "torchvision")  # whose models have names of their own
 OWN = ("FILE.py:NAME", "package.module:NAME")
 # What reads like a value of Python, or of another language, and is none.
 NO_WORDS = ("true", "false", "none", "null", "nan", "inf", "yes", "no")
@@ -118,23 +118,37 @@ def with_own(settings: Settings) -> Settings:
         own["model"] = find_model(settings.model)
         settings = dataclasses.replace(settings, model=own["model"].name)
     if settings.loss is not None:
-        own["loss"] = _checked_loss(find(settings.loss))
+        own["loss"] = read_loss(settings.loss)
         settings = dataclasses.replace(settings, loss=own["loss"].name)
     metrics = []
     for name in settings.metric or ():
         if not is_own_metric(name):
             metric_for(F.cross_entropy, name)
         else:
-            found = _checked_metric(find(name), settings)
+            found = read_metric(name, settings.metric_direction)
             name = found.name
             own[f"metric {name}"] = found
         metrics.append(name)
     if settings.metric is not None:
         settings = dataclasses.replace(settings, metric=tuple(metrics))
-    if not own:
-        return settings
     code = {key: each.record for key, each in own.items()}
-    return dataclasses.replace(settings, own=own, code=code)
+    if settings.model.partition(":")[0] in LIBRARIES and settings.model_weights is None:
+        raise InputError(
+            f"{settings.model} needs --model-weights: a .safetensors file, random, or download, by the "
+            "library itself"
+        )
+    if settings.model_weights is not None:
+        code |= _weights_record(settings.model_weights)
+    return dataclasses.replace(settings, own=own or None, code=code or None)
+
+
+def _weights_record(weights: str) -> dict[str, dict[str, Any]]:
+    """The digest of a file of weights, which is read to see that it is one."""
+    if weights in ("random", "download"):
+        return {}
+    path = Path(weights).expanduser()
+    read_weights(path)
+    return {"model_weights": {"name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}}
 
 
 def is_own_metric(name: str) -> bool:
@@ -149,12 +163,14 @@ def named_again(
     model: Any = None,
     loss: Any = None,
     metric: Sequence[str] | None = None,
+    model_weights: str | None = None,
     accept_changed_code: bool = False,
     going_on: bool = True,
 ) -> Settings:
     """The settings of a run directory with its own code, which the user names again: nothing else is imported.
 
-    model, loss: names, or the objects themselves. accept_changed_code: take a file that is not what it was.
+    model, loss: names, or the objects themselves. model_weights: where the file lies by now, if it has moved.
+    accept_changed_code: take a file that is not what it was.
     going_on: whether the run goes on, so that its metrics count as well, else see `with_metrics`.
 
     Raises:
@@ -186,6 +202,15 @@ def named_again(
             key = f"metric {recorded}"
             if key in code:
                 own[key] = _compared(run, key, code, find(name), accept_changed_code)
+    if going_on and "model_weights" in code:
+        settings = dataclasses.replace(settings, model_weights=model_weights or settings.model_weights)
+        found = _weights_record(settings.model_weights or "")["model_weights"]
+        if found["sha256"] != code["model_weights"]["sha256"]:
+            raise InputError(
+                f"{settings.model_weights} is not the file of weights that the run in {run} began with; bring it back"
+            )
+    elif model_weights is not None:
+        raise InputError(f"the run in {run} began with no file of weights: give no --model-weights")
     return dataclasses.replace(settings, own=own or None, code=code or None)
 
 
@@ -224,7 +249,7 @@ def with_metrics(
                 asked.name if isinstance(asked, Metric) else getattr(asked, "__name__", type(asked).__name__)
             )
             found = Own(name, asked, Path(), "", {})
-        found = _checked_metric(found, settings)
+        found = _checked_metric(found, direction)
         key = f"metric {found.name}"
         same = next((kept for kept in before if _plain_name(kept) == _plain_name(found.name)), None)
         if same is None or not isinstance(asked, str):
@@ -293,28 +318,38 @@ def resume_line(settings: Settings, out: Path) -> str:
     return f"fomaml train --resume {shlex.quote(str(out))} {resume_options(settings)}".rstrip()
 
 
-def _checked_loss(found: Own) -> Own:
+def read_loss(name: str) -> Own:
+    """The loss of this name.
+
+    Raises:
+        InputError: it is not there, or no function.
+    """
+    found = find(name)
     if not callable(found.value) or isinstance(found.value, type):
         raise InputError(
-            f"{found.name} must be a function loss(forward, examples) that returns a scalar, got {found.value!r}"
+            f"{found.name} must be a function (forward, examples) that returns a scalar, got {found.value!r}"
         )
     return found
 
 
-def _checked_metric(found: Own, settings: Settings) -> Own:
+def read_metric(name: str, direction: Better | None) -> Own:
+    """The user's own metric of this name.
+
+    Raises:
+        InputError: it is not there, no metric, or a function of which nobody says whether more is better.
+    """
+    return _checked_metric(find(name), direction)
+
+
+def _checked_metric(found: Own, direction: Better | None) -> Own:
     if isinstance(found.value, Metric):
         return found
     if not callable(found.value) or isinstance(found.value, type):
         raise InputError(
-            f"{found.name} must be a fomaml.metrics.Metric or a function that returns a number, got {found.value!r}"
+            f"{found.name} must be a fomaml.Metric or a function that returns a number, got {found.value!r}"
         )
-    if settings.metric_direction is None:
+    if direction is None:
         raise InputError(
             f"{found.name} is a function: say whether more of it is better, --metric-direction higher or lower"
         )
     return found
-
-
-def changed_code(settings: Settings) -> Mapping[str, Any]:
-    """The code of a run, as its result tells it."""
-    return json.loads(json.dumps(settings.code or {}))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,9 +15,12 @@ from fomaml.app import group_networks
 from fomaml.app.algorithms import ALGORITHMS
 from fomaml.app.device import check_device
 from fomaml.app.modules import build, check_forward, check_seeded, offered
-from fomaml.app.named import foreign_model, own_of
-from fomaml.app.settings import Settings
+from fomaml.app.named import foreign_model, own_model, own_of
+from fomaml.app.own import seeded
+from fomaml.app.settings import NormPolicy, Settings
 from fomaml.app.sources import source_of
+from fomaml.backbones import backbone
+from fomaml.backbones import head_name as library_head
 from fomaml.episodes import TaskSequence
 from fomaml.errors import InputError
 from fomaml.models import MLP, Conv4, Conv4Strided, Conv4StridedFlat, WithContext, convert_batch_norm
@@ -106,13 +110,41 @@ def _foreign(settings: Settings, seed: int) -> nn.Module:
     """A model of the user's own, as its code makes it: no head is set to zero. Its batch norms become this library's,
     which normalise as --norm-policy says: torch's own would move their statistics in no training of this library.
     """
-    own = own_of(settings, "model")
+    options, weights = settings.model_options or {}, settings.model_weights
     steps = settings.inner_steps if settings.norm_policy == "per-step" else None
-    model = build(own, settings.model_options, facts(settings), seed)
+    if not own_model(settings):
+        facts = told_to(settings)
+        shape = facts.get("input_shape", ())
+        model = of_library(
+            settings.model, weights or "random", options, facts["outputs"], shape, seed, settings.norm_policy
+        )
+    else:
+        model = build(own_of(settings, "model"), options, told_to(settings), seed, weights)
     return convert_batch_norm(model, settings.norm_policy, steps)
 
 
-def facts(settings: Settings) -> dict[str, Any]:
+def of_library(
+    name: str,
+    weights: str,
+    options: Mapping[str, Any],
+    outputs: int,
+    shape: tuple[int, ...],
+    seed: int,
+    norm: NormPolicy | None = None,
+) -> nn.Module:
+    """A network of timm or torchvision, see `backbone`; new weights follow from the seed.
+
+    shape: of an input. timm makes a network for other numbers of channels than three.
+    """
+    channels = {"in_chans": shape[0]} if name.startswith("timm:") and shape and shape[0] != 3 else {}
+    try:
+        with seeded(seed):
+            return backbone(name, outputs, weights=weights, norm=norm, **{**channels, **options})
+    except InputError as error:
+        raise InputError(str(error).replace("weights=FILE", "--model-weights FILE")) from None
+
+
+def told_to(settings: Settings) -> dict[str, Any]:
     """What a model of the user's own is told of the data, if it asks; see `offered`."""
     several = settings.facts is not None and not isinstance(settings.facts["shapes"], list)
     shape = None if several else _image(settings)
@@ -128,9 +160,13 @@ def check_model(settings: Settings, model: nn.Module, episodes: TaskSequence) ->
     """
     if not foreign_model(settings):
         return
+    examples = one(episodes.batch(0, 1), 0).support
+    if not own_model(settings):
+        check_forward(settings.model, None, copy.deepcopy(model), examples)
+        return
     own, again = own_of(settings, "model"), build_model(settings)
     check_seeded(own, model, again)
-    check_forward(own, again, one(episodes.batch(0, 1), 0).support)
+    check_forward(own.name, own.path, again, examples)
 
 
 def zero_head(model: nn.Module) -> None:
@@ -165,11 +201,13 @@ def head_of(settings: Settings, model: nn.Module) -> str | None:
                 f"the model has no layer {settings.head!r} for --head; the nearest: {', '.join(near)}"
             )
         return settings.head
+    if foreign_model(settings) and not own_model(settings):
+        return library_head(model)
     names = linear_names(model)
     if not names:
         return None
     if foreign_model(settings):
-        width, outputs = layers[names[-1]].out_features, facts(settings)["outputs"]
+        width, outputs = layers[names[-1]].out_features, told_to(settings)["outputs"]
         if width != outputs:
             raise InputError(
                 f"which layer of {settings.model} is the head? Its last nn.Linear, {names[-1]!r}, gives {width} "

@@ -144,7 +144,7 @@ def load_run(
         )
     check_classless(settings)
     like = dataclasses.replace(
-        trained, device=settings.device
+        trained, device=settings.device, model_weights=None
     )  # the network as it was trained, whatever the tasks
     learner = build_learner(like, build_model(like))
     load_weights(weights_file(run, weights), learner, identity(recorded))

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 from fomaml.app.group_tasks import in_own_unit
 from fomaml.app.named import own_of
-from fomaml.app.settings import Settings
+from fomaml.app.own import Own
+from fomaml.app.settings import Better, Settings
 from fomaml.app.sources import source_of
 from fomaml.errors import InputError
 from fomaml.metrics import LOSS, METRICS, Metric, OfModel, metric_for, of_each_task
@@ -24,8 +25,12 @@ def metrics_of(settings: Settings) -> list[Metric]:
         InputError: two of one name, or the user's own that has not been named here.
     """
     if settings.metric is None:
-        return [in_own_unit(settings, source_of(settings).metric) if settings.loss is None else LOSS]
-    found = [in_own_unit(settings, _metric(settings, name)) for name in settings.metric]
+        found = [source_of(settings).metric if settings.loss is None else LOSS]
+    else:
+        found = [_metric(settings, name) for name in settings.metric]
+    if settings.facts is not None and settings.kind == "regression":  # of rows, whose targets are scaled
+        own_loss = settings.loss is not None
+        found = [each if own_loss and each is LOSS else in_own_unit(settings, each) for each in found]
     names = [metric.name for metric in found]
     for name in names:
         if names.count(name) > 1:
@@ -41,12 +46,16 @@ def headline(settings: Settings) -> Metric:
 def _metric(settings: Settings, name: str) -> Metric:
     if f"metric {name}" not in (settings.code or {}):
         return metric_for(F.mse_loss if source_of(settings).kind == "regression" else F.cross_entropy, name)
-    value: Any = own_of(settings, f"metric {name}").value
+    return as_metric(own_of(settings, f"metric {name}"), settings.metric_direction, settings.loss is not None)
+
+
+def as_metric(own: Own, direction: Better | None, of_model: bool) -> Metric:
+    """The user's own metric. of_model: whether a function is of (forward, examples), as the loss is."""
+    value: Any = own.value
     if isinstance(value, Metric):
         return value
-    score: Any = of_each_task(value) if settings.loss is None else OfModel(value)
-    own = getattr(value, "__name__", name)
-    return Metric(own, score, 1 if settings.metric_direction == "higher" else -1, "")
+    score: Any = OfModel(value) if of_model else of_each_task(value)
+    return Metric(getattr(value, "__name__", own.name), score, 1 if direction == "higher" else -1, "")
 
 
 def measured(settings: Settings, metric: Metric) -> str:

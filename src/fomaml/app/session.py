@@ -89,7 +89,9 @@ def session(
     if not resume:
         rundir.claim(out)
     with rundir.alone(out):
-        if not resume or run.settings.code:  # which may have changed, as was accepted
+        if (
+            not resume or run.settings.code or run.settings.model_weights
+        ):  # which may have changed, as was accepted
             write_text(out / rundir.CONFIG, to_json(run.settings))
         yield run
 

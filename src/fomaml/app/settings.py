@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fomaml.app.defaults import DEFAULTS, FOLLOWING
-from fomaml.choices import Statistics
+from fomaml.choices import Policy, Statistics
 from fomaml.errors import InputError
 
 FORMAT = 1  # of config.json; a run without one has format 0
@@ -21,7 +21,7 @@ Split = Literal["maml", "vinyals", "background-evaluation"]
 Filter = Literal["lanczos", "nearest", "box", "bilinear"]
 Augmentation = Literal["none", "rotations", "turns", "warps"]
 TestAugmentation = Literal["none", "turns"]
-NormPolicy = Literal["batch", "support", "running", "per-step"]  # "frozen" is no way to begin
+NormPolicy = Policy
 NormParameters = Literal["scale-shift", "shift"]
 Adapted = Literal["all", "no-norm"]
 InnerLoss = Literal["mean", "summed"]
@@ -141,7 +141,7 @@ class Settings:
     facts: dict[str, Any] | None = None  # what the data have told: columns, classes, split, scaling
     # Of a model of the user's own, or of another library: its arguments, its head, the file of its weights.
     model_options: dict[str, Any] | None = None
-    model_weights: Path | None = None
+    model_weights: str | None = None  # a file, or "random" or "download"
     head: str | None = None
     output: str | int | None = None  # what of the model's outputs is judged
     loss: str | None = None
@@ -169,8 +169,8 @@ def identity(settings: Settings) -> dict[str, Any]:
     """What a run's weights are made by, JSON-able: its files of tensors carry a digest of it."""
     values = vars(settings)
     added = {
-        name for name in LATER if values[name] in (None, False)
-    }  # weights from before are of the same run
+        name for name in LATER if values[name] is None or values[name] is False
+    }  # as weights from before
     kept = {name: value for name, value in values.items() if name not in MAY_CHANGE | added}
     return json.loads(json.dumps(kept, default=str))
 
@@ -194,8 +194,7 @@ def from_json(text: str, origin: str) -> Settings:
             raise ValueError(f"format {written!r} is newer than this version, which reads up to {FORMAT}")
         if written == 0:
             values = _of_format_0(values)
-        values.setdefault("model_weights", None)
-        for name in ("out", "data_root", "model_weights"):
+        for name in ("out", "data_root"):
             values[name] = values[name] and Path(values[name])
         for name, value in values.items():
             if name not in ("facts", "model_options", "code") and isinstance(value, list):

@@ -11,7 +11,7 @@ from fomaml.app.algorithms import ALGORITHMS, ANY_WAYS
 from fomaml.app.build import NETWORKS
 from fomaml.app.defaults import DEFAULTS, FOLLOWING
 from fomaml.app.images import images_needed
-from fomaml.app.named import OWN, foreign_model, is_own_metric, parsed, plain, with_own
+from fomaml.app.named import LIBRARIES, OWN, foreign_model, is_own_metric, parsed, plain, with_own
 from fomaml.app.presets import PRESETS
 from fomaml.app.settings import Settings
 from fomaml.app.sizing import sized
@@ -110,6 +110,10 @@ def settle_with_origins(given: Mapping[str, Any]) -> tuple[Settings, dict[str, s
     for follower, leader in FOLLOWING.items():
         if follower not in values:
             values[follower], origins[follower] = values[leader], f"as {leader}"
+    if values["model"].partition(":")[0] in LIBRARIES and "norm_policy" not in asked:
+        random = values["model_weights"] == "random"
+        values["norm_policy"] = "batch" if random else "frozen"
+        origins["norm_policy"] = "random weights" if random else "the statistics of model_weights"
     if algorithm == "maml++" and values["multi_step_iterations"] is None:
         values["multi_step_iterations"] = max(1, values["iterations"] // 10)
         origins["multi_step_iterations"] = "a tenth of iterations"
@@ -220,10 +224,14 @@ def as_kept(given: Mapping[str, Any]) -> dict[str, Any]:
     if "metric" in given:
         asked = given["metric"]
         kept["metric"] = (asked,) if isinstance(asked, str) else tuple(asked)
-    output = given.get("output")
-    if isinstance(output, str) and output.lstrip("-").isdigit():
-        kept["output"] = int(output)
+    if "output" in given:
+        kept["output"] = judged_output(given["output"])
     return kept
+
+
+def judged_output(given: str | int | None) -> str | int | None:
+    """What --output says: a name, or a number."""
+    return int(given) if isinstance(given, str) and given.lstrip("-").isdigit() else given
 
 
 def _check_algorithm(settings: Settings) -> None:
@@ -264,11 +272,18 @@ def _check_algorithm(settings: Settings) -> None:
 
 def _check_network(settings: Settings) -> None:
     """Options of convolutions of images, where there are none."""
+    weights = settings.model_weights
+    if settings.norm_policy == "frozen" and (weights is None or weights == "random"):
+        raise InputError("--norm-policy frozen takes statistics that were learned: give --model-weights FILE")
     if foreign_model(settings):
         for name in ("channels", "norm_parameters"):
             if getattr(settings, name) != DEFAULTS[name]:
                 raise InputError(f"{typed(name)} is of the models by name, not of {settings.model}")
         return
+    if weights is not None:
+        raise InputError(
+            f"--model-weights are of a model of your own, timm or torchvision, got {settings.model}"
+        )
     if settings.model_options:
         raise InputError(
             f"--model-options go to a model of your own, {' or '.join(OWN)}, got {settings.model}"
