@@ -35,6 +35,9 @@ from fomaml.app.search import resumed
 from fomaml.app.session import train_run
 from fomaml.app.settings import Part, Settings, TestAugmentation, Weights
 from fomaml.app.settle import check_below, check_seed, check_steps, settle_with_origins
+from fomaml.app.show import describe as describe_data
+from fomaml.app.show import show
+from fomaml.app.show_options import ShowOptions
 from fomaml.app.sources import split_name
 from fomaml.app.tune import describe as describe_search
 from fomaml.app.tune import tune
@@ -190,6 +193,11 @@ def _tune(options: TuneOptions) -> None:
     print(f"\n{describe_search(best)}\nsaved in {out}")
 
 
+def _data(options: ShowOptions) -> None:
+    facts = show(options)
+    print(json.dumps(facts, indent=2) if options.json else describe_data(facts).rstrip())
+
+
 def _check(options: CheckOptions) -> None:
     report = check_module(options)
     print(json.dumps(report.facts(), indent=2) if options.json else report.text())
@@ -221,6 +229,7 @@ COMMANDS = {
     "evaluate": Command(EvaluateOptions, _evaluate),
     "compare": Command(CompareOptions, _compare),
     "tune": Command(TuneOptions, _tune),
+    "data": Command(ShowOptions, _data),
     "check": Command(CheckOptions, _check),
     "presets": Command(PresetsOptions, _presets),
 }
