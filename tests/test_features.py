@@ -1,5 +1,8 @@
 """Embeddings: what the model gives, once; kept on disk, and never taken for those of another model or other data."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from family import assert_agrees
+from fomaml.data.groups import GroupSource
 from fomaml.data.source import ClassSource, pixels
 from fomaml.engines import meta_gradient
 from fomaml.episodes import Episodes
@@ -55,6 +59,14 @@ def test_what_the_model_gives_in_evaluation_mode(model, layer, batch_size):
     torch.testing.assert_close(found.inputs, expected.detach(), rtol=1e-5, atol=1e-6)
     assert not found.inputs.requires_grad and found.names == source.names
     assert torch.equal(found.counts, source.counts) and torch.equal(found.labels(), source.labels())
+
+
+def test_what_a_layer_behind_changes_in_place_is_taken_before():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(36, 5), nn.ReLU(inplace=True))
+    source = images()
+    found = embed(model, source, layer="1").inputs
+    torch.testing.assert_close(found, model[:2](source.take(torch.arange(20))).detach())
+    assert (found < 0).any()
 
 
 def test_episodes_of_the_vectors_are_those_of_the_images(model):
@@ -147,7 +159,7 @@ def test_a_file_of_something_else_is_refused(what, message, model, tmp_path):
 
 def test_a_failed_embedding_leaves_no_file(model, tmp_path):
     model.head = nn.Linear(5, 2)
-    with pytest.raises(InputError, match=r"the model does not take inputs torch.float32 of shape .* Runt"):
+    with pytest.raises(InputError, match=r"the model does not take inputs torch.float32 .20, 1, 6, 6.: Runt"):
         embed(model, images(), path=tmp_path / "kept.safetensors")
     assert not [*tmp_path.iterdir()]
 
@@ -191,8 +203,63 @@ def test_refused(make, options, message):
         embed(make(), images(), **options)
 
 
+# --- groups of rows -------------------------------------------------------------------------------
+
+
+class Encoder(nn.Module):
+    """In the manner of a text encoder: keywords in, an object with several outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.mix = nn.Embedding(9, 4), nn.Linear(4, 4)
+
+    def forward(self, ids, mask):
+        states = self.mix(self.table(ids)) * mask.unsqueeze(-1)
+        return SimpleNamespace(states=states, pooled=states.sum(1))
+
+
+def sentences():
+    """Rows of 5 tokens in three groups, in no order."""
+    drawn = torch.Generator().manual_seed(2)
+    ids = torch.randint(9, (30, 5), generator=drawn)
+    mask = (torch.rand(30, 5, generator=drawn) < 0.8).float()
+    groups = np.array([*"abc"])[torch.randperm(30, generator=drawn).numpy() % 3]
+    return GroupSource({"ids": ids, "mask": mask}, np.arange(30) % 2, groups, order=np.arange(30)[::-1])
+
+
+@pytest.mark.parametrize("output", ["pooled", lambda found: found.states.mean(1)], ids=["name", "function"])
+def test_rows_of_groups_keep_their_tasks(output, tmp_path):
+    source, model = sentences().select(["c", "a"]), Encoder()
+    found = embed(model, source, output=output, batch_size=4, path=tmp_path)
+    assert found.names == ["c", "a"] and found.classes == source.classes
+    for group in range(2):
+        for own, of_source in zip(found.positions(group), source.positions(group), strict=True):
+            (vectors, targets), (inputs, expected) = found.take(own), source.take(of_source)
+            returned = model(**inputs)
+            outputs = returned.pooled if output == "pooled" else returned.states.mean(1)
+            torch.testing.assert_close(vectors, outputs.detach())
+            assert torch.equal(targets, expected)
+    assert found.input_shapes == (4,)
+    again = embed(model, source, output=output, path=tmp_path)
+    assert torch.equal(again.take(np.arange(7))[0], found.take(np.arange(7))[0])
+    assert len([*tmp_path.iterdir()]) == 1
+    embed(model, sentences(), output=output, path=tmp_path)  # other rows, another file
+    assert len([*tmp_path.iterdir()]) == 2
+
+
+def test_targets_stay_scaled_and_vectors_are_not():
+    inputs, targets = np.random.default_rng(0).normal(5, 3, (12, 3)), np.arange(12.0)
+    source = GroupSource(inputs, targets, np.arange(12) % 3)
+    source = source.scaled(source.fit_scaling())
+    model = nn.Linear(3, 2)
+    found = embed(model, source)
+    rows = np.arange(12)
+    torch.testing.assert_close(found.take(rows)[0], model(source.take(rows)[0]).detach())
+    assert torch.equal(found.take(rows)[1], source.take(rows)[1])
+
+
 def test_a_source_of_another_kind_is_refused(model):
-    with pytest.raises(InputError, match="embed takes a ClassSource, got a list"):
+    with pytest.raises(InputError, match="embed takes a ClassSource or a GroupSource, got a list"):
         embed(model, [1, 2])
 
 

@@ -12,10 +12,10 @@ ROOT = Path(fomaml.errors.__file__).parent
 LAYERS = [
     {"errors", "choices", "files", "trees", "tasks", "measures", "metrics", "submodules"},
     {"data"},
-    {"models", "episodes", "group_episodes", "streams", "backbones", "features"},
+    {"models", "episodes", "group_episodes", "streams", "backbones"},
     {"learning"},
     {"engines"},
-    {"scoring", "train", "evaluate", "tuning", "baselines", "checkpoint"},
+    {"features", "scoring", "train", "evaluate", "tuning", "baselines", "checkpoint"},
     {"check"},
     {"app"},
     {"__init__", "__main__"},

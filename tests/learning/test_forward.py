@@ -214,8 +214,8 @@ def mixed():
 
 
 WRONG = {
-    "a criterion as the loss": (lambda: FOMAML(net(), LR, 1, loss=F.cross_entropy), "of outputs and targets is the crit"),
-    "a module as the loss": (lambda: FOMAML(net(), LR, 1, loss=nn.MSELoss()), "of outputs and targets is the crit"),
+    "a criterion as the loss": (lambda: FOMAML(net(), LR, 1, loss=F.cross_entropy), "is the criterion"),
+    "a module as the loss": (lambda: FOMAML(net(), LR, 1, loss=nn.MSELoss()), "is the criterion"),
     "a part of a tensor": (lambda: meta_gradient(mixed(), drawn()), "the model returns a tensor .* which has no parts"),
     "no names": (
         lambda: meta_gradient(mixed(), [Task(*(Examples({0: number(0, 3, 3)}, labels(0, 1, 3)) for _ in range(2)))]),

@@ -1,4 +1,4 @@
-"""The command line: `fomaml train | evaluate | compare | check | presets`. It prints; all else returns or raises."""
+"""The command line, `fomaml train | evaluate | compare | tune | …`. It prints; all else returns or raises."""
 
 from __future__ import annotations
 
@@ -30,10 +30,18 @@ from fomaml.app.presets import PRESETS
 from fomaml.app.progress import watching
 from fomaml.app.report import align
 from fomaml.app.rundir import load_run, load_settings
+from fomaml.app.search import asked as asked_search
+from fomaml.app.search import resumed
 from fomaml.app.session import train_run
 from fomaml.app.settings import Part, Settings, TestAugmentation, Weights
 from fomaml.app.settle import check_below, check_seed, check_steps, settle_with_origins
+from fomaml.app.show import describe as describe_data
+from fomaml.app.show import show
+from fomaml.app.show_options import ShowOptions
 from fomaml.app.sources import split_name
+from fomaml.app.tune import describe as describe_search
+from fomaml.app.tune import tune
+from fomaml.app.tune_options import TuneOptions
 from fomaml.app.wording import option as typed
 from fomaml.app.wording import spoken
 from fomaml.choices import Statistics, check_choice
@@ -177,6 +185,19 @@ def _compare(options: CompareOptions) -> None:
     print("\n" + describe_comparison(result) + f"\nsaved in {out}")
 
 
+def _tune(options: TuneOptions) -> None:
+    going_on = options.resume is not None
+    search = resumed(options) if going_on else asked_search(options)
+    out = options.resume or search.settings.out or default_out(search.settings, "tune")
+    best = tune(search, out, say=lambda line: print(line, flush=True), resume=going_on)
+    print(f"\n{describe_search(best)}\nsaved in {out}")
+
+
+def _data(options: ShowOptions) -> None:
+    facts = show(options)
+    print(json.dumps(facts, indent=2) if options.json else describe_data(facts).rstrip())
+
+
 def _check(options: CheckOptions) -> None:
     report = check_module(options)
     print(json.dumps(report.facts(), indent=2) if options.json else report.text())
@@ -207,6 +228,8 @@ COMMANDS = {
     "train": Command(TrainOptions, _train),
     "evaluate": Command(EvaluateOptions, _evaluate),
     "compare": Command(CompareOptions, _compare),
+    "tune": Command(TuneOptions, _tune),
+    "data": Command(ShowOptions, _data),
     "check": Command(CheckOptions, _check),
     "presets": Command(PresetsOptions, _presets),
 }

@@ -44,9 +44,9 @@ class RunOptions:
     model: str | None = option(
         "the network: FILE.py:NAME or package.module:NAME, a class or a function of your own; timm:NAME or "
         "torchvision:NAME; or mlp (784-256-10 on images, 1-40-40-1 on sinusoids, two layers of 64 on rows, with "
-        "embeddings of categories; default for mnist, "
-        "tables and arrays), conv4 (default for folder), conv4-strided (mean over space; default for omniglot), "
-        "conv4-strided-flat (Reptile's), conv1d (convolutions over time; default for windows) or gru",
+        "embeddings of categories; default for mnist, tables and arrays), conv4 (default for folder), conv4-strided "
+        "(mean over space; default for omniglot), conv4-strided-flat (Reptile's), conv1d (convolutions over time; "
+        "default for windows) or gru",
         choices=(*NETWORKS, *OWN),
     )
     iterations: int | None = option("the number of outer steps; default: the source's")

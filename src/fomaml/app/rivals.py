@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,27 +13,45 @@ from torch import Tensor, nn
 from fomaml.app import sizing
 from fomaml.app.agenda import Noted
 from fomaml.app.build import Data, build_model, judged_by
+from fomaml.app.group_tasks import of_units
 from fomaml.app.named import foreign_model
 from fomaml.app.networks import head_of
 from fomaml.app.scores import headline, metrics_of
 from fomaml.app.settings import Settings
 from fomaml.baselines import (
+    Pool,
     fine_tune,
     fit_estimator,
     nearest_centroid,
     pooled,
     pretrain,
+    space_of,
     tune_estimator,
     unadapted,
 )
 from fomaml.errors import InputError
 from fomaml.group_episodes import GroupEpisodes
 from fomaml.metrics import METRICS, Metric, OfModel
+from fomaml.tuning import LogUniform, Space
+
+
+class Method(NamedTuple):
+    """What `fomaml tune` searches the settings of: their space, and settings → the validation score.
+
+    score_of_all: the same on all validation tasks, where a trial takes few.
+    """
+
+    label: str
+    space: Space
+    score: Callable[[dict[str, Any]], float]
+    score_of_all: Callable[[dict[str, Any]], float] | None = None
+
 
 # label, scores by metric, what is told of it in JSON
 Rival = tuple[str, dict[str, Tensor], dict[str, Any]]
 Note = Callable[[float], None]
 POOLED_ROWS = 1000  # that estimators are fitted on beside the support set
+START = "random start, support set only"
 ESTIMATORS = {"nearest": "nearest neighbours", "ridge": "ridge", "forest": "random forest"}
 
 
@@ -112,24 +131,53 @@ class _Tuning:
         return scores, {"settings": chosen.settings, "trials": len(chosen.trials)}
 
 
+class Learned(NamedTuple):
+    """A network that has learned all training tasks together. head: the globs of its head, where that means something
+    in a new task.
+    """
+
+    label: str
+    model: nn.Module
+    head: str | None = None
+
+
+def _learned(
+    settings: Settings, data: Data, say: Callable[[str], None], note: Note = lambda cost: None
+) -> Iterator[Learned]:
+    """The networks that have learned all training tasks, or classes, each trained when it is asked for."""
+    iterations = sizing.of_baselines(settings).pretraining
+    known: dict[str, Any] = {"pretrained classifier": data.own_classes}
+    if isinstance(data.train, GroupEpisodes):
+        source = data.train.source
+        if not data.train.draws_classes:
+            say("baseline: the same network trained on all training tasks pooled")
+            model = build_model(settings)
+            options: dict[str, Any] = {"batch_size": sizing.BATCH, "seed": settings.seed}
+            pretrain(model, _noted(source, note), iterations=iterations, **options, **judged_by(settings))
+            head = head_of(settings, model)
+            yield Learned("all tasks pooled", model, head if head is None or "*" in head else f"{head}.*")
+            return
+        known = {"pretrained classifier": source}
+    elif data.own_classes is None:
+        return
+    elif settings.augment != "none":
+        known["pretrained on augmented"] = data.classes
+    if why := not_pretrained(settings):
+        say(f"baseline: no pretrained classifier: {why}")
+        return
+    for label, classes in known.items():
+        number = len(getattr(classes, "classes", None) or classes)
+        say(f"baseline: the same network pretrained as a classifier of {number} classes")
+        yield Learned(label, pretrained(settings, _noted(classes, note), number, iterations))
+
+
 def _of_classes(settings: Settings, data: Data, say: Callable[[str], None], note: Note) -> Iterator[Rival]:
     """The baselines of classes that are numbered anew in each task."""
     how = _Tuning(settings, data, note)
     say("baseline: the same network from a random start")
-    yield (
-        f"random start, support set only{how.few}",
-        *how.fine_tuned(lambda n: build_model(settings, 1000 + n)),
-    )
-    learned: dict[str, Any] = {"pretrained classifier, fine-tuned": data.own_classes}
-    if settings.augment != "none":
-        learned["pretrained on augmented, fine-tuned"] = data.classes
-    if why := not_pretrained(settings):
-        say(f"baseline: no pretrained classifier: {why}")
-        learned = {}
-    for label, known in learned.items():
-        say(f"baseline: the same network pretrained as a classifier of {len(known)} classes")
-        model = pretrained(settings, _noted(known, note), len(known), how.sizes.pretraining)
-        yield f"{label}{how.few}", *how.fine_tuned(model)
+    yield f"{START}{how.few}", *how.fine_tuned(lambda n: build_model(settings, 1000 + n))
+    for label, model, _ in _learned(settings, data, say, note):
+        yield f"{label}, fine-tuned{how.few}", *how.fine_tuned(model)
     known = [metric for metric in metrics_of(settings) if METRICS.get(metric.name) and metric.name != "loss"]
     if known and known[0].name == headline(settings).name:
         centroids = {
@@ -144,41 +192,93 @@ def _of_groups(settings: Settings, data: Data, say: Callable[[str], None], note:
     all training tasks pooled.
     """
     how = _Tuning(settings, data, note)
-    assert isinstance(data.train, GroupEpisodes)
-    source, anew = data.train.source, data.train.draws_classes
-    if not anew:
-        say("baseline: the same network trained on all training tasks pooled")
-        model = build_model(settings)
-        options: dict[str, Any] = {"batch_size": sizing.BATCH, "seed": settings.seed, **judged_by(settings)}
-        pretrain(model, _noted(source, note), iterations=how.sizes.pretraining, **options)
-        yield f"all tasks pooled, not adapted{how.few}", how.as_it_is(model), {}
-        yield f"all tasks pooled, fine-tuned{how.few}", *how.fine_tuned(model)
-        head = head_of(settings, model)
+    for label, model, head in _learned(settings, data, say, note):
+        if not _anew(data):
+            yield f"{label}, not adapted{how.few}", how.as_it_is(model), {}
+        yield f"{label}, fine-tuned{how.few}", *how.fine_tuned(model)
         if head is not None:
-            label = f"all tasks pooled, head fine-tuned{how.few}"
-            yield label, *how.fine_tuned(model, adapted=head if "*" in head else f"{head}.*")
-    elif why := not_pretrained(settings):
-        say(f"baseline: no pretrained classifier: {why}")
-    else:
-        number = len(source.classes or ())
-        say(f"baseline: the same network pretrained as a classifier of {number} classes")
-        model = pretrained(settings, _noted(source, note), number, how.sizes.pretraining)
-        yield f"pretrained classifier, fine-tuned{how.few}", *how.fine_tuned(model)
+            yield f"{label}, head fine-tuned{how.few}", *how.fine_tuned(model, adapted=head)
     say("baseline: the same network from a random start")
-    yield (
-        f"random start, support set only{how.few}",
-        *how.fine_tuned(lambda n: build_model(settings, 1000 + n)),
-    )
+    yield f"{START}{how.few}", *how.fine_tuned(lambda n: build_model(settings, 1000 + n))
     if why := _not_estimated(settings, how.metrics):
         say(f"baseline: nothing without a network: {why}")
         return
-    pool = None if anew else pooled(source, rows=POOLED_ROWS, seed=settings.seed)
+    pool = _pool(settings, data)
+    for label, name, own in _estimators(settings, pool):
+        yield f"{label}{how.few}", *how.estimated(name, own)
+
+
+def _estimators(settings: Settings, pool: Pool | None) -> Iterator[tuple[str, str, Pool | None]]:
+    """What is said of each estimator, its name, and what it is fitted on beside the support set."""
+    what = "support set" if pool is None else "support set and pooled rows"
     for name, label in ESTIMATORS.items():
-        what = "support set" if anew else "support set and pooled rows"
-        say(f"baseline: {label} of scikit-learn")
-        yield f"{label}, {what}{how.few}", *how.estimated(name, pool)
+        yield f"{label}, {what}", name, pool
     if settings.kind == "regression":
-        yield f"ridge, support set only{how.few}", *how.estimated("ridge", None)
+        yield "ridge, support set only", "ridge", None
+
+
+def _anew(data: Data) -> bool:
+    """Whether classes are numbered anew in each task."""
+    return not isinstance(data.train, GroupEpisodes) or data.train.draws_classes
+
+
+def _pool(settings: Settings, data: Data) -> Pool | None:
+    if _anew(data) or not isinstance(data.train, GroupEpisodes):
+        return None
+    return pooled(data.train.source, rows=POOLED_ROWS, seed=settings.seed)
+
+
+def methods(settings: Settings, data: Data, episodes: Any, say: Callable[[str], None]) -> Iterator[Method]:
+    """The baselines of a run that have something to tune, each with what it is tuned by: its score on episodes.
+
+    Networks are trained when the method is asked for.
+    """
+    if not settings.baselines:
+        return
+    metric = headline(settings)
+    judged = judged_by(settings)
+    space = {
+        "inner_lr": LogUniform(*sizing.SEARCHED_LRS),
+        "steps": LogUniform(*sizing.SEARCHED_STEPS, whole=True),
+    }
+
+    def fine_tuned(label: str, model: Any, **choices: Any) -> Method:
+        def score(changed: dict[str, Any]) -> float:
+            options = {
+                "inner_lrs": (changed["inner_lr"],),
+                "at_steps": (changed["steps"],),
+                **choices,
+                **judged,
+            }
+            found = fine_tune(
+                model, episodes, episodes, tasks=settings.validation_tasks, tuning_tasks=1, metric=metric,
+                statistics=settings.statistics, **options,
+            )  # fmt: skip
+            return of_units(episodes, found.scores).mean().item()
+
+        return Method(label, space, score)
+
+    yield fine_tuned(START, lambda n: build_model(settings, 1000 + n))
+    for label, model, head in _learned(settings, data, say):
+        yield fine_tuned(f"{label}, fine-tuned", model)
+        if head is not None:
+            yield fine_tuned(f"{label}, head fine-tuned", model, adapted=head)
+    if data.facts is None or _not_estimated(settings, [metric]):
+        return
+    for label, name, pool in _estimators(settings, _pool(settings, data)):
+
+        def score(tasks: int, changed: dict[str, Any], name: str = name, pool: Pool | None = pool) -> float:
+            options = dict(changed)
+            found = fit_estimator(
+                name, episodes, pool=pool, share=options.pop("share", 1.0), options=options, metric=metric,
+                tasks=tasks, criterion=judged["criterion"],
+            )  # fmt: skip
+            return of_units(episodes, found).mean().item()
+
+        space = space_of(name, settings.kind == "classification", pool)
+        every = settings.validation_tasks
+        few = min(every, sizing.FEW_TASKS)
+        yield Method(label, space, partial(score, few), partial(score, every) if few < every else None)
 
 
 def _noted(source: Any, note: Note) -> Any:

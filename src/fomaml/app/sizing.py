@@ -14,6 +14,7 @@ from fomaml.app.sources import source_of
 
 PASSES = 3  # of an example that is learned from: forward, and backward at twice the cost
 INNER_LRS = (0.001, 0.003, 0.01, 0.03, 0.1)  # that baselines are tuned over
+SEARCHED_LRS, SEARCHED_STEPS = (0.001, 1.0), (1, 100)  # that `fomaml tune` searches for them
 BATCH = 128  # of the classifiers' pretraining
 FEW_TASKS = 10  # that estimators are tuned on, each of which is fitted anew
 VALIDATIONS = 10  # by default

@@ -117,10 +117,7 @@ def tune_estimator(
     [first] = tasks_of(tuning_episodes, 0, 1, LOOKED_AT)
     of = Kind(first.support.targets, criterion, metric)
     if space is None:
-        space = dict(ESTIMATORS[estimator].space) if estimator in list(ESTIMATORS) else {}
-        if pool is not None:
-            weighs = takes_weights(made(estimator, of.classes, {}))
-            space["share"] = Choice(SHARES if weighs else (None, 0.0, 1.0))
+        space = space_of(estimator, of.classes, pool)
     alone = {"share": 1.0 if pool is None else 0.5}
 
     def run(settings: Mapping[str, Any], episodes: TaskSequence, tasks: int) -> Tensor:
@@ -140,3 +137,12 @@ def tune_estimator(
         seed=seed,
     )
     return Chosen(run(best.settings, episodes, tasks), best.settings, tried)
+
+
+def space_of(estimator: str | Any, classes: bool, pool: Pool | None) -> Space:
+    """What of an estimator is tuned, see `tune_estimator`. classes: for labels, not for numbers."""
+    space = dict(ESTIMATORS[estimator].space) if estimator in list(ESTIMATORS) else {}
+    if pool is not None:
+        weighs = takes_weights(made(estimator, classes, {}))
+        space["share"] = Choice(SHARES if weighs else (None, 0.0, 1.0))
+    return space
