@@ -40,9 +40,9 @@ KINDS = ("MNIST", "photograph", "Omniglot")
 # as many trials for the random start as for a learner, on the digits alone: the other images take what is chosen there
 TRIALS = {
     "random start": [("GD", 0.03), ("Adam", 0.003), ("Adam", 0.01), ("Adam", 0.03)],
-    "FOMAML": [(0.003, 1e-3), (0.01, 1e-3), (0.03, 1e-3), (0.1, 1e-3)],  # inner and outer step size
-    "MAML": [(0.003, 1e-3), (0.01, 1e-3), (0.03, 1e-3), (0.1, 1e-3)],
-    "Reptile": [(0.003, 0.3), (0.01, 0.3), (0.01, 1.0), (0.03, 1.0)],
+    "FOMAML": [(0.01, 1e-3), (0.03, 1e-3), (0.03, 3e-4), (0.1, 1e-3)],  # inner and outer step size
+    "MAML": [(0.01, 1e-3), (0.03, 1e-3), (0.03, 3e-4), (0.1, 1e-3)],
+    "Reptile": [(0.01, 0.3), (0.01, 1.0), (0.03, 0.3), (0.03, 1.0)],
     "CAVIA": [(0.01, 1e-3), (0.1, 1e-3), (0.3, 1e-3), (1.0, 1e-3)],
 }
 
@@ -52,7 +52,7 @@ class Options:
     """SIREN: PSNR after 1, 3 and 10 steps from FOMAML's, MAML's, Reptile's and CAVIA's start and a random one."""
 
     data_root: Path = option("the folder that holds MNIST/raw and omniglot", ROOT.parent / "shared" / "data")
-    iterations: int = option("outer steps of each training", 250)
+    iterations: int = option("outer steps of each training", 200)
 
 
 @cache
@@ -202,10 +202,10 @@ def main(options: Options) -> None:
     parts = Parts(ROOT / "out" / "signals-parts.json")
     found: dict[str, dict[str, dict]] = {}
     for kind in KINDS:
-        for name in ("random start", "FOMAML", "Reptile", "CAVIA", "MAML"):
+        for name in TRIALS:
             found.setdefault(kind, {})[name] = study(kind, name, options, parts)
-    report(found)
-    picture(found, options)
+        report(found)
+        picture(found, options)
 
 
 def report(found: dict[str, dict[str, dict]]) -> None:
@@ -238,7 +238,7 @@ def picture(found: dict[str, dict[str, dict]], options: Options) -> None:
     import matplotlib.pyplot as plots
 
     names = ["random start", "FOMAML", "MAML", "Reptile", "CAVIA"]
-    figure, axes = plots.subplots(2 * len(found), 1 + len(names) * len(AT), figsize=(13, 4.4))
+    figure, axes = plots.subplots(2 * len(found), 1 + len(names) * len(AT), figsize=(13, 1.5 * len(found)))
     for own in axes.flat:
         own.axis("off")
     for place, (kind, by_name) in enumerate(found.items()):

@@ -254,8 +254,9 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise InputError(f"there is no file {path}; give the path of a .safetensors file")
     with open(path, "rb") as file:
-        start = file.read(4)
-    if path.suffix in PICKLES or start == b"PK\x03\x04" or start[:1] == b"\x80":
+        start = file.read(9)  # of a safetensors file a length, whose first byte may be any, and a brace
+    pickled = start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and start[8:] != b"{")
+    if path.suffix in PICKLES or pickled:
         raise InputError(
             f"{path} is a pickle, which may run code when it is read; where you trust it, convert it once: "
             + conversion(path)

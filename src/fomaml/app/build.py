@@ -122,7 +122,8 @@ def open_data(settings: Settings, test_seed: int | None = None, allow_download: 
 def with_data(settings: Settings, data: Data) -> Settings:
     """The settings with what the data tell: the shape of the images that the networks are built for, or their facts."""
     if data.facts is not None:
-        return dataclasses.replace(settings, facts=data.facts)
+        tasks = group_tasks.task_numbers(settings, data.test, data.validation)
+        return dataclasses.replace(settings, facts=data.facts, **tasks)
     if data.classes is None:
         return settings
     return dataclasses.replace(settings, image=tuple(data.classes.inputs.shape[1:]))

@@ -90,7 +90,7 @@ def compare(options: CompareOptions, out: Path, *, say: Callable[[str], None] = 
         "protocol": facts,
         **facts_of(headline(first)),
         "measured": measured(first, headline(first)),
-        "tasks": first.test_tasks,
+        "tasks": shown.test_tasks,
         "steps": first.test_steps[-1],
         "rows": _rows(found),
         "cosines": cosines,

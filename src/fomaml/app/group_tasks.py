@@ -69,6 +69,16 @@ def drawn(
     }
 
 
+def task_numbers(settings: Settings, test: Any, validation: Any) -> dict[str, Any]:
+    """How many tasks to test and to validate on: of groups that make one task each no more than there are groups."""
+    if settings.draw != "first" or not settings.query_all:
+        return {}
+    found: dict[str, Any] = {"test_tasks": min(settings.test_tasks, len(test))}
+    if validation is not None:
+        found["validation_tasks"] = min(settings.validation_tasks, len(validation))
+    return found
+
+
 def of_units(episodes: Any, scores: Tensor) -> Tensor:
     """The scores of what is independent: the means of groups, of episodes that are groups of rows, else the tasks."""
     by_group = getattr(episodes, "by_group", None)

@@ -49,9 +49,13 @@ def decide(name: str, path: str, asked: Mapping[str, Any]) -> dict[str, Any]:
         InputError: an option that is needed is not given, or as the source that is read.
     """
     for needed in READ[name][0]:
-        if not asked.get(needed):
+        if asked.get(needed) is None:
             others = " ".join(f"{typed(each)} {each.upper()}" for each in READ[name][0])
             raise InputError(f"the source {name} needs {typed(needed)}: fomaml train {name}:FILE {others}")
+    inputs = asked.get("inputs") or ()
+    for option, keys in (("--task", (asked["task"],)), ("--target", asked["target"])):
+        if both := [key for key in keys if key in inputs]:
+            raise InputError(f"{both[0]!r} is given both as {option} and as --inputs; it can be one of them")
     source = read(name, path, asked)
     ordered = name == "windows" or asked.get("order") is not None
     draw = asked.get("draw") or ("first" if ordered else "random")

@@ -141,7 +141,8 @@ def of_library(
         with seeded(seed):
             return backbone(name, outputs, weights=weights, norm=norm, **{**channels, **options})
     except InputError as error:
-        raise InputError(str(error).replace("weights=FILE", "--model-weights FILE")) from None
+        message = str(error).replace("weights=FILE", "--model-weights FILE")
+        raise InputError(message) from None
 
 
 def told_to(settings: Settings) -> dict[str, Any]:

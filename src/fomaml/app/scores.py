@@ -25,12 +25,11 @@ def metrics_of(settings: Settings) -> list[Metric]:
         InputError: two of one name, or the user's own that has not been named here.
     """
     if settings.metric is None:
-        found = [source_of(settings).metric if settings.loss is None else LOSS]
-    else:
-        found = [_metric(settings, name) for name in settings.metric]
-    if settings.facts is not None and settings.kind == "regression":  # of rows, whose targets are scaled
-        own_loss = settings.loss is not None
-        found = [each if own_loss and each is LOSS else in_own_unit(settings, each) for each in found]
+        return [in_own_unit(settings, source_of(settings).metric) if settings.loss is None else LOSS]
+    found = [_metric(settings, name) for name in settings.metric]
+    # of scaled targets a criterion's loss says nothing in their own unit; a loss of one's own is what it is
+    as_it_is = settings.loss is not None or source_of(settings).kind == "classification"
+    found = [each if as_it_is and each is LOSS else in_own_unit(settings, each) for each in found]
     names = [metric.name for metric in found]
     for name in names:
         if names.count(name) > 1:

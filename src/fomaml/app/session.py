@@ -88,10 +88,9 @@ def session(
     run = Session(settings, out, say, watch, work, allow_download)
     if not resume:
         rundir.claim(out)
-    with rundir.alone(out):
-        if (
-            not resume or run.settings.code or run.settings.model_weights
-        ):  # which may have changed, as was accepted
+    with rundir.alone(out), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)  # dropout draws from there
+        if not resume or settings.code:  # a change of code that was accepted
             write_text(out / rundir.CONFIG, to_json(run.settings))
         yield run
 

@@ -111,7 +111,7 @@ def settle_with_origins(given: Mapping[str, Any]) -> tuple[Settings, dict[str, s
         if follower not in values:
             values[follower], origins[follower] = values[leader], f"as {leader}"
     if values["model"].partition(":")[0] in LIBRARIES and "norm_policy" not in asked:
-        random = values["model_weights"] == "random"
+        random = values.get("model_weights") == "random"
         values["norm_policy"] = "batch" if random else "frozen"
         origins["norm_policy"] = "random weights" if random else "the statistics of model_weights"
     if algorithm == "maml++" and values["multi_step_iterations"] is None:
@@ -273,7 +273,10 @@ def _check_algorithm(settings: Settings) -> None:
 def _check_network(settings: Settings) -> None:
     """Options of convolutions of images, where there are none."""
     weights = settings.model_weights
-    if settings.norm_policy == "frozen" and (weights is None or weights == "random"):
+    of_library = (
+        settings.model.partition(":")[0] in LIBRARIES and weights is None
+    )  # which has its own message
+    if settings.norm_policy == "frozen" and weights in (None, "random") and not of_library:
         raise InputError("--norm-policy frozen takes statistics that were learned: give --model-weights FILE")
     if foreign_model(settings):
         for name in ("channels", "norm_parameters"):

@@ -166,6 +166,14 @@ def test_the_data_decide_what_is_not_given(data):
     assert settled({"target": ("state",), "ways": 2}).fixed_classes is False
 
 
+def test_groups_that_make_one_task_each_are_visited_once(data, tmp_path):
+    text = command(data, TABLE.replace("--test-tasks 8", "--test-tasks 200"))
+    main(["train", *text, "--query-all", "--out", str(tmp_path / "run")])
+    settings = load_settings(tmp_path / "run")
+    assert (settings.test_tasks, settings.validation_tasks) == (2, 2)
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["tasks"] == 2
+
+
 def test_tasks_are_split_by_their_keys(data, tmp_path):
     main(["train", *command(data, TABLE), "--out", str(tmp_path / "run"), "--test-keys", "m3", "m5",
           "--validation-keys", "m0"])  # fmt: skip
@@ -231,6 +239,8 @@ def test_data_that_have_changed_are_refused(data, tmp_path, capsys):
         (TABLE.replace("machines", "none"), "no file "),
         (ARRAYS.replace("--inputs x", "--inputs y"), "no array 'y'; there are: "),
         (ARRAYS.replace("--inputs x", "--inputs objects"), "never unpickled"),
+        (ARRAYS.replace("--inputs x", "--inputs x wear"), "'wear' is given both as --target and as --inputs"),
+        (WINDOWS.replace("--hop 4", "--hop 0"), "hop must be a whole number of 1 or more, got 0"),
         (ARRAYS.replace("machines.npz", "machines.csv"), "cannot be read as an .npz file"),
         (WINDOWS.replace("--window 8", "--window 80"), "12 of 12 recordings are shorter than a window of 80"),
         (WINDOWS + " --draw random", "windows that overlap would share samples"),
