@@ -47,16 +47,19 @@ def verdict(result: dict) -> str:
     metric, rows = metric_in(result), result["differences"]
     if not rows:
         return ""
-    hardest = min(rows, key=lambda row: metric.direction * row["mean"])
-    gain, interval = metric.direction * hardest["mean"], hardest["interval"]
+    gains = [(metric.direction * row["mean"], row["interval"], row["to"]) for row in rows]
+    # what beats the learner comes first, then what is not told apart from it
+    lost = [gain for gain in gains if gain[0] < -gain[1]]
+    unclear = [gain for gain in gains if not gain[0] > gain[1]]
+    gain, interval, to = min(lost or unclear or gains)
     how = "by" if metric.direction > 0 else "by a lower error of"
     points = " points" if metric.unit == "%" else ""
     text = f"{metric.text(gain, interval)}{points}, on the same tasks"
     name, steps = result["name"], result["steps"]
-    if gain > interval:
-        return f"{name} after {steps} steps beats every baseline; the best, {hardest['to']}, {how} {text}"
-    outcome = "is not told apart from" if gain >= -interval else "LOSES to"
-    return f"{name} after {steps} steps {outcome} the baseline {hardest['to']}: {text}"
+    if not unclear:
+        return f"{name} after {steps} steps beats every baseline; the best, {to}, {how} {text}"
+    outcome = "LOSES to" if lost else "is not told apart from"
+    return f"{name} after {steps} steps {outcome} the baseline {to}: {text}"
 
 
 def duration(seconds: float) -> str:
