@@ -55,6 +55,7 @@ class Variation:
 
     mixed: each exercise is another person's, of the same arm. turn, turn_each: standard deviation, in degrees, of a
     rotation of the watch. gain: of the logarithm of a factor of each sensor. stretch: of that of the speed.
+    exchange: the share of tasks in which two exercises have each other's name: only the support set tells.
     """
 
     mixed: bool = False
@@ -62,12 +63,14 @@ class Variation:
     turn_each: float = 0.0
     gain: float = 0.0
     stretch: float = 0.0
+    exchange: float = 0.0
 
 
 class TrainingTasks:
     """Endless tasks of the given subjects, each a pure function of (seed, index).
 
     Support: K windows in a row from a random moment of each exercise. Query: random windows after the gap.
+    confusions: (exercises, exercises) shares, which pairs of exercises exchange their names; the sum is 1.
     """
 
     ways, copies = EXERCISES, 1
@@ -80,18 +83,19 @@ class TrainingTasks:
         query_shots: int,
         variation: Variation = Variation(),
         seed: int = 0,
+        confusions: np.ndarray | None = None,
     ):
         self.recordings, self.subjects, self.variation, self.seed = recordings, subjects, variation, seed
-        self.shots, self.query_shots = shots, query_shots
+        self.shots, self.query_shots, self.confusions = shots, query_shots, confusions
 
     def batch(self, start: int, tasks: int) -> Task:
         shots, own, shape = self.shots, self.variation, (tasks, EXERCISES)
-        parts = [1, EXERCISES, 1, EXERCISES, EXERCISES * self.query_shots]
+        parts = [1, EXERCISES, 1, EXERCISES, EXERCISES * self.query_shots, 2]
         uniform, normal = np.empty((tasks, sum(parts))), np.empty((tasks, 4 + 7 * EXERCISES))
         for row in range(tasks):
             random = generator(self.seed, start + row)
             uniform[row], normal[row] = random.random(sum(parts)), random.standard_normal(normal.shape[1])
-        one, each, arm, first, later = np.split(uniform, np.cumsum(parts)[:-1], axis=1)
+        one, each, arm, first, later, swap = np.split(uniform, np.cumsum(parts)[:-1], axis=1)
         subject = np.array(self.subjects)[((each if own.mixed else one) * len(self.subjects)).astype(int)]
         where = (
             np.broadcast_to(subject, shape),
@@ -122,7 +126,14 @@ class TrainingTasks:
         if own.gain:
             factors = torch.from_numpy(np.exp(own.gain * gain)).float().reshape(*shape, 1, 2, 1)
             windows = windows * factors.repeat_interleave(3, 3)
-        return Task(*(_examples(part) for part in windows.split([shots, self.query_shots], dim=2)))
+        names = np.broadcast_to(np.arange(EXERCISES), shape).copy()
+        if own.exchange:
+            pairs = np.searchsorted(self.confusions.cumsum(), swap[:, 1]).clip(max=EXERCISES**2 - 1)
+            for row in np.flatnonzero(swap[:, 0] < own.exchange):
+                a, b = divmod(int(pairs[row]), EXERCISES)
+                names[row, [a, b]] = b, a
+        parts = windows.split([shots, self.query_shots], dim=2)
+        return Task(*(_examples(part, torch.from_numpy(names)) for part in parts))
 
 
 class TestTasks:
@@ -140,7 +151,7 @@ class TestTasks:
         first = WINDOW * shots + GAP
         query = begin[..., None] + (first + spaces * (length[..., None] - WINDOW - first)).round().astype(int)
         parts = (recordings.windows(starts.reshape(-1, *starts.shape[2:])) for starts in (support, query))
-        self.tasks = Task(*map(_examples, parts))
+        self.tasks = Task(*(_examples(part, torch.arange(EXERCISES)) for part in parts))
         self.owners = [subject for subject in subjects for _ in range(2)]
 
     def __len__(self) -> int:
@@ -168,7 +179,21 @@ def features(windows: Tensor) -> np.ndarray:
     return np.concatenate([x.mean(-1), x.std(-1), x.min(-1), x.max(-1), change, waves], axis=1)
 
 
-def _examples(windows: Tensor) -> Examples:
-    """Of windows (tasks, exercises, windows, 6, 100), in the order of the exercises."""
-    targets = torch.arange(EXERCISES)[:, None].expand(windows.shape[:3])
+def confusions(recordings: Recordings, subjects: tuple[int, ...]) -> np.ndarray:
+    """(exercises, exercises) shares: a window of the first, and of the second its nearest of the other subjects."""
+    tasks = TestTasks(recordings, subjects, 1)
+    known = features(tasks.tasks.query.inputs.flatten(0, 1))
+    known = (known - known.mean(0)) / known.std(0)
+    labels = tasks.tasks.query.targets.flatten().numpy()
+    owners = np.array(tasks.owners).repeat(len(labels) // len(tasks))
+    distances = torch.cdist(torch.from_numpy(known), torch.from_numpy(known)).numpy()
+    nearest = labels[np.where(owners[:, None] == owners, np.inf, distances).argmin(1)]
+    found = np.zeros((EXERCISES, EXERCISES))
+    np.add.at(found, (labels, nearest), labels != nearest)
+    return found / found.sum()
+
+
+def _examples(windows: Tensor, names: Tensor) -> Examples:
+    """Of windows (tasks, exercises, windows, 6, 100), in the order of the exercises, whose names are the targets."""
+    targets = names.unsqueeze(-1).expand(windows.shape[:3])
     return Examples(windows.flatten(1, 2).contiguous(), targets.flatten(1).contiguous())
