@@ -167,6 +167,12 @@ def fine_tuned(start: str, layers: str, inner_lr: float) -> Score:
     return adapted(lambda cell: fomaml.FOMAML(cell.pooled(start), inner_lr, inner_steps=5, adapted=layers))
 
 
+def from_prototypes(scale: float, inner_lr: float) -> Score:
+    """What is left of the learner without its meta-training."""
+    start = PriorAndPrototypes(scale)
+    return adapted(lambda cell: fomaml.FOMAML(cell.pooled("plain"), inner_lr, inner_steps=5, start=start))
+
+
 def from_scratch(inner_lr: float) -> Score:
     return adapted(lambda cell: fomaml.FOMAML(cell.fresh(1), inner_lr, inner_steps=5))
 
@@ -237,6 +243,10 @@ METHODS = {
             for lr in lrs
         },
         STEPS,
+    ),
+    "pooled, with prototypes, fine-tuned": Method(
+        {f"{scale}, {lr}": from_prototypes(scale, lr) for scale in (0.1, 0.3) for lr in (0.003, 0.01, 0.03)},
+        (0, *STEPS),
     ),
     "pooled, not adapted": Method({name: fine_tuned(name, "*", 0.01) for name in ("plain", "varied")}),
     "from scratch": Method({f"{lr}": from_scratch(lr) for lr in (0.01, 0.03, 0.1, 0.3)}, STEPS),
