@@ -22,7 +22,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 from watch_methods import LEARNER, METHODS, TUNED, Cell
-from watch_tasks import Recordings, TestTasks
+from watch_tasks import Recordings, UnseenTasks
 
 from fomaml.app.cli import told_in_one_line
 from fomaml.app.parser import option, parse
@@ -49,7 +49,7 @@ class Options:
 Trial = tuple[str, int]  # a setting, and a number of steps
 
 
-def by_subject(tasks: TestTasks, scores: Tensor) -> dict[str, float]:
+def by_subject(tasks: UnseenTasks, scores: Tensor) -> dict[str, float]:
     owners = torch.tensor(tasks.owners)
     return {str(who): scores[owners == who].mean().item() for who in dict.fromkeys(tasks.owners)}
 
@@ -61,7 +61,7 @@ def inner_cell(recordings: Recordings, fold: int) -> dict:
     found: dict = {}
     for shots in SHOTS:
         for own in pair:
-            tasks = TestTasks(recordings, FOLDS[own], shots)
+            tasks = UnseenTasks(recordings, FOLDS[own], shots)
             for name, method in METHODS.items():
                 for setting, score in method.settings.items():
                     for steps, scores in score(cell, tasks, method.steps).items():
@@ -91,7 +91,7 @@ def final_cell(recordings: Recordings, inner: Mapping[int, dict], fold: int, see
     cell = Cell(recordings, FOLDS[fold], seed)
     found: dict = {}
     for shots in SHOTS:
-        tasks = TestTasks(recordings, FOLDS[fold], shots)
+        tasks = UnseenTasks(recordings, FOLDS[fold], shots)
         for name, method in METHODS.items():
             (setting, steps), _ = chosen(inner, fold, shots, name)
             scores = method.settings[setting](cell, tasks, (steps,))[steps]

@@ -14,7 +14,7 @@ from scipy import stats
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
-from watch_tasks import EXERCISES, Recordings, TestTasks, TrainingTasks, Variation, confusions, features
+from watch_tasks import EXERCISES, Recordings, TrainingTasks, UnseenTasks, Variation, confusions, features
 
 import fomaml
 from fomaml.tasks import one
@@ -153,11 +153,11 @@ class Cell:
 
 # ── methods: names of settings, and what scores one of them ──
 # A score: (cell, test tasks, steps) → {steps: (tasks,) accuracies}. Settings without steps have the number 0 alone.
-Score = Callable[[Cell, TestTasks, tuple[int, ...]], Mapping[int, Tensor]]
+Score = Callable[[Cell, UnseenTasks, tuple[int, ...]], Mapping[int, Tensor]]
 
 
 def adapted(make: Callable[[Cell], fomaml.MetaLearner]) -> Score:
-    def score(cell: Cell, tasks: TestTasks, steps: tuple[int, ...]) -> Mapping[int, Tensor]:
+    def score(cell: Cell, tasks: UnseenTasks, steps: tuple[int, ...]) -> Mapping[int, Tensor]:
         return fomaml.evaluate(make(cell), tasks, tasks=len(tasks), at_steps=steps, engine="batched")
 
     return score
@@ -180,7 +180,7 @@ def from_scratch(inner_lr: float) -> Score:
 def by_features(predict: Callable[[Cell, np.ndarray, np.ndarray, np.ndarray], np.ndarray]) -> Score:
     """predict: cell, features of a support set, its targets, features of the query windows → labels."""
 
-    def score(cell: Cell, tasks: TestTasks, steps: tuple[int, ...]) -> Mapping[int, Tensor]:
+    def score(cell: Cell, tasks: UnseenTasks, steps: tuple[int, ...]) -> Mapping[int, Tensor]:
         found = []
         for index in range(len(tasks)):
             support, query = one(tasks.tasks, index)

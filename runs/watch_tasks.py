@@ -136,7 +136,7 @@ class TrainingTasks:
         return Task(*(_examples(part, torch.from_numpy(names)) for part in parts))
 
 
-class TestTasks:
+class UnseenTasks:
     """One task for each arm of the given subjects, `owners` the subject of each.
 
     Support: the first K windows of each exercise. Query: 16 windows, evenly spaced from the gap to the end.
@@ -181,7 +181,7 @@ def features(windows: Tensor) -> np.ndarray:
 
 def confusions(recordings: Recordings, subjects: tuple[int, ...]) -> np.ndarray:
     """(exercises, exercises) shares: a window of the first, and of the second its nearest of the other subjects."""
-    tasks = TestTasks(recordings, subjects, 1)
+    tasks = UnseenTasks(recordings, subjects, 1)
     known = features(tasks.tasks.query.inputs.flatten(0, 1))
     known = (known - known.mean(0)) / known.std(0)
     labels = tasks.tasks.query.targets.flatten().numpy()
