@@ -154,19 +154,26 @@ def summary(inner: Mapping[int, dict], final: Mapping[tuple[int, int], dict], sh
 
 def lines(results: Mapping[str, dict]) -> Iterator[str]:
     yield "Smartwatch exercises of a new person: accuracy in %, ten subjects, three training seeds."
-    yield "± 95 % interval over the subjects (Student's t); the difference is paired."
+    yield "± 95 % interval over the subjects (Student's t); differences are paired."
+    yield ""
+    headings = [text for shots in results for text in (f"{shots}-shot", f"{LEARNER} minus this")]
+    rows = [["", *headings, "trials"]]
+    for name, method in METHODS.items():
+        row = [name]
+        for found in results.values():
+            row.append(f"{100 * found[name]['accuracy']:.1f} ± {100 * found[name]['interval']:.1f}")
+            row.append("" if name == LEARNER else difference(found[name]))
+        rows.append([*row, str(method.trials)])
+    yield align(rows)
+    yield ""
     for shots, found in results.items():
-        yield ""
-        rows = [[f"{shots} window(s) of each exercise", "accuracy", f"{LEARNER} minus this", "trials"]]
-        for name, row in found.items():
-            difference = f"{100 * row['learner_minus_this']:+.1f} ± {100 * row['its_interval']:.1f}"
-            accuracy = f"{100 * row['accuracy']:.1f} ± {100 * row['interval']:.1f}"
-            rows.append([name, accuracy, "" if name == LEARNER else difference, str(row["trials"])])
-        yield align(rows)
-        row = found[TUNED]
-        gap, unsure = row["learner_minus_this"], row["its_interval"]
+        gap, unsure = found[TUNED]["learner_minus_this"], found[TUNED]["its_interval"]
         verdict = "beats" if gap > unsure else "LOSES to" if gap < -unsure else "cannot be told from"
-        yield f"{LEARNER} {verdict} {TUNED}: {100 * gap:+.1f} ± {100 * unsure:.1f} points"
+        yield f"{shots}-shot: {LEARNER} {verdict} {TUNED}, {difference(found[TUNED])} points"
+
+
+def difference(row: Mapping) -> str:
+    return f"{100 * row['learner_minus_this']:+.1f} ± {100 * row['its_interval']:.1f}"
 
 
 def main(options: Options) -> None:
