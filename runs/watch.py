@@ -2,7 +2,7 @@
 
 Two of the ten subjects are left out at a time. Every method is tuned on the subjects that are left, by leaving out two
 more of them; the subjects left out first are judged once, with what was chosen. Finished parts are kept under --out, so
-that a run that was killed goes on.
+that a run that was killed goes on. Needs scikit-learn.
 
 python runs/watch.py --data my/watch.npz
 """
@@ -41,7 +41,7 @@ SHOTS = (1, 5)
 class Options:
     """Tune and judge all methods on the smartwatch recordings, and write runs/watch/."""
 
-    data: Path = option("the recordings, see runs/watch_download.py", Path("../shared/data/watch/watch.npz"))
+    data: Path = option("the recordings, see runs/watch_download.py", Path("watch.npz"))
     out: Path = option("where finished parts are kept", Path("out/watch"))
     threads: int = option("the number of threads", 1)
 

@@ -1,9 +1,12 @@
 """The tasks of runs/watch.py, out of recordings whose samples say who does what, and when."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
+from pages import ROOT
 from runs.watch_tasks import (
     EXERCISES,
     GAP,
@@ -125,3 +128,30 @@ def test_what_is_alike_is_confused(tmp_path):
     )
     shares = confusions(people, (0, 1, 2))
     assert shares[2, 3] + shares[3, 2] == pytest.approx(1) and min(shares[2, 3], shares[3, 2]) > 0.3
+
+
+def test_the_page_holds_the_kept_figures():
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    kept = json.loads((ROOT / "runs" / "watch" / "watch.json").read_text(encoding="utf-8"))["shots"]
+    assert list(kept) == ["1", "5"]
+    for name, trials in ((name, row["trials"]) for name, row in kept["1"].items()):
+        cells = [name]
+        for row in (kept["1"][name], kept["5"][name]):
+            cells.append(f"{100 * row['accuracy']:.1f} ± {100 * row['interval']:.1f}")
+            gap = f"{100 * row['learner_minus_this']:+.1f} ± {100 * row['its_interval']:.1f}"
+            cells.append("" if name == "meta-learned" else gap)
+        assert f"| {' | '.join([*cells, str(trials)])} |".replace("|  |", "| |") in page
+
+
+def test_the_kept_intervals_are_those_of_ten_people():
+    kept = json.loads((ROOT / "runs" / "watch" / "watch.json").read_text(encoding="utf-8"))["shots"]
+    for found in kept.values():
+        ours = np.array(list(found["meta-learned"]["by_subject"].values()))
+        assert len(ours) == 10
+        for name, row in found.items():
+            gaps = ours - np.array(list(row["by_subject"].values()))
+            assert row["learner_minus_this"] == pytest.approx(gaps.mean(), abs=1e-9)
+            if (
+                name != "meta-learned"
+            ):  # 2.262157 is the 97.5 % point of Student's t with 9 degrees of freedom
+                assert row["its_interval"] == pytest.approx(2.262157 * gaps.std(ddof=1) / 10**0.5, rel=1e-5)
