@@ -306,20 +306,20 @@ def report(found: dict[str, dict]) -> None:
         name: {key: value.double().mean(0) for key, value in each.items() if key not in ("chosen", "shown")}
         for name, each in found.items()
     }
-    rows = []
+    rows, differences = [], []
     for name, own in units.items():
-        row = [name]
+        row = [name, *(estimate(100 * own[f"error after {steps}"]).text(0) for steps in AFTER)]
         row += [estimate(own[f"steps to {given}"]).text(0) for given in GIVEN]
-        row += [estimate(100 * own[f"error after {steps}"]).text(0) for steps in AFTER]
-        for baseline in ("random start", "pooled start", "pooled, coefficients as inputs"):
-            key = f"steps to {GIVEN[-1]}"
-            difference = estimate(own[key] - units[baseline][key])
-            is_baseline = "start" in name or "pooled" in name
-            row.append("" if is_baseline else f"{difference.text(0, '+')} {verdict(difference, -1)}")
-        rows.append([*row, found[name]["chosen"]])
-    heads = ["", *(f"steps to {100 * given:.0f} %" for given in GIVEN)]
-    heads += [f"error in % after {steps}" for steps in AFTER]
-    heads += [f"steps to 5 %, less {b}" for b in ("random", "pooled", "pooled with coefficients")]
+        rows.append([*row, found[name]["chosen"].removeprefix("0.0 ")])
+        for baseline in (each for each in units if is_baseline(each) and not is_baseline(name)):
+            row = [f"{name} against {baseline}"]
+            for key, scale in (("error after 5", 100), ("error after 20", 100), (f"steps to {GIVEN[-1]}", 1)):
+                difference = estimate(scale * (own[key] - units[baseline][key]))
+                row.append(f"{difference.text(0, '+')} {verdict(difference, -1)}")
+            differences.append(row)
+    heads = ["", *(f"error in % after {steps}" for steps in AFTER)]
+    heads += [*(f"steps to {100 * given:.0f} %" for given in GIVEN), "chosen"]
+    paired = ["difference", "of the error after 5", "after 20", f"of the steps to {100 * GIVEN[-1]:.0f} %"]
     result = {
         "seeds": len(SEEDS),
         "equations": TOGETHER,
@@ -328,7 +328,11 @@ def report(found: dict[str, dict]) -> None:
             name: {key: value.tolist() for key, value in own.items()} for name, own in units.items()
         },
     }
-    keep(OUT, table([*heads, "chosen"], rows), result)
+    keep(OUT, table(heads, rows) + "\n\n" + table(paired, differences), result)
+
+
+def is_baseline(name: str) -> bool:
+    return name.startswith(("random", "pooled"))
 
 
 def picture(shown: dict[str, Tensor]) -> None:

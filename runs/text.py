@@ -34,7 +34,7 @@ SHOTS, FOLDS, SEEDS = (1, 5), range(5), range(3)
 TUNING, TEST = 40, 100  # tasks of each domain
 SCALE = 2.0  # of the vectors, whose length is 1
 # the trials of each, tuned on the validation domains of a fold: as many for a baseline as for a learner
-RATES = ((0.3, 3e-4), (0.3, 1e-3), (3.0, 3e-4), (3.0, 1e-3))  # inner and outer step size
+RATES = ((1.0, 3e-4), (1.0, 1e-3), (10.0, 3e-4), (10.0, 1e-3))  # inner and outer step size
 STRENGTHS = (0.1, 1.0, 10.0, 100.0)  # C of the logistic regression
 FORMS = ("raw", "unit", "centred", "centred, unit")  # of the vectors, for the nearest centroid
 POOLED_STEPS = (30, 100, 300, 1000)  # of the pooled classifier
@@ -46,7 +46,7 @@ class Options:
     """CLINC150, 5-way, from word vectors: Proto-MAML that adapts the head, LoRA or all, beside baselines."""
 
     data_root: Path = option("the folder that holds text/clinc150_full.json", ROOT.parent / "shared" / "data")
-    iterations: int = option("outer steps of each training", 120)
+    iterations: int = option("outer steps of each training", 80)
 
 
 def embedded(texts: list[str]) -> Tensor:

@@ -105,6 +105,13 @@ def test_the_page_holds_the_kept_table_of_mnist():
         assert f"| {' | '.join(cells)} |".replace("|  |", "| |").replace("|  |", "| |") in page
 
 
+@pytest.mark.parametrize("study", ["physics", "text", "signals"])
+def test_the_page_holds_the_tables_of_the_studies(study):
+    tables = (ROOT / "runs" / study / "result.txt").read_text(encoding="utf-8").strip()
+    assert tables.count(" ± ") > 10
+    assert tables in (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     text = page.read_text(encoding="utf-8")
