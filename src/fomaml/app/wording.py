@@ -17,6 +17,10 @@ PHRASES: list[tuple[str, str]] = [
     (r"(?<![\w'-])each side of size\b", "each number of --image-size"),
     (r"(?:fomaml\.)?convert_batch_norm\([^)]*\)", "--norm-policy"),
     (r"small='leave out'", "--skip-small-groups"),
+    (
+        r"list it as categorical, or leave it out of the features",
+        "give --categorical with its name, or --features without it",
+    ),
     (r"separator='\\t'", "--separator tab"),
     (r"separator=('.')", r"--separator \1"),
     (r"give output=, the name", "give --output, the name"),
