@@ -284,8 +284,7 @@ class Problem:
     ) -> tuple[Tensor, Tree]:
         def one_task(adapted, buffers, examples, support):
             parameters = {**fixed, **adapted}
-            judged = self._judged(parameters, buffers, examples, support, step, apart, summing, measured)
-            return judged
+            return self._judged(parameters, buffers, examples, support, step, apart, summing, measured)
 
         buffers = self.buffers if buffers is None else buffers
         arguments = (dict(adapted), buffers, examples, support)
