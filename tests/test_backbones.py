@@ -13,7 +13,7 @@ from torch import nn
 
 import reference
 from family import assert_agrees
-from fomaml.backbones import backbone, head_name, read_weights
+from fomaml.backbones import Decoder, backbone, decoder, head_name, read_weights
 from fomaml.checkpoint import save_weights
 from fomaml.engines import meta_gradient
 from fomaml.errors import InputError
@@ -247,3 +247,26 @@ def test_the_head_or_the_last_layers_adapt(part, engine):
         lambda m, t: reference.fomaml(m, t, F.cross_entropy, dict.fromkeys(names, 0.1), 2), model, tasks
     )
     assert_agrees(meta_gradient(learner, tasks, engine=engine), expected)
+
+
+# --- images ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("name", ["torchvision:resnet18", "timm:resnet10t"])
+def test_images_are_decoded_as_torchvision_does(name, channels):
+    images = torch.randint(256, (2, channels, 8, 8), dtype=torch.uint8)
+    transform = torchvision.transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    expected = transform(images.expand(2, 3, 8, 8).float() / 255)
+    torch.testing.assert_close(decoder(name)(images), expected)
+
+
+def test_what_no_decoder_is_of():
+    with pytest.raises(InputError, match="torchvision has no network 'resnet19'"):
+        decoder("torchvision:resnet19")
+    with pytest.raises(InputError, match="unknown backbone 'keras:x'"):
+        decoder("keras:x")
+    with pytest.raises(
+        InputError, match=r"takes bytes \(examples, 1 or 3, height, width\), got torch.float32"
+    ):
+        Decoder((0.5,) * 3, (0.5,) * 3)(torch.zeros(2, 3, 4, 4))

@@ -15,7 +15,7 @@ LAYERS = [
     {"models", "episodes", "group_episodes", "streams", "backbones"},
     {"learning"},
     {"engines"},
-    {"scoring", "train", "evaluate", "baselines", "checkpoint"},
+    {"features", "scoring", "train", "evaluate", "tuning", "baselines", "checkpoint"},
     {"check"},
     {"app"},
     {"__init__", "__main__"},

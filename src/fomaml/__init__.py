@@ -45,6 +45,7 @@ if TYPE_CHECKING:  # a checker of types is to know all modules, and no other nam
     from fomaml import engines as engines
     from fomaml import episodes as episodes
     from fomaml import errors as errors
+    from fomaml import features as features
     from fomaml import files as files
     from fomaml import group_episodes as group_episodes
     from fomaml import learning as learning
@@ -55,6 +56,7 @@ if TYPE_CHECKING:  # a checker of types is to know all modules, and no other nam
     from fomaml import streams as streams
     from fomaml import tasks as tasks
     from fomaml import trees as trees
+    from fomaml import tuning as tuning
 else:
     __getattr__, __dir__ = submodules(__name__)
 

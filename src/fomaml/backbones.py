@@ -7,9 +7,11 @@ import importlib
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -62,7 +64,7 @@ def backbone(
     build = _timm if library == "timm" else _torchvision
     model, head = build(model_name, outputs, weights == "download", options)
     if weights not in ("random", "download"):
-        _load(model, Path(weights).expanduser(), name, head)
+        fit_weights(model, Path(weights).expanduser(), name, head)
     return convert_batch_norm(model, norm or ("batch" if weights == "random" else "frozen"))
 
 
@@ -85,14 +87,53 @@ def head_name(model: nn.Module) -> str:
     return linear[-1]
 
 
+@dataclass(frozen=True)
+class Decoder:
+    """Images of bytes (examples, 1 or 3, height, width) to (x / 255 - mean) / std in torch's default dtype, in colour.
+
+    For `ClassSource.decode`. mean, std: of red, green and blue.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(self, images: Tensor) -> Tensor:
+        if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] not in (1, len(self.mean)):
+            raise InputError(
+                f"the decoder of a backbone takes bytes (examples, 1 or {len(self.mean)}, height, width), got "
+                f"{images.dtype} of shape {tuple(images.shape)}"
+            )
+        dtype = torch.get_default_dtype()
+        mean, std = (images.new_tensor(own, dtype=dtype).view(-1, 1, 1) for own in (self.mean, self.std))
+        return images.to(dtype).div(255).sub(mean).div(std)
+
+
+def decoder(name: str) -> Decoder:
+    """The decoder of images that the library's own weights of this network, see `backbone`, were trained with.
+
+    Raises:
+        InputError: a library that is not installed, an unknown name, or a network without weights.
+    """
+    library, _, model_name = name.partition(":")
+    if library == "timm":
+        known = _known_timm(model_name).get_pretrained_cfg(model_name)
+    elif library == "torchvision":
+        known = _known_torchvision(model_name).get_model_weights(model_name).DEFAULT.transforms()
+    else:
+        raise InputError(f"unknown backbone {name!r}; expected timm:NAME or torchvision:NAME")
+    if known is None:
+        raise InputError(
+            f"{name} has no weights of its own, nor a mean and deviation; make a Decoder of yours"
+        )
+    return Decoder(tuple(known.mean), tuple(known.std))
+
+
 # --- the two libraries ----------------------------------------------------------------------------
 
 
 def _timm(name: str, outputs: int, download: bool, options: dict[str, Any]) -> tuple[nn.Module, str]:
     """The model, and the name of its head."""
-    timm = _library("timm")
-    if not timm.is_model(name):
-        raise _unknown("timm", name, timm.list_models())
+    timm = _known_timm(name)
     model = _made(
         f"timm:{name}", download, lambda: timm.create_model(name, download, num_classes=outputs, **options)
     )
@@ -104,10 +145,7 @@ def _timm(name: str, outputs: int, download: bool, options: dict[str, Any]) -> t
 
 def _torchvision(name: str, outputs: int, download: bool, options: dict[str, Any]) -> tuple[nn.Module, str]:
     """The model, and the name of its head."""
-    models = _library("torchvision.models")
-    names = models.list_models(module=models)
-    if name not in names:
-        raise _unknown("torchvision", name, names)
+    models = _known_torchvision(name)
     if download:
         options = {**options, "weights": "DEFAULT", "progress": False}
     with warnings.catch_warnings():  # of an initialisation that will change, and is not kept
@@ -135,6 +173,23 @@ def _library(name: str) -> Any:
         raise InputError(f"{library} is not installed: pip install 'fomaml[backbones]'") from None
 
 
+def _known_timm(name: str) -> Any:
+    """timm, which knows this name."""
+    timm = _library("timm")
+    if not timm.is_model(name):
+        raise _unknown("timm", name, timm.list_models())
+    return timm
+
+
+def _known_torchvision(name: str) -> Any:
+    """`torchvision.models`, which know this name."""
+    models = _library("torchvision.models")
+    names = models.list_models(module=models)
+    if name not in names:
+        raise _unknown("torchvision", name, names)
+    return models
+
+
 def _unknown(library: str, name: str, names: Sequence[str]) -> InputError:
     near = difflib.get_close_matches(name, names, 5, 0.4) or list(names)[:5]
     return InputError(
@@ -157,10 +212,10 @@ def _made(name: str, download: bool, make: Callable[[], nn.Module]) -> nn.Module
 # --- weights --------------------------------------------------------------------------------------
 
 
-def _load(model: nn.Module, path: Path, name: str, head: str) -> None:
-    """Read all but a head of another shape; see `backbone`."""
+def fit_weights(model: nn.Module, path: Path, name: str, head: str = "") -> None:
+    """Read all but a head of another shape; see `backbone`. head: its name, "" where all has to fit."""
     found, own = read_weights(path), model.state_dict()
-    of_head = [key for key in own.keys() | found.keys() if key.startswith(f"{head}.")]
+    of_head = [key for key in own.keys() | found.keys() if head and key.startswith(f"{head}.")]
     if any(_shape(found, key) != _shape(own, key) for key in of_head):
         if any(key in own for key in of_head):
             log.info("%s: the head %r is a new one, not that of %s", name, head, path)
@@ -199,8 +254,9 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise InputError(f"there is no file {path}; give the path of a .safetensors file")
     with open(path, "rb") as file:
-        start = file.read(4)
-    if path.suffix in PICKLES or start == b"PK\x03\x04" or start[:1] == b"\x80":
+        start = file.read(9)  # of a safetensors file a length, whose first byte may be any, and a brace
+    pickled = start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and start[8:] != b"{")
+    if path.suffix in PICKLES or pickled:
         raise InputError(
             f"{path} is a pickle, which may run code when it is read; where you trust it, convert it once: "
             + conversion(path)

@@ -87,7 +87,7 @@ def save_tensors(
     entry: dict[str, Any] = {"facts": dict(facts or {})}
     if settings is not None:
         entry["settings"] = settings_digest(settings)
-    entry["digest"] = _digest(own, entry)
+    entry["digest"] = digest_of(own, entry)
     with replacing(path) as temporary:
         save_file(own, temporary, {"fomaml": json.dumps(entry)})  # one entry: of several the order is chance
 
@@ -117,7 +117,7 @@ def load_tensors(
     elif not {"facts", "digest"} <= entry.keys() <= {"facts", "settings", "digest"}:
         raise InputError(f"{path} is damaged: its header speaks of {', '.join(sorted(entry))}")
     else:
-        if entry.pop("digest") != _digest(tensors, entry):
+        if entry.pop("digest") != digest_of(tensors, entry):
             raise InputError(f"{path} is damaged: what it holds has another digest than what was written")
         if settings is not None and entry.get("settings") not in (None, settings_digest(settings)):
             raise InputError(
@@ -132,7 +132,7 @@ def settings_digest(settings: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(dict(settings), sort_keys=True).encode()).hexdigest()
 
 
-def _digest(tensors: Mapping[str, Tensor], entry: Mapping[str, Any]) -> str:
+def digest_of(tensors: Mapping[str, Tensor], entry: Mapping[str, Any]) -> str:
     """The SHA-256 digest of names, dtypes, shapes, bytes and the rest of the header; the memory format is no matter."""
     names = sorted(tensors)
     kinds = [(name, str(tensors[name].dtype), list(tensors[name].shape)) for name in names]

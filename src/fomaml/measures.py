@@ -181,7 +181,8 @@ def _odds(outputs: Tensor, number: int) -> Tensor:
     outputs = outputs.double()
     if outputs.dim() == 2:
         rest = torch.cat([outputs[:, :number], outputs[:, number + 1 :]], dim=1)
-        outputs = outputs[:, number] - rest.logsumexp(1)
+        # rounding alone is not to break ties, of which forests of trees have many
+        outputs = (outputs[:, number] - rest.logsumexp(1)).round(decimals=10)
     return outputs.nan_to_num()  # scikit-learn refuses infinities
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fomaml import measures
-from fomaml.errors import InputError, positive
+from fomaml.errors import InputError, in_one_line, positive
 from fomaml.measures import IGNORED, ByClass, accuracy, own_classes
 from fomaml.measures import check_ignored as check_ignored
 from fomaml.tasks import Examples, first
@@ -117,7 +117,14 @@ class OfModel:
 
     def measure(self, forward: Callable, examples: Examples) -> Tensor:
         """() float64, the value of one task."""
-        value = _number(self.function(forward, examples), self.function)
+        try:
+            found = self.function(forward, examples)
+        except (AttributeError, TypeError, IndexError) as error:
+            raise InputError(
+                f"the metric {_name(self.function)!r} fails ({in_one_line(error)}): of a learner with a loss= it is "
+                "called with (forward, examples), as the loss is"
+            ) from error
+        value = _number(found.detach() if isinstance(found, Tensor) else found, self.function)
         return torch.tensor(value, dtype=torch.float64, device=first(examples.inputs).device)
 
     def __call__(self, outputs: Tensor, targets: Tree, losses: Tensor | None) -> Tensor:
@@ -170,7 +177,7 @@ def _number(found: Any, function: Callable) -> float:
     if not is_number and not (isinstance(found, Tensor) and not found.dim() and not found.is_complex()):
         what = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else _kind(found)
         raise InputError(f"the metric {_name(function)!r} returns {what}, expected one number for each task")
-    return float(found)
+    return float(found.detach() if isinstance(found, Tensor) else found)
 
 
 # --- which one ------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from fomaml.episodes import TaskSequence
-from fomaml.errors import InputError
+from fomaml.errors import InputError, in_one_line
 from fomaml.tasks import Batch, Task, as_batch, as_task, count, count_of, one, together
 from fomaml.trees import leaves
 
@@ -51,16 +51,27 @@ class TaskStream:
         number = 0
         while True:
             before = number
-            items = self._iterable
-            if _has_items(items):
-                items = (items[index] for index in range(len(items)))
-            for given in items:
+            for given in self._items():
                 for task in self._of(given):
                     yield task
                     number += 1
             if number == before:
                 what = f"ended after {number} tasks and cannot begin again" if number else "gives no tasks"
                 raise InputError(f"the {type(self._iterable).__name__} of tasks {what}")
+
+    def _items(self) -> Iterator[Any]:
+        own = self._iterable
+        if _has_items(own):
+            yield from (own[index] for index in range(len(own)))
+            return
+        try:
+            yield from own
+        except RuntimeError as error:
+            if not isinstance(own, DataLoader) or "stack expects each tensor" not in str(error):
+                raise
+            raise InputError(
+                f"the DataLoader cannot stack its tasks ({in_one_line(error)}): give it collate_fn=list"
+            ) from error
 
     def _of(self, given: Any) -> Iterator[Task]:
         if isinstance(self._iterable, DataLoader) and self._iterable.batch_size is not None:

@@ -59,13 +59,17 @@ def as_batch(tasks: Any, model: nn.Module) -> Batch:
     Raises:
         InputError: something else, a single task, or no tasks, no examples or unequal numbers of them.
     """
-    if (
-        isinstance(tasks, list | tuple)
-        and not isinstance(tasks, Task)
-        and tasks
-        and all(map(_is_task, tasks))
-    ):
-        return [as_task(support, query, model) for support, query in tasks]
+    if isinstance(tasks, list | tuple) and not isinstance(tasks, Task):
+        if not tasks:
+            raise InputError(f"there are no tasks: got an empty {type(tasks).__name__}")
+        if all(map(_is_task, tasks)):
+            _refuse_ambiguous(tasks)
+            return [as_task(support, query, model) for support, query in tasks]
+        if any(isinstance(each, Task) for each in tasks):
+            other = next(number for number, each in enumerate(tasks) if not _is_task(each))
+            raise InputError(
+                f"item {other} of a list of tasks is a {type(tasks[other]).__name__}, not a Task"
+            )
     support, query = _pair(tasks, "a batch of tasks is a pair of support and query sets")
     found = as_task(support, query, model, batch=True)
     numbers = [count_of(part) for part in found]
@@ -86,6 +90,10 @@ def as_examples(examples: Any, model: nn.Module, name: str = "support", batch: b
 
     Raises: as `as_batch`.
     """
+    if _is_plain(examples, batch):
+        return examples
+    if isinstance(examples, Task):
+        raise InputError(f"a {name} set is a pair of inputs and targets, got a Task: give its .support")
     inputs, targets = _pair(examples, f"a {name} set is a pair of inputs and targets")
     inputs = trees.as_tree(inputs, lambda value, path: _as_tensor(value, model, path), f"{name} inputs")
     targets = trees.as_tree(
@@ -96,8 +104,51 @@ def as_examples(examples: Any, model: nn.Module, name: str = "support", batch: b
     every = [*trees.named(inputs, f"{name} inputs"), *trees.named(targets, f"{name} targets")]
     if not leaves(inputs):
         raise InputError(f"a {name} set has no inputs: got an empty {type(inputs).__name__}")
+    if isinstance(inputs, dict) and not all(isinstance(key, str) for key in inputs):
+        raise InputError(
+            f"the {name} inputs are a dict, whose keys go to the model as keywords; got the keys {[*inputs]}"
+        )
     _check_axes(every, name, batch)
     return Examples(inputs, targets)
+
+
+def _is_plain(examples: Any, batch: bool) -> bool:
+    """Whether they are examples already: the usual case, at a fifth of the cost."""
+    if type(examples) is not Examples:
+        return False
+    inputs, targets = examples
+    if type(inputs) is not Tensor or type(targets) is not Tensor:
+        return False
+    axes = 1 + batch
+    shape = inputs.shape[:axes]
+    return (
+        targets.shape[:axes] == shape
+        and len(shape) == axes
+        and 0 not in shape
+        and (targets.dtype == torch.int64 or targets.is_floating_point())
+        and not inputs.is_inference()
+        and not targets.is_inference()
+    )
+
+
+def _refuse_ambiguous(tasks: Any) -> None:
+    """Raise `InputError` for two plain pairs of pairs that may be two tasks, or the sets of a batch of nested ones."""
+    if len(tasks) != 2 or any(isinstance(part, Examples | Task) for each in tasks for part in (each, *each)):
+        return
+
+    def axes(tree: Any) -> list[tuple]:
+        """The first two of each tensor."""
+        if isinstance(tree, list | tuple):
+            return [own for part in tree for own in axes(part)]
+        return [tuple(getattr(tree, "shape", ())[:2])]
+
+    parts = [set(axes(each)) for each in tasks]
+    as_one = all(len(own) == 1 and len(next(iter(own))) == 2 for own in parts)
+    if as_one and len({next(iter(own))[0] for own in parts}) == 1:
+        raise InputError(
+            "two pairs of pairs may be two tasks, or a batch of tasks whose inputs and targets are pairs: make them "
+            "fomaml.Task and fomaml.Examples, which say which"
+        )
 
 
 def _check_axes(every: list[tuple[str, Tensor]], name: str, batch: bool) -> None:
@@ -150,7 +201,9 @@ def _pair(given: Any, what: str) -> tuple[Any, Any]:
 def _as_tensor(values: Any, model: nn.Module, name: str) -> Tensor:
     if isinstance(values, np.ndarray | np.generic):
         own = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-        tensor = torch.from_numpy(np.ascontiguousarray(values))
+        if not (np.issubdtype(values.dtype, np.number) or values.dtype == np.bool_):
+            raise InputError(f"{name} are a numpy array of {values.dtype}, expected numbers")
+        tensor = torch.from_numpy(np.ascontiguousarray(values, values.dtype.newbyteorder("=")))
         return tensor.to(own.device, own.dtype if tensor.is_floating_point() else None)
     if not isinstance(values, Tensor):
         where = f"; {name} is one" if "[" in name else ""
@@ -211,7 +264,20 @@ def together(tasks: list[Task]) -> Batch:
 
 def shape_of(tasks: Task) -> tuple:
     """What tasks must have in common to be stacked: the nesting, shapes, dtypes and devices, hashable."""
-    return trees.structure(tasks), *((t.shape, t.dtype, t.device) for t in leaves(tasks))
+    shapes = tuple([(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors_of(tasks)])
+    return shapes if _is_usual(tasks) else (trees.structure(tasks), shapes)
+
+
+def tensors_of(tasks: Task) -> list[Tensor]:
+    """All of them, in order."""
+    # without a walk, which would be a part of a small meta-gradient
+    return [*tasks[0], *tasks[1]] if _is_usual(tasks) else leaves(tasks)
+
+
+def _is_usual(tasks: Task) -> bool:
+    """Whether inputs and targets are one tensor each."""
+    (a, b), (c, d) = tasks
+    return type(a) is Tensor and type(b) is Tensor and type(c) is Tensor and type(d) is Tensor
 
 
 def ways_each(targets: Tensor, ignored: int | None = None) -> list[int]:

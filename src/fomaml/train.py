@@ -79,7 +79,8 @@ def train(
     engine, tasks_at_once, compile, autocast, task_weights: of the plan for the whole run, see `engines.plan`.
     plan: in place of these five, a plan of the caller's for this learner, whose `tasks_at_once` a run can save and
         its continuation begin with.
-    metric: what records score by, as in `evaluate`.
+    metric: what records score by, as in `evaluate`; the mean over the tasks, whatever their weights. Of a learner with
+        a `loss` a metric other than the loss is computed in evaluation mode.
 
     Raises:
         InputError: at the call, counts that are not positive, a start beyond the iterations, outputs narrower than the
@@ -141,7 +142,8 @@ def train(
             meta_loss = weighted_mean(result.query_losses, own.weights(tasks))
             after = None
             if measured:
-                if not math.isfinite(meta_loss.item()):
+                seen = meta_loss.isfinite() & result.support_losses.isfinite().all()
+                if not seen.item():
                     indices = range(
                         checked * meta_batch_size, (iteration + 1) * meta_batch_size, meta_batch_size
                     )

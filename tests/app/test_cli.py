@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from commands import refused
-from fomaml.app import judge
+from fomaml.app import rivals
 from fomaml.app.cli import main
 from fomaml.app.rundir import load_run
 
@@ -91,15 +91,15 @@ def test_the_same_seed_gives_the_same_weights_and_another_does_not(run, digits, 
 @pytest.fixture
 def quick_baselines(monkeypatch):
     """Baselines that learn and are tuned for a few steps; the statistics that each of them is tested by."""
-    asked, fine_tune = [], judge.fine_tune
+    asked, fine_tune = [], rivals.fine_tune
 
     def few(*data, statistics, **options):
         asked.append(statistics)
         quick = {"tuning_tasks": 4, "inner_lrs": (0.01, 0.1), "at_steps": (1, 3)}
         return fine_tune(*data, statistics=statistics, **(options | quick))
 
-    monkeypatch.setattr(judge, "fine_tune", few)
-    monkeypatch.setattr(judge, "pretrain", partial(judge.pretrain, iterations=5))
+    monkeypatch.setattr(rivals, "fine_tune", few)
+    monkeypatch.setattr(rivals, "pretrain", partial(rivals.pretrain, iterations=5))
     return asked
 
 
@@ -343,7 +343,9 @@ def test_resume_refuses_what_cannot_go_on(run, tmp_path, capsys):
     assert refused(capsys, ["train", "--resume", run]).startswith(f"the run in {run} is finished; see ")
     assert refused(capsys, ["train", "--resume", tmp_path]) == f"{tmp_path} holds no run (no config.json)"
     said = refused(capsys, ["train", "--resume", run, "--shots", "3"])
-    assert said == "--resume takes the settings of the run; no other option goes with it"
+    assert said.startswith(
+        "--resume takes the settings of the run; no other option goes with it, but --model"
+    )
 
 
 def test_evaluate_refuses_what_is_no_run(run, tmp_path, capsys):

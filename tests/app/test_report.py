@@ -1,5 +1,7 @@
 """What a result is said to show."""
 
+import math
+
 import pytest
 
 from fomaml.app.report import verdict
@@ -26,6 +28,12 @@ def result(*differences, metric="accuracy"):
         (result((-0.01, 0.02)), "is not told apart from the baseline baseline 0: -1.0 ± 2.0 points"),
         (result((0.0, 0.0)), "is not told apart from the baseline baseline 0: 0.0 ± 0.0 points"),
         (result((0.1, 0.02), (-0.05, 0.01)), "LOSES to the baseline baseline 1: -5.0 ± 1.0 points"),
+        (result((-0.2, 0.3), (-0.05, 0.01)), "LOSES to the baseline baseline 1: -5.0 ± 1.0 points"),
+        (
+            result((0.1, 0.02), (0.2, 0.3)),
+            "is not told apart from the baseline baseline 1: 20.0 ± 30.0 points",
+        ),
+        (result((math.nan, math.nan), (0.1, 0.02)), "is not told apart from the baseline baseline 0: nan"),
         (
             result((-0.5, 0.1), metric="loss"),
             "beats every baseline; the best, baseline 0, by a lower error of 0.5",

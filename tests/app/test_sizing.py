@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from fomaml.app import judge, session, sizing
+from fomaml.app import rivals, session, sizing
 from fomaml.app.agenda import Agenda
 from fomaml.app.cli import main
 from fomaml.app.presets import PRESETS
@@ -104,7 +104,7 @@ def result_of(out):
 def test_the_learner_has_its_result_before_the_baselines(
     what, calls, whole, images, tmp_path, monkeypatch, capsys
 ):
-    real, out, done = getattr(judge, what), tmp_path / "run", []
+    real, out, done = getattr(rivals, what), tmp_path / "run", []
 
     def die(*arguments, **options):
         if len(done) == calls:
@@ -113,7 +113,7 @@ def test_the_learner_has_its_result_before_the_baselines(
         return real(*arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(judge, what, die)
+        patch.setattr(rivals, what, die)
         with pytest.raises(Killed):
             train(images, out)
     said, found = capsys.readouterr().out, json.loads((out / "result.json").read_text())

@@ -1,5 +1,7 @@
 """The inner gradient over parts of the support set: the same numbers, or a clear refusal."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -30,6 +32,8 @@ CRITERIA = {
     "module": nn.CrossEntropyLoss(label_smoothing=0.1),
     "class weights": nn.CrossEntropyLoss(weight=torch.tensor([1.0, 3.0, 0.5]).double()),
     "ignored": nn.CrossEntropyLoss(ignore_index=2),
+    "sum": nn.CrossEntropyLoss(reduction="sum"),
+    "sum of a part": partial(F.cross_entropy, reduction="sum", ignore_index=1),
     "own": lambda outputs, targets: ((outputs - F.one_hot(targets, 3)) ** 2).mean(),
 }
 
@@ -61,10 +65,32 @@ def test_parts_take_less_memory():
 
     learner = FOMAML(Watched(4, 6, 3).double(), LR, STEPS, inner_accumulate=3)
     learner.adapt(tasks(50, 1)[0].support)
-    assert max(seen) <= 4
+    assert max(seen) <= 8
 
 
+class Centred(nn.Sequential):
+    def forward(self, inputs):
+        return super().forward(inputs - inputs.mean(0))
+
+
+WEIGHTS = torch.tensor([1.0, 5.0, 1.0]).double()
 REFUSED = {
+    "a model that mixes examples": (
+        lambda: FOMAML(Centred(nn.Linear(4, 3)).double(), LR, 1, inner_accumulate=2),
+        "the outputs of an example depend on the others",
+    ),
+    "weights behind a function": (
+        lambda: FOMAML(
+            model(), LR, 1, lambda o, t: F.cross_entropy(o, t, weight=WEIGHTS), inner_accumulate=2
+        ),
+        "exact for a criterion that is the mean",
+    ),
+    "a root": (
+        lambda: FOMAML(
+            model(), LR, 1, lambda o, t: (o - t[:, None]).square().mean().sqrt(), inner_accumulate=2
+        ),
+        "exact for a criterion that is the mean",
+    ),
     "batch norm": (
         lambda: FOMAML(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)).double(), LR, 1, inner_accumulate=2),
         "'1' normalises by the statistics of all of it",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,23 +12,27 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fomaml.app import group_tasks
 from fomaml.app.algorithms import ALGORITHMS
+from fomaml.app.device import check_device as check_device
+from fomaml.app.device import has_bfloat16 as has_bfloat16
 from fomaml.app.grouped import Groups
+from fomaml.app.named import own_of
+from fomaml.app.networks import NETWORKS as NETWORKS
+from fomaml.app.networks import build_model as build_model
+from fomaml.app.networks import head_name as head_name
+from fomaml.app.networks import head_of
 from fomaml.app.settings import Settings
 from fomaml.app.sources import Functions, source_of
 from fomaml.data.augment import rotated, warped
-from fomaml.data.groups import GroupSource
-from fomaml.data.scaling import Scaling
 from fomaml.data.source import ClassSource
-from fomaml.engines._torch import cpu_has_bfloat16
 from fomaml.episodes import Episodes, RegressionEpisodes
 from fomaml.errors import InputError
 from fomaml.group_episodes import GroupEpisodes
 from fomaml.learning import adapt
 from fomaml.learning.learner import MetaLearner
 from fomaml.learning.objectives import MultiStepLoss
-from fomaml.metrics import Metric
-from fomaml.models import MLP, BatchNorm, Conv4, Conv4Strided, Conv4StridedFlat, WithContext
+from fomaml.models import NATIVE_BATCH_NORMS, BatchNorm
 from fomaml.train import cosine, linear
 
 PSEUDO_CLASSES = 600  # that warps makes
@@ -83,7 +86,8 @@ def open_data(settings: Settings, test_seed: int | None = None, allow_download: 
             unvalidated=f"the source {settings.source} has no validation classes",
         )
     if isinstance(found, Groups):
-        return _of_groups(settings, found, training, testing, (tuning_seed, validation_seed, seed), device)
+        seeds = tuning_seed, validation_seed, seed
+        return Data(**group_tasks.drawn(settings, found, training, testing, seeds, device))
     own_classes, test_classes = found.train.to(device), found.test.to(device)
     classes = own_classes
     if settings.augment == "rotations":
@@ -115,71 +119,11 @@ def open_data(settings: Settings, test_seed: int | None = None, allow_download: 
     return data
 
 
-def _of_groups(
-    settings: Settings,
-    found: Groups,
-    training: dict[str, Any],
-    testing: dict[str, Any],
-    seeds: tuple[int, int, int],
-    device: torch.device,
-) -> Data:
-    """Tasks that are groups of rows. Validation and test take one group after the other, so that all count the same."""
-    testing = testing | {"query_shots": None if settings.query_all else testing["query_shots"]}
-    small: Any = "leave out" if settings.skip_small_groups else "refuse"
-    ways = None if settings.fixed_classes or settings.kind == "regression" else settings.ways
-    left_out: dict[str, int] = {}
-
-    def draw(source: GroupSource, part: str, facts: dict[str, Any], **more: Any) -> GroupEpisodes:
-        try:
-            made = GroupEpisodes(
-                source, **facts, **more, ways=ways, gap=settings.gap, small=small, device=device
-            )
-        except InputError as error:
-            raise InputError(f"{part}: {error}") from None
-        left_out.update(made.left_out)
-        return made
-
-    data = Data(
-        name=found.name,
-        origin=found.origin,
-        train=draw(found.train, "training", training, draw=settings.train_draw),
-        tuning=draw(found.train, "training", testing, draw=settings.draw, seed=seeds[0]),
-        test=draw(found.test, "test", testing, draw=settings.draw, seed=seeds[2], in_turn=True),
-        unvalidated=found.unvalidated,
-        facts=found.facts,
-    )
-    if found.validation is not None:
-        try:
-            data.validation = draw(
-                found.validation, "validation", testing, draw=settings.draw, seed=seeds[1], in_turn=True
-            )
-        except InputError as error:
-            data.unvalidated = f"the validation tasks do not suffice: {error}"
-    if left_out:
-        few = ", ".join(f"{name} {rows}" for name, rows in list(left_out.items())[:5])
-        more = f" and {len(left_out) - 5} more" if len(left_out) > 5 else ""
-        data.origin += f", left out {len(left_out)} tasks with too few rows ({few}{more})"
-    return data
-
-
-def of_units(episodes: Any, scores: torch.Tensor) -> torch.Tensor:
-    """The scores of what is independent: the means of groups, of episodes that are groups of rows, else the tasks."""
-    by_group = getattr(episodes, "by_group", None)
-    return scores if by_group is None else by_group(scores)
-
-
-def metric_of(settings: Settings) -> Metric:
-    """What a run's tasks are scored by; of rows in the unit of their targets, which are scaled for the network."""
-    metric = source_of(settings).metric
-    if settings.facts is None or settings.kind != "regression":
-        return metric
-    return Scaling.from_dict(settings.facts["scaling"]).in_own_unit(metric)
-
-
 def with_data(settings: Settings, data: Data) -> Settings:
     """The settings with what the data tell: the shape of the images that the networks are built for, or their facts."""
     if data.facts is not None:
-        return dataclasses.replace(settings, facts=data.facts)
+        tasks = group_tasks.task_numbers(settings, data.test, data.validation)
+        return dataclasses.replace(settings, facts=data.facts, **tasks)
     if data.classes is None:
         return settings
     return dataclasses.replace(settings, image=tuple(data.classes.inputs.shape[1:]))
@@ -192,86 +136,14 @@ def with_precision(settings: Settings) -> Settings:
     return dataclasses.replace(settings, autocast="bfloat16" if has_bfloat16(settings.device) else "none")
 
 
-def has_bfloat16(name: str) -> bool:
-    """Whether a device is known to calculate in bfloat16. A CPU that has to imitate it takes thirty times as long as in
-    float32 (convolutions on AVX2).
-    """
-    device = check_device(name)
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and cpu_has_bfloat16()
-
-
-def _mlp(settings: Settings, outputs: int) -> nn.Module:
-    """An MLP; for CAVIA with context parameters joined to its inputs (Zintgraf et al. 2019, section 4)."""
-    source = source_of(settings)
-    inputs = math.prod(_image(settings))
-    if settings.algorithm != "cavia":
-        return MLP(inputs, *source.hidden, outputs)
-    context = source.context
-    return nn.Sequential(nn.Flatten(), WithContext(MLP(inputs + context, *source.hidden, outputs), context))
-
-
-def _convolutions(settings: Settings) -> dict:
-    """The arguments of the convolutional networks, those of their batch norms included."""
-    return {
-        "channels": settings.channels[0] if len(settings.channels) == 1 else settings.channels,
-        "scale": settings.norm_parameters == "scale-shift",
-        "policy": settings.norm_policy,
-        "steps": settings.inner_steps if settings.norm_policy == "per-step" else None,
-    }
-
-
-def _image(settings: Settings) -> tuple[int, ...]:
-    """The shape of an input."""
-    if settings.facts is None:
-        return settings.image or source_of(settings).inputs
-    shape = settings.facts["shapes"]
-    if not isinstance(shape, list):
-        raise InputError(
-            f"the inputs are {' and '.join(shape)}, but the model {settings.model} takes one: give another --model"
-        )
-    return tuple(shape)
-
-
-def _outputs(settings: Settings) -> int:
-    """How many numbers the network gives for an input."""
-    if settings.facts is not None and settings.kind == "regression":
-        return settings.facts["outputs"]
-    return source_of(settings).outputs or settings.ways
-
-
-# (settings, outputs) → a network with random weights, by name
-NETWORKS: dict[str, Callable[[Settings, int], nn.Module]] = {
-    "mlp": _mlp,
-    "conv4": lambda settings, outputs: Conv4(outputs, image=_image(settings), **_convolutions(settings)),
-    "conv4-strided": lambda settings, outputs: Conv4Strided(
-        outputs, in_channels=_image(settings)[0], **_convolutions(settings)
-    ),
-    "conv4-strided-flat": lambda settings, outputs: Conv4StridedFlat(
-        outputs, image=_image(settings), **_convolutions(settings)
-    ),
-}
-
-
-def build_model(settings: Settings, seed: int | None = None) -> nn.Module:
-    """The run's network with random weights that depend on the seed alone, on the run's device."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed if seed is None else seed)
-        model = NETWORKS[settings.model](settings, _outputs(settings))
-    shuffled = source_of(settings).kind == "classification" and not settings.fixed_classes
-    if shuffled and ALGORITHMS[settings.algorithm].adapts_head:
-        zero_head(model)
-    return model.to(check_device(settings.device))
-
-
 def build_learner(settings: Settings, model: nn.Module) -> MetaLearner:
     """The run's algorithm around a model."""
     algorithm = ALGORITHMS[settings.algorithm]
-    criterion = F.mse_loss if source_of(settings).kind == "regression" else F.cross_entropy
-    choices: dict[str, Any] = dict(settings.choices or {})
+    judged = judged_by(settings)
+    criterion = judged.pop("criterion", None)
+    choices: dict[str, Any] = dict(settings.choices or {}) | judged
     if algorithm.head is not None:
-        choices["head"] = algorithm.head.format(head_name(model))
+        choices["head"] = _head(settings, model, algorithm.head)
     if settings.algorithm == "maml++":
         choices["multi_step_iterations"] = settings.multi_step_iterations
     elif settings.multi_step_iterations is not None:
@@ -288,6 +160,29 @@ def build_learner(settings: Settings, model: nn.Module) -> MetaLearner:
     if settings.inner_batch_size is not None:
         choices["inner_batch_size"] = settings.inner_batch_size
     return algorithm.make(model, inner_lr(settings), settings.inner_steps, criterion, **choices)
+
+
+def judged_by(settings: Settings) -> dict[str, Any]:
+    """The arguments of `MetaLearner` that say what is learned from: a criterion or a loss, and which output."""
+    judged: dict[str, Any] = {}
+    if settings.loss is not None:
+        judged["loss"] = own_of(settings, "loss").value
+    else:
+        judged["criterion"] = F.mse_loss if source_of(settings).kind == "regression" else F.cross_entropy
+    if settings.output is not None:
+        judged["output"] = settings.output
+    return judged
+
+
+def _head(settings: Settings, model: nn.Module, pattern: str) -> str:
+    """The head as an algorithm takes it. pattern: see `Algorithm`."""
+    head = head_of(settings, model)
+    if head is None:
+        raise InputError(
+            f"the algorithm {settings.algorithm} needs a head, and {settings.model} has no nn.Linear: name the layer, "
+            "--head NAME"
+        )
+    return head if "*" in head and pattern.endswith("*") else pattern.format(head)
 
 
 def inner_lr(settings: Settings) -> float:
@@ -342,38 +237,8 @@ def build_schedule(settings: Settings, spent: Callable[[], float] = float) -> Ca
     return lambda iteration: pace(min(spent(), seconds))
 
 
-def check_device(name: str) -> torch.device:
-    """The device of this name.
-
-    Raises:
-        InputError: no such device, or not on this machine.
-    """
-    try:
-        device = torch.device(name)
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise InputError(f"the device {name!r} is not there: no CUDA device on this machine")
-        torch.empty(0, device=device)
-    except InputError:
-        raise
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise InputError(f"the device {name!r} is not there; try cpu, cuda or mps") from None
-    return device
-
-
-def zero_head(model: nn.Module) -> None:
-    """Set the last Linear layer to zero. Labels are shuffled anew in each task, so no label is to be preferred
-    before adaptation.
-    """
-    for parameter in model.get_submodule(head_name(model)).parameters():
-        nn.init.zeros_(parameter)
-
-
-def head_name(model: nn.Module) -> str:
-    """The name of the model's last `nn.Linear`."""
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
-
-
 def _without_norms(model: nn.Module) -> list[str]:
     """The names of all parameters but those of batch norms."""
-    norms = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BatchNorm))
+    kinds = (BatchNorm, *NATIVE_BATCH_NORMS)
+    norms = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, kinds))
     return [name for name, _ in model.named_parameters() if not name.startswith(norms)]

@@ -1,4 +1,4 @@
-"""The command line: `fomaml train | evaluate | compare | check | presets`. It prints; all else returns or raises."""
+"""The command line, `fomaml train | evaluate | compare | tune | …`. It prints; all else returns or raises."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fomaml.app.checking import check_module
 from fomaml.app.commands import (
     CheckOptions,
     CompareOptions,
@@ -23,19 +24,26 @@ from fomaml.app.commands import (
 from fomaml.app.compare import compare, expand
 from fomaml.app.compare import describe as describe_comparison
 from fomaml.app.judge import describe, evaluate_run
-from fomaml.app.modules import load_module
+from fomaml.app.named import named_again
 from fomaml.app.parser import parse_command
 from fomaml.app.presets import PRESETS
 from fomaml.app.progress import watching
 from fomaml.app.report import align
 from fomaml.app.rundir import load_run, load_settings
+from fomaml.app.search import asked as asked_search
+from fomaml.app.search import resumed
 from fomaml.app.session import train_run
 from fomaml.app.settings import Part, Settings, TestAugmentation, Weights
 from fomaml.app.settle import check_below, check_seed, check_steps, settle_with_origins
+from fomaml.app.show import describe as describe_data
+from fomaml.app.show import show
+from fomaml.app.show_options import ShowOptions
 from fomaml.app.sources import split_name
+from fomaml.app.tune import describe as describe_search
+from fomaml.app.tune import tune
+from fomaml.app.tune_options import TuneOptions
 from fomaml.app.wording import option as typed
 from fomaml.app.wording import spoken
-from fomaml.check import check
 from fomaml.choices import Statistics, check_choice
 from fomaml.errors import InputError, positive
 
@@ -80,11 +88,19 @@ def log_shown() -> Iterator[None]:
 def _train(options: TrainOptions) -> None:
     asked = given(options)
     if options.resume is not None:
+        again = {name: asked.pop(name, None) for name in ("model", "loss", "metric", "model_weights")}
+        accept = asked.pop("accept_changed_code", False)
         if set(asked) != {"resume"}:
-            raise InputError("--resume takes the settings of the run; no other option goes with it")
-        settings, out = load_settings(options.resume), options.resume
+            raise InputError(
+                "--resume takes the settings of the run; no other option goes with it, but --model, --loss and "
+                "--metric where they are your own code"
+            )
+        out = options.resume
+        settings = named_again(load_settings(out), out, **again, accept_changed_code=accept)
     else:
         dry_run = asked.pop("dry_run", False)
+        if asked.pop("accept_changed_code", False):
+            raise InputError("--accept-changed-code goes with --resume")
         settings, origins = settle_with_origins(asked)
         if dry_run:
             print(settled(settings, origins))
@@ -131,6 +147,11 @@ def _evaluate(options: EvaluateOptions) -> None:
     settings, learner = load_run(
         options.run,
         options.weights,
+        model=options.model,
+        loss=options.loss,
+        metric=options.metric,
+        metric_direction=options.metric_direction,
+        accept_changed_code=options.accept_changed_code,
         data_root=options.data_root,
         device=options.device,
         test_tasks=options.tasks,
@@ -164,30 +185,21 @@ def _compare(options: CompareOptions) -> None:
     print("\n" + describe_comparison(result) + f"\nsaved in {out}")
 
 
+def _tune(options: TuneOptions) -> None:
+    going_on = options.resume is not None
+    search = resumed(options) if going_on else asked_search(options)
+    out = options.resume or search.settings.out or default_out(search.settings, "tune")
+    best = tune(search, out, say=lambda line: print(line, flush=True), resume=going_on)
+    print(f"\n{describe_search(best)}\nsaved in {out}")
+
+
+def _data(options: ShowOptions) -> None:
+    facts = show(options)
+    print(json.dumps(facts, indent=2) if options.json else describe_data(facts).rstrip())
+
+
 def _check(options: CheckOptions) -> None:
-    check_choice("input dtype", options.input_dtype, ("float32", "int64"))
-    if (options.input_dtype == "int64") != (options.vocabulary is not None):
-        raise InputError("--input-dtype int64 and --vocabulary N go together: the numbers are drawn below N")
-    for name in ("ways", "shots", "query_shots", "inner_steps", "vocabulary"):
-        if getattr(options, name) is not None:
-            positive(typed(name), getattr(options, name), integer=True)
-    positive("--inner-lr", options.inner_lr)
-    for size in options.input:
-        positive("each number of --input", size, integer=True)
-    check_seed(options.seed)
-    with contextlib.redirect_stdout(sys.stderr):  # what the module itself prints
-        report = check(
-            load_module(options.module, options.seed),
-            options.input,
-            vocabulary=options.vocabulary,
-            ways=options.ways,
-            shots=options.shots,
-            query_shots=options.query_shots,
-            inner_steps=options.inner_steps,
-            inner_lr=options.inner_lr,
-            seed=options.seed,
-            name=options.module,
-        )
+    report = check_module(options)
     print(json.dumps(report.facts(), indent=2) if options.json else report.text())
     if report.exit_status:
         raise SystemExit(report.exit_status)
@@ -216,6 +228,8 @@ COMMANDS = {
     "train": Command(TrainOptions, _train),
     "evaluate": Command(EvaluateOptions, _evaluate),
     "compare": Command(CompareOptions, _compare),
+    "tune": Command(TuneOptions, _tune),
+    "data": Command(ShowOptions, _data),
     "check": Command(CheckOptions, _check),
     "presets": Command(PresetsOptions, _presets),
 }

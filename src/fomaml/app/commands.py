@@ -13,8 +13,10 @@ from fomaml.app.build import NETWORKS
 from fomaml.app.data_options import DATA_ROOT, SOURCE, DataOptions, TaskOptions
 from fomaml.app.evaluation_options import EvaluateOptions, EvaluationOptions, MachineOptions
 from fomaml.app.group_options import GroupOptions
-from fomaml.app.learner_options import AlgorithmOptions, InnerOptions, OuterOptions
+from fomaml.app.learner_options import MODEL_WEIGHTS, AlgorithmOptions, InnerOptions, OuterOptions
+from fomaml.app.named import OWN
 from fomaml.app.parser import group, option, positional
+from fomaml.app.settings import Better
 
 __all__ = [
     "CheckOptions",
@@ -40,9 +42,12 @@ class RunOptions:
         "K, the support examples per class (default: 1; of groups of rows 5), or per task of regression (sinusoids: 10)"
     )
     model: str | None = option(
-        "the network: mlp (784-256-10 on images, 1-40-40-1 on sinusoids; default for mnist), conv4 (default for "
-        "folder), conv4-strided (mean over space; default for omniglot) or conv4-strided-flat (Reptile's)",
-        choices=tuple(NETWORKS),
+        "the network: FILE.py:NAME or package.module:NAME, a class or a function of your own; timm:NAME or "
+        "torchvision:NAME; or mlp (784-256-10 on images, 1-40-40-1 on sinusoids, two layers of 64 on rows, with "
+        "embeddings of categories; default for mnist, tables and arrays), conv4 (default for folder), conv4-strided "
+        "(mean over space; default for omniglot), conv4-strided-flat (Reptile's), conv1d (convolutions over time; "
+        "default for windows) or gru",
+        choices=(*NETWORKS, *OWN),
     )
     iterations: int | None = option("the number of outer steps; default: the source's")
     data_root: Path | None = option(DATA_ROOT)
@@ -73,7 +78,11 @@ class TrainOptions(RunOptions):
     algorithm: str | None = option("the algorithm (default: fomaml)", choices=tuple(ALGORITHMS))
     preset: str | None = option("a published setting, see `fomaml presets`; any option beside it wins")
     resume: Path | None = option(
-        "finish this run directory, with its own settings; no other option goes with it"
+        "finish this run directory, with its own settings; no other option goes with it, but --model, --loss and "
+        "--metric again where they are your own code"
+    )
+    accept_changed_code: bool = option(
+        "with --resume: go on with code of your own that is not what the run began with", False
     )
     dry_run: bool = option("print the settings and where each came from, and do nothing", False)
 
@@ -118,13 +127,21 @@ class CheckOptions:
     """
 
     module: str = positional(
-        "package.module:NAME or FILE.py:NAME, a class, a function without arguments or a module; without :NAME, the "
-        "only one there",
+        "package.module:NAME or FILE.py:NAME, a class, a function or a module, without :NAME the only one there; "
+        "timm:NAME or torchvision:NAME",
         metavar="MODULE",
     )
     input: tuple[int, ...] = option(
         "the shape of one input, without the axis of the examples", dataclasses.MISSING
     )
+    model_options: tuple[str, ...] | None = option(
+        "what it is called with, each key=value, as in `fomaml train`", metavar="KEY=VALUE"
+    )
+    model_weights: str | None = option(MODEL_WEIGHTS, metavar="FILE")
+    loss: str | None = option("a loss of your own, as in `fomaml train`")
+    output: str | None = option("what of its outputs is judged, as in `fomaml train`")
+    metric: tuple[str, ...] | None = option("metrics to try, as in `fomaml train`")
+    metric_direction: Better | None = option("as in `fomaml train`")
     input_dtype: Literal["float32", "int64"] = option(
         "float32 (default), or int64 for token numbers below --vocabulary", "float32"
     )

@@ -19,15 +19,16 @@ import torch
 from torch import nn
 
 from fomaml.app.algorithms import ALGORITHMS
-from fomaml.app.build import build_learner, build_model, of_units, open_data, with_data
+from fomaml.app.build import build_learner, build_model, judged_by, open_data, with_data
 from fomaml.app.commands import CompareOptions, given
+from fomaml.app.group_tasks import of_units
 from fomaml.app.judge import protocol, told
 from fomaml.app.report import align
 from fomaml.app.rundir import circumstances
+from fomaml.app.scores import facts_of, headline, measured, metric_in
 from fomaml.app.session import NO_LIMIT, session
 from fomaml.app.settings import Settings
 from fomaml.app.settle import settle
-from fomaml.app.sources import source_of
 from fomaml.app.wording import spoken
 from fomaml.checkpoint import load_weights, save_weights
 from fomaml.engines import meta_gradient, plan
@@ -37,7 +38,7 @@ from fomaml.files import write_text
 from fomaml.learning.algorithms import FOMAML, MAML
 from fomaml.learning.learner import MetaLearner
 from fomaml.learning.objectives import Implicit
-from fomaml.metrics import METRICS, Metric
+from fomaml.metrics import Metric
 from fomaml.tasks import Batch, Task, one
 
 
@@ -87,9 +88,9 @@ def compare(options: CompareOptions, out: Path, *, say: Callable[[str], None] = 
     result = {
         "budget": {"seconds": first.seconds} if first.seconds else {"iterations": first.iterations},
         "protocol": facts,
-        "metric": source_of(first).metric.name,
-        "measured": source_of(first).measured,
-        "tasks": first.test_tasks,
+        **facts_of(headline(first)),
+        "measured": measured(first, headline(first)),
+        "tasks": shown.test_tasks,
         "steps": first.test_steps[-1],
         "rows": _rows(found),
         "cosines": cosines,
@@ -186,11 +187,11 @@ def gradient_evaluations(learner: MetaLearner, task: Task) -> tuple[int, int]:
 def first_order_cosine(settings: Settings, model: nn.Module, tasks: Batch) -> float:
     """The cosine between FOMAML's and MAML's meta-gradient of `model` on a batch of tasks."""
     like = dataclasses.replace(settings, algorithm="fomaml")
-    criterion = build_learner(like, model).criterion
+    judged = judged_by(like)
     first, second = (
         torch.cat([g.flatten().double() for g in meta_gradient(learner, tasks).gradients.values()])
         for learner in (
-            preset(model, settings.inner_lr, settings.inner_steps, criterion) for preset in (FOMAML, MAML)
+            preset(model, settings.inner_lr, settings.inner_steps, **judged) for preset in (FOMAML, MAML)
         )
     )
     return (first @ second / (first.norm() * second.norm())).item()
@@ -301,7 +302,7 @@ def _cell(found: dict | None, metric: Metric, signed: bool = False) -> str:
 
 def describe(result: dict) -> str:
     """The result as text: what was measured, the tables, the cosines."""
-    facts, metric = result["protocol"], METRICS[result["metric"]]
+    facts, metric = result["protocol"], metric_in(result)
     ways = f"{facts['ways']}-way " if facts["ways"] else ""
     budget, threads = result["budget"], result["threads"]
     each = f"{budget['seconds']:g} s" if "seconds" in budget else f"{budget['iterations']} iterations"

@@ -8,15 +8,24 @@ from typing import get_args
 
 from fomaml.app.algorithms import ANY_WAYS
 from fomaml.app.parser import option, positional
-from fomaml.app.settings import BaselineSize, Part, Precision, TestAugmentation, Weights
+from fomaml.app.settings import BaselineSize, Better, Part, Precision, TestAugmentation, Weights
 from fomaml.choices import Statistics
 from fomaml.engines import ENGINES
+from fomaml.metrics import METRICS
+
+METRIC = (
+    f"what is scored, {', '.join(METRICS)} or FILE.py:NAME, a function (outputs, targets) of one task, with --loss "
+    "(forward, examples), or a fomaml.Metric. Of several the first one gives the headline figure and counts in "
+    "validation. Default: the accuracy of classes, else the loss"
+)
 
 
 @dataclass(frozen=True)
 class EvaluationOptions:
     """Evaluation."""
 
+    metric: tuple[str, ...] | None = option(METRIC)
+    metric_direction: Better | None = option("whether higher or lower is better of a function of your own")
     test_tasks: int | None = option("the number of unseen tasks (default: 1000)")
     test_steps: tuple[int, ...] | None = option(
         "the numbers of inner steps to evaluate after (default: 0 1 5 10 20); the last one gives the headline figure "
@@ -62,6 +71,13 @@ class EvaluateOptions:
     """
 
     run: Path = positional("the run directory", metavar="RUN")
+    model: str | None = option(
+        "the run's model again, where it is your own: nothing is imported unless you name it"
+    )
+    loss: str | None = option("the run's loss again, where it is your own")
+    metric: tuple[str, ...] | None = option("other metrics, as of `fomaml train`; default: as the run")
+    metric_direction: Better | None = option("as of `fomaml train`")
+    accept_changed_code: bool = option("take code of your own that is not what the run was made with", False)
     tasks: int | None = option("the number of tasks; default: as the run")
     steps: tuple[int, ...] | None = option(
         "the numbers of inner steps, the last one for the headline figure; default: as the run"

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from fomaml.app.settings import Settings
 from fomaml.app.wording import option as typed
 from fomaml.data.arrays import Arrays
+from fomaml.data.folder import has_tasks, load_tasks
 from fomaml.data.groups import GroupSource, GroupSplit
 from fomaml.data.keys import few
 from fomaml.data.scaling import Scaling
@@ -21,6 +22,8 @@ READ = {
     "arrays": (("task", "inputs", "target"), ("order", "kind")),
     "windows": (("task", "inputs", "target", "lengths", "window", "hop"), ("kind", "skip_short")),
 }
+
+OF_FOLDER_TASKS = ("test_keys", "validation_keys", "split_seed", "skip_small_groups", "query_all")
 
 
 class Groups(NamedTuple):
@@ -46,9 +49,13 @@ def decide(name: str, path: str, asked: Mapping[str, Any]) -> dict[str, Any]:
         InputError: an option that is needed is not given, or as the source that is read.
     """
     for needed in READ[name][0]:
-        if not asked.get(needed):
+        if asked.get(needed) is None:
             others = " ".join(f"{typed(each)} {each.upper()}" for each in READ[name][0])
             raise InputError(f"the source {name} needs {typed(needed)}: fomaml train {name}:FILE {others}")
+    inputs = asked.get("inputs") or ()
+    for option, keys in (("--task", (asked["task"],)), ("--target", asked["target"])):
+        if both := [key for key in keys if key in inputs]:
+            raise InputError(f"{both[0]!r} is given both as {option} and as --inputs; it can be one of them")
     source = read(name, path, asked)
     ordered = name == "windows" or asked.get("order") is not None
     draw = asked.get("draw") or ("first" if ordered else "random")
@@ -64,6 +71,37 @@ def decide(name: str, path: str, asked: Mapping[str, Any]) -> dict[str, Any]:
     elif "ways" in asked:
         raise InputError(f"the tasks of {path} are regression, which has no classes: give no --ways")
     return found
+
+
+def decide_folder(name: str, path: str, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """As `decide`, of a folder TASK/CLASS/IMAGE; nothing of one without tasks.
+
+    A task has all classes where every task has the same ones and no --ways are given, else so many of its own.
+    """
+    if not has_tasks(path):
+        for option in OF_FOLDER_TASKS:
+            if asked.get(option):
+                raise InputError(f"{typed(option)} is for a folder TASK/CLASS/IMAGE, and {path} is none")
+        return {}
+    if asked.get("skip_small_classes"):
+        raise InputError(
+            "--skip-small-classes is for a folder CLASS/IMAGE: of tasks take --skip-small-groups"
+        )
+    source = read_folder(path, asked.get("image_size"), bool(asked.get("rgb")))
+    assert source.classes is not None and source.class_counts is not None
+    found: dict[str, Any] = {"kind": "classification", "draw": "random", "train_draw": "random"}
+    found["fixed_classes"] = "ways" not in asked and bool(source.class_counts.all())
+    return found | ({"ways": len(source.classes)} if found["fixed_classes"] else {})
+
+
+def load_folder(path: str, settings: Settings) -> Groups:
+    """The tasks of a folder TASK/CLASS/IMAGE; errors as of `load`."""
+    return parts_of(read_folder(path, settings.image_size, settings.rgb), settings, path)
+
+
+@functools.lru_cache(maxsize=1)
+def read_folder(path: str, size: tuple[int, int] | None, rgb: bool) -> GroupSource:
+    return load_tasks(path, size=size, colour="rgb" if rgb else "grey")
 
 
 def read(name: str, path: str, values: Mapping[str, Any]) -> GroupSource:

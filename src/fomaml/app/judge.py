@@ -6,32 +6,30 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from fomaml.app import sizing
-from fomaml.app.agenda import Noted
 from fomaml.app.algorithms import ALGORITHMS
-from fomaml.app.build import Data, build_model, for_test, head_name, metric_of, of_units, open_data
+from fomaml.app.build import Data, for_test, open_data
+from fomaml.app.group_tasks import of_units
 from fomaml.app.report import table, verdict
+from fomaml.app.rivals import baselines
+from fomaml.app.scores import facts_of, headline, measured, metrics_of
 from fomaml.app.settings import Settings
 from fomaml.app.sources import source_of
-from fomaml.baselines import fine_tune, nearest_centroid, pretrain
 from fomaml.choices import Statistics
-from fomaml.data.source import ClassSource
 from fomaml.errors import InputError
-from fomaml.evaluate import estimate, evaluate, evaluate_at
+from fomaml.evaluate import estimate, evaluate, evaluate_all
 from fomaml.learning.learner import MetaLearner
+from fomaml.metrics import Metric
 from fomaml.models import NATIVE_BATCH_NORMS, BatchNorm
+from fomaml.scoring import metrics_of as of_learner
+
+# by name of the metric, then by number of inner steps: the (tasks,) scores
+Scores = Mapping[str, Mapping[int, Tensor]]
 
 
-def judge(
-    settings: Settings, learner: MetaLearner, data: Data, say=lambda line: None
-) -> tuple[dict, dict[int, Tensor]]:
-    """Evaluate a trained learner on unseen tasks.
-
-    Returns the result, and by number of inner steps the (tasks,) scores behind it.
-    """
+def judge(settings: Settings, learner: MetaLearner, data: Data, say=lambda line: None) -> tuple[dict, Scores]:
+    """Evaluate a trained learner on unseen tasks; returns the result, and the scores behind it."""
     say(f"evaluating on {settings.test_tasks} unseen tasks")
     tasks = settings.test_tasks
     found = evaluate(
@@ -40,70 +38,77 @@ def judge(
         tasks=tasks,
         at_steps=settings.test_steps,
         statistics=settings.statistics,
-        metric=metric_of(settings),
+        metric=list(metrics_of(settings)),
     )
     return summary(settings, learner, data, found, settings.statistics), found
-
-
-def has_baselines(settings: Settings, data: Data) -> bool:
-    """Whether there is something to compare a run with: functions have no classes."""
-    return settings.baselines and data.own_classes is not None
 
 
 def beside_baselines(
     settings: Settings,
     data: Data,
     result: dict,
-    scores: Tensor,
+    scores: Scores,
     say=lambda line: None,
     note: Callable[[float], None] = lambda cost: None,
 ) -> Iterator[dict]:
-    """The result with one baseline more each time, on the same unseen tasks as the (tasks,) scores of its headline.
+    """The result with one baseline more each time, on the same unseen tasks as the scores of the learner.
 
     note: is told of each part of the work as it begins, by its cost, see sizing.py.
     """
-    metric = source_of(settings).metric
-    rows, differences = list(result["rows"]), list(result["differences"])
-    for label, own, facts in baselines(settings, data, say, note):
-        row = _row(label, of_units(data.test, own), **facts)
-        rows.append(row)
-        paired = estimate(of_units(data.test, scores[: len(own)] - own))
-        differences.append({"to": label, "mean": paired.mean, "interval": paired.interval})
-        say(f"baseline: {label}: {metric.text(row['mean'], row['interval'])} {metric.unit}".rstrip())
-        yield result | {"rows": list(rows), "differences": list(differences)}
+    first = headline(settings)
+    steps = settings.test_steps[-1]
+    for label, found, facts in baselines(settings, data, say, note):
+        grown = []
+        for own in (result, *result.get("others", ())):
+            theirs = found.get(own["metric"])
+            if theirs is None:  # the pixels have no loss
+                grown.append(own)
+                continue
+            paired = estimate(of_units(data.test, scores[own["metric"]][steps][: len(theirs)] - theirs))
+            difference = {"to": label, "mean": paired.mean, "interval": paired.interval}
+            rows = [*own["rows"], _row(label, of_units(data.test, theirs), **facts)]
+            grown.append(own | {"rows": rows, "differences": [*own["differences"], difference]})
+        result = grown[0] | ({"others": grown[1:]} if grown[1:] else {})
+        mean, interval = estimate(of_units(data.test, found[first.name]))
+        say(f"baseline: {label}: {first.text(mean, interval)} {first.unit}".rstrip())
+        yield result
 
 
 def summary(
     settings: Settings,
     learner: MetaLearner,
     data: Data,
-    found: Mapping[int, Tensor],
+    found: Scores,
     statistics: Statistics = "own",
-    rows: list[dict] | None = None,
-    differences: Sequence[dict] = (),
     balanced: bool = False,
 ) -> dict:
-    """The result as JSON-able facts: the headline figure, the protocol, the rows and the paired differences."""
+    """The result as JSON-able facts: the headline figure, the protocol, the rows and the paired differences; under
+    "others" the same of each further metric.
+    """
+    first, *others = (
+        _of_metric(settings, data, metric, found[metric.name]) for metric in metrics_of(settings)
+    )
+    facts = protocol(settings, data, learner, statistics, balanced) | {"inner_steps": first["steps"]}
+    result = first | {"protocol": facts}
+    return result | {"others": others} if others else result
+
+
+def _of_metric(settings: Settings, data: Data, metric: Metric, found: Mapping[int, Tensor]) -> dict:
     steps = max(found)
     name = ALGORITHMS[settings.algorithm].title
-    headline = estimate(of_units(data.test, found[steps]))
-    metric = source_of(settings).metric.name
-    facts = protocol(settings, data, learner, statistics, balanced) | {"inner_steps": steps}
-    if rows is None:
-        rows = [
-            _row(f"{name}, {_steps(k)}", of_units(data.test, scores), steps=k) for k, scores in found.items()
-        ]
+    last = estimate(of_units(data.test, found[steps]))
     return {
-        metric: headline.mean,
-        "interval": headline.interval,
+        metric.name: last.mean,
+        "interval": last.interval,
         "tasks": len(found[steps]),
-        "protocol": facts,
         "name": name,
         "steps": steps,
-        "metric": metric,
-        "measured": source_of(settings).measured,
-        "rows": rows,
-        "differences": list(differences),
+        **facts_of(metric),
+        "measured": measured(settings, metric),
+        "rows": [
+            _row(f"{name}, {_steps(k)}", of_units(data.test, scores), steps=k) for k, scores in found.items()
+        ],
+        "differences": [],
     }
 
 
@@ -146,49 +151,6 @@ def overlap(data: Data) -> str | None:
     return " and ".join(told) or None
 
 
-def baselines(settings: Settings, data: Data, say, note: Callable[[float], None] = lambda cost: None):
-    """(label, scores, facts) of each baseline on the test tasks, step size and count tuned on training classes."""
-    own_classes, classes = data.own_classes, data.classes
-    if own_classes is None or classes is None:
-        return
-    sizes = sizing.of_baselines(settings)
-    counts: dict[str, Any] = {"tasks": sizes.tasks, "tuning_tasks": sizes.tuning_tasks}
-    counts |= {"inner_lrs": sizing.INNER_LRS, "at_steps": sizes.at_steps, "statistics": settings.statistics}
-    costs = sizing.tuning(settings, sizes), sizing.adaptation(settings, max(sizes.at_steps))
-    tuning = Noted(data.tuning, lambda tasks: note(tasks * costs[0]))
-    test = Noted(data.test, lambda tasks: note(tasks * costs[1]))
-    few = f", on {sizes.tasks} tasks" if sizes.tasks < settings.test_tasks else ""
-    say("baseline: the same network from a random start")
-    tuned = fine_tune(lambda n: build_model(settings, 1000 + n), tuning, test, **counts)
-    yield f"random start, support set only{few}", tuned.scores, _facts(tuned)
-    learned = {"pretrained classifier, fine-tuned": own_classes}
-    if settings.augment != "none":
-        learned["pretrained on augmented, fine-tuned"] = classes
-    for label, known in learned.items():
-        say(f"baseline: the same network pretrained as a classifier of {len(known)} classes")
-        seen: Any = Noted(known, lambda examples: note(examples * sizing.PASSES))
-        model = pretrained(settings, seen, sizes.pretraining)
-        tuned = fine_tune(model, tuning, test, **counts)
-        yield f"{label}{few}", tuned.scores, _facts(tuned)
-    yield "nearest centroid of the pixels", nearest_centroid(data.test, tasks=settings.test_tasks), {}
-
-
-def pretrained(settings: Settings, classes: ClassSource, iterations: int = 1000) -> nn.Module:
-    """The run's network as an ordinary classifier of these classes has learned it, with a head of zeros: the
-    classifier's own head means nothing under new labels.
-    """
-    model = build_model(settings)
-    owner, _, last = head_name(model).rpartition(".")
-    owner = model.get_submodule(owner)
-    head = getattr(owner, last)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
-        setattr(owner, last, nn.Linear(head.in_features, len(classes)).to(head.weight))
-    pretrain(model, classes, iterations=iterations, batch_size=sizing.BATCH, seed=settings.seed)
-    setattr(owner, last, head)
-    return model
-
-
 def evaluate_run(
     settings: Settings,
     learner: MetaLearner,
@@ -213,27 +175,31 @@ def evaluate_run(
 
     kinds = list(dict.fromkeys(statistics or [settings.statistics]))
     points = [(steps, kind) for kind in kinds for steps in settings.test_steps]
-    scores = evaluate_at(
-        for_test(settings, learner),
-        data.test,
-        points,
-        settings.test_tasks,
-        balanced=balanced,
-        metric=metric_of(settings),
-    )
-    found = [{steps: each for (steps, own), each in scores.items() if own == kind} for kind in kinds]
+    tested = for_test(settings, learner)
+    asked = of_learner(tested, metrics_of(settings))
+    scores = evaluate_all(tested, data.test, points, settings.test_tasks, 100, "auto", balanced, asked)
+    found = [
+        {
+            name: {steps: each for (steps, own), each in of_metric.items() if own == kind}
+            for name, of_metric in scores.items()
+        }
+        for kind in kinds
+    ]
     result, *others = (
         summary(settings, learner, data, *each, balanced=balanced) for each in zip(found, kinds)
     )
     result |= {"part": part, "seed": settings.seed if seed is None else seed}
     if others:
         result["by_statistics"] = dict(zip(kinds[1:], others))
-        paired = estimate(of_units(data.test, found[0][result["steps"]] - found[1][result["steps"]]))
+        metric = headline(settings)
+        apart = found[0][metric.name][result["steps"]] - found[1][metric.name][result["steps"]]
+        paired = estimate(of_units(data.test, apart))
         result["difference"] = paired._asdict()
         if abs(paired.mean) > paired.interval:
             result["warning"] = (
-                f"with the statistics {kinds[1]!r} the accuracy is {100 * -paired.mean:+.1f} ± "
-                f"{100 * paired.interval:.1f} points from that with {kinds[0]!r}"
+                f"with the statistics {kinds[1]!r} the {metric.name} is {'+' if paired.mean < 0 else ''}"
+                f"{metric.text(-paired.mean, paired.interval)}{' points' if metric.unit == '%' else ''} from that with "
+                f"{kinds[0]!r}"
                 + (": query examples inform each other" if result["protocol"]["transductive"] else "")
             )
     return result
@@ -263,10 +229,14 @@ def describe(result: dict) -> str:
         "",
         table([(heading, result)]),
     ]
+    for other in result.get("others", ()):
+        lines += ["", table([(heading, other)])]
     if "unfinished" in result:
         lines += ["", result["unfinished"]]
     if result["differences"]:
         lines += ["", verdict(result)]
+        named = [other for other in result.get("others", ()) if other["differences"]]
+        lines += [f"by {other['metric']}: {verdict(other)}" for other in named]
     for other in result.get("by_statistics", {}).values():
         lines += ["", describe(other)]
     if "warning" in result:
@@ -284,10 +254,6 @@ def told(protocol: dict) -> str:
 def _row(label: str, scores, **facts) -> dict:
     found = estimate(scores)
     return {"label": label, "mean": found.mean, "interval": found.interval, **facts}
-
-
-def _facts(tuned) -> dict:
-    return {"inner_lr": tuned.inner_lr, "steps": tuned.steps}
 
 
 def _steps(steps: int) -> str:

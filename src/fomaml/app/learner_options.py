@@ -15,16 +15,34 @@ from fomaml.app.settings import (
     Schedule,
 )
 
+MODEL_WEIGHTS = (
+    "the weights to begin with of a model of your own, or of timm or torchvision: a .safetensors file; for these two "
+    "also random, or download, by the library itself"
+)
+
 
 @dataclass(frozen=True)
 class AlgorithmOptions:
     """Algorithm and network."""
 
+    model_options: tuple[str, ...] | None = option(
+        "what a model of your own is called with, each key=value, a number, a word, a list, True, False or None",
+        metavar="KEY=VALUE",
+    )
+    model_weights: str | None = option(MODEL_WEIGHTS, metavar="FILE")
+    head: str | None = option(
+        "the layer that algorithms such as anil take for the head; default: the last nn.Linear"
+    )
+    output: str | None = option(
+        "what of the outputs of a model of your own is judged: a name, such as logits, or a number; default: all"
+    )
     channels: tuple[int, ...] | None = option(
         "the channels of the convolutions: one number for all (default: 64), or one for each of the four"
     )
     norm_policy: NormPolicy | None = option(
-        "what a batch norm normalises by: batch (default; transductive), support, running or per-step"
+        "what a batch norm, of a model of your own too, normalises by: batch (default; transductive), support, "
+        "running, per-step, or frozen at the statistics of --model-weights (default for timm and "
+        "torchvision with such)"
     )
     norm_parameters: NormParameters | None = option(
         "what a batch norm learns: scale-shift (gamma and beta; default) or shift (beta alone, as in the original MAML "
@@ -48,6 +66,10 @@ class AlgorithmOptions:
 class InnerOptions:
     """Inner loop."""
 
+    loss: str | None = option(
+        "a loss of your own, FILE.py:NAME or package.module:NAME, a function (forward, examples) that returns a "
+        "scalar; default: the cross-entropy, or the mean squared error"
+    )
     inner_lr: float | None = option("the step size alpha")
     inner_steps: int | None = option("the number of inner steps in training")
     inner_loss: InnerLoss | None = option(

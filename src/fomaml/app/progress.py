@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from fomaml.app.report import duration
+from fomaml.app.scores import headline
 from fomaml.app.settings import Settings
-from fomaml.app.sources import source_of
 from fomaml.train import Record
 
 EVERY = 10.0  # seconds between two lines on one validation, test or set of baselines
@@ -103,7 +103,7 @@ class Watch:
     def figures(self, record: Record, seconds: float) -> str:
         assert record.before is not None and record.after is not None  # a measured record
         before, after = record.before.item(), record.after.item()
-        metric = source_of(self.settings).metric
+        metric = headline(self.settings)
         digits = 0 if metric.unit == "%" else 2
         numbers = " → ".join(f"{metric.scale * score:.{digits}f}" for score in (before, after))
         moved = f"query {metric.name} {numbers} {metric.unit}".rstrip()

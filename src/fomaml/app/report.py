@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from fomaml.metrics import METRICS, Metric
+from fomaml.app.scores import metric_in
+from fomaml.metrics import Metric
 
 
 def table(columns: Sequence[tuple[str, dict]]) -> str:
@@ -13,7 +14,7 @@ def table(columns: Sequence[tuple[str, dict]]) -> str:
 
     columns: (heading, result) pairs; a result has `metric`, `measured`, `rows` and `differences`, see judge.py.
     """
-    metric = METRICS[columns[0][1]["metric"]]
+    metric = metric_in(columns[0][1])
     labels: list[str] = []
     for _, result in columns:
         labels += [row["label"] for row in result["rows"] if row["label"] not in labels]
@@ -43,19 +44,22 @@ def align(lines: list[list[str]], left: bool = False) -> str:
 
 def verdict(result: dict) -> str:
     """One line: whether the learner beats every baseline by more than the interval of the paired difference."""
-    metric, rows = METRICS[result["metric"]], result["differences"]
+    metric, rows = metric_in(result), result["differences"]
     if not rows:
         return ""
-    hardest = min(rows, key=lambda row: metric.direction * row["mean"])
-    gain, interval = metric.direction * hardest["mean"], hardest["interval"]
+    gains = [(metric.direction * row["mean"], row["interval"], row["to"]) for row in rows]
+    # what beats the learner comes first, then what is not told apart from it
+    lost = [gain for gain in gains if gain[0] < -gain[1]]
+    unclear = [gain for gain in gains if not gain[0] > gain[1]]
+    gain, interval, to = min(lost or unclear or gains)
     how = "by" if metric.direction > 0 else "by a lower error of"
     points = " points" if metric.unit == "%" else ""
     text = f"{metric.text(gain, interval)}{points}, on the same tasks"
     name, steps = result["name"], result["steps"]
-    if gain > interval:
-        return f"{name} after {steps} steps beats every baseline; the best, {hardest['to']}, {how} {text}"
-    outcome = "is not told apart from" if gain >= -interval else "LOSES to"
-    return f"{name} after {steps} steps {outcome} the baseline {hardest['to']}: {text}"
+    if not unclear:
+        return f"{name} after {steps} steps beats every baseline; the best, {to}, {how} {text}"
+    outcome = "LOSES to" if lost else "is not told apart from"
+    return f"{name} after {steps} steps {outcome} the baseline {to}: {text}"
 
 
 def duration(seconds: float) -> str:

@@ -13,15 +13,17 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from fomaml.app.algorithms import ALGORITHMS, ANY_WAYS
 from fomaml.app.build import build_learner, build_model
-from fomaml.app.settings import Settings, from_json, identity
+from fomaml.app.named import named_again, with_metrics
+from fomaml.app.settings import Better, Settings, from_json, identity
 from fomaml.app.settle import check_classless
 from fomaml.checkpoint import load_weights
 from fomaml.errors import InputError
@@ -107,15 +109,33 @@ def load_settings(run: Path) -> Settings:
         raise InputError(f"{run} holds no run (no {CONFIG})") from None
 
 
-def load_run(run: Path, weights: str = "best", **changes) -> tuple[Settings, MetaLearner]:
+def load_run(
+    run: Path,
+    weights: str = "best",
+    *,
+    model: Any = None,
+    loss: Any = None,
+    metric: Sequence[str] | None = None,
+    metric_direction: Better | None = None,
+    accept_changed_code: bool = False,
+    **changes,
+) -> tuple[Settings, MetaLearner]:
     """The settings, with changes, and the trained learner of a run directory.
 
     weights: "best" by validation, or "last"; a run without validation has one file, which is both.
+    model, loss: those of the run again where they are the user's own, by name or as the class or function: nothing is
+        imported because a file says so. metric: others than the run's, or the same again; the run's own metrics are
+        taken where they need no code.
+    accept_changed_code: take code that is not what the run was made with.
 
     Raises:
-        InputError: the directory holds no finished run, or a damaged one.
+        InputError: the directory holds no finished run, or a damaged one; its own code is not named, or has changed.
     """
-    trained = load_settings(run)
+    recorded = load_settings(run)
+    trained = named_again(
+        recorded, run, model=model, loss=loss, accept_changed_code=accept_changed_code, going_on=False
+    )
+    trained = with_metrics(trained, run, metric, metric_direction, accept_changed_code)
     settings = dataclasses.replace(trained, **{k: v for k, v in changes.items() if v is not None})
     if settings.ways != trained.ways and not ALGORITHMS[trained.algorithm].any_ways:
         raise InputError(
@@ -124,10 +144,10 @@ def load_run(run: Path, weights: str = "best", **changes) -> tuple[Settings, Met
         )
     check_classless(settings)
     like = dataclasses.replace(
-        trained, device=settings.device
+        trained, device=settings.device, model_weights=None
     )  # the network as it was trained, whatever the tasks
     learner = build_learner(like, build_model(like))
-    load_weights(weights_file(run, weights), learner, identity(trained))
+    load_weights(weights_file(run, weights), learner, identity(recorded))
     return settings, learner
 
 

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,14 @@ from fomaml.app.build import (
     with_data,
     with_precision,
 )
-from fomaml.app.judge import beside_baselines, describe, has_baselines, judge
+from fomaml.app.judge import Scores, beside_baselines, describe, judge
+from fomaml.app.named import resume_line
+from fomaml.app.networks import check_model
+from fomaml.app.rivals import has_baselines
 from fomaml.app.rundir import circumstances
+from fomaml.app.scores import headline
 from fomaml.app.settings import Settings, identity, to_json
-from fomaml.app.sources import source_of
+from fomaml.app.trial import try_own
 from fomaml.app.validate import Best, is_due, validate, with_validation
 from fomaml.app.wording import spoken
 from fomaml.checkpoint import load_progress, load_state, load_weights, save_state, save_weights
@@ -84,8 +88,9 @@ def session(
     run = Session(settings, out, say, watch, work, allow_download)
     if not resume:
         rundir.claim(out)
-    with rundir.alone(out):
-        if not resume:
+    with rundir.alone(out), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)  # dropout draws from there
+        if not resume or settings.code:  # a change of code that was accepted
             write_text(out / rundir.CONFIG, to_json(run.settings))
         yield run
 
@@ -125,13 +130,16 @@ class Session:
         self.identity = identity(self.settings)
         self.out, self.say, self.watch, self.work = out, say, watch, work
         self.agenda = Agenda(self.settings, has_baselines(self.settings, self.data))
-        self.learner = build_learner(self.settings, build_model(self.settings))
+        model = build_model(self.settings)
+        check_model(self.settings, model, self.data.train)
+        self.learner = build_learner(self.settings, model)
+        try_own(self.settings, self.learner, self.data.train)
         check_width(self.learner, self.data.test)
         self.optimizer = build_optimizer(self.settings, self.learner)
         self.plan = self._plan(self.settings.tasks_at_once)
         self.best, self.clock = Best(), Clock()
         self.done = self.validated = 0
-        self.scores: dict[int, Tensor] = {}
+        self.scores: Mapping[int, Tensor] = {}
 
     def train(
         self, measure_every: int | None = None, after: Callable[[int], None] = lambda iteration: None
@@ -159,6 +167,7 @@ class Session:
                 measure_every=measure_every or max(1, settings.iterations // 100),
                 clip=settings.clip,
                 plan=self.plan,
+                metric=headline(settings),
             )
             with self.clock.counting("training"):
                 record = next(steps, None)
@@ -196,26 +205,27 @@ class Session:
         else:
             save_weights(out / rundir.WEIGHTS, learner, self.identity)
         test = self._noted("test", "testing", self.data.test, settings.test_tasks)
-        result, self.scores = judge(settings, learner, dataclasses.replace(self.data, test=test), self.say)
+        result, found = judge(settings, learner, dataclasses.replace(self.data, test=test), self.say)
+        self.scores = found[headline(settings).name]
         self.agenda.finish("test")
         result |= {"iterations": self.done, "weights": weights, "preset": settings.preset}
         spent = dataclasses.asdict(self.clock)
         result |= {f"{name}_seconds": round(seconds, 1) for name, seconds in spent.items()}
         result |= {"seed": settings.seed, **circumstances()}
+        if settings.code:
+            result["code"] = settings.code
         if has_baselines(settings, self.data):
-            result = self._beside_baselines(result)
+            result = self._beside_baselines(result, found)
         self._write(result)
         (out / rundir.STATE).unlink(missing_ok=True)
         return result
 
-    def _beside_baselines(self, result: dict) -> dict:
+    def _beside_baselines(self, result: dict, scores: Scores) -> dict:
         """The result with the baselines. That of the learner is shown and on disk before they begin."""
         total = self.agenda.totals["baselines"]
         note = self.agenda.counter("baselines", "baselines", total, self.work)
-        scores = self.scores[self.settings.test_steps[-1]]
-        unfinished = {
-            "unfinished": f"the baselines follow; after an interruption: fomaml train --resume {self.out}"
-        }
+        line = resume_line(self.settings, self.out)
+        unfinished = {"unfinished": f"the baselines follow; after an interruption: {line}"}
         self._write(result | unfinished)
         self.say("\n" + describe(result | unfinished))
         for more in beside_baselines(self.settings, self.data, result, scores, self.say, note):
@@ -319,7 +329,7 @@ class Session:
             found = validate(self.settings, self.learner, data)
         self.validated = self.done
         self._log(validation=found.mean, interval=found.interval)
-        metric = source_of(self.settings).metric
+        metric = headline(self.settings)
         better = self.best.beaten_by(found, self.done, metric.direction)
         if better:
             save_weights(self.out / rundir.WEIGHTS, self.learner, self.identity)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fomaml.app.defaults import DEFAULTS, FOLLOWING
-from fomaml.choices import Statistics
+from fomaml.choices import Policy, Statistics
 from fomaml.errors import InputError
 
 FORMAT = 1  # of config.json; a run without one has format 0
@@ -21,7 +21,7 @@ Split = Literal["maml", "vinyals", "background-evaluation"]
 Filter = Literal["lanczos", "nearest", "box", "bilinear"]
 Augmentation = Literal["none", "rotations", "turns", "warps"]
 TestAugmentation = Literal["none", "turns"]
-NormPolicy = Literal["batch", "support", "running", "per-step"]  # "frozen" is no way to begin
+NormPolicy = Policy
 NormParameters = Literal["scale-shift", "shift"]
 Adapted = Literal["all", "no-norm"]
 InnerLoss = Literal["mean", "summed"]
@@ -32,6 +32,7 @@ Precision = Literal["none", "bfloat16", "auto"]
 BaselineSize = Literal["run", "full"]
 Part = Literal["test", "validation"]
 Weights = Literal["best", "last"]
+Better = Literal["higher", "lower"]
 
 
 @dataclass(frozen=True)
@@ -138,30 +139,45 @@ class Settings:
     scale: bool | None = None
     fixed_classes: bool | None = None  # the classes of the data, the same ones in all tasks
     facts: dict[str, Any] | None = None  # what the data have told: columns, classes, split, scaling
+    # Of a model of the user's own, or of another library: its arguments, its head, the file of its weights.
+    model_options: dict[str, Any] | None = None
+    model_weights: str | None = None  # a file, or "random" or "download"
+    head: str | None = None
+    output: str | int | None = None  # what of the model's outputs is judged
+    loss: str | None = None
+    metric: tuple[str, ...] | None = None
+    metric_direction: Better | None = None
+    # What is compared of the user's own files, by option, see own.py; and what was found there, which is never written:
+    # a run that is read from its directory has it only where the user has named it again.
+    code: dict[str, dict[str, Any]] | None = None
+    own: dict[str, Any] | None = dataclasses.field(default=None, compare=False, repr=False)
 
 
 # What may be another when a run goes on or is judged: where it lies and is computed, and what only judges it.
 LATER = (
-    "shares", "skip_small_classes", "task", "target", "order", "features", "categorical", "inputs", "lengths", "window",
-    "hop", "kind", "drop_missing", "skip_short", "separator", "draw", "train_draw", "gap", "query_all", "test_keys",
-    "validation_keys", "split_seed", "skip_small_groups", "scale", "fixed_classes", "facts",
+    "shares", "skip_small_classes", "task", "target", "order", "features", "categorical", "inputs", "lengths",
+    "window", "hop", "kind", "drop_missing", "skip_short", "separator", "draw", "train_draw", "gap", "query_all",
+    "test_keys", "validation_keys", "split_seed", "skip_small_groups", "scale", "fixed_classes", "facts",
+    "model_options", "head", "output", "loss", "metric", "metric_direction",
 )  # fmt: skip
-MAY_CHANGE = frozenset({"out", "data_root", "device", "test_tasks", "baselines", "baseline_size"})
+MAY_CHANGE = frozenset(
+    {"out", "data_root", "device", "test_tasks", "baselines", "baseline_size", "model_weights", "code", "own"}
+)
 
 
 def identity(settings: Settings) -> dict[str, Any]:
     """What a run's weights are made by, JSON-able: its files of tensors carry a digest of it."""
-    values = dataclasses.asdict(settings)
+    values = vars(settings)
     added = {
-        name for name in LATER if values[name] in (None, False)
-    }  # weights from before are of the same run
+        name for name in LATER if values[name] is None or values[name] is False
+    }  # as weights from before
     kept = {name: value for name, value in values.items() if name not in MAY_CHANGE | added}
     return json.loads(json.dumps(kept, default=str))
 
 
 def to_json(settings: Settings) -> str:
     """The settings as an indented JSON object."""
-    values = {"format": FORMAT, **dataclasses.asdict(settings)}
+    values = {"format": FORMAT, **{name: value for name, value in vars(settings).items() if name != "own"}}
     return json.dumps(values, indent=2, default=str) + "\n"
 
 
@@ -181,7 +197,7 @@ def from_json(text: str, origin: str) -> Settings:
         for name in ("out", "data_root"):
             values[name] = values[name] and Path(values[name])
         for name, value in values.items():
-            if name != "facts" and isinstance(value, list):
+            if name not in ("facts", "model_options", "code") and isinstance(value, list):
                 values[name] = tuple(value)
         return Settings(**values)
     except (ValueError, TypeError, KeyError, AttributeError) as error:

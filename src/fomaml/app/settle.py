@@ -11,6 +11,7 @@ from fomaml.app.algorithms import ALGORITHMS, ANY_WAYS
 from fomaml.app.build import NETWORKS
 from fomaml.app.defaults import DEFAULTS, FOLLOWING
 from fomaml.app.images import images_needed
+from fomaml.app.named import LIBRARIES, OWN, foreign_model, is_own_metric, parsed, plain, with_own
 from fomaml.app.presets import PRESETS
 from fomaml.app.settings import Settings
 from fomaml.app.sizing import sized
@@ -21,6 +22,8 @@ from fomaml.engines import ENGINES
 from fomaml.errors import InputError, positive
 
 HINTS = get_type_hints(Settings)
+# What may be given; the others are found out.
+ASKED = {field.name for field in dataclasses.fields(Settings)} - {"own", "code"}
 # Whole numbers of 1 or more; the other two may be 0.
 COUNTS = [
     name
@@ -62,10 +65,11 @@ def settle_with_origins(given: Mapping[str, Any]) -> tuple[Settings, dict[str, s
         InputError: an unknown name (the message lists the known ones), a number that is not positive, or
             options that do not go together.
     """
-    unknown = sorted(set(given) - {field.name for field in dataclasses.fields(Settings)})
+    unknown = sorted(set(given) - ASKED)
     if unknown:
         raise InputError(f"there is no option {unknown[0]!r}")
     given = {name: value for name, value in given.items() if value is not None}
+    given |= as_kept(given)
     preset: Mapping[str, Any] = {}
     if "preset" in given:
         check_choice("preset", given["preset"], PRESETS)
@@ -106,6 +110,10 @@ def settle_with_origins(given: Mapping[str, Any]) -> tuple[Settings, dict[str, s
     for follower, leader in FOLLOWING.items():
         if follower not in values:
             values[follower], origins[follower] = values[leader], f"as {leader}"
+    if values["model"].partition(":")[0] in LIBRARIES and "norm_policy" not in asked:
+        random = values.get("model_weights") == "random"
+        values["norm_policy"] = "batch" if random else "frozen"
+        origins["norm_policy"] = "random weights" if random else "the statistics of model_weights"
     if algorithm == "maml++" and values["multi_step_iterations"] is None:
         values["multi_step_iterations"] = max(1, values["iterations"] // 10)
         origins["multi_step_iterations"] = "a tenth of iterations"
@@ -115,6 +123,7 @@ def settle_with_origins(given: Mapping[str, Any]) -> tuple[Settings, dict[str, s
     sized_to_it = values["validation_tasks"] is None
     settings = Settings(**{**values, "validation_tasks": 1} if sized_to_it else values)
     check(settings, given)
+    settings = with_own(settings)  # after all else, as it runs code
     if sized_to_it:
         settings = dataclasses.replace(settings, validation_tasks=sized(settings).validation_tasks)
         origins["validation_tasks"] = "the length of the run"
@@ -126,7 +135,8 @@ def check(settings: Settings, given: Mapping[str, Any] = {}) -> None:
 
     given: the options that were asked for, where that makes a difference.
     """
-    check_choice("model", settings.model, NETWORKS)
+    if not foreign_model(settings):
+        check_choice("model", settings.model, [*NETWORKS, *OWN])
     check_choice("engine", settings.engine, ("auto", *ENGINES))
     for name, choices in CHOICES.items():
         if getattr(settings, name) is not None:
@@ -155,6 +165,8 @@ def check(settings: Settings, given: Mapping[str, Any] = {}) -> None:
         )
     check_steps("--test-steps", settings.test_steps)
     check_seed(settings.seed)
+    if settings.metric_direction is not None and not any(map(is_own_metric, settings.metric or ())):
+        raise InputError("--metric-direction is of a function of your own: give --metric FILE.py:NAME")
     check_classless(settings)
     _check_algorithm(settings)
     _check_network(settings)
@@ -179,23 +191,47 @@ def check_steps(name: str, steps: tuple[int, ...]) -> None:
 
 
 def check_classless(settings: Settings) -> None:
-    """Raise `InputError` where a source of functions, or of rows, is given an option of classes or images."""
-    source, name = source_of(settings), split_name(settings.source)[0]
+    """Raise `InputError` where a source of functions, or of groups, is given an option of classes or images."""
+    source, name, groups = source_of(settings), split_name(settings.source)[0], settings.kind is not None
     if source.kind == "regression":
-        if source.decide is None and settings.model != "mlp":
-            raise InputError(f"the source {name} goes with the model mlp, got {settings.model!r}")
+        if not groups and settings.model != "mlp" and not foreign_model(settings):
+            raise InputError(
+                f"the source {name} goes with the model mlp or one of your own, got {settings.model!r}"
+            )
         if ALGORITHMS[settings.algorithm].any_ways:
             raise InputError(f"the algorithm {settings.algorithm} needs classes: the source {name} has none")
-    elif source.decide is None:
+    elif not groups:
         return
-    lacking = "classes" if source.kind == "regression" else "images"
+    if settings.fixed_classes and settings.train_ways != settings.ways:
+        raise InputError(
+            f"a task has the {settings.ways} classes of the data: give --ways to draw some, or no --train-ways"
+        )
+    lacks = "is of groups" if groups else "has no classes"
     for option in OF_CLASSES:
         value, plain = getattr(settings, option), DEFAULTS[option]
         if value != plain and not (option == "inner_loss" and source.kind == "classification"):
             plain = 0 if plain == 0 else plain
-            raise InputError(
-                f"the source {name} has no {lacking}: {typed(option)} must be {plain}, got {value!r}"
-            )
+            raise InputError(f"the source {name} {lacks}: {typed(option)} must be {plain}, got {value!r}")
+
+
+def as_kept(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of the user's own code as the settings keep them."""
+    kept: dict[str, Any] = {}
+    if "model_options" in given:
+        options = given["model_options"]
+        pairs = options.items() if isinstance(options, Mapping) else parsed(options).items()
+        kept["model_options"] = {name: plain(name, value) for name, value in pairs}
+    if "metric" in given:
+        asked = given["metric"]
+        kept["metric"] = (asked,) if isinstance(asked, str) else tuple(asked)
+    if "output" in given:
+        kept["output"] = judged_output(given["output"])
+    return kept
+
+
+def judged_output(given: str | int | None) -> str | int | None:
+    """What --output says: a name, or a number."""
+    return int(given) if isinstance(given, str) and given.lstrip("-").isdigit() else given
 
 
 def _check_algorithm(settings: Settings) -> None:
@@ -235,11 +271,33 @@ def _check_algorithm(settings: Settings) -> None:
 
 
 def _check_network(settings: Settings) -> None:
-    """Options of convolutions, where there are none."""
-    if settings.model != "mlp":
+    """Options of convolutions of images, where there are none."""
+    weights = settings.model_weights
+    of_library = (
+        settings.model.partition(":")[0] in LIBRARIES and weights is None
+    )  # which has its own message
+    if settings.norm_policy == "frozen" and weights in (None, "random") and not of_library:
+        raise InputError("--norm-policy frozen takes statistics that were learned: give --model-weights FILE")
+    if foreign_model(settings):
+        for name in ("channels", "norm_parameters"):
+            if getattr(settings, name) != DEFAULTS[name]:
+                raise InputError(f"{typed(name)} is of the models by name, not of {settings.model}")
+        return
+    if weights is not None:
+        raise InputError(
+            f"--model-weights are of a model of your own, timm or torchvision, got {settings.model}"
+        )
+    if settings.model_options:
+        raise InputError(
+            f"--model-options go to a model of your own, {' or '.join(OWN)}, got {settings.model}"
+        )
+    if settings.model.startswith("conv4"):
         return
     for name in ("channels", "norm_policy", "norm_parameters", "adapt"):
         value = getattr(settings, name)
         if value != DEFAULTS[name]:
             value = " ".join(map(str, value)) if isinstance(value, tuple) else value
-            raise InputError(f"the model mlp has no convolutions and no batch norm: no {typed(name)} {value}")
+            has = (
+                "has no convolutions and no batch norm" if settings.model == "mlp" else "is not one of images"
+            )
+            raise InputError(f"the model {settings.model} {has}: no {typed(name)} {value}")

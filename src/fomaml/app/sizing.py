@@ -14,7 +14,9 @@ from fomaml.app.sources import source_of
 
 PASSES = 3  # of an example that is learned from: forward, and backward at twice the cost
 INNER_LRS = (0.001, 0.003, 0.01, 0.03, 0.1)  # that baselines are tuned over
+SEARCHED_LRS, SEARCHED_STEPS = (0.001, 1.0), (1, 100)  # that `fomaml tune` searches for them
 BATCH = 128  # of the classifiers' pretraining
+FEW_TASKS = 10  # that estimators are tuned on, each of which is fitted anew
 VALIDATIONS = 10  # by default
 LEAST = 0.1  # share of the full sizes below which rather the steps of the baselines are cut
 
@@ -47,7 +49,7 @@ def sized(settings: Settings) -> Sizes:
     A run of as many training tasks as the source's default, or more, has the full sizes: all kept figures are of such.
     """
     whole, few = full(settings), least(settings)
-    if source_of(settings).kind == "regression" or not is_short(settings):
+    if not _has_tuned(settings) or not is_short(settings):
         return whole
     for number in (4, 3, 2):
         whole = whole._replace(at_steps=whole.at_steps[:number])
@@ -113,9 +115,16 @@ def tuning(settings: Settings, sizes: Sizes) -> float:
 
 def baselines(settings: Settings, sizes: Sizes) -> float:
     """The cost of all baselines; nothing where there are none."""
-    if not settings.baselines or source_of(settings).kind == "regression":
+    if not settings.baselines or not _has_tuned(settings):
         return 0.0
-    classifiers = 1 if settings.augment == "none" else 2
-    tuned = len(INNER_LRS) * sizes.tuning_tasks * tuning(settings, sizes)
-    tested = sizes.tasks * adaptation(settings, max(sizes.at_steps))
-    return (1 + classifiers) * (tuned + tested) + classifiers * PASSES * BATCH * sizes.pretraining
+    trained = 1 if settings.augment == "none" else 2
+    # the pooled network, and its head alone
+    tuned = trained + (settings.kind is not None and (settings.fixed_classes is not False))
+    each = len(INNER_LRS) * sizes.tuning_tasks * tuning(settings, sizes)
+    each += sizes.tasks * adaptation(settings, max(sizes.at_steps))
+    return (1 + tuned) * each + trained * PASSES * BATCH * sizes.pretraining
+
+
+def _has_tuned(settings: Settings) -> bool:
+    """Whether there are baselines that are tuned: functions have neither classes nor rows."""
+    return settings.kind is not None or source_of(settings).kind == "classification"

@@ -6,7 +6,9 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
-from fomaml.app.build import Data, for_test, metric_of, of_units
+from fomaml.app.build import Data, for_test
+from fomaml.app.group_tasks import of_units
+from fomaml.app.scores import headline
 from fomaml.app.settings import Settings
 from fomaml.errors import InputError
 from fomaml.evaluate import Estimate, estimate, evaluate
@@ -71,6 +73,6 @@ def validate(settings: Settings, learner: MetaLearner, data: Data) -> Estimate:
         tasks=settings.validation_tasks,
         at_steps=[steps],
         statistics=settings.statistics,
-        metric=metric_of(settings),
+        metric=headline(settings),
     )
     return estimate(of_units(data.validation, found[steps]))

@@ -17,8 +17,13 @@ PHRASES: list[tuple[str, str]] = [
     (r"(?<![\w'-])each side of size\b", "each number of --image-size"),
     (r"(?:fomaml\.)?convert_batch_norm\([^)]*\)", "--norm-policy"),
     (r"small='leave out'", "--skip-small-groups"),
+    (
+        r"list it as categorical, or leave it out of the features",
+        "give --categorical with its name, or --features without it",
+    ),
     (r"separator='\\t'", "--separator tab"),
     (r"separator=('.')", r"--separator \1"),
+    (r"give output=, the name", "give --output, the name"),
     (rf"(?<![\w'/.-])({_ANY})=True\b", r"--\1"),
     (rf"(?<![\w'/.-])({_ANY})=(['\"]?)([\w.-]+)\2(?: or (['\"])([\w.-]+)\4)?", r"--\1 \3 or \5"),
     (rf"(?<![\w'/.-])({_LONG})(?![\w'/=(-]|\.\w)", r"--\1"),

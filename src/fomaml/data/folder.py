@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from fomaml.data.groups import GroupSource
 from fomaml.data.shares import SHARES, check_shares, dealt
 from fomaml.data.source import ClassSource, pixels
 from fomaml.errors import InputError, positive
@@ -97,6 +98,36 @@ def load_folder(
         own is not None,
         tuple(reader.left_out),
     )
+
+
+def has_tasks(path: str | Path) -> bool:
+    """Whether a folder has one more level, PATH/TASK/CLASS/IMAGE, and no parts train and test."""
+    root = Path(path).expanduser()
+    if not root.is_dir() or {folder.name for folder in _directories(root)} & set().union(*PARTS.values()):
+        return False
+    return any(map(_directories, _directories(root)))
+
+
+def load_tasks(path: str | Path, *, size: tuple[int, int] | None = None, colour: str = "grey") -> GroupSource:
+    """Read PATH/TASK/CLASS/IMAGE; images, options and errors as of `load_folder`.
+
+    The groups are the tasks, the classes are those of the whole folder, by name.
+    """
+    root = Path(path).expanduser()
+    reader = _Reader(size, MODES[colour], readable_suffixes())
+    images, labels, tasks = [], [], []
+    for task in _directories(root):
+        if not (classes := _directories(task)):
+            raise InputError(f"{task}: found no directories, expected one per class, as in the other tasks")
+        for folder in classes:
+            own = [reader.image(path) for path in reader.paths(folder)]
+            images += own
+            labels += [folder.name] * len(own)
+            tasks += [task.name] * len(own)
+    source = GroupSource(_stacked(images), labels, tasks, decode=pixels())
+    if reader.others:
+        source.left_out = _counted(reader.others, "file") + " of other kinds"
+    return source
 
 
 def few_listed(classes: Sequence[tuple[str, int]]) -> str:
@@ -211,12 +242,12 @@ class _Reader:
     def source(self, folders: list[Path]) -> ClassSource:
         images, labels = [], []
         for label, folder in enumerate(folders):
-            own = [self._image(path) for path in self._paths(folder)]
+            own = [self.image(path) for path in self.paths(folder)]
             images += own
             labels += [label] * len(own)
-        inputs = torch.from_numpy(np.stack(images))  # (examples, h, w) or (examples, h, w, 3)
-        inputs = inputs.unsqueeze(1) if inputs.dim() == 3 else inputs.permute(0, 3, 1, 2).contiguous()
-        return ClassSource(inputs, torch.tensor(labels), [folder.name for folder in folders], pixels())
+        return ClassSource(
+            _stacked(images), torch.tensor(labels), [folder.name for folder in folders], pixels()
+        )
 
     def _images(self, folder: Path) -> tuple[list[Path], list[Path]]:
         """The images of one class, sorted by name, and all files in sight."""
@@ -228,7 +259,7 @@ class _Reader:
             )
         return [path for path in visible if path.suffix.lower() in self.suffixes], visible
 
-    def _paths(self, folder: Path) -> list[Path]:
+    def paths(self, folder: Path) -> list[Path]:
         """The images of one class, one or more; what is passed over is counted."""
         paths, visible = self._images(folder)
         if not paths:
@@ -239,7 +270,7 @@ class _Reader:
         self.others += len(visible) - len(paths)
         return paths
 
-    def _image(self, path: Path) -> np.ndarray:
+    def image(self, path: Path) -> np.ndarray:
         """One image, uint8 (h, w) or (h, w, 3)."""
         Image = pillow()
         from PIL import ImageOps
@@ -268,6 +299,12 @@ class _Reader:
                 f"{first_wide} wide; give the size=(height, width) to resize to"
             )
         return np.asarray(image)
+
+
+def _stacked(images: list[np.ndarray]) -> torch.Tensor:
+    """(examples, channels, h, w), of images (h, w) or (h, w, 3)."""
+    inputs = torch.from_numpy(np.stack(images))
+    return inputs.unsqueeze(1) if inputs.dim() == 3 else inputs.permute(0, 3, 1, 2).contiguous()
 
 
 def _visible(folder: Path) -> list[Path]:

@@ -333,6 +333,15 @@ class GroupSource:
         own.scaling = Scaling() if scaling is None else scaling
         return own
 
+    def with_inputs(self, inputs: Tensor) -> GroupSource:
+        """The same rows with other inputs: (rows, ...), in the order of `rows`, neither to be scaled nor decoded."""
+        own = copy(self)
+        placed = inputs.new_zeros(len(self._inputs), *inputs.shape[1:])
+        placed[torch.from_numpy(self.rows)] = inputs
+        own._inputs, own.decode, own.input_names, own.categories = Rows(placed, "inputs"), None, None, {}
+        own.scaling = Scaling(targets=self.scaling.targets)
+        return own
+
     def _check_lengths(self, **others: int | None) -> None:
         lengths = {"inputs": len(self._inputs), "targets": len(self._targets), **others}
         known = {name: length for name, length in lengths.items() if length is not None}

@@ -58,6 +58,10 @@ class MetaGradient(NamedTuple):
     query_outputs: Tree | list[Tree]
     engine: str
 
+    def without_gradients(self) -> MetaGradient:
+        """The same of tasks that count for nothing, also where their gradients are not finite."""
+        return self._replace(gradients={n: torch.zeros_like(g) for n, g in self.gradients.items()})
+
     def apply_to(self, learner: MetaLearner) -> None:
         """Set `.grad` of the learner's meta-parameters, for any `torch.optim` optimiser to step on."""
         for name, parameter in learner.meta_parameters().items():
@@ -88,12 +92,13 @@ def differentiate(learner: MetaLearner, problem: Problem, tasks: int = 1) -> Fou
                 f"the parameter {name} no longer requires a gradient: make a new learner, or one with frozen={name!r}"
             )
     outcome = learner.objective(problem)
-    gradients = torch.autograd.grad(
-        outcome.scalar / tasks if tasks > 1 else outcome.scalar,
-        list(parameters.values()),
-        allow_unused=True,
-        materialize_grads=True,
-    )
+    with problem.guard():
+        gradients = torch.autograd.grad(
+            outcome.scalar / tasks if tasks > 1 else outcome.scalar,
+            list(parameters.values()),
+            allow_unused=True,
+            materialize_grads=True,
+        )
     _, losses, outputs, support_losses = outcome
     if problem.stacked:
         return Found(list(gradients), losses, support_losses.T, outputs)

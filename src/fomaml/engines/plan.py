@@ -108,8 +108,11 @@ def choice(
     number = count(tasks)
     if not isinstance(tasks, Task):
         own = [group.tasks for group in groups(learner, tasks)]
+        for each in own:
+            try_once(learner, each)
         tasks = max(own, key=lambda each: sum(leaf.numel() for leaf in leaves(each)))
-    try_once(learner, tasks)
+    else:
+        try_once(learner, tasks)
     engine, why = choose(learner, tasks, compile) if engine == "auto" else (engine, "as asked")
     on_cpu = device_of(tasks).type == "cpu"
     stacks = compile and engine == "batched" and on_cpu and is_convolutional(learner)
@@ -296,7 +299,8 @@ class Plan:
                     else:
                         names, found = function.names, function.map(chunks(group.tasks, size))
                         divisor /= fixed
-                    parts.append(accumulate(names, found, self.engine, divisor))
+                    part = accumulate(names, found, self.engine, divisor)
+                    parts.append(part if group.weight else part.without_gradients())
                 except Exception as error:  # whatever a module raises
                     self._halve(most, error, group.tasks)
         return put_together(own, parts, listed=not isinstance(tasks, Task))

@@ -46,6 +46,8 @@ def meta_gradient(
         own.seen = _kept[learner].seen
         result = own._compute(tasks)
     if own.choice is not kept:
+        if len(known) >= MOST:  # lists of tasks of any sizes seldom come back
+            known.clear()
         known[key] = own.choice  # only now: what fails may be the fault of these very tasks
     return result
 
@@ -85,6 +87,9 @@ def curve_at(
         result = own._curve(tasks, points, measured)
     known[key] = own.choice
     return result
+
+
+MOST = 100
 
 
 def _known(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -131,6 +131,7 @@ def inner_loop(
     first_order: bool = True,
     state: Mapping[str, dict] | None = None,
     stacked: bool = False,
+    guard: Callable[[], AbstractContextManager] = nullcontext,
 ) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
     """Adapt without end: yields (φₖ₊₁, losses at φₖ) for k = 0, 1, … (Finn et al. 2017, algorithm 1, line 6).
 
@@ -141,7 +142,7 @@ def inner_loop(
     first_order: hold the inner gradient constant. The *point* is detached, not the gradient, so no
         inner graph outlives its step: φ depends on θ through φₖ₊₁ = φₖ - α g alone.
     state: the optimiser's by parameter, updated in place; by default a fresh one.
-    stacked: φ is of a stack of tasks.
+    stacked: φ is of a stack of tasks. guard: within what gradients are taken.
     """
     current = dict(start)
     state = {name: {} for name in current} if state is None else state
@@ -158,7 +159,8 @@ def inner_loop(
             gradients: list[Tensor | None] = [None] * len(point)
             terms = losses(point, first_order, step)
             for term in [terms] if isinstance(terms, Tensor) else terms:
-                found = _gradients(term.sum(), list(point.values()), not first_order)
+                with guard():
+                    found = _gradients(term.sum(), list(point.values()), not first_order)
                 gradients = [g if f is None else f if g is None else g + f for g, f in zip(gradients, found)]
                 loss = term.detach() if loss is None else loss + term.detach()
         alpha = rates(step)

@@ -64,14 +64,14 @@ def _wrapper(module: nn.Module) -> str:
 
 
 @contextmanager
-def calls_refused(index: Set[int]) -> Iterator[None]:
+def calls_refused(index: Set[int], cure: str = "call it as an attribute of self") -> Iterator[None]:
     """Within it a forward pass that calls a module of the tree itself, and not its replica, is an `InputError`."""
 
     def refuse(module, args):
         if id(module) in index:
             raise InputError(
                 f"the module calls its {type(module).__name__} by a reference that no copy of it follows, such as a "
-                "global variable or an object of your own: call it as an attribute of self"
+                f"global variable or an object of your own: {cure}"
             )
 
     handle = register_module_forward_pre_hook(refuse)

@@ -20,18 +20,20 @@ from fomaml.trees import Tree, call
 class Forward:
     """The model at the weights of a task, as a loss gets it.
 
-    It is called as the model is, and its attributes are the model's. Called with the inputs of the task as they are, a
-    dict of them goes to the model as keywords, a tuple as positional arguments.
+    It is called as the model is, and its attributes are the model's. Where the inputs of a task are a dict, one dict
+    goes to the model as keywords, and where they are a tuple, one tuple as positional arguments.
     """
 
     def __init__(self, run: Callable[..., Any], model: nn.Module, inputs: Tree):
         self._run, self._model, self._inputs = run, model, inputs
 
     def __call__(self, *args, **kwargs) -> Any:
-        inputs = args[0] if len(args) == 1 and not kwargs else None
-        if inputs is self._inputs:
-            return called(self._run, self._model, inputs)
+        if len(args) == 1 and not kwargs and isinstance(args[0], type(self._inputs)):
+            return called(self._run, self._model, args[0])
         return self._run(*args, **kwargs)
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._model[key]  # type: ignore[index]
 
     def __getattr__(self, name: str) -> Any:
         # within a loss the model itself holds the weights of the task, see `Replicas.holding`
@@ -58,10 +60,10 @@ def called(run: Callable[..., Any], model: nn.Module, inputs: Tree) -> Any:
         raise InputError(reason) from error
 
 
-def outputs_of(learner: Learner, run: Callable[..., Any], inputs: Tree) -> Tree:
-    """What is judged of what the model returns for the inputs of a task."""
-    returned = called(run, learner.model, inputs)
-    return checked_outputs(selected(returned, learner.output), learner.criterion)
+def outputs_of(learner: Learner, run: Callable[..., Any], inputs: Tree) -> tuple[Tree, Any]:
+    """What is judged of what the model returns for the inputs of a task: its tensors, and as it is."""
+    returned = selected(called(run, learner.model, inputs), learner.output)
+    return checked_outputs(returned, learner.criterion), returned
 
 
 class Stacked(TorchFunctionMode):

@@ -33,6 +33,7 @@ from fomaml.learning.contracts import (
     checked_output,
     module_of,
 )
+from fomaml.learning.mistakes import refuse_as_loss
 from fomaml.learning.moments import SecondMoments
 from fomaml.learning.objectives import QueryLoss
 from fomaml.learning.problem import Problem
@@ -131,6 +132,7 @@ class MetaLearner(nn.Module):
         if loss is None:
             self.criterion = checked_criterion(F.cross_entropy if criterion is None else criterion)
         self.loss = None if loss is None else checked_loss_function(loss)
+        refuse_as_loss(self.loss)
         self.output = checked_output(output)
         if not isinstance(first_order, bool) and not callable(first_order):
             raise InputError(
@@ -258,7 +260,7 @@ class MetaLearner(nn.Module):
         layers = [m for m in self.model.modules() if isinstance(m, BatchNorm)]
         if not any(layer.policy in ("running", "per-step") for layer in layers):
             return
-        problem = Problem(self, one(tasks, 0))
+        problem = Problem(self, one(as_batch(tasks, self.model), 0))
         seen: list[Seen] = []
         with normalising(record=seen):
             adapted = problem.start
@@ -275,7 +277,7 @@ class MetaLearner(nn.Module):
         """
         if not self.moments.names:
             return
-        problem = Problem(self, one(tasks, 0))
+        problem = Problem(self, one(as_batch(tasks, self.model), 0))
         state = self.moments.state(problem.start)
         for _ in islice(problem.path(first_order=True, state=state), self.inner_steps):
             pass

@@ -27,6 +27,8 @@ def selected(returned: Any, output: Output) -> Any:
         return returned
     if callable(output):
         return output(returned)
+    if isinstance(returned, Tensor):
+        raise InputError(f"output={output!r}: the model returns {described(returned)}, which has no parts")
     try:
         if isinstance(output, str) and not isinstance(returned, Mapping):
             return getattr(returned, output)
@@ -109,6 +111,17 @@ def checked_loss(loss: Any, name: str = "criterion") -> Tensor:
     return loss
 
 
+def refuse_shapes(criterion: Criterion, outputs: Tree, targets: Tree) -> None:
+    """Raise `InputError` where a loss of torch, which compares numbers of one shape, is to compare others."""
+    if not (isinstance(outputs, Tensor) and isinstance(targets, Tensor)) or outputs.shape == targets.shape:
+        return
+    if _is_of_numbers(criterion):
+        raise InputError(
+            f"the criterion compares outputs of shape {tuple(outputs.shape)} with targets of shape "
+            f"{tuple(targets.shape)}: give both one shape"
+        )
+
+
 def refuse_broadcast(criterion: Criterion, outputs: Tree, targets: Tree) -> None:
     """Raise `InputError` where a criterion compares each output with every target, as a loss of outputs (n, 1) and
     targets (n,) does: then it is the same whatever the order of the targets, and another one in one shape. One that
@@ -116,11 +129,6 @@ def refuse_broadcast(criterion: Criterion, outputs: Tree, targets: Tree) -> None
     """
     if not (isinstance(outputs, Tensor) and isinstance(targets, Tensor)) or outputs.shape == targets.shape:
         return
-    if _is_of_numbers(criterion):  # torch's own, which all want one shape
-        raise InputError(
-            f"the criterion compares outputs of shape {tuple(outputs.shape)} with targets of shape "
-            f"{tuple(targets.shape)}: give both one shape"
-        )
     if outputs.numel() != targets.numel():
         return
     # not the outputs themselves: at a head of zeros they are all the same, and then so is the loss
@@ -148,6 +156,14 @@ NUMBERS = (
 MODULES_OF_NUMBERS = (
     nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.PoissonNLLLoss, nn.BCELoss, nn.BCEWithLogitsLoss,
 )  # fmt: skip
+
+
+def refuse_as_loss(loss: Any) -> None:
+    """Raise `InputError` for a criterion of torch that is given as a loss of the general form."""
+    if ignored_label(loss) is not None or _is_of_numbers(loss):
+        raise InputError(
+            "loss= is a function (forward, examples); one of outputs and targets is the criterion"
+        )
 
 
 def as_numbers(criterion: Criterion, outputs: Tree, targets: Tree) -> Tree:

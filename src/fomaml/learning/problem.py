@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from operator import itemgetter
 from typing import Any
 
@@ -13,16 +13,23 @@ from torch import Tensor
 from fomaml.choices import Statistics, check_choice
 from fomaml.errors import InputError
 from fomaml.learning.adapt import inner_loop, open_attention
+from fomaml.learning.admission import calls_refused
 from fomaml.learning.contracts import Adapted, Learner
 from fomaml.learning.forward import Forward, Stacked, outputs_of
-from fomaml.learning.mistakes import as_numbers, checked_loss, refuse_broadcast, refuse_meaningless
-from fomaml.learning.parts import check_mean, counted, minibatch, parts_of, summed
+from fomaml.learning.mistakes import (
+    as_numbers,
+    checked_loss,
+    refuse_broadcast,
+    refuse_meaningless,
+    refuse_shapes,
+)
+from fomaml.learning.parts import check_mean, counted, minibatch, parts_of, spread, summed
 from fomaml.learning.replica import Replicas, buffers_of
 from fomaml.metrics import ignored_label
 from fomaml.models import NATIVE_BATCH_NORMS, BatchNorm, normalising, refuse_native
 from fomaml.tasks import Examples, Task, are_labels, count_of, ways_each
 from fomaml.tasks import first as first_of
-from fomaml.trees import Tree, call, joined, leaves, mapped, rebuilt
+from fomaml.trees import Tree, call, joined, leaves, mapped, rebuilt, structure
 
 
 class Problem:
@@ -110,6 +117,7 @@ class Problem:
             first_order=self.first_order if first_order is None else first_order,
             state=self.learner.moments.state(self.start) if state is None else state,
             stacked=self.stacked,
+            guard=self.guard,
         )
 
     def support_losses(
@@ -136,7 +144,7 @@ class Problem:
         total = counted(criterion, examples.targets, self.stacked) if summed(criterion) else None
         for part, share in parts_of(examples, size, self.stacked):
             losses = self._losses(adapted, fixed, part, step=step, summing=total is not None)[0]
-            yield losses * share if total is None else losses / total
+            yield losses * share if total is None else losses / torch.as_tensor(total).to(losses)
         if self.learner.objective.proximal:
             yield self._proximal(adapted)
 
@@ -173,19 +181,28 @@ class Problem:
             step,
             statistics == "with-query",
             buffers,
+            measured=self._measured,
         )
 
     def outputs(self, adapted: Adapted) -> Tree:
         """The outputs on the query set of one task at φ, no criterion asked."""
         parameters = {**self.fixed, **adapted}
         with self.replicas.holding(parameters, dict(self.buffers)) as (model, _), self._attention():
-            return self._outputs(model, self.task.query.inputs, self._support_for("own"), step=0)
+            return self._outputs(model, self.task.query.inputs, self._support_for("own"), step=0)[0]
+
+    def guard(self) -> AbstractContextManager:
+        """Within it gradients are taken: a loss that has the model itself run again there, as `torch.utils.checkpoint`
+        does, would find it without the task's weights, which is an `InputError`.
+        """
+        if self.learner.loss is None:
+            return nullcontext()
+        return calls_refused(self.replicas.own, "forward, or a module of it, is what the loss may checkpoint")
 
     def at(self, adapted: Adapted, function: Callable[[Callable, Examples], Any]) -> Any:
         """What a function of the model at φ and of the query set of one task gives."""
         parameters = {**self.fixed, **adapted}
         query = self.task.query
-        with self.replicas.holding(parameters, dict(self.buffers)) as (model, _), self._attention():
+        with self.replicas.holding(parameters, _copied(self.buffers)) as (model, _), self._attention():
             forward = Forward(model, self.learner.model, query.inputs)
             return self._with_gradients(function, forward, query, self.steps)
 
@@ -214,9 +231,12 @@ class Problem:
                 f"inner_accumulate takes a support set in parts, and {mixing[0]!r} normalises by the statistics of "
                 "all of it: take GroupNorm, or a batch norm in evaluation mode"
             )
-        few = mapped(itemgetter(slice(4)), self.task.support)
-        with self.replicas.holding(self.meta, dict(self.buffers)) as (model, _), torch.no_grad():
-            check_mean(self.learner.criterion, self._outputs(model, few.inputs, None, step=0), few.targets)
+        few = spread(self.task.support)
+        still = Replicas(self.learner.model, evaluating=True)  # no dropout
+        with still.holding(self.meta, _copied(self.buffers)) as (model, _), torch.no_grad():
+            check_mean(
+                self.learner.criterion, lambda inputs: self._outputs(model, inputs, None, step=0)[0], few
+            )
 
     def _support_for(self, statistics: Statistics) -> Tree | None:
         check_choice("statistics", statistics, Statistics)
@@ -251,11 +271,20 @@ class Problem:
         return features
 
     def _losses(
-        self, adapted, fixed, examples, support=None, step=0, apart=False, buffers=None, summing=False
+        self,
+        adapted,
+        fixed,
+        examples,
+        support=None,
+        step=0,
+        apart=False,
+        buffers=None,
+        summing=False,
+        measured=False,
     ) -> tuple[Tensor, Tree]:
         def one_task(adapted, buffers, examples, support):
             parameters = {**fixed, **adapted}
-            return self._judged(parameters, buffers, examples, support, step, apart, summing)
+            return self._judged(parameters, buffers, examples, support, step, apart, summing, measured)
 
         buffers = self.buffers if buffers is None else buffers
         arguments = (dict(adapted), buffers, examples, support)
@@ -269,27 +298,34 @@ class Problem:
         return loss, outputs
 
     def _judged(
-        self, parameters, buffers, examples, support, step, apart, summing=False
+        self, parameters, buffers, examples, support, step, apart, summing=False, measured=False
     ) -> tuple[Tensor, Tree, dict]:
         """The loss and the outputs of one task, and the buffers that the forward pass has assigned.
 
-        summing: the sum of a cross-entropy, not its mean.
+        summing: the sum of a cross-entropy, not its mean. measured: the outputs of a learner with a loss too.
         """
         given = dict(buffers)
+        outputs: Tree = ()
+        if measured:  # with buffers of its own, so that to look changes nothing
+            copied = _copied(buffers)
+            with self.replicas.holding(parameters, copied) as (model, _):
+                outputs, _ = self._outputs(model, examples.inputs, None, step)
         with self.replicas.holding(parameters, buffers) as (model, judge):
             criterion = self.learner.criterion
             if criterion is not None:
-                outputs = self._outputs(model, examples.inputs, support, step, apart)
+                outputs, returned = self._outputs(model, examples.inputs, support, step, apart)
                 targets = as_numbers(criterion, outputs, examples.targets)
+                refuse_shapes(criterion, outputs, targets)
                 if not self.stacked:
                     refuse_meaningless(criterion, outputs, targets)
                     refuse_broadcast(criterion, outputs, targets)
                 own: Any = summed(judge) if summing else judge
-                loss = checked_loss(own(outputs, targets))
+                loss = checked_loss(own(returned, targets))
             else:
+                # views, so that requires_grad_() in the loss leaves the tensors of the user as they are
+                examples = mapped(lambda tensor: tensor.view_as(tensor), examples)
                 forward = Forward(model, self.learner.model, examples.inputs)
                 loss = checked_loss(self._with_gradients(judge, forward, examples, step), "loss")
-                outputs = self._outputs(model, examples.inputs, None, step) if self._measured else ()
         return loss, outputs, _assigned(given, buffers)
 
     @property
@@ -306,25 +342,43 @@ class Problem:
         on_cpu = first_of(self.task.support.inputs).device.type == "cpu"
         return open_attention(everywhere=twice or on_cpu)
 
-    def _outputs(self, model, inputs, support, step, apart=False) -> Tree:
-        """The outputs for the inputs of one task, batch norms told what they need to know.
+    def _outputs(self, model, inputs, support, step, apart=False) -> tuple[Tree, Any]:
+        """The outputs for the inputs of one task, batch norms told what they need to know: the tensors, and the object
+        that the model returns, where it is one.
 
         model: the forward pass. apart: one input at a time, each in a batch with the support set.
         """
 
-        def run(inputs, first=None):
+        def run(inputs, first=None) -> tuple[Tree, Any]:
             told = normalising(first=first, step=step, running=self.evaluating or None)
             with told, Stacked() if self.stacked else nullcontext():
                 return outputs_of(self.learner, model, inputs)
 
         if support is None:
             return run(inputs)
+        refuse_unlike(support, inputs)
         if apart:
             singles = zip(*(leaf.split(1) for leaf in leaves(inputs)))
             batches = (joined([support, rebuilt(inputs, iter(own))]) for own in singles)
-            return joined([mapped(itemgetter(slice(-1, None)), run(batch)) for batch in batches])
-        first = first_of(support).shape[0]
-        return mapped(itemgetter(slice(first, None)), run(joined([support, inputs]), first))
+            outputs = joined([mapped(itemgetter(slice(-1, None)), run(batch)[0]) for batch in batches])
+        else:
+            first = first_of(support).shape[0]
+            outputs = mapped(itemgetter(slice(first, None)), run(joined([support, inputs]), first)[0])
+        return outputs, outputs
+
+
+def refuse_unlike(support: Tree, query: Tree) -> None:
+    """Raise `InputError` where support and query inputs cannot stand in one batch."""
+    shapes = [(structure(inputs), [leaf.shape[1:] for leaf in leaves(inputs)]) for inputs in (support, query)]
+    if shapes[0] != shapes[1]:
+        raise InputError(
+            "the statistics of the support set are of a batch with the query examples, and support and query inputs "
+            "differ in their shapes or names: take the statistics 'own'"
+        )
+
+
+def _copied(buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: buffer.clone() for name, buffer in buffers.items()}
 
 
 def _assigned(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -82,7 +82,7 @@ class Replicas:
             for module in self.modules
         ]
         self._scripted = [isinstance(module, torch.jit.ScriptModule) for module in self.modules]
-        self._own = {id(module) for module, scripted in zip(self.modules, self._scripted) if not scripted}
+        self.own = {id(module) for module, scripted in zip(self.modules, self._scripted) if not scripted}
         self._keys = [
             set() if scripted else {*module._modules, *module._parameters}
             for module, scripted in zip(self.modules, self._scripted)
@@ -210,7 +210,7 @@ class Replicas:
     def _run(self, replicas, tensors, *args, **kwargs):
         if self._watched:
             replaced = self._replaced(tensors)
-            with calls_refused(self._own), ReadsRefused(replaced):
+            with calls_refused(self.own), ReadsRefused(replaced):
                 found = replicas[0](*args, **kwargs)
             self._watched = not replaced  # once is enough, and takes a part of the time of a small module
             for keys, replica, scripted in zip(self._keys, replicas, self._scripted):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
+import types
 import warnings
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -177,6 +179,8 @@ class Watched:
         self._attributes: list[tuple] = []  # name, where it is, key, value
         self._containers: list[tuple] = []  # name, container, a copy
         self._nested: list[tuple] = []  # name, container, what is in it
+        self._judge = learner.criterion if learner.loss is None else learner.loss
+        self._values = values_of(self._judge)
         for module_name, module in learner.named_modules():
             own = vars(module)
             self._no_hooks += [own[name] for name in _torch.HOOKS if name in own and not own[name]]
@@ -209,6 +213,10 @@ class Watched:
         for name, now, then in self._containers:
             if now != then:
                 return name
+        if self._values:
+            for (name, then), (_, now) in zip(self._values, values_of(self._judge)):
+                if not _same(now, then):
+                    return f"{name!r}, which the loss reads,"
         return next((name for name, now, then in self._nested if not _same(_content(now), then)), "")
 
     def settle(self) -> None:
@@ -223,6 +231,28 @@ OF_ALL_MODULES = frozenset(vars(nn.Module()))
 CONTAINERS = dict | list | tuple | set
 PLAIN = int | float | complex | str | bytes | None
 MANY_TIMES = 5
+
+
+def values_of(function: Any) -> list[tuple[str, Any]]:
+    """By name, what a criterion or loss of one's own reads beside its arguments: variables around it and global ones,
+    arguments of a `functools.partial`, attributes of an object.
+    """
+    if isinstance(function, functools.partial):
+        own = [(name, _content(value)) for name, value in function.keywords.items()]
+        return own + [("an argument", _content(value)) for value in function.args] + values_of(function.func)
+    if isinstance(function, types.MethodType):
+        return values_of(function.__self__) + values_of(function.__func__)
+    if isinstance(function, types.FunctionType):
+        if function.__module__ is not None and function.__module__.partition(".")[0] == "torch":
+            return []
+        code = function.__code__
+        cells = zip(code.co_freevars, function.__closure__ or ())
+        around = [(name, cell.cell_contents) for name, cell in cells if cell != types.CellType()]
+        outer = [(n, function.__globals__[n]) for n in code.co_names if n in function.__globals__]
+        return [(n, _content(v)) for n, v in (*around, *outer) if isinstance(v, CONTAINERS | PLAIN)]
+    if isinstance(function, nn.Module | types.BuiltinFunctionType) or not hasattr(function, "__dict__"):
+        return []  # those of modules are watched already
+    return [(name, _content(value)) for name, value in vars(function).items()]
 
 
 def _content(value):

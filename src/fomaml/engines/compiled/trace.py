@@ -25,7 +25,7 @@ from fomaml.engines.cpu.build import library
 from fomaml.engines.cpu.threads import on_one_thread, one_by_one, side_by_side
 from fomaml.errors import InputError
 from fomaml.learning.learner import MetaLearner
-from fomaml.tasks import Task, chunks, count, device_of
+from fomaml.tasks import Task, chunks, count, device_of, tensors_of
 from fomaml.trees import Tree, leaves, mapped, rebuilt
 
 Find = Callable[[Task], Found]
@@ -144,7 +144,10 @@ class Compiled:
         with torch.no_grad():
             found = self._run(*state, *_tensors(tasks))
         gradients, (losses, support_losses, *outputs) = found[: len(self.names)], found[len(self.names) :]
-        return Found(gradients, losses, support_losses, rebuilt(self._outputs, iter(outputs)))
+        one = isinstance(self._outputs, Tensor)
+        return Found(
+            gradients, losses, support_losses, outputs[0] if one else rebuilt(self._outputs, iter(outputs))
+        )
 
     def _state(self) -> list[Tensor]:
         state = [owner[name].detach() for owner, name in self._slots]
@@ -170,7 +173,7 @@ def _draws(graph: GraphModule) -> bool:
 
 
 def _tensors(tasks: Task) -> list[Tensor]:
-    return [tensor.contiguous() for tensor in leaves(tasks)]
+    return [tensor.contiguous() for tensor in tensors_of(tasks)]
 
 
 class Holder(nn.Module):

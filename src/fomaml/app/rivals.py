@@ -1,0 +1,332 @@
+"""The baselines of a run, on the same unseen tasks: the same network without meta-learning, and none at all."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fomaml.app import sizing
+from fomaml.app.agenda import Noted
+from fomaml.app.build import Data, build_model, judged_by
+from fomaml.app.group_tasks import of_units
+from fomaml.app.named import foreign_model
+from fomaml.app.networks import head_of
+from fomaml.app.scores import headline, metrics_of
+from fomaml.app.settings import Settings
+from fomaml.baselines import (
+    Pool,
+    fine_tune,
+    fit_estimator,
+    nearest_centroid,
+    pooled,
+    pretrain,
+    space_of,
+    tune_estimator,
+    unadapted,
+)
+from fomaml.errors import InputError
+from fomaml.group_episodes import GroupEpisodes
+from fomaml.metrics import METRICS, Metric, OfModel
+from fomaml.tuning import LogUniform, Space
+
+
+class Method(NamedTuple):
+    """What `fomaml tune` searches the settings of: their space, and settings → the validation score.
+
+    score_of_all: the same on all validation tasks, where a trial takes few.
+    """
+
+    label: str
+    space: Space
+    score: Callable[[dict[str, Any]], float]
+    score_of_all: Callable[[dict[str, Any]], float] | None = None
+
+
+# label, scores by metric, what is told of it in JSON
+Rival = tuple[str, dict[str, Tensor], dict[str, Any]]
+Note = Callable[[float], None]
+POOLED_ROWS = 1000  # that estimators are fitted on beside the support set
+START = "random start, support set only"
+ESTIMATORS = {"nearest": "nearest neighbours", "ridge": "ridge", "forest": "random forest"}
+
+
+def has_baselines(settings: Settings, data: Data) -> bool:
+    """Whether there is something to compare a run with: functions have neither classes nor rows."""
+    return settings.baselines and (data.own_classes is not None or data.facts is not None)
+
+
+def baselines(
+    settings: Settings, data: Data, say: Callable[[str], None], note: Note = lambda cost: None
+) -> Iterator[Rival]:
+    """Each baseline on the test tasks, with its settings tuned by the first metric: of groups of rows on validation
+    tasks, where there are some, else on training classes or tasks.
+    """
+    if data.facts is not None:
+        yield from _of_groups(settings, data, say, note)
+    elif data.own_classes is not None:
+        yield from _of_classes(settings, data, say, note)
+
+
+class _Tuning:
+    """How the baselines of a run are tuned and tested."""
+
+    def __init__(self, settings: Settings, data: Data, note: Note):
+        self.settings, self.sizes = settings, sizing.of_baselines(settings)
+        self.metrics = metrics_of(settings)
+        self.plain: Any = data.tuning  # that count for nothing
+        if data.facts is not None and data.validation is not None:
+            self.plain = data.validation
+        self.test: Any = data.test
+        self.costs = (
+            sizing.tuning(settings, self.sizes), sizing.adaptation(settings, max(self.sizes.at_steps)),
+        )  # fmt: skip
+        self.noted = Noted(self.plain, lambda tasks: note(tasks * self.costs[0]))
+        self.noted_test = Noted(self.test, lambda tasks: note(tasks * self.costs[1]))
+        fewer = self.sizes.tasks < settings.test_tasks
+        self.few = f", on {self.sizes.tasks} tasks" if fewer else ""
+
+    def fine_tuned(self, model: Any, **choices: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """A network that is fine-tuned on each support set: its scores by metric, and what it was tuned to."""
+        first, *others = self.metrics
+        sizes = self.sizes
+        counts: dict[str, Any] = {"tasks": sizes.tasks, "statistics": self.settings.statistics, **choices}
+        counts |= judged_by(self.settings)
+        best = fine_tune(
+            model, self.noted, self.noted_test, **counts, tuning_tasks=sizes.tuning_tasks,
+            inner_lrs=sizing.INNER_LRS, at_steps=sizes.at_steps, metric=first,
+        )  # fmt: skip
+        scores = {first.name: best.scores}
+        again = counts | {"tuning_tasks": 1, "inner_lrs": (best.inner_lr,), "at_steps": (best.steps,)}
+        for metric in others:
+            scores[metric.name] = fine_tune(model, self.plain, self.test, **again, metric=metric).scores
+        return scores, {"inner_lr": best.inner_lr, "steps": best.steps}
+
+    def as_it_is(self, model: nn.Module) -> dict[str, Tensor]:
+        """The scores of a network that does not adapt."""
+        counts: dict[str, Any] = {"tasks": self.sizes.tasks, "statistics": self.settings.statistics}
+        counts |= judged_by(self.settings)
+        return {metric.name: unadapted(model, self.test, **counts, metric=metric) for metric in self.metrics}
+
+    def estimated(self, name: str, pool: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """An estimator of scikit-learn: its scores by metric, and what it was tuned to."""
+        criterion = judged_by(self.settings)["criterion"]
+        first, *others = self.metrics
+        counts: dict[str, Any] = {"pool": pool, "tasks": self.sizes.tasks, "criterion": criterion}
+        chosen = tune_estimator(
+            name, self.plain, self.test, **counts, tuning_tasks=min(self.sizes.tuning_tasks, sizing.FEW_TASKS),
+            trials=len(sizing.INNER_LRS) * len(self.sizes.at_steps), seed=self.settings.seed, metric=first,
+        )  # fmt: skip
+        scores = {first.name: chosen.scores}
+        options = dict(chosen.settings)
+        share = options.pop("share", 1.0)
+        for metric in others:
+            scores[metric.name] = fit_estimator(
+                name, self.test, **counts, share=share, options=options, metric=metric
+            )
+        return scores, {"settings": chosen.settings, "trials": len(chosen.trials)}
+
+
+class Learned(NamedTuple):
+    """A network that has learned all training tasks together. head: the globs of its head, where that means something
+    in a new task.
+    """
+
+    label: str
+    model: nn.Module
+    head: str | None = None
+
+
+def _learned(
+    settings: Settings, data: Data, say: Callable[[str], None], note: Note = lambda cost: None
+) -> Iterator[Learned]:
+    """The networks that have learned all training tasks, or classes, each trained when it is asked for."""
+    iterations = sizing.of_baselines(settings).pretraining
+    known: dict[str, Any] = {"pretrained classifier": data.own_classes}
+    if isinstance(data.train, GroupEpisodes):
+        source = data.train.source
+        if not data.train.draws_classes:
+            say("baseline: the same network trained on all training tasks pooled")
+            model = build_model(settings)
+            options: dict[str, Any] = {"batch_size": sizing.BATCH, "seed": settings.seed}
+            pretrain(model, _noted(source, note), iterations=iterations, **options, **judged_by(settings))
+            head = head_of(settings, model)
+            yield Learned("all tasks pooled", model, head if head is None or "*" in head else f"{head}.*")
+            return
+        known = {"pretrained classifier": source}
+    elif data.own_classes is None:
+        return
+    elif settings.augment != "none":
+        known["pretrained on augmented"] = data.classes
+    if why := not_pretrained(settings):
+        say(f"baseline: no pretrained classifier: {why}")
+        return
+    for label, classes in known.items():
+        number = len(getattr(classes, "classes", None) or classes)
+        say(f"baseline: the same network pretrained as a classifier of {number} classes")
+        yield Learned(label, pretrained(settings, _noted(classes, note), number, iterations))
+
+
+def _of_classes(settings: Settings, data: Data, say: Callable[[str], None], note: Note) -> Iterator[Rival]:
+    """The baselines of classes that are numbered anew in each task."""
+    how = _Tuning(settings, data, note)
+    say("baseline: the same network from a random start")
+    yield f"{START}{how.few}", *how.fine_tuned(lambda n: build_model(settings, 1000 + n))
+    for label, model, _ in _learned(settings, data, say, note):
+        yield f"{label}, fine-tuned{how.few}", *how.fine_tuned(model)
+    known = [metric for metric in metrics_of(settings) if METRICS.get(metric.name) and metric.name != "loss"]
+    if known and known[0].name == headline(settings).name:
+        centroids = {
+            metric.name: nearest_centroid(data.test, tasks=settings.test_tasks, metric=metric)
+            for metric in known
+        }
+        yield "nearest centroid of the pixels", centroids, {}
+
+
+def _of_groups(settings: Settings, data: Data, say: Callable[[str], None], note: Note) -> Iterator[Rival]:
+    """The baselines of groups of rows; where their classes or targets are the same in all tasks also what is trained on
+    all training tasks pooled.
+    """
+    how = _Tuning(settings, data, note)
+    for label, model, head in _learned(settings, data, say, note):
+        if not _anew(data):
+            yield f"{label}, not adapted{how.few}", how.as_it_is(model), {}
+        yield f"{label}, fine-tuned{how.few}", *how.fine_tuned(model)
+        if head is not None:
+            yield f"{label}, head fine-tuned{how.few}", *how.fine_tuned(model, adapted=head)
+    say("baseline: the same network from a random start")
+    yield f"{START}{how.few}", *how.fine_tuned(lambda n: build_model(settings, 1000 + n))
+    if why := _not_estimated(settings, how.metrics):
+        say(f"baseline: nothing without a network: {why}")
+        return
+    pool = _pool(settings, data)
+    for label, name, own in _estimators(settings, pool):
+        yield f"{label}{how.few}", *how.estimated(name, own)
+
+
+def _estimators(settings: Settings, pool: Pool | None) -> Iterator[tuple[str, str, Pool | None]]:
+    """What is said of each estimator, its name, and what it is fitted on beside the support set."""
+    what = "support set" if pool is None else "support set and pooled rows"
+    for name, label in ESTIMATORS.items():
+        yield f"{label}, {what}", name, pool
+    if settings.kind == "regression":
+        yield "ridge, support set only", "ridge", None
+
+
+def _anew(data: Data) -> bool:
+    """Whether classes are numbered anew in each task."""
+    return not isinstance(data.train, GroupEpisodes) or data.train.draws_classes
+
+
+def _pool(settings: Settings, data: Data) -> Pool | None:
+    if _anew(data) or not isinstance(data.train, GroupEpisodes):
+        return None
+    return pooled(data.train.source, rows=POOLED_ROWS, seed=settings.seed)
+
+
+def methods(settings: Settings, data: Data, episodes: Any, say: Callable[[str], None]) -> Iterator[Method]:
+    """The baselines of a run that have something to tune, each with what it is tuned by: its score on episodes.
+
+    Networks are trained when the method is asked for.
+    """
+    if not settings.baselines:
+        return
+    metric = headline(settings)
+    judged = judged_by(settings)
+    space = {
+        "inner_lr": LogUniform(*sizing.SEARCHED_LRS),
+        "steps": LogUniform(*sizing.SEARCHED_STEPS, whole=True),
+    }
+
+    def fine_tuned(label: str, model: Any, **choices: Any) -> Method:
+        def score(changed: dict[str, Any]) -> float:
+            options = {
+                "inner_lrs": (changed["inner_lr"],),
+                "at_steps": (changed["steps"],),
+                **choices,
+                **judged,
+            }
+            found = fine_tune(
+                model, episodes, episodes, tasks=settings.validation_tasks, tuning_tasks=1, metric=metric,
+                statistics=settings.statistics, **options,
+            )  # fmt: skip
+            return of_units(episodes, found.scores).mean().item()
+
+        return Method(label, space, score)
+
+    yield fine_tuned(START, lambda n: build_model(settings, 1000 + n))
+    for label, model, head in _learned(settings, data, say):
+        yield fine_tuned(f"{label}, fine-tuned", model)
+        if head is not None:
+            yield fine_tuned(f"{label}, head fine-tuned", model, adapted=head)
+    if data.facts is None or _not_estimated(settings, [metric]):
+        return
+    for label, name, pool in _estimators(settings, _pool(settings, data)):
+
+        def score(tasks: int, changed: dict[str, Any], name: str = name, pool: Pool | None = pool) -> float:
+            options = dict(changed)
+            found = fit_estimator(
+                name, episodes, pool=pool, share=options.pop("share", 1.0), options=options, metric=metric,
+                tasks=tasks, criterion=judged["criterion"],
+            )  # fmt: skip
+            return of_units(episodes, found).mean().item()
+
+        space = space_of(name, settings.kind == "classification", pool)
+        every = settings.validation_tasks
+        few = min(every, sizing.FEW_TASKS)
+        yield Method(label, space, partial(score, few), partial(score, every) if few < every else None)
+
+
+def _noted(source: Any, note: Note) -> Any:
+    """A source whose drawing tells what was learned from."""
+    return Noted(source, lambda examples: note(examples * sizing.PASSES))
+
+
+def _not_estimated(settings: Settings, metrics: list[Metric]) -> str:
+    """Why no estimator takes the network's place, in words; "" where one does."""
+    if settings.loss is not None:
+        return "an estimator has no --loss"
+    if any(isinstance(metric.score, OfModel) for metric in metrics):
+        return "the metric is of a model"
+    if importlib.util.find_spec("sklearn") is None:
+        return "it needs scikit-learn, pip install 'fomaml[metrics]'"
+    return ""
+
+
+def not_pretrained(settings: Settings) -> str:
+    """Why the run's network cannot be pretrained as a classifier, in words; "" where it can."""
+    if settings.loss is not None or settings.output is not None:
+        return "what its outputs are is said by " + ("--loss" if settings.loss is not None else "--output")
+    try:
+        model = build_model(settings)
+        head = head_of(settings, model)
+    except InputError as error:
+        return str(error)
+    if head is None or not isinstance(dict(model.named_modules()).get(head), nn.Linear):
+        return "its head is no nn.Linear, --head NAME"
+    return ""
+
+
+def pretrained(settings: Settings, classes: Any, number: int, iterations: int = 1000) -> nn.Module:
+    """The run's network as an ordinary classifier of so many classes has learned it, with a head of zeros: the
+    classifier's own head means nothing under new labels.
+    """
+    model = build_model(settings)
+    name = head_of(settings, model)
+    assert name is not None  # see `not_pretrained`
+    owner_name, _, last = name.rpartition(".")
+    owner = model.get_submodule(owner_name)
+    head = getattr(owner, last)
+    if foreign_model(settings):
+        for parameter in head.parameters():
+            nn.init.zeros_(parameter)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        setattr(owner, last, nn.Linear(head.in_features, number).to(head.weight))
+    pretrain(model, classes, iterations=iterations, batch_size=sizing.BATCH, seed=settings.seed)
+    setattr(owner, last, head)
+    return model

@@ -1,0 +1,29 @@
+"""A loss and metrics of the user's own, tried on one task before anything is written."""
+
+from __future__ import annotations
+
+from fomaml.app.named import own_of
+from fomaml.app.own import told
+from fomaml.app.scores import metrics_of
+from fomaml.app.settings import Settings
+from fomaml.episodes import TaskSequence
+from fomaml.evaluate import evaluate_all
+from fomaml.learning.learner import MetaLearner
+from fomaml.tasks import one
+
+
+def try_own(settings: Settings, learner: MetaLearner, episodes: TaskSequence) -> None:
+    """Raise `InputError` where a loss or a metric that was asked for does not go with the data and the model.
+
+    episodes: the run's, of which the first one is tried.
+    """
+    if settings.loss is not None:
+        alone = one(episodes.batch(0, 1), 0).map(lambda tensor: tensor[None])
+        own = own_of(settings, "loss")
+        with told(f"the loss {own.name} fails", own.path):
+            learner(alone)
+    for name, metric in zip(settings.metric or (), metrics_of(settings)):
+        key = f"metric {name}"
+        path = (settings.own or {})[key].path if key in (settings.code or {}) else None
+        with told(f"the metric {name} fails", path):
+            evaluate_all(learner, episodes, [(0, "own")], 1, 1, "loop", False, [metric])

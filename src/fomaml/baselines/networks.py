@@ -1,0 +1,229 @@
+"""The same network without meta-learning: trained on all tasks pooled, as it is or fine-tuned, or from scratch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fomaml.baselines.pool import Training, batches_of, fit_together
+from fomaml.choices import Statistics
+from fomaml.episodes import TaskSequence, copies_of, ways_of
+from fomaml.errors import InputError, positive, whole
+from fomaml.evaluate import evaluate
+from fomaml.learning.algorithms import FOMAML
+from fomaml.learning.contracts import (
+    Criterion,
+    Loss,
+    Output,
+    checked_criterion,
+    checked_loss_function,
+    checked_output,
+    module_of,
+)
+from fomaml.learning.forward import Forward, called
+from fomaml.learning.learner import Choices
+from fomaml.learning.mistakes import (
+    as_numbers,
+    checked_loss,
+    checked_outputs,
+    refuse_broadcast,
+    refuse_meaningless,
+    selected,
+)
+from fomaml.metrics import Asked, Metric
+from fomaml.scoring import metrics_of
+from fomaml.streams import check_sequence
+from fomaml.tasks import Batch, Examples, are_labels, count_of
+from fomaml.trees import Tree, joined
+from fomaml.tuning import LogUniform, Trial, search
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class Tuned(NamedTuple):
+    """A baseline's (tasks,) scores, and the inner step size and count that it was tuned to.
+
+    trials: of a search, those that were made for it.
+    """
+
+    scores: Tensor
+    inner_lr: float
+    steps: int
+    trials: Sequence[Trial] = ()
+
+
+def unadapted(
+    model: nn.Module,
+    episodes: TaskSequence,
+    *,
+    tasks: int = 1000,
+    statistics: Statistics = "own",
+    criterion: Criterion | None = None,
+    metric: Asked = None,
+    **choices: Unpack[Choices],
+) -> Tensor:
+    """(tasks,) float64 scores of a model as it is, without adaptation.
+
+    It is for tasks that share their classes or their function; where classes are numbered anew it can but guess.
+    choices, statistics, metric: as of `fine_tune`.
+    """
+    learner = FOMAML(model, 1.0, 1, criterion, **choices)
+    return evaluate(learner, episodes, tasks=tasks, at_steps=[0], statistics=statistics, metric=metric)[0]
+
+
+def fine_tune(
+    model: nn.Module | Callable[[int], nn.Module],
+    tuning_episodes: TaskSequence,
+    episodes: TaskSequence,
+    *,
+    tasks: int = 1000,
+    tuning_tasks: int = 100,
+    inner_lrs: Sequence[float] = (0.001, 0.003, 0.01, 0.03, 0.1),
+    at_steps: Sequence[int] = (5, 20, 50, 100),
+    trials: int | None = None,
+    seed: int = 0,
+    statistics: Statistics = "own",
+    criterion: Criterion | None = None,
+    metric: Asked = None,
+    **choices: Unpack[Choices],
+) -> Tuned:
+    """Train a model on each support set by gradient descent; step size and count tuned on other episodes.
+
+    tuning_episodes: of validation tasks, or of training tasks. A model that was trained on their query sets takes
+        smaller steps there than suit it elsewhere.
+    trials: search so many pairs of a step size and a count, between the least and the greatest of `inner_lrs` and of
+        `at_steps`, by `fomaml.tuning` with this seed. None: try all of `inner_lrs` at all of `at_steps`.
+    choices: further arguments of `FOMAML`, such as `loss`, `output`, or `adapted` for the last layers alone.
+    statistics, metric: as in `evaluate`; the best is tuned for in the metric's direction.
+    model: the start for every task, or a function from a number to a fresh random start: then every
+        hundred tasks get a start of their own.
+    """
+
+    def run(
+        episodes: TaskSequence, tasks: int, inner_lr: float, at_steps: Sequence[int]
+    ) -> dict[int, Tensor]:
+        parts = []
+        for number in range(math.ceil(tasks / 100)):
+            start = model if isinstance(model, nn.Module) else model(number)
+            learner = FOMAML(start, inner_lr, max(1, *at_steps), criterion, **choices)
+            part = _Slice(episodes, 100 * number)
+            few = min(100, tasks - 100 * number)
+            found = evaluate(learner, part, tasks=few, at_steps=at_steps, statistics=statistics, metric=score)
+            parts.append(found)
+        return {steps: torch.cat([part[steps] for part in parts]) for steps in at_steps}
+
+    def worth(found: Tensor) -> float:
+        mean = found.mean().item()
+        return -math.inf if math.isnan(mean) else score.direction * mean  # nan: it has diverged
+
+    score: Metric
+    [score] = metrics_of(FOMAML(nn.Linear(1, 1), 1.0, 1, criterion, loss=choices.get("loss")), [metric])
+    if trials is not None:
+        space = {
+            "inner_lr": LogUniform(min(inner_lrs), max(inner_lrs)),
+            "steps": LogUniform(min(at_steps), max(at_steps), whole=True),
+        }
+
+        def mean_of(settings: dict[str, Any]) -> float:
+            steps = settings["steps"]
+            return run(tuning_episodes, tuning_tasks, settings["inner_lr"], [steps])[steps].mean().item()
+
+        best, made = search(space, trials, mean_of, direction=score.direction, seed=seed)
+        inner_lr, steps = best.settings["inner_lr"], best.settings["steps"]
+        return Tuned(run(episodes, tasks, inner_lr, [steps])[steps], inner_lr, steps, made)
+    *_, fewest, inner_lr = max(
+        (worth(found), -steps, inner_lr)
+        for inner_lr in inner_lrs
+        for steps, found in run(tuning_episodes, tuning_tasks, inner_lr, at_steps).items()
+    )
+    return Tuned(run(episodes, tasks, inner_lr, [-fewest])[-fewest], inner_lr, -fewest)
+
+
+def pretrain(
+    model: nn.Module,
+    source: Training,
+    *,
+    iterations: int = 1000,
+    batch_size: int = 128,
+    lr: float = 1e-3,
+    seed: int = 0,
+    criterion: Criterion | None = None,
+    loss: Loss | None = None,
+    output: Output = None,
+) -> nn.Module:
+    """Train `model`, in place, on the examples of all training tasks together (Adam); returns it.
+
+    source: a `ClassSource`, whose classes are all told apart, with as many outputs as there are; a `GroupSource`,
+        scaled as it draws its rows, whose classes or targets are those of its tasks; or episodes, of whose tasks
+        support and query sets count alike. In a batch of rows each is as likely, so that large groups count for more;
+        in one of episodes each task is.
+    batch_size: the rows of a batch; of episodes about so many, in whole tasks.
+    criterion, loss, output: as of `MetaLearner`; by default the cross-entropy of labels, the squared error of numbers.
+        A loss is of one support or query set at a time, and of rows of the whole batch.
+
+    Raises:
+        InputError: a loss that is no longer finite, and what `MetaLearner` and the engines refuse of such arguments.
+    """
+    iterations = positive("iterations", iterations, integer=True)
+    batch_size = positive("batch_size", batch_size, integer=True)
+    if loss is not None and criterion is not None:
+        raise InputError("loss= takes the place of the criterion: give one of the two")
+    lr = positive("lr", lr)
+    batches = batches_of(source, batch_size, whole("seed", seed), model)
+    judge = None if loss is None else checked_loss_function(loss)
+    own = None if criterion is None else checked_criterion(criterion)
+    output = checked_output(output)
+    module = module_of(loss if criterion is None else criterion)
+    parameters = {id(p): p for each in (model, module) if each is not None for p in each.parameters()}
+    optimizer = torch.optim.Adam(parameters.values(), lr=lr)
+    for iteration in range(iterations):
+        parts = batches(iteration)
+        if judge is not None:
+            losses = [checked_loss(judge(Forward(model, model, part.inputs), part), "loss") for part in parts]
+            mean = torch.stack(losses).mean()
+        else:
+            if len(parts) > 1 and fit_together(parts):
+                parts = [joined(parts)]
+            own = default_criterion(parts[0].targets) if own is None else own
+            number = sum(map(count_of, parts))
+            mean = torch.stack(
+                [_loss(model, own, output, part) * (count_of(part) / number) for part in parts]
+            ).sum()
+        optimizer.zero_grad()
+        mean.backward()
+        optimizer.step()
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        raise InputError(f"after {iterations} iterations the parameters are not finite: try a smaller lr")
+    return model
+
+
+def default_criterion(targets: Tree) -> Criterion:
+    """The cross-entropy of labels, the mean squared error of numbers."""
+    return F.cross_entropy if are_labels(targets) else F.mse_loss
+
+
+def _loss(model: nn.Module, criterion: Any, output: Output, examples: Examples) -> Tensor:
+    returned = selected(called(model, model, examples.inputs), output)
+    outputs = checked_outputs(returned, criterion)
+    targets = as_numbers(criterion, outputs, examples.targets)
+    refuse_meaningless(criterion, outputs, targets)
+    refuse_broadcast(criterion, outputs, targets)
+    return checked_loss(criterion(outputs, targets))
+
+
+class _Slice:
+    """Episodes from `start` on."""
+
+    def __init__(self, episodes: TaskSequence, start: int):
+        check_sequence(episodes)
+        self.episodes, self.start = episodes, start
+        self.ways, self.copies = ways_of(episodes), copies_of(episodes)
+
+    def batch(self, start: int, tasks: int) -> Batch:
+        return self.episodes.batch(self.start + start, tasks)
