@@ -200,8 +200,8 @@ def test_large_dense_tasks_are_compiled_for_few_at_once(tasks, engine, hidden, t
     drawn = draw((36,), F.cross_entropy, tasks=tasks)
     torch.set_num_threads(threads)
     try:
-        assert _at_once(learner, drawn, engine, None, compile=True) == size
+        assert _at_once(learner, drawn, tasks, engine, None, compile=True) == size
     finally:
         torch.set_num_threads(1)
-    assert _at_once(learner, drawn, engine, None, compile=False) == tasks
+    assert _at_once(learner, drawn, tasks, engine, None, compile=False) == tasks
     assert _at_once(learner, drawn, engine, 3, compile=True) == 3
