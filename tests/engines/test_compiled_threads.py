@@ -204,4 +204,4 @@ def test_large_dense_tasks_are_compiled_for_few_at_once(tasks, engine, hidden, t
     finally:
         torch.set_num_threads(1)
     assert _at_once(learner, drawn, tasks, engine, None, compile=False) == tasks
-    assert _at_once(learner, drawn, engine, 3, compile=True) == 3
+    assert _at_once(learner, drawn, tasks, engine, 3, compile=True) == 3
