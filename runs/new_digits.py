@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fomaml
-from fomaml.app.build import zero_head
 from fomaml.app.cli import log_shown, told_in_one_line
+from fomaml.app.networks import zero_head
 from fomaml.app.parser import option, parse
 from fomaml.app.report import align
 from fomaml.app.rundir import circumstances

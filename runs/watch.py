@@ -10,7 +10,6 @@ python runs/watch.py --data my/watch.npz
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy import stats
+from study import estimate
 from torch import Tensor
 from watch_methods import LEARNER, METHODS, TUNED, Cell
 from watch_tasks import Recordings, UnseenTasks
@@ -108,12 +107,6 @@ def kept(path: Path, make: Callable[[], dict]) -> dict:
     return json.loads(path.read_text())
 
 
-def interval(values: np.ndarray) -> float:
-    """Half of the 95 % interval of the mean of independent values (Student's t)."""
-    quantile = stats.t.ppf(0.975, len(values) - 1)
-    return float(quantile * values.std(ddof=1) / math.sqrt(len(values)))
-
-
 def summary(inner: Mapping[int, dict], final: Mapping[tuple[int, int], dict], shots: int) -> dict:
     """By method: its mean over subjects, the mean difference of the learner from it, and what was chosen."""
     accuracies = {
@@ -130,9 +123,9 @@ def summary(inner: Mapping[int, dict], final: Mapping[tuple[int, int], dict], sh
         values = np.array(list(accuracies[name].values()))
         found[name] = {
             "accuracy": float(values.mean()),
-            "interval": interval(values),
+            "interval": estimate(torch.from_numpy(values)).interval,
             "learner_minus_this": float((ours - values).mean()),
-            "its_interval": interval(ours - values) if name != LEARNER else 0.0,
+            "its_interval": estimate(torch.from_numpy(ours - values)).interval if name != LEARNER else 0.0,
             "trials": method.trials,
             "chosen_by_fold": [chosen(inner, fold, shots, name) for fold in range(len(FOLDS))],
             "by_subject": {subject + 1: value for subject, value in accuracies[name].items()},

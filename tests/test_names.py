@@ -1,6 +1,7 @@
 """Names as the pages write them: after a plain `import fomaml` each is there, and the import itself loads little."""
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -127,3 +128,16 @@ def test_a_checker_of_types_is_told_of_every_module():
 )
 def test_what_is_a_name(text, names):
     assert NAME.findall(text) == names
+
+
+SCRIPTS = [*sorted((REPOSITORY / "runs").glob("*.py")), *sorted((REPOSITORY / "benchmarks").glob("*.py"))]
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_what_a_script_imports_of_the_package_is_there(path):
+    """Scripts take hours, so no test runs them; a name that has moved would be found by who does."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "fomaml":
+            module = importlib.import_module(node.module)
+            for name in node.names:
+                assert hasattr(module, name.name), f"line {node.lineno}: {node.module} has no {name.name}"

@@ -160,14 +160,17 @@ def evaluate_all(
             for part, (losses, outputs) in zip(parts[metric.name], curves[kind]):
                 own = judged(episodes, metric, outputs, targets, losses, balanced)
                 # a score that is no number speaks for itself
-                wrong = any(leaf.isnan().any() for leaf in leaves((losses, outputs)))
-                if not spoiled and wrong and own.isfinite().all():
+                if not spoiled and own.isfinite().all() and _holds_nan((losses, outputs)):
                     spoiled = True
                     check_finite_tasks(batch)
                     text = "outputs or losses of some tasks are no numbers, and count as wrong: try a smaller inner_lr"
                     warnings.warn(text, RuntimeWarning, stacklevel=4)
                 part.append(own.double().cpu())
     return {name: dict(zip(points, map(torch.cat, own))) for name, own in parts.items()}
+
+
+def _holds_nan(tree: Tree) -> bool:
+    return any(leaf.isnan().any() for leaf in leaves(tree))
 
 
 def balance(outputs: Tensor, targets: Tensor) -> Tensor:

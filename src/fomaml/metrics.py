@@ -121,7 +121,7 @@ class OfModel:
             found = self.function(forward, examples)
         except (AttributeError, TypeError, IndexError) as error:
             raise InputError(
-                f"the metric {_name(self.function)!r} fails ({in_one_line(error)}): of a learner with a loss= it is "
+                f"the metric {name_of(self.function)!r} fails ({in_one_line(error)}): of a learner with a loss= it is "
                 "called with (forward, examples), as the loss is"
             ) from error
         value = _number(found.detach() if isinstance(found, Tensor) else found, self.function)
@@ -176,7 +176,9 @@ def _number(found: Any, function: Callable) -> float:
     is_number = isinstance(found, numbers.Real | np.bool_)
     if not is_number and not (isinstance(found, Tensor) and not found.dim() and not found.is_complex()):
         what = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else _kind(found)
-        raise InputError(f"the metric {_name(function)!r} returns {what}, expected one number for each task")
+        raise InputError(
+            f"the metric {name_of(function)!r} returns {what}, expected one number for each task"
+        )
     return float(found.detach() if isinstance(found, Tensor) else found)
 
 
@@ -188,7 +190,7 @@ def ignored_label(criterion: Any) -> int | None:
 
     Known are `F.cross_entropy`, `F.nll_loss`, their modules and `functools.partial` of all these.
     """
-    criterion, options = _unwrapped(criterion)
+    criterion, options = with_options(criterion)
     if criterion is F.cross_entropy or criterion is F.nll_loss:
         return options.get("ignore_index", IGNORED)
     for kind in (nn.CrossEntropyLoss, nn.NLLLoss):
@@ -199,7 +201,7 @@ def ignored_label(criterion: Any) -> int | None:
 
 def threshold_of(criterion: Any) -> float | None:
     """The output above which a binary cross-entropy says class 1; None of another criterion."""
-    criterion, _ = _unwrapped(criterion)
+    criterion, _ = with_options(criterion)
     if criterion is F.binary_cross_entropy_with_logits or _computes_as(criterion, nn.BCEWithLogitsLoss):
         return 0.0
     if criterion is F.binary_cross_entropy or _computes_as(criterion, nn.BCELoss):
@@ -207,8 +209,8 @@ def threshold_of(criterion: Any) -> float | None:
     return None
 
 
-def _unwrapped(criterion: Any) -> tuple[Any, dict[str, Any]]:
-    """What a `functools.partial` is of, and its options."""
+def with_options(criterion: Any) -> tuple[Any, dict[str, Any]]:
+    """A criterion within `functools.partial`, and the options that these give it."""
     options: dict[str, Any] = {}
     while isinstance(criterion, functools.partial) and not criterion.args:
         options = criterion.keywords | options
@@ -279,7 +281,7 @@ def metric_for(criterion: Any, asked: Asked = None) -> Metric:
         raise InputError(
             f"a metric is a name, a Metric or a function of outputs and targets, got {_kind(asked)}"
         )
-    return Metric(_name(asked), of_each_task(asked), 1, "")
+    return Metric(name_of(asked), of_each_task(asked), 1, "")
 
 
 def metrics_for(criterion: Any, asked: Asked | Sequence[Asked] = None) -> list[Metric]:
@@ -334,7 +336,7 @@ def _takes_losses(score: Callable) -> bool:
     return positional[2].default is inspect.Parameter.empty or positional[2].name == "losses"
 
 
-def _name(function: Any) -> str:
+def name_of(function: Any) -> str:
     while isinstance(function, functools.partial):
         function = function.func
     return getattr(function, "__name__", type(function).__name__)

@@ -10,22 +10,13 @@ from torch import Tensor
 from fomaml.engines import Plan
 from fomaml.engines.common import Measure
 from fomaml.learning.learner import MetaLearner
-from fomaml.metrics import LOSS, Asked, Metric, OfModel, metrics_for, scores
+from fomaml.metrics import LOSS, Asked, Metric, OfModel, metrics_for, name_of, scores
 from fomaml.tasks import Batch, Task
 from fomaml.trees import Tree
 
 
-def score_before(plan: Plan, tasks: Batch, metric: Metric) -> Tensor:
-    """The mean score of the meta-model itself on the query sets, before any adaptation."""
-    return _score_at(plan, tasks, metric, 0)
-
-
-def score_after(plan: Plan, tasks: Batch, metric: Metric) -> Tensor:
-    """The mean score after the inner steps, where the meta-gradient gives no outputs to score."""
-    return _score_at(plan, tasks, metric, plan.learner.inner_steps)
-
-
-def _score_at(plan: Plan, tasks: Batch, metric: Metric, steps: int) -> Tensor:
+def score_at(plan: Plan, tasks: Batch, metric: Metric, steps: int) -> Tensor:
+    """The mean score of the query sets after so many inner steps."""
     [(losses, outputs)] = plan.curve(tasks, [(steps, "own")], measured_for(plan.learner, metric))
     return scores(metric, outputs, query_targets(tasks), losses).mean()
 
@@ -57,7 +48,7 @@ def _of_model(asked: Any) -> Asked:
     """What is asked for of a learner with a loss: a function is one of the model, as the loss is."""
     if asked is None or isinstance(asked, str | Metric | type) or not callable(asked):
         return asked
-    return Metric(getattr(asked, "__name__", type(asked).__name__), OfModel(asked), 1, "")
+    return Metric(name_of(asked), OfModel(asked), 1, "")
 
 
 def measured_for(learner: MetaLearner, metric: Metric) -> Measure | bool:

@@ -25,8 +25,7 @@ from fomaml.scoring import (
     measured_for,
     metrics_of,
     query_targets,
-    score_after,
-    score_before,
+    score_at,
     weighted_mean,
 )
 from fomaml.streams import TaskStream, as_sequence, batch_of
@@ -127,8 +126,9 @@ def train(
             tasks = batch_of(episodes, iteration * meta_batch_size, meta_batch_size, learner.model)
             measured = (iteration + 1) % measure_every == 0 or iteration + 1 == iterations
             own = own or make_plan(learner, tasks, **asked)
-            before = score_before(own, tasks, score) if measured else None
-            adapted = score_after(own, tasks, score) if measured and measured_by else None
+            before = score_at(own, tasks, score, 0) if measured else None
+            # where the meta-gradient gives no outputs to score
+            adapted = score_at(own, tasks, score, learner.inner_steps) if measured and measured_by else None
             result = own(tasks)
             if schedule is not None:
                 set_rates(optimizer, schedule(iteration), iteration)

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 
 from characters import settings
 from fomaml.app import session
-from fomaml.app.build import build_learner, build_model, build_optimizer, build_schedule, for_test, open_data
+from fomaml.app.build import build_learner, build_optimizer, build_schedule, for_test, open_data
 from fomaml.app.cli import main
+from fomaml.app.networks import build_model
 from fomaml.learning.objectives import MultiStepLoss
 from fomaml.models import BatchNorm, Conv4Strided, Conv4StridedFlat
 from fomaml.tasks import one

@@ -10,11 +10,12 @@ import torch
 import characters
 from fomaml.app import compare
 from fomaml.app.algorithms import ALGORITHMS, ANY_WAYS
-from fomaml.app.build import build_learner, build_model, build_optimizer, head_name, open_data
+from fomaml.app.build import build_learner, build_optimizer, open_data
 from fomaml.app.cli import main
 from fomaml.app.commands import CompareOptions
 from fomaml.app.compare import describe, expand, first_order_cosine, gradient_evaluations, isolated, run_one
 from fomaml.app.judge import told
+from fomaml.app.networks import build_model, head_name
 from fomaml.app.settings import Settings
 from fomaml.app.settle import settle
 from fomaml.errors import InputError

@@ -14,13 +14,9 @@ from torch import nn
 
 from fomaml.app import group_tasks
 from fomaml.app.algorithms import ALGORITHMS
-from fomaml.app.device import check_device as check_device
-from fomaml.app.device import has_bfloat16 as has_bfloat16
+from fomaml.app.device import check_device, has_bfloat16
 from fomaml.app.grouped import Groups
 from fomaml.app.named import own_of
-from fomaml.app.networks import NETWORKS as NETWORKS
-from fomaml.app.networks import build_model as build_model
-from fomaml.app.networks import head_name as head_name
 from fomaml.app.networks import head_of
 from fomaml.app.settings import Settings
 from fomaml.app.sources import Functions, source_of

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fomaml.app.algorithms import ALGORITHMS
-from fomaml.app.build import NETWORKS
 from fomaml.app.data_options import DATA_ROOT, SOURCE, DataOptions, TaskOptions
 from fomaml.app.evaluation_options import EvaluateOptions, EvaluationOptions, MachineOptions
 from fomaml.app.group_options import GroupOptions
 from fomaml.app.learner_options import MODEL_WEIGHTS, AlgorithmOptions, InnerOptions, OuterOptions
 from fomaml.app.named import OWN
+from fomaml.app.networks import NETWORKS
 from fomaml.app.parser import group, option, positional
 from fomaml.app.settings import Better
 

@@ -19,10 +19,11 @@ import torch
 from torch import nn
 
 from fomaml.app.algorithms import ALGORITHMS
-from fomaml.app.build import build_learner, build_model, judged_by, open_data, with_data
+from fomaml.app.build import build_learner, judged_by, open_data, with_data
 from fomaml.app.commands import CompareOptions, given
 from fomaml.app.group_tasks import of_units
 from fomaml.app.judge import protocol, told
+from fomaml.app.networks import build_model
 from fomaml.app.report import align
 from fomaml.app.rundir import circumstances
 from fomaml.app.scores import facts_of, headline, measured, metric_in

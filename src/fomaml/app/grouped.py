@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from fomaml.app.settings import Settings
 from fomaml.app.wording import option as typed
+from fomaml.app.wording import with_shares
 from fomaml.data.arrays import Arrays
 from fomaml.data.folder import has_tasks, load_tasks
 from fomaml.data.groups import GroupSource, GroupSplit
@@ -23,6 +24,11 @@ READ = {
     "windows": (("task", "inputs", "target", "lengths", "window", "hop"), ("kind", "skip_short")),
 }
 
+# what `GroupSource.split` says, and what stands for it here
+SPOKEN = (
+    ("need one for the test", "need one for the test: give --test-keys"),
+    ("another split", "other --shares or --test-keys"),
+)
 OF_FOLDER_TASKS = ("test_keys", "validation_keys", "split_seed", "skip_small_groups", "query_all")
 
 
@@ -176,7 +182,7 @@ def parts_of(source: GroupSource, settings: Settings, path: str) -> Groups:
     try:
         parts = _split(source, settings)
     except InputError as error:
-        raise InputError(_with_options(str(error), settings)) from None
+        raise InputError(with_shares(str(error), settings.shares, SPOKEN)) from None
     own = {
         "classes": source.classes,
         "inputs": source.input_names,
@@ -213,20 +219,6 @@ def _split(source: GroupSource, settings: Settings) -> GroupSplit:
     if settings.test_keys is None and settings.validation_keys is None:
         return source.split(settings.shares, seed=settings.split_seed or 0)
     return source.split(settings.shares, validation=settings.validation_keys, test=settings.test_keys)
-
-
-def _with_options(message: str, settings: Settings) -> str:
-    """What `GroupSource.split` says of its arguments, of the options."""
-    if settings.shares is not None:
-        message = message.replace(str(settings.shares), " ".join(f"{share:g}" for share in settings.shares))
-    for text, words in (
-        ("each of shares", "each number of --shares"),
-        ("shares must add", "--shares must add"),
-        ("need one for the test", "need one for the test: give --test-keys"),
-        ("another split", "other --shares or --test-keys"),
-    ):
-        message = message.replace(text, words)
-    return message
 
 
 def _origin(source: GroupSource, parts: GroupSplit, path: str) -> str:

@@ -6,12 +6,15 @@ import math
 from typing import NamedTuple
 
 from fomaml.app.settings import Settings
+from fomaml.app.wording import with_shares
 from fomaml.data.folder import Folder, few_listed, load_folder
 from fomaml.data.shares import split_counts
 from fomaml.data.source import ClassSource
 from fomaml.errors import InputError
 
 PARTS = ("training", "validation", "test")
+# what `load_folder` says, and what stands for it here
+SPOKEN = ("other shares", "other --shares"), ("ask for fewer of a class", "take fewer --query-shots")
 
 
 class Images(NamedTuple):
@@ -44,7 +47,7 @@ def load_images(settings: Settings, path: str) -> Images:
             min_images=settings.skip_small_classes or 1,
         )
     except InputError as error:
-        raise InputError(_with_shares(str(error), settings)) from None
+        raise InputError(with_shares(str(error), settings.shares, SPOKEN)) from None
     sources = (folder.train, folder.validation, folder.test)
     _check_images(settings, path, sources)
     short = _short(settings, [len(source) if source else 0 for source in sources])
@@ -56,20 +59,6 @@ def load_images(settings: Settings, path: str) -> Images:
     if short:
         return Images(folder._replace(validation=None), f"{path}: {_told(settings, folder, short)}")
     return Images(folder)
-
-
-def _with_shares(message: str, settings: Settings) -> str:
-    """What `load_folder` says of the argument `shares`, of the option."""
-    if settings.shares is not None:
-        message = message.replace(str(settings.shares), " ".join(f"{share:g}" for share in settings.shares))
-    for text, typed in (
-        ("each of shares", "each number of --shares"),
-        ("shares must add", "--shares must add"),
-        ("other shares", "other --shares"),
-        ("ask for fewer of a class", "take fewer --query-shots"),
-    ):
-        message = message.replace(text, typed)
-    return message
 
 
 def _check_images(settings: Settings, path: str, sources: tuple[ClassSource | None, ...]) -> None:

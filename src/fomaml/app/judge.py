@@ -21,7 +21,7 @@ from fomaml.errors import InputError
 from fomaml.evaluate import estimate, evaluate, evaluate_all
 from fomaml.learning.learner import MetaLearner
 from fomaml.metrics import Metric
-from fomaml.models import NATIVE_BATCH_NORMS, BatchNorm
+from fomaml.models import NATIVE_BATCH_NORMS, BatchNorm, takes_statistics
 from fomaml.scoring import metrics_of as of_learner
 
 # by name of the metric, then by number of inner steps: the (tasks,) scores
@@ -266,7 +266,6 @@ def _is_transductive(learner: MetaLearner) -> bool:
     def mixes(layer: nn.Module) -> bool:
         if isinstance(layer, BatchNorm):
             return layer.policy == "batch"
-        native = isinstance(layer, NATIVE_BATCH_NORMS)
-        return native and (layer.training or not layer.track_running_stats)
+        return isinstance(layer, NATIVE_BATCH_NORMS) and takes_statistics(layer)
 
     return any(map(mixes, learner.model.modules()))

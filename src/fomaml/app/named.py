@@ -20,7 +20,7 @@ from fomaml.app.settings import Better, Settings
 from fomaml.app.wording import option as typed
 from fomaml.backbones import LIBRARIES, read_weights
 from fomaml.errors import InputError
-from fomaml.metrics import Metric, metric_for
+from fomaml.metrics import Metric, metric_for, name_of
 
 OWN = ("FILE.py:NAME", "package.module:NAME")
 # What reads like a value of Python, or of another language, and is none.
@@ -245,9 +245,7 @@ def with_metrics(
         if isinstance(asked, str):
             found = find(asked)
         else:
-            name = (
-                asked.name if isinstance(asked, Metric) else getattr(asked, "__name__", type(asked).__name__)
-            )
+            name = asked.name if isinstance(asked, Metric) else name_of(asked)
             found = Own(name, asked, Path(), "", {})
         found = _checked_metric(found, direction)
         key = f"metric {found.name}"

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from fomaml.app import sizing
 from fomaml.app.agenda import Noted
-from fomaml.app.build import Data, build_model, judged_by
+from fomaml.app.build import Data, judged_by
 from fomaml.app.group_tasks import of_units
 from fomaml.app.named import foreign_model
-from fomaml.app.networks import head_of
+from fomaml.app.networks import build_model, head_of
 from fomaml.app.scores import headline, metrics_of
 from fomaml.app.settings import Settings
 from fomaml.baselines import (

@@ -21,8 +21,9 @@ from typing import Any
 import torch
 
 from fomaml.app.algorithms import ALGORITHMS, ANY_WAYS
-from fomaml.app.build import build_learner, build_model
+from fomaml.app.build import build_learner
 from fomaml.app.named import named_again, with_metrics
+from fomaml.app.networks import build_model
 from fomaml.app.settings import Better, Settings, from_json, identity
 from fomaml.app.settle import check_classless
 from fomaml.checkpoint import load_weights

@@ -17,17 +17,16 @@ from fomaml.app import rundir, sizing
 from fomaml.app.agenda import Agenda, Noted, Progress
 from fomaml.app.build import (
     build_learner,
-    build_model,
     build_optimizer,
     build_schedule,
-    has_bfloat16,
     open_data,
     with_data,
     with_precision,
 )
+from fomaml.app.device import has_bfloat16
 from fomaml.app.judge import Scores, beside_baselines, describe, judge
 from fomaml.app.named import resume_line
-from fomaml.app.networks import check_model
+from fomaml.app.networks import build_model, check_model
 from fomaml.app.rivals import has_baselines
 from fomaml.app.rundir import circumstances
 from fomaml.app.scores import headline

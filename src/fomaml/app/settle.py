@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from fomaml.app.algorithms import ALGORITHMS, ANY_WAYS
-from fomaml.app.build import NETWORKS
 from fomaml.app.defaults import DEFAULTS, FOLLOWING
 from fomaml.app.images import images_needed
 from fomaml.app.named import LIBRARIES, OWN, foreign_model, is_own_metric, parsed, plain, with_own
+from fomaml.app.networks import NETWORKS
 from fomaml.app.presets import PRESETS
 from fomaml.app.settings import Settings
 from fomaml.app.sizing import sized

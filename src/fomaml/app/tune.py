@@ -21,7 +21,6 @@ from fomaml.app.algorithms import ALGORITHMS
 from fomaml.app.build import (
     Data,
     build_learner,
-    build_model,
     build_optimizer,
     build_schedule,
     for_test,
@@ -30,7 +29,7 @@ from fomaml.app.build import (
     with_precision,
 )
 from fomaml.app.group_tasks import of_units
-from fomaml.app.networks import check_model
+from fomaml.app.networks import build_model, check_model
 from fomaml.app.report import align
 from fomaml.app.rivals import Method, methods
 from fomaml.app.scores import facts_of, headline

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Iterable
 from functools import partial
 
 from fomaml.app.settings import Settings
@@ -42,6 +43,16 @@ def spoken(message: str) -> str:
     """
     for pattern, words in PHRASES:
         message = re.sub(pattern, partial(_typed, words), message)
+    return message
+
+
+def with_shares(message: str, shares: tuple[float, ...] | None, phrases: Iterable[tuple[str, str]]) -> str:
+    """What a split of the library says of its argument `shares`, of the option; phrases: further ones to replace."""
+    if shares is not None:
+        message = message.replace(str(shares), " ".join(f"{share:g}" for share in shares))
+    common = ("each of shares", "each number of --shares"), ("shares must add", "--shares must add")
+    for text, words in (*common, *phrases):
+        message = message.replace(text, words)
     return message
 
 

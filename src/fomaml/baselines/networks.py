@@ -27,14 +27,7 @@ from fomaml.learning.contracts import (
 )
 from fomaml.learning.forward import Forward, called
 from fomaml.learning.learner import Choices
-from fomaml.learning.mistakes import (
-    as_numbers,
-    checked_loss,
-    checked_outputs,
-    refuse_broadcast,
-    refuse_meaningless,
-    selected,
-)
+from fomaml.learning.mistakes import checked_loss, checked_outputs, selected, targets_for
 from fomaml.metrics import Asked, Metric
 from fomaml.scoring import metrics_of
 from fomaml.streams import check_sequence
@@ -211,10 +204,7 @@ def default_criterion(targets: Tree) -> Criterion:
 def _loss(model: nn.Module, criterion: Any, output: Output, examples: Examples) -> Tensor:
     returned = selected(called(model, model, examples.inputs), output)
     outputs = checked_outputs(returned, criterion)
-    targets = as_numbers(criterion, outputs, examples.targets)
-    refuse_meaningless(criterion, outputs, targets)
-    refuse_broadcast(criterion, outputs, targets)
-    return checked_loss(criterion(outputs, targets))
+    return checked_loss(criterion(outputs, targets_for(criterion, outputs, examples.targets)))
 
 
 class _Slice:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from fomaml.errors import InputError
 from fomaml.learning.learner import MetaLearner
 from fomaml.learning.problem import Problem
-from fomaml.models import NATIVE_NORMS
+from fomaml.models import NATIVE_NORMS, takes_statistics
 from fomaml.tasks import Task
 
 
@@ -51,7 +51,7 @@ def refuse_norms(learner: MetaLearner) -> None:
     if learner.loss is None:
         return
     for name, module in learner.model.named_modules():
-        if isinstance(module, NATIVE_NORMS) and (module.training or not module.track_running_stats):
+        if isinstance(module, NATIVE_NORMS) and takes_statistics(module):
             raise InputError(
                 f"loss= under vmap does not go with the {type(module).__name__} {name!r}: engine='loop', or "
                 "fomaml.convert_batch_norm(model)"

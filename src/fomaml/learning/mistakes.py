@@ -111,6 +111,19 @@ def checked_loss(loss: Any, name: str = "criterion") -> Tensor:
     return loss
 
 
+def targets_for(criterion: Criterion, outputs: Tree, targets: Tree, by_value: bool = True) -> Tree:
+    """The targets as a criterion takes them, once it was seen that outputs and targets go together.
+
+    by_value: look at their values too, which vmap does not tell.
+    """
+    targets = as_numbers(criterion, outputs, targets)
+    refuse_shapes(criterion, outputs, targets)
+    if by_value:
+        refuse_meaningless(criterion, outputs, targets)
+        refuse_broadcast(criterion, outputs, targets)
+    return targets
+
+
 def refuse_shapes(criterion: Criterion, outputs: Tree, targets: Tree) -> None:
     """Raise `InputError` where a loss of torch, which compares numbers of one shape, is to compare others."""
     if not (isinstance(outputs, Tensor) and isinstance(targets, Tensor)) or outputs.shape == targets.shape:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fomaml.errors import InputError
 from fomaml.learning.contracts import Criterion
-from fomaml.metrics import ignored_label
+from fomaml.metrics import ignored_label, with_options
 from fomaml.tasks import Examples, first
 from fomaml.trees import leaves, mapped
 
@@ -44,11 +44,7 @@ def summed(criterion: Criterion | None) -> functools.partial | None:
     """The sum that a cross-entropy is the mean of, as its means are by the labels that it counts; None for others."""
     if ignored_label(criterion) is None:
         return None
-    found: Any = criterion
-    options: dict[str, Any] = {}
-    while isinstance(found, functools.partial):
-        options = found.keywords | options
-        found = found.func
+    found, options = with_options(criterion)
     if isinstance(found, nn.Module):
         names = ("weight", "ignore_index", "label_smoothing")
         options = {name: getattr(found, name) for name in names if hasattr(found, name)}
@@ -58,10 +54,7 @@ def summed(criterion: Criterion | None) -> functools.partial | None:
 
 def is_sum(criterion: Any) -> bool:
     """Whether a cross-entropy is a sum, and no mean."""
-    options: dict[str, Any] = {}
-    while isinstance(criterion, functools.partial):
-        options = criterion.keywords | options
-        criterion = criterion.func
+    criterion, options = with_options(criterion)
     return options.get("reduction", getattr(criterion, "reduction", "mean")) == "sum"
 
 

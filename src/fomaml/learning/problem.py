@@ -16,17 +16,11 @@ from fomaml.learning.adapt import inner_loop, open_attention
 from fomaml.learning.admission import calls_refused
 from fomaml.learning.contracts import Adapted, Learner
 from fomaml.learning.forward import Forward, Stacked, outputs_of
-from fomaml.learning.mistakes import (
-    as_numbers,
-    checked_loss,
-    refuse_broadcast,
-    refuse_meaningless,
-    refuse_shapes,
-)
+from fomaml.learning.mistakes import checked_loss, targets_for
 from fomaml.learning.parts import check_mean, counted, minibatch, parts_of, spread, summed
 from fomaml.learning.replica import Replicas, buffers_of
 from fomaml.metrics import ignored_label
-from fomaml.models import NATIVE_BATCH_NORMS, BatchNorm, normalising, refuse_native
+from fomaml.models import NATIVE_BATCH_NORMS, BatchNorm, normalising, refuse_native, takes_statistics
 from fomaml.tasks import Examples, Task, are_labels, count_of, ways_each
 from fomaml.tasks import first as first_of
 from fomaml.trees import Tree, call, joined, leaves, mapped, rebuilt, structure
@@ -222,9 +216,7 @@ class Problem:
             name
             for name, module in self.learner.model.named_modules()
             if (isinstance(module, BatchNorm) and module.policy != "frozen")
-            or (
-                isinstance(module, NATIVE_BATCH_NORMS) and (module.training or not module.track_running_stats)
-            )
+            or (isinstance(module, NATIVE_BATCH_NORMS) and takes_statistics(module))
         ]
         if mixing:
             raise InputError(
@@ -314,11 +306,7 @@ class Problem:
             criterion = self.learner.criterion
             if criterion is not None:
                 outputs, returned = self._outputs(model, examples.inputs, support, step, apart)
-                targets = as_numbers(criterion, outputs, examples.targets)
-                refuse_shapes(criterion, outputs, targets)
-                if not self.stacked:
-                    refuse_meaningless(criterion, outputs, targets)
-                    refuse_broadcast(criterion, outputs, targets)
+                targets = targets_for(criterion, outputs, examples.targets, by_value=not self.stacked)
                 own: Any = summed(judge) if summing else judge
                 loss = checked_loss(own(returned, targets))
             else:

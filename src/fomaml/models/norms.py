@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -162,6 +162,11 @@ class BatchNorm(nn.Module):
 
 NATIVE_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 NATIVE_NORMS = (*NATIVE_BATCH_NORMS, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+
+
+def takes_statistics(norm: Any) -> bool:
+    """Whether one of torch's own norms normalises by what it is given, and not by running statistics."""
+    return norm.training or not norm.track_running_stats
 
 
 def native_batch_norms(model: nn.Module) -> list[str]:
