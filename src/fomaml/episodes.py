@@ -15,9 +15,12 @@ from fomaml.errors import InputError, not_negative, positive, shown, whole
 from fomaml.tasks import Batch, Examples, Task, one
 
 
-def generator(seed: int, index: int) -> np.random.Generator:
-    """Random numbers that depend on (seed, index) alone: counter-based Philox (Salmon et al. 2011)."""
-    return np.random.Generator(np.random.Philox(key=checked_seed(seed), counter=[0, 0, 0, index]))
+def generator(seed: int, index: int, stream: int = 0) -> np.random.Generator:
+    """Random numbers that depend on (seed, index) alone: counter-based Philox (Salmon et al. 2011).
+
+    stream: another number gives others for the same index.
+    """
+    return np.random.Generator(np.random.Philox(key=checked_seed(seed), counter=[0, 0, stream, index]))
 
 
 def checked_seed(seed: int) -> int:

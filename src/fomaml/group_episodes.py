@@ -224,9 +224,7 @@ class GroupEpisodes:
             parts = [part._replace(targets=_numbered(own)) for part, own in zip(parts, classes)]
         if self.augment is not None:
             for number in range(len(drawn)):
-                random = np.random.Generator(
-                    np.random.Philox(key=self.seed, counter=[0, 0, 1, start + number])
-                )
+                random = generator(self.seed, start + number, stream=1)
                 for place in (2 * number, 2 * number + 1):
                     own = parts[place]
                     parts[place] = own._replace(inputs=self.augment(own.inputs, random))
