@@ -135,10 +135,16 @@ class GroupEpisodes:
 
         Tasks of one group are not independent: an interval is over the groups.
         """
-        numbers = [self._group(index, generator(self.seed, index)) for index in range(len(scores))]
-        groups, places = torch.tensor(numbers).unique(return_inverse=True)
+        groups, places = self._visited(len(scores)).unique(return_inverse=True)
         found = torch.zeros(len(groups), dtype=scores.dtype).index_add(0, places, scores.cpu())
         return found / torch.bincount(places, minlength=len(groups))
+
+    def groups_of(self, tasks: int) -> list[str]:
+        """The names of the groups that tasks 0 … tasks - 1 are of, once each, in the order of `by_group`."""
+        return [self.source.names[number] for number in self._visited(tasks).unique().tolist()]
+
+    def _visited(self, tasks: int) -> torch.Tensor:
+        return torch.tensor([self._group(index, generator(self.seed, index)) for index in range(tasks)])
 
     # --- which rows -------------------------------------------------------------------------------
 

@@ -99,6 +99,18 @@ def test_of_regression(table, tmp_path, quick):
     found = fit_estimator("ridge", episodes, options=settings, tasks=6, metric="mae")
     deviation = scaling.targets[""].deviation[0]
     own = estimate(episodes.by_group(found * deviation))
+    by_group = rows["ridge, support set only"]["by_group"]
+    one_after_the_other = [test.names[task % len(test)] for task in range(6)]
+    assert by_group == pytest.approx(
+        {
+            name: sum(
+                deviation * float(found[task]) for task in range(6) if one_after_the_other[task] == name
+            )
+            / one_after_the_other.count(name)
+            for name in test.names
+        },
+        rel=1e-5,
+    )
     assert rows["ridge, support set only"]["mean"] == pytest.approx(own.mean, rel=1e-5)
     assert rows["ridge, support set only"]["interval"] == pytest.approx(own.interval, rel=1e-5)
 

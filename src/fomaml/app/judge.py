@@ -19,6 +19,7 @@ from fomaml.app.sources import source_of
 from fomaml.choices import Statistics
 from fomaml.errors import InputError
 from fomaml.evaluate import estimate, evaluate, evaluate_all
+from fomaml.group_episodes import GroupEpisodes
 from fomaml.learning.learner import MetaLearner
 from fomaml.metrics import Metric
 from fomaml.models import NATIVE_BATCH_NORMS, BatchNorm, takes_statistics
@@ -66,7 +67,7 @@ def beside_baselines(
                 continue
             paired = estimate(of_units(data.test, scores[own["metric"]][steps][: len(theirs)] - theirs))
             difference = {"to": label, "mean": paired.mean, "interval": paired.interval}
-            rows = [*own["rows"], _row(label, of_units(data.test, theirs), **facts)]
+            rows = [*own["rows"], _row(label, data.test, theirs, **facts)]
             grown.append(own | {"rows": rows, "differences": [*own["differences"], difference]})
         result = grown[0] | ({"others": grown[1:]} if grown[1:] else {})
         mean, interval = estimate(of_units(data.test, found[first.name]))
@@ -105,9 +106,7 @@ def _of_metric(settings: Settings, data: Data, metric: Metric, found: Mapping[in
         "steps": steps,
         **facts_of(metric),
         "measured": measured(settings, metric),
-        "rows": [
-            _row(f"{name}, {_steps(k)}", of_units(data.test, scores), steps=k) for k, scores in found.items()
-        ],
+        "rows": [_row(f"{name}, {_steps(k)}", data.test, scores, steps=k) for k, scores in found.items()],
         "differences": [],
     }
 
@@ -251,9 +250,14 @@ def told(protocol: dict) -> str:
     return kind + by.get(protocol["statistics"], "")
 
 
-def _row(label: str, scores, **facts) -> dict:
-    found = estimate(scores)
-    return {"label": label, "mean": found.mean, "interval": found.interval, **facts}
+def _row(label: str, episodes: Any, scores: Tensor, **facts) -> dict:
+    """A row of the table; of groups of rows with the score of each group."""
+    units = of_units(episodes, scores)
+    found = estimate(units)
+    row = {"label": label, "mean": found.mean, "interval": found.interval, **facts}
+    if isinstance(episodes, GroupEpisodes):
+        row["by_group"] = dict(zip(episodes.groups_of(len(scores)), units.tolist()))
+    return row
 
 
 def _steps(steps: int) -> str:
