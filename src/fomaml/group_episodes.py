@@ -212,7 +212,8 @@ class GroupEpisodes:
             )
         raise InputError(
             f"{len(few)} of {len(source)} tasks have too few rows: {source.names[worst]!r} has {what}, but "
-            f"{self.shots} shots{gap} + {queries}{per} need {self.needed}; {cure}"
+            f"{self.shots} shots{gap} + {queries}{per} need {self.needed}; {cure}: "
+            f"half of the tasks have {int(np.median(counts.min(1)))} or more{' of each class' if per else ''}"
         )
 
     # --- what they hold ---------------------------------------------------------------------------

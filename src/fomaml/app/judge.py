@@ -19,7 +19,6 @@ from fomaml.app.sources import source_of
 from fomaml.choices import Statistics
 from fomaml.errors import InputError
 from fomaml.evaluate import estimate, evaluate, evaluate_all
-from fomaml.group_episodes import GroupEpisodes
 from fomaml.learning.learner import MetaLearner
 from fomaml.metrics import Metric
 from fomaml.models import NATIVE_BATCH_NORMS, BatchNorm, takes_statistics
@@ -255,7 +254,7 @@ def _row(label: str, episodes: Any, scores: Tensor, **facts) -> dict:
     units = of_units(episodes, scores)
     found = estimate(units)
     row = {"label": label, "mean": found.mean, "interval": found.interval, **facts}
-    if isinstance(episodes, GroupEpisodes):
+    if hasattr(episodes, "groups_of"):
         row["by_group"] = dict(zip(episodes.groups_of(len(scores)), units.tolist()))
     return row
 
