@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -39,12 +40,24 @@ from fomaml.train import cosine, train
 FOLDS = [(0, 2), (1, 3), (2, 4), (0, 3), (1, 4)]  # digits held out: each of the five twice
 STEPS = (5, 20, 50)
 INNER_LRS = (0.01, 0.03, 0.1, 0.3)
-# ways, shots, query_shots, meta-batch size; each is tried at three STEPS: twelve trials, as fine-tuning has
+
+
+class Recipe(NamedTuple):
+    """How Proto-MAML is meta-trained from the body; each is tried at three STEPS: twelve trials, as fine-tuning has."""
+
+    ways: int
+    shots: int
+    query_shots: int
+    meta_batch: int
+    steps: int = 1
+    head_alone: bool = False  # ANIL: the body does not adapt
+
+
 RECIPES = {
-    "20-way 1-shot": (20, 1, 5, 2),
-    "20-way 5-shot": (20, 5, 5, 2),
-    "60-way 1-shot": (60, 1, 2, 2),
-    "300-way 1-shot": (300, 1, 1, 1),
+    "20-way 1-shot": Recipe(20, 1, 5, 2),
+    "20-way 5-shot, 5 steps": Recipe(20, 5, 5, 2, steps=5),
+    "20-way 5-shot, ANIL, 10 steps": Recipe(20, 5, 5, 2, steps=10, head_alone=True),
+    "300-way 1-shot": Recipe(300, 1, 1, 1),
 }
 INVERSES = tuple(10.0**k for k in range(-5, 7))  # scikit-learn's C of logistic regression, twelve too
 FINE_TUNED, CENTROID, LOGISTIC = "fine-tuned", "nearest centroid of its features", "logistic regression"
@@ -150,13 +163,16 @@ def body(options: Options, classes: ClassSource, seed: int) -> Unit:
 
 
 def meta_trained(options: Options, model: Unit, classes: ClassSource, recipe: str, seed: int) -> MetaLearner:
-    ways, shots, query_shots, batch = RECIPES[recipe]
-    learner = fomaml.ProtoMAML(copy.deepcopy(model), INNER_LRS[1], 1)
-    episodes = Episodes(classes, ways=ways, shots=shots, query_shots=query_shots, seed=3 * seed)
+    own = RECIPES[recipe]
+    chosen = {"adapted": "head*"} if own.head_alone else {}
+    learner = fomaml.ProtoMAML(copy.deepcopy(model), INNER_LRS[1], own.steps, **chosen)
+    drawn = {"ways": own.ways, "shots": own.shots, "query_shots": own.query_shots}
+    episodes = Episodes(classes, **drawn, seed=3 * seed)
     steps = options.iterations
     optimizer = torch.optim.Adam(learner.parameters(), lr=1e-3)
     schedule = cosine(steps)
-    for _ in train(learner, episodes, optimizer, iterations=steps, meta_batch_size=batch, schedule=schedule):
+    arguments = {"iterations": steps, "meta_batch_size": own.meta_batch, "schedule": schedule}
+    for _ in train(learner, episodes, optimizer, **arguments, measure_every=steps):
         pass
     return learner
 

@@ -294,6 +294,7 @@ def main(options: Options) -> None:
         "pooled, coefficients as inputs": Pooled(conditioned, True, "pooled"),
         "FOMAML": Learned(plain, FOMAML),
         "MAML": Learned(plain, MAML),
+        "FOMAML, Adam inside": Learned(plain, FOMAML, adam=True),
         "Reptile, Adam inside": Learned(plain, Reptile, adam=True),
     }
     found = {name: study(name, start, parts, options.iterations) for name, start in starts.items()}
@@ -342,7 +343,7 @@ def picture(shown: dict[str, Tensor]) -> None:
     grid = np.linspace(0, END, GRID)
     equations = Oscillators(TEST).batch(0, 3).support.inputs["equation"][:, 0].double().numpy()
     names = [name for name in shown if "coefficients" not in name]
-    figure, axes = plots.subplots(3, len(names), figsize=(11, 5.4), sharex=True, sharey="row")
+    figure, axes = plots.subplots(3, len(names), figsize=(13, 5.4), sharex=True, sharey="row")
     for row, equation in enumerate(equations):
         for column, name in enumerate(names):
             own = axes[row, column]

@@ -190,7 +190,7 @@ def study(kind: str, name: str, options: Options, parts: Parts) -> dict[str, lis
         if seed:
             return found
         shown = []
-        for number in (0, 1):
+        for number in to_show(test):
             image = Signals(test[number : number + 1], None).batch(0, 1).support
             support = Examples(image.inputs[0], image.targets[0])
             with torch.no_grad():
@@ -199,6 +199,12 @@ def study(kind: str, name: str, options: Options, parts: Parts) -> dict[str, lis
 
     runs = [parts.get(f"{kind} {name} {chosen} seed {seed}", lambda seed=seed: run(seed)) for seed in SEEDS]
     return {"chosen": chosen, **{key: [own[key] for own in runs if key in own] for key in runs[0]}}
+
+
+def to_show(images: Tensor) -> list[int]:
+    """Two images for the picture: of middling contrast, and of more, so that none is bare sky."""
+    by_contrast = images.flatten(1).std(1).argsort()
+    return by_contrast[[len(images) // 2, len(images) * 9 // 10]].tolist()
 
 
 def main(options: Options) -> None:
@@ -250,9 +256,9 @@ def picture(found: dict[str, dict[str, dict]], options: Options) -> None:
         own.axis("off")
     for place, (kind, by_name) in enumerate(found.items()):
         test = images(kind, options.data_root)[-1]
-        for number in (0, 1):
+        for number, own_image in enumerate(test[to_show(test)]):
             row, shape = axes[2 * place + number], test.shape[1:]
-            tiles = [test[number].flatten(1).T]
+            tiles = [own_image.flatten(1).T]
             tiles += [torch.tensor(own) for name in names for own in by_name[name]["shown"][0][number]]
             for axis, tile in zip(row, tiles):
                 axis.imshow(
@@ -268,7 +274,7 @@ def picture(found: dict[str, dict[str, dict]], options: Options) -> None:
     )
     drawn = BytesIO()
     figure.savefig(drawn, dpi=80)
-    Image.open(drawn).convert("RGB").quantize(24).save(PICTURE, optimize=True)  # a third of the size
+    Image.open(drawn).convert("RGB").quantize(64).save(PICTURE, optimize=True)  # half the size
     print(f"saved {PICTURE}")
 
 
