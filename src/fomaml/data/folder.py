@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -272,33 +272,47 @@ class _Reader:
 
     def image(self, path: Path) -> np.ndarray:
         """One image, uint8 (h, w) or (h, w, 3)."""
+        array = image_array(path, self.mode, str(path))
         Image = pillow()
-        from PIL import ImageOps
-
-        try:
-            with Image.open(path) as file:
-                if not file.mode.startswith(WIDE):
-                    image = ImageOps.exif_transpose(file)
-                    if image.has_transparency_data:
-                        image = image.convert("RGBA")
-                        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-                    image = image.convert(self.mode)
-                mode = file.mode
-        except Exception as error:  # each of Pillow's plugins has its own
-            why = " ".join((getattr(error, "strerror", None) or str(error)).split()) or type(error).__name__
-            raise InputError(f"{path} cannot be read as an image ({why}); mend or remove it") from None
-        if mode.startswith(WIDE):
-            raise InputError(f"{path}: found pixels of mode {mode}, expected 8 bits a channel; convert it")
         if self.size is not None:
-            return np.asarray(image.resize(self.size[::-1], Image.Resampling.LANCZOS))
-        self.first = self.first or (path, image.size)
-        if image.size != self.first[1]:
-            (wide, high), (first_wide, first_high) = image.size, self.first[1]
+            return np.asarray(Image.fromarray(array).resize(self.size[::-1], Image.Resampling.LANCZOS))
+        self.first = self.first or (path, array.shape[:2])
+        if array.shape[:2] != self.first[1]:
+            (high, wide), (first_high, first_wide) = array.shape[:2], self.first[1]
             raise InputError(
                 f"{path} is {high} high and {wide} wide, but {self.first[0]} is {first_high} high and "
                 f"{first_wide} wide; give the size=(height, width) to resize to"
             )
-        return np.asarray(image)
+        return array
+
+
+def image_array(file: Any, mode: str, name: str) -> np.ndarray:
+    """An image file as uint8 (height, width) or (height, width, 3).
+
+    mode: of Pillow, "L" or "RGB". name: of the file, for messages. Turned as its EXIF tag says; what is transparent
+    becomes white.
+
+    Raises:
+        InputError: it cannot be read, or has more than 8 bits a channel.
+    """
+    Image = pillow()
+    from PIL import ImageOps
+
+    try:
+        with Image.open(file) as opened:
+            if not opened.mode.startswith(WIDE):
+                image = ImageOps.exif_transpose(opened)
+                if image.has_transparency_data:
+                    image = image.convert("RGBA")
+                    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+                image = image.convert(mode)
+            own = opened.mode
+    except Exception as error:  # each of Pillow's plugins has its own
+        why = " ".join((getattr(error, "strerror", None) or str(error)).split()) or type(error).__name__
+        raise InputError(f"{name} cannot be read as an image ({why}); mend or remove it") from None
+    if own.startswith(WIDE):
+        raise InputError(f"{name}: found pixels of mode {own}, expected 8 bits a channel; convert it")
+    return np.asarray(image)
 
 
 def _stacked(images: list[np.ndarray]) -> torch.Tensor:
