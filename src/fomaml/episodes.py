@@ -164,18 +164,20 @@ class Episodes:
         return Task(
             *(
                 self._examples(own, labels, quarters, own_maps)
-                for own, labels, own_maps in zip(rows.split(split, dim=2), targets.split(split, dim=2), maps)
+                for own, labels, own_maps in zip(
+                    self.source.take_each(rows.split(split, dim=2)), targets.split(split, dim=2), maps
+                )
             )
         )
 
     def _examples(
-        self, rows: Tensor, targets: Tensor, quarters: Tensor | None, maps: Tensor | None
+        self, inputs: Tensor, targets: Tensor, quarters: Tensor | None, maps: Tensor | None
     ) -> Examples:
-        inputs = self.source.take(rows)  # (tasks, ways, examples, ...)
+        """inputs: (tasks, ways, examples, ...)."""
         if quarters is not None:
             inputs = turned(inputs, quarters)
         if maps is not None:
-            copies = inputs.unsqueeze(3).expand(*rows.shape, self.copies, *inputs.shape[3:])
+            copies = inputs.unsqueeze(3).expand(*targets.shape, self.copies, *inputs.shape[3:])
             moved = jittered(copies, maps, self.jitter)
             if self.copies > 1:
                 moved[:, :, :, 0] = inputs
