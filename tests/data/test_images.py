@@ -81,8 +81,8 @@ def test_sizes_are_those_of_turned_photographs(tmp_path, orientation, suffix):
     own = drawing(1, *((6, 8) if orientation in (6, 8) else (8, 6)))
     own.save(tmp_path / CLASSES[2] / f"turned.{suffix}", exif=exif)
     kept, drawn = (load_folder(tmp_path, in_memory=in_memory)[:3] for in_memory in (True, False))
-    for kept, drawn in zip(kept, drawn):
-        assert torch.equal(kept.inputs, drawn.inputs[:])
+    for mine, theirs in zip(drawn, kept):
+        assert torch.equal(mine.inputs[:], theirs.inputs)
 
 
 def test_what_takes_too_much_is_decoded_when_it_is_drawn(tmp_path, monkeypatch, said):
