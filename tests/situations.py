@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
-from fomaml import FOMAML, ClassSource, Examples, FastModel, Task, evaluate, meta_gradient, train
+from fomaml import FOMAML, ClassSource, Episodes, Examples, FastModel, Task, evaluate, meta_gradient, train
 from fomaml.checkpoint import save_weights
 from fomaml.errors import InputError
 
@@ -275,3 +275,8 @@ def to_a_folder():
             save_weights(Path(folder), classifier())
         except InputError as error:
             raise InputError(str(error).replace(folder, "runs")) from error
+
+
+def halved():
+    source = ClassSource(torch.ones(8, 6), torch.arange(8) // 4)
+    return Episodes(source, ways=2, shots=2, query_shots=2, augment=lambda inputs, random: inputs[::2])[0]

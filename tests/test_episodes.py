@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fomaml.errors
-from draws import COUNTS, digest, episodes, regression
+from draws import COUNTS, augmented, digest, episodes, regression
 from fomaml.data.source import ClassSource
 from fomaml.data.synthetic import Sinusoids
 from fomaml.episodes import Episodes, RegressionEpisodes
@@ -81,7 +81,7 @@ def test_rows_are_uniform_at_every_place_and_in_pairs(many, label, count):
     assert_uniform(pairs, len(rows) * math.comb(5, 2) / math.comb(count, 2))
 
 
-@pytest.mark.parametrize("make", [episodes, regression])
+@pytest.mark.parametrize("make", [episodes, augmented, regression])
 def test_a_task_is_a_function_of_seed_and_index(make):
     tasks = make(seed=3)
     batch = tasks.batch(11, 5)
@@ -96,7 +96,7 @@ def test_a_task_is_a_function_of_seed_and_index(make):
     assert len(digests) > 45
 
 
-@pytest.mark.parametrize("make", [episodes, regression])
+@pytest.mark.parametrize("make", [episodes, augmented, regression])
 def test_global_random_state_is_neither_used_nor_touched(make):
     np.random.seed(0)
     torch.manual_seed(0)
@@ -144,7 +144,7 @@ def test_the_smallest_class_is_named():
         Episodes(named, ways=2, shots=2, query_shots=1)
 
 
-@pytest.mark.parametrize("make", [episodes, regression])
+@pytest.mark.parametrize("make", [episodes, augmented, regression])
 @pytest.mark.parametrize("seed", [None, -1, 0.5, True, 2**128])
 def test_a_seed_that_would_not_repeat_is_refused(make, seed):
     with pytest.raises(InputError) as error:

@@ -195,19 +195,6 @@ def test_classes_may_be_drawn_and_numbered_anew():
 # --- on the way to a model ------------------------------------------------------------------------
 
 
-def test_augment_is_a_function_of_seed_and_index():
-    def noisy(inputs, random):
-        return inputs + torch.from_numpy(random.normal(size=tuple(inputs.shape))).float()
-
-    episodes = GroupEpisodes(source(), shots=1, query_shots=2, augment=noisy, seed=5)
-    plain = GroupEpisodes(source(), shots=1, query_shots=2, seed=5)
-    batch = episodes.batch(3, 4)
-    assert torch.equal(batch.query.inputs[2], episodes[5].query.inputs)
-    added = batch.query.inputs - plain.batch(3, 4).query.inputs
-    assert added.std() > 0.5 and not torch.equal(added[0], added[1])
-    assert torch.equal(batch.query.targets, plain.batch(3, 4).query.targets)
-
-
 def test_tensors_are_put_where_asked_or_where_the_inputs_are():
     def devices(inputs, **more):
         found = GroupSource(inputs, TABLE["label"], TABLE["key"])

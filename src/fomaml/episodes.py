@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -12,7 +12,8 @@ from torch import Tensor
 from fomaml.data.augment import jittered, turned
 from fomaml.data.source import ClassSource
 from fomaml.errors import InputError, not_negative, positive, shown, whole
-from fomaml.tasks import Batch, Examples, Task, one
+from fomaml.tasks import Batch, Examples, Task, one, stack
+from fomaml.trees import Tree, mapped
 
 
 def generator(seed: int, index: int, stream: int = 0) -> np.random.Generator:
@@ -59,6 +60,98 @@ def copies_of(episodes: TaskSequence) -> int:
     return getattr(episodes, "copies", 1)
 
 
+Augment: TypeAlias = Callable[[Any, np.random.Generator], Any]
+AugmentTask: TypeAlias = Callable[[Task, np.random.Generator], Task]
+
+
+class Augmentation:
+    """Random changes of tasks, functions of seed and index: the same bits in whichever batch and process.
+
+    augment: (inputs, random) → inputs, of the inputs (examples, ...) of one set, decoded, a nesting where they are one.
+        It is called for the support set and then for the query set, with the same `random`: noise or a crop of each
+        example for itself.
+    augment_task: (task, random) → task, after it: the same change of support and query, as a sensor that is mounted in
+        another way, or a change of one of the two sets alone.
+
+    `random` is a numpy generator of the seed and the task's index; what else is random in them would not be repeated.
+    Both are given one task, without an axis of tasks, whose tensors they may change in place.
+
+    Raises:
+        InputError: they give other structures, shapes, dtypes or devices than they are given.
+    """
+
+    def __init__(self, seed: int, augment: Augment | None = None, augment_task: AugmentTask | None = None):
+        for name, given in (("augment", augment), ("augment_task", augment_task)):
+            if given is not None and not callable(given):
+                raise InputError(f"{name} must be a function of two arguments, got {shown(given)}")
+        self.seed, self.augment, self.augment_task = seed, augment, augment_task
+
+    def __bool__(self) -> bool:
+        return self.augment is not None or self.augment_task is not None
+
+    def __call__(self, tasks: list[Task], start: int) -> list[Task]:
+        """The tasks start, start + 1 …, changed."""
+        return [self._changed(task, start + number) for number, task in enumerate(tasks)]
+
+    def _changed(self, task: Task, index: int) -> Task:
+        if self.augment is not None:
+            random = generator(self.seed, index, stream=1)
+            sets = []
+            for name, part in zip(Task._fields, task):
+                found = self.augment(_own_nesting(part.inputs), random)
+                _check_alike(found, part.inputs, "augment", f"the {name} inputs", index)
+                sets.append(part._replace(inputs=found))
+            task = Task(*sets)
+        if self.augment_task is not None:
+            found = self.augment_task(_own_nesting(task), generator(self.seed, index, stream=2))
+            _check_alike(found, task, "augment_task", "", index)
+            task = found
+        return task
+
+
+def _own_nesting(tree: Tree) -> Tree:
+    """The same tensors in dicts and tuples of their own, so that what a function puts into a dict is seen."""
+    return mapped(lambda tensor: tensor, tree)
+
+
+def _check_alike(found: Any, given: Tree, function: str, what: str, index: int) -> None:
+    """Raise `InputError` where a nesting differs from the one given in more than its numbers."""
+    difference = _difference(found, given, "")
+    if difference is not None:
+        place, got, expected = difference
+        own = f"{what}{place}".lstrip(".")
+        raise InputError(
+            f"{function} gave {got} for {own + ' of ' if own else ''}task {index}, expected {expected}: it may change "
+            "numbers alone"
+        )
+
+
+def _difference(found: Any, given: Tree, place: str) -> tuple[str, str, str] | None:
+    """The first place where they differ, what is there, and what was."""
+    if isinstance(given, Tensor):
+        kinds = _kind(found), _kind(given)
+        return None if kinds[0] == kinds[1] else (place, *kinds)
+    keys = list(given) if isinstance(given, dict) else range(len(given))
+    own = list(found) if isinstance(found, dict) else range(len(found)) if isinstance(found, tuple) else None
+    if type(found) is not type(given) or own != keys:
+        return place, _kind(found), _kind(given)
+    fields = getattr(given, "_fields", None)
+    for number, key in enumerate(keys):
+        within = f".{fields[number]}" if fields else f"[{key!r}]"
+        if (difference := _difference(found[key], given[key], place + within)) is not None:
+            return difference
+    return None
+
+
+def _kind(given: Any) -> str:
+    """A tensor or a nesting, in words."""
+    if isinstance(given, Tensor):
+        return f"{given.dtype} {tuple(given.shape)} on {given.device}"
+    more = f" of {', '.join(map(repr, given))}" if isinstance(given, dict) else ""
+    more = f" of {len(given)}" if isinstance(given, tuple | list) else more
+    return f"{type(given).__name__}{more}"
+
+
 class Episodes:
     """An endless, indexable sequence of N-way K-shot classification tasks (Vinyals et al. 2016).
 
@@ -74,6 +167,8 @@ class Episodes:
     copies: each image stands so many times in its set, first as it is and then moved by jitter. The classes and
         examples drawn are the same as without. For test-time augmentation: `evaluate` averages a query image's
         outputs over its copies.
+    augment, augment_task: random changes of a set's inputs and of a whole task, see `Augmentation`, after all else.
+        The classes and examples drawn are the same as without.
 
     Shapes of one task: support inputs (ways · shots · copies, ...), query inputs (ways · query_shots · copies, ...),
     targets int64. Examples are ordered by class, an image's copies one after the other. Tensors live where
@@ -82,7 +177,7 @@ class Episodes:
     Raises:
         InputError: fewer classes than ways, or a class with fewer than shots + query_shots
             examples (the message names it), or a number that is not positive, turns of what is no
-            square image, or jitter of what is no image, or copies without jitter.
+            square image, or jitter of what is no image, or copies without jitter; what `Augmentation` raises.
     """
 
     def __init__(
@@ -96,6 +191,8 @@ class Episodes:
         turns: bool = False,
         jitter: float = 0.0,
         copies: int = 1,
+        augment: Augment | None = None,
+        augment_task: AugmentTask | None = None,
     ):
         self.source = source
         self.ways = positive("ways", ways, integer=True)
@@ -105,6 +202,7 @@ class Episodes:
         self.turns = turns
         self.jitter = not_negative("jitter", jitter)
         self.copies = positive("copies", copies, integer=True)
+        self.augmentation = Augmentation(self.seed, augment, augment_task)
         if copies > 1 and not jitter:
             raise InputError(
                 f"{copies} copies of each image are the same without jitter, got jitter {jitter}"
@@ -161,21 +259,26 @@ class Episodes:
             maps = (
                 torch.from_numpy(for_jitter).view(tasks, self.ways, drawn, self.copies, 6).split(split, dim=2)
             )
-        return Task(
+        batch = Task(
             *(
                 self._examples(own, labels, quarters, own_maps)
-                for own, labels, own_maps in zip(rows.split(split, dim=2), targets.split(split, dim=2), maps)
+                for own, labels, own_maps in zip(
+                    self.source.take_each(rows.split(split, dim=2)), targets.split(split, dim=2), maps
+                )
             )
         )
+        if self.augmentation and tasks:
+            batch = stack(self.augmentation([one(batch, number) for number in range(tasks)], start))
+        return batch
 
     def _examples(
-        self, rows: Tensor, targets: Tensor, quarters: Tensor | None, maps: Tensor | None
+        self, inputs: Tensor, targets: Tensor, quarters: Tensor | None, maps: Tensor | None
     ) -> Examples:
-        inputs = self.source.take(rows)  # (tasks, ways, examples, ...)
+        """inputs: (tasks, ways, examples, ...)."""
         if quarters is not None:
             inputs = turned(inputs, quarters)
         if maps is not None:
-            copies = inputs.unsqueeze(3).expand(*rows.shape, self.copies, *inputs.shape[3:])
+            copies = inputs.unsqueeze(3).expand(*targets.shape, self.copies, *inputs.shape[3:])
             moved = jittered(copies, maps, self.jitter)
             if self.copies > 1:
                 moved[:, :, :, 0] = inputs

@@ -183,11 +183,11 @@ def _with(source: Source, vectors: Tensor) -> Source:
 def _key(model: nn.Module, source: ClassSource | GroupSource, what: str) -> dict[str, str]:
     """Digests of what makes the model's outputs, its structure in words and all its tensors, and of the data.
 
-    Of groups the inputs are digested as they are drawn, a part at a time: they may not fit in memory.
+    Inputs may not fit in memory: those that are stored are digested a part at a time, of groups as they are drawn.
     """
     weights = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     if isinstance(source, ClassSource):
-        data = {"inputs": source.inputs.cpu(), "counts": source.counts}
+        data = {"inputs": source.inputs.to("cpu"), "counts": source.counts}
         of_data = digest_of(data, {"names": source.names})
     else:
         parts = torch.arange(len(source.rows)).split(AT_ONCE)

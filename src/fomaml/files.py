@@ -8,10 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,6 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fomaml.errors import InputError
+
+AT_ONCE = 256  # rows of what is read a part at a time
 
 
 def user_cache() -> Path:
@@ -137,11 +139,23 @@ def settings_digest(settings: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(dict(settings), sort_keys=True).encode()).hexdigest()
 
 
-def digest_of(tensors: Mapping[str, Tensor], entry: Mapping[str, Any]) -> str:
+class InParts(Protocol):
+    """What is like a tensor, but is read a part at a time."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def shape(self) -> torch.Size: ...
+    def split(self, size: int, /) -> Iterable[Tensor]: ...
+
+
+def digest_of(tensors: Mapping[str, Tensor | InParts], entry: Mapping[str, Any]) -> str:
     """The SHA-256 digest of names, dtypes, shapes, bytes and the rest of the header; the memory format is no matter."""
     names = sorted(tensors)
     kinds = [(name, str(tensors[name].dtype), list(tensors[name].shape)) for name in names]
     found = hashlib.sha256(json.dumps([kinds, dict(entry)], sort_keys=True).encode())
     for name in names:
-        found.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy().data)
+        whole = tensors[name]
+        for part in [whole] if isinstance(whole, Tensor) else whole.split(AT_ONCE):
+            found.update(part.contiguous().flatten().view(torch.uint8).numpy().data)
     return found.hexdigest()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -11,7 +11,7 @@ import torch
 
 from fomaml.choices import check_choice
 from fomaml.data.groups import Draw, GroupSource
-from fomaml.episodes import checked_seed, generator
+from fomaml.episodes import Augment, Augmentation, AugmentTask, checked_seed, generator
 from fomaml.errors import InputError, positive, whole
 from fomaml.tasks import Batch, Examples, Task, together
 from fomaml.trees import mapped
@@ -41,8 +41,7 @@ class GroupEpisodes:
     small: "refuse" groups that have too few rows, or "leave out" these, which `left_out` then has as (name, rows).
     fewer_classes: take a task without the classes that have too few rows in its group, if two or more are left. Labels
         stay those of the source. Else such groups are too small.
-    augment: (inputs, random) → inputs, nested tensors (examples, ...) of one support or query set; `random` is a numpy
-        generator that follows from seed and index.
+    augment, augment_task: random changes of a set's inputs and of a whole task, see `fomaml.episodes.Augmentation`.
     device: where tensors are put; by default where tensors of the inputs are, else on the CPU.
 
     Shapes of one task: inputs (examples, ...) as the source has them; targets (examples,) int64 or floating
@@ -70,7 +69,8 @@ class GroupEpisodes:
         in_turn: bool = False,
         small: Small = "refuse",
         fewer_classes: bool = False,
-        augment: Callable[[Any, np.random.Generator], Any] | None = None,
+        augment: Augment | None = None,
+        augment_task: AugmentTask | None = None,
         device: torch.device | str | None = None,
     ):
         self.shots = positive("shots", shots, integer=True)
@@ -94,7 +94,8 @@ class GroupEpisodes:
             raise InputError(f"{ways} ways are drawn from the classes that suffice: give no fewer_classes")
         self.seed = checked_seed(seed)
         self.in_turn, self.fewer_classes = in_turn, fewer_classes
-        self.augment, self.device = augment, source.device if device is None else device
+        self.augmentation = Augmentation(self.seed, augment, augment_task)
+        self.device = source.device if device is None else device
         self.draws_classes = ways is not None
         if ways is None:
             self.ways = None if source.classes is None else len(source.classes)
@@ -229,13 +230,8 @@ class GroupEpisodes:
         parts = [_rows_of(read, begin, end) for begin, end in pairwise([0, *ends])]
         if self.draws_classes:
             parts = [part._replace(targets=_numbered(own)) for part, own in zip(parts, classes)]
-        if self.augment is not None:
-            for number in range(len(drawn)):
-                random = generator(self.seed, start + number, stream=1)
-                for place in (2 * number, 2 * number + 1):
-                    own = parts[place]
-                    parts[place] = own._replace(inputs=self.augment(own.inputs, random))
-        return [Task(*pair).to(self.device) for pair in zip(parts[::2], parts[1::2])]
+        tasks = self.augmentation([Task(*pair) for pair in zip(parts[::2], parts[1::2])], start)
+        return [task.to(self.device) for task in tasks]
 
 
 def _numbered(classes: Sequence[np.ndarray]) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 
@@ -88,3 +89,30 @@ def test_skipping_is_the_number_of_images_of_a_task():
         settle(source="folder:x", skip_small_classes=True, shots=3, test_query_shots=20).skip_small_classes
         == 23
     )
+
+
+@pytest.mark.parametrize("source", ["folder", "tasks"])
+def test_images_decoded_when_they_are_drawn_train_the_same_run(source, images, tmp_path, capsys):
+    path = images / "even"
+    if source == "tasks":
+        path = tmp_path / "sites"
+        for site in range(6):
+            shutil.copytree(images / "even", path / f"site{site}")
+    base = ["train", f"folder:{path}", "--query-shots", "1", "--ways", "2", *QUICK]
+    weights = []
+    for way in ("once", "drawn"):
+        main([*base, "--decode", way, "--out", str(tmp_path / way)])
+        weights.append((tmp_path / way / "weights.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+    assert load_settings(tmp_path / "drawn").decode == "drawn"
+    main(["evaluate", str(tmp_path / "drawn")])
+    capsys.readouterr()
+
+
+def test_a_large_folder_says_in_one_line_that_it_is_decoded_when_drawn(images, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("fomaml.data.images.IN_MEMORY", 1000)
+    main(["train", f"folder:{images / 'even'}", *MANY, *QUICK, "--out", str(tmp_path / "out")])
+    said = capsys.readouterr().err.splitlines()
+    assert [line for line in said if "they are decoded whenever they are drawn" in line] == [
+        f"{images / 'even'}: 60 images would take 0.0 GiB, more than 0.0: they are decoded whenever they are drawn"
+    ]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from fomaml.app.algorithms import ANY_WAYS
 from fomaml.app.parser import option
-from fomaml.app.settings import Augmentation, Filter, Question, Split, TestAugmentation
+from fomaml.app.settings import Augmentation, Decode, Filter, Question, Split, TestAugmentation
 from fomaml.app.sources import names
 
 SOURCE = (
@@ -45,6 +45,10 @@ class DataOptions:
     )
     skip_small_classes: bool = option(
         "for folder: leave out classes with fewer images than a task takes, instead of refusing them", False
+    )
+    decode: Decode | None = option(
+        "for folder: decode images once, and keep them, or whenever they are drawn, to the same bits; default: once, "
+        "unless they take more than 2 GiB"
     )
     augment: Augmentation | None = option(
         "further training classes made of those there are: none (default), rotations (each class turned by 90, 180 and "

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fomaml.app.settings import Settings
+from fomaml.app.images import KEPT
+from fomaml.app.settings import Decode, Settings
 from fomaml.app.wording import option as typed
 from fomaml.app.wording import with_shares
 from fomaml.data.arrays import Arrays
@@ -93,7 +94,7 @@ def decide_folder(name: str, path: str, asked: Mapping[str, Any]) -> dict[str, A
         raise InputError(
             "--skip-small-classes is for a folder CLASS/IMAGE: of tasks take --skip-small-groups"
         )
-    source = read_folder(path, asked.get("image_size"), bool(asked.get("rgb")))
+    source = read_folder(path, asked.get("image_size"), bool(asked.get("rgb")), asked.get("decode"))
     assert source.classes is not None and source.class_counts is not None
     found: dict[str, Any] = {"kind": "classification", "draw": "random", "train_draw": "random"}
     found["fixed_classes"] = "ways" not in asked and bool(source.class_counts.all())
@@ -102,12 +103,12 @@ def decide_folder(name: str, path: str, asked: Mapping[str, Any]) -> dict[str, A
 
 def load_folder(path: str, settings: Settings) -> Groups:
     """The tasks of a folder TASK/CLASS/IMAGE; errors as of `load`."""
-    return parts_of(read_folder(path, settings.image_size, settings.rgb), settings, path)
+    return parts_of(read_folder(path, settings.image_size, settings.rgb, settings.decode), settings, path)
 
 
 @functools.lru_cache(maxsize=1)
-def read_folder(path: str, size: tuple[int, int] | None, rgb: bool) -> GroupSource:
-    return load_tasks(path, size=size, colour="rgb" if rgb else "grey")
+def read_folder(path: str, size: tuple[int, int] | None, rgb: bool, decode: Decode | None) -> GroupSource:
+    return load_tasks(path, size=size, colour="rgb" if rgb else "grey", in_memory=KEPT[decode])
 
 
 def read(name: str, path: str, values: Mapping[str, Any]) -> GroupSource:

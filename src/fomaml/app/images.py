@@ -13,6 +13,7 @@ from fomaml.data.source import ClassSource
 from fomaml.errors import InputError
 
 PARTS = ("training", "validation", "test")
+KEPT = {None: None, "once": True, "drawn": False}  # the option --decode as `load_folder` has it
 # what `load_folder` says, and what stands for it here
 SPOKEN = ("other shares", "other --shares"), ("ask for fewer of a class", "take fewer --query-shots")
 
@@ -45,6 +46,7 @@ def load_images(settings: Settings, path: str) -> Images:
             colour="rgb" if settings.rgb else "grey",
             shares=settings.shares,
             min_images=settings.skip_small_classes or 1,
+            in_memory=KEPT[settings.decode],
         )
     except InputError as error:
         raise InputError(with_shares(str(error), settings.shares, SPOKEN)) from None

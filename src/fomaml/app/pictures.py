@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fomaml.app.grouped import Groups
 from fomaml.app.sources import Functions
-from fomaml.data.folder import pillow
 from fomaml.data.groups import GroupSource
+from fomaml.data.images import pillow
 from fomaml.episodes import RegressionEpisodes
 from fomaml.files import replacing
 

@@ -20,6 +20,7 @@ Draw = Literal["random", "first", "anytime"]
 Split = Literal["maml", "vinyals", "background-evaluation"]
 Filter = Literal["lanczos", "nearest", "box", "bilinear"]
 Augmentation = Literal["none", "rotations", "turns", "warps"]
+Decode = Literal["once", "drawn"]
 TestAugmentation = Literal["none", "turns"]
 NormPolicy = Policy
 NormParameters = Literal["scale-shift", "shift"]
@@ -110,9 +111,11 @@ class Settings:
     seed: int
     device: str
     image: tuple[int, ...] | None = None
-    # Later than format 1. Of a folder: the shares of its parts, and the images without which a class is left out.
+    # Later than format 1. Of a folder: the shares of its parts, the images without which a class is left out, and when
+    # they are decoded.
     shares: tuple[float, float, float] | None = None
     skip_small_classes: int | None = None
+    decode: Decode | None = None
     baseline_size: BaselineSize = "full"  # as they all were
     # Of tasks that are groups of rows, see grouped.py: what is read of a file, and how tasks are made of it.
     task: str | None = None
@@ -161,7 +164,18 @@ LATER = (
     "model_options", "head", "output", "loss", "metric", "metric_direction",
 )  # fmt: skip
 MAY_CHANGE = frozenset(
-    {"out", "data_root", "device", "test_tasks", "baselines", "baseline_size", "model_weights", "code", "own"}
+    {
+        "out",
+        "data_root",
+        "decode",
+        "device",
+        "test_tasks",
+        "baselines",
+        "baseline_size",
+        "model_weights",
+        "code",
+        "own",
+    }
 )
 
 

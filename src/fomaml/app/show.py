@@ -13,6 +13,7 @@ import numpy as np
 from fomaml.app import pictures
 from fomaml.app.commands import given
 from fomaml.app.grouped import READ, Groups
+from fomaml.app.images import KEPT
 from fomaml.app.report import align
 from fomaml.app.search import words_of
 from fomaml.app.settings import Settings
@@ -78,7 +79,12 @@ def _folder(settings: Settings) -> Classes:
     path = split_name(settings.source)[1]
     colour, few = "rgb" if settings.rgb else "grey", settings.skip_small_classes or 1
     folder = load_folder(
-        path, size=settings.image_size, colour=colour, shares=settings.shares, min_images=few
+        path,
+        size=settings.image_size,
+        colour=colour,
+        shares=settings.shares,
+        min_images=few,
+        in_memory=KEPT[settings.decode],
     )
     return Classes(folder.train, folder.validation, folder.test, Path(path).resolve().name, folder.origin)
 

@@ -198,7 +198,13 @@ SOURCES: dict[str, Source] = {
         load_own_images,
         path="PATH",
         decide=grouped.decide_folder,
-        options={"image_size": None, "rgb": False, "shares": None, "skip_small_classes": None}
+        options={
+            "image_size": None,
+            "rgb": False,
+            "shares": None,
+            "skip_small_classes": None,
+            "decode": None,
+        }
         | dict.fromkeys(("test_keys", "validation_keys", "split_seed"))
         | dict.fromkeys(("skip_small_groups", "query_all"), False),
         defaults={"": {1: {"model": "conv4", "inner_lr": 0.05, "inner_steps": 5, "iterations": 2000}}},

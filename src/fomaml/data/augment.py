@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fomaml.data.source import ClassSource
+from fomaml.data.stored import changed, in_a_row, some
 from fomaml.errors import positive, whole
 
 
@@ -61,13 +63,18 @@ def warped(source: ClassSource, classes: int, *, examples: int = 200, seed: int 
     for number in range(len(base), classes):
         origin = int(torch.randint(len(source), (), generator=random))
         rows = torch.randint(int(source.counts[origin]), (examples,), generator=random)
-        images = source.inputs[(rows + source.offsets[origin]).to(source.inputs.device)]
-        warp = _warp(images.shape[-2:], random).to(images.device)
-        moved = F.grid_sample(images.float(), warp.expand(examples, -1, -1, -1), align_corners=False)
+        images = some(source.inputs, rows + source.offsets[origin])
+        warp = partial(_moved, grid=_warp(images.shape[-2:], random))
         label = torch.full((examples,), number)
-        parts.append((moved.round().to(images.dtype), label, [f"{source.names[origin]} warp{number}"]))
+        parts.append((changed(images, warp), label, [f"{source.names[origin]} warp{number}"]))
     inputs, labels, names = zip(*parts)
-    return ClassSource(torch.cat(inputs), torch.cat(labels), [n for own in names for n in own], source.decode)
+    return ClassSource(in_a_row(inputs), torch.cat(labels), [n for own in names for n in own], source.decode)
+
+
+def _moved(images: Tensor, grid: Tensor) -> Tensor:
+    """All images sampled at one grid, in their own dtype."""
+    grids = grid.to(images.device).expand(len(images), -1, -1, -1)
+    return F.grid_sample(images.float(), grids, align_corners=False).round().to(images.dtype)
 
 
 def _warp(size: torch.Size, random: torch.Generator) -> Tensor:

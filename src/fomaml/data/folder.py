@@ -6,19 +6,18 @@ import os
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from fomaml.data.groups import GroupSource
+from fomaml.data.images import Decoder, fit_in_memory, images_of, readable_suffixes
 from fomaml.data.shares import SHARES, check_shares, dealt
 from fomaml.data.source import ClassSource, pixels
 from fomaml.errors import InputError, positive
 
 MODES = {"grey": "L", "rgb": "RGB"}
 PARTS = {"train": ("train",), "validation": ("val", "valid", "validation"), "test": ("test",)}
-WIDE = ("I", "F")  # more than 8 bits a pixel, which Pillow's conversion clips to white
 
 
 class Folder(NamedTuple):
@@ -47,6 +46,7 @@ def load_folder(
     shares: tuple[float, float, float] | None = None,
     seed: int = 0,
     min_images: int = 1,
+    in_memory: bool | None = None,
 ) -> Folder:
     """Read PATH/CLASS/IMAGE, or PATH/train/CLASS/IMAGE with `test` and maybe `val` (`valid`, `validation`) beside it.
 
@@ -59,6 +59,8 @@ def load_folder(
             for validation is none.
         min_images: classes with fewer images are left out before the split, as `left_out` and `origin` say. With 1,
             a class without images is an error.
+        in_memory: decode all images now, and keep them; or each one whenever it is drawn, to the same bits, after a
+            look at the headers of all. By default in memory, unless they would take more than 2 GiB, which is logged.
 
     Every format that Pillow reads; of an animation the first frame. Photographs are turned as their EXIF
     tag says, what is transparent becomes white. Files that are hidden, or whose suffix is not one of
@@ -68,35 +70,36 @@ def load_folder(
     Raises:
         InputError: no classes, a class without images, an image that cannot be read (the message names
             it) or has more than 8 bits a channel, images of different sizes and no `size`, a part that
-            would be empty, shares beside directories that say the split, an option of no meaning, or no Pillow.
+            would be empty, shares beside directories that say the split, an option of no meaning, or no Pillow; when an
+            image is drawn, a file that has gone or changed since, named too.
     """
     root = Path(path).expanduser()
-    if colour not in MODES:
-        raise InputError(f"colour must be 'grey' or 'rgb', got {colour!r}")
-    if size is not None:
-        if not isinstance(size, (tuple, list)) or len(size) != 2:
-            raise InputError(f"size must be (height, width) or None, got {size!r}")
-        height, width = (positive("each side of size", side, integer=True) for side in size)
-        size = height, width
+    size = _checked(size, colour)
     min_images = positive("min_images", min_images, integer=True)
-    reader = _Reader(size, MODES[colour], readable_suffixes(), min_images)
+    listing = _Listing(readable_suffixes(), min_images)
     own = _given_parts(root)
     if own is None:
-        parts, split = _split_by_class(root, SHARES if shares is None else shares, seed, reader)
+        parts, split = _split_by_class(root, SHARES if shares is None else shares, seed, listing)
     else:
-        parts, split = _as_they_are(root, own, shares, reader)
-    sources = {part: reader.source(folders) for part, folders in parts.items()}
-    if reader.left_out:
-        split += f"; left out {reader.small()}"
-    if reader.others:
-        split += f"; passed over {_counted(reader.others, 'file')} of other kinds"
+        parts, split = _as_they_are(root, own, shares, listing)
+    decoder = Decoder(size, MODES[colour])
+    paths = {part: [listing.paths(folder) for folder in folders] for part, folders in parts.items()}
+    if in_memory is None:
+        in_memory = fit_in_memory(
+            [path for own in paths.values() for each in own for path in each], decoder, str(root)
+        )
+    sources = {part: _source(parts[part], own, decoder, in_memory) for part, own in paths.items()}
+    if listing.left_out:
+        split += f"; left out {listing.small()}"
+    if listing.others:
+        split += f"; passed over {_counted(listing.others, 'file')} of other kinds"
     return Folder(
         sources["train"],
         sources.get("validation"),
         sources["test"],
         f"the folder {root}, {split}",
         own is not None,
-        tuple(reader.left_out),
+        tuple(listing.left_out),
     )
 
 
@@ -108,25 +111,37 @@ def has_tasks(path: str | Path) -> bool:
     return any(map(_directories, _directories(root)))
 
 
-def load_tasks(path: str | Path, *, size: tuple[int, int] | None = None, colour: str = "grey") -> GroupSource:
+def load_tasks(
+    path: str | Path,
+    *,
+    size: tuple[int, int] | None = None,
+    colour: str = "grey",
+    in_memory: bool | None = None,
+) -> GroupSource:
     """Read PATH/TASK/CLASS/IMAGE; images, options and errors as of `load_folder`.
 
     The groups are the tasks, the classes are those of the whole folder, by name.
     """
     root = Path(path).expanduser()
-    reader = _Reader(size, MODES[colour], readable_suffixes())
-    images, labels, tasks = [], [], []
+    size = _checked(size, colour)
+    listing = _Listing(readable_suffixes())
+    paths, labels, tasks = [], [], []
     for task in _directories(root):
         if not (classes := _directories(task)):
             raise InputError(f"{task}: found no directories, expected one per class, as in the other tasks")
         for folder in classes:
-            own = [reader.image(path) for path in reader.paths(folder)]
-            images += own
+            own = listing.paths(folder)
+            paths += own
             labels += [folder.name] * len(own)
             tasks += [task.name] * len(own)
-    source = GroupSource(_stacked(images), labels, tasks, decode=pixels())
-    if reader.others:
-        source.left_out = _counted(reader.others, "file") + " of other kinds"
+    if not paths:
+        raise InputError(f"{root}: found no directories, expected one per task with its classes in it")
+    decoder = Decoder(size, MODES[colour])
+    if in_memory is None:
+        in_memory = fit_in_memory(paths, decoder, str(root))
+    source = GroupSource(images_of(paths, decoder, in_memory), labels, tasks, decode=pixels())
+    if listing.others:
+        source.left_out = _counted(listing.others, "file") + " of other kinds"
     return source
 
 
@@ -135,19 +150,22 @@ def few_listed(classes: Sequence[tuple[str, int]]) -> str:
     return _listed([f"{name} {count}" for name, count in classes])
 
 
-def pillow():
-    """Pillow's `Image`, imported only where an image is decoded."""
-    try:
-        from PIL import Image
-    except ModuleNotFoundError:
-        raise InputError('no Pillow, which reads images; pip install "fomaml[images]"') from None
-    return Image
+def _checked(size: tuple[int, int] | None, colour: str) -> tuple[int, int] | None:
+    if colour not in MODES:
+        raise InputError(f"colour must be 'grey' or 'rgb', got {colour!r}")
+    if size is None:
+        return None
+    if not isinstance(size, (tuple, list)) or len(size) != 2:
+        raise InputError(f"size must be (height, width) or None, got {size!r}")
+    height, width = (positive("each side of size", side, integer=True) for side in size)
+    return height, width
 
 
-def readable_suffixes() -> set[str]:
-    """The suffixes, in lower case, of the formats that this Pillow can open."""
-    Image = pillow()
-    return {suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN}
+def _source(folders: list[Path], paths: list[list[Path]], decoder: Decoder, in_memory: bool) -> ClassSource:
+    """A part, of its classes' directories and the images of each."""
+    labels = torch.arange(len(folders)).repeat_interleave(torch.tensor([len(own) for own in paths]))
+    images = images_of([path for own in paths for path in own], decoder, in_memory)
+    return ClassSource(images, labels, [folder.name for folder in folders], pixels())
 
 
 def _given_parts(root: Path) -> dict[str, Path] | None:
@@ -170,7 +188,7 @@ def _given_parts(root: Path) -> dict[str, Path] | None:
 
 
 def _as_they_are(
-    root: Path, own: dict[str, Path], shares: object, reader: _Reader
+    root: Path, own: dict[str, Path], shares: object, listing: _Listing
 ) -> tuple[dict[str, list[Path]], str]:
     """The class directories of parts that the folder itself says."""
     names = ", ".join(folder.name for folder in own.values())
@@ -178,10 +196,10 @@ def _as_they_are(
         raise InputError(
             f"{root} is split by its directories {names}, where no shares are of use, got {shares}"
         )
-    parts = {part: reader.large_enough(_directories(folder)) for part, folder in own.items()}
+    parts = {part: listing.large_enough(_directories(folder)) for part, folder in own.items()}
     for part, folders in parts.items():
         if not folders:
-            few = f" of {reader.min_images} images or more" if reader.left_out else ""
+            few = f" of {listing.min_images} images or more" if listing.left_out else ""
             raise InputError(
                 f"{root}: found no class{few} in its directory for {part}, expected one per class"
             )
@@ -193,19 +211,19 @@ def _as_they_are(
 
 
 def _split_by_class(
-    root: Path, shares: tuple[float, float, float], seed: int, reader: _Reader
+    root: Path, shares: tuple[float, float, float], seed: int, listing: _Listing
 ) -> tuple[dict[str, list[Path]], str]:
     check_shares(shares)
-    folders = reader.large_enough(_directories(root))
+    folders = listing.large_enough(_directories(root))
     if not folders:
         raise InputError(
-            f"{root}: found {reader.small()}, and no larger one: add images, or ask for fewer of a class"
+            f"{root}: found {listing.small()}, and no larger one: add images, or ask for fewer of a class"
         )
     deal = dealt(folders, shares, seed)
     counts = tuple(map(len, deal))
     shown = "/".join(map(str, counts))
     if not counts[0] or not counts[2] or (shares[1] and not counts[1]):
-        few = f" besides {reader.small()}" if reader.left_out else ""
+        few = f" besides {listing.small()}" if listing.left_out else ""
         raise InputError(
             f"{root}: found {_counted(len(folders), 'class', 'classes')}{few}, which the shares {shares} split "
             f"{shown} into train/validation/test; expected some in each: give more classes or other shares"
@@ -214,20 +232,17 @@ def _split_by_class(
     return parts, f"split by class {shown} with seed {seed}"
 
 
-class _Reader:
-    """Reads class directories as images of one size and mode; counts the files passed over."""
+class _Listing:
+    """Lists the images of class directories; counts the files passed over."""
 
-    def __init__(self, size: tuple[int, int] | None, mode: str, suffixes: set[str], min_images: int = 1):
-        self.size = size
-        self.mode = mode
+    def __init__(self, suffixes: set[str], min_images: int = 1):
         self.suffixes = suffixes
         self.min_images = min_images
         self.others = 0
         self.left_out: list[tuple[str, int]] = []
-        self.first: tuple[Path, tuple[int, ...]] | None = None
 
     def large_enough(self, folders: list[Path]) -> list[Path]:
-        """Those with `min_images` or more; the others are noted as left out. Of 1, `source` tells."""
+        """Those with `min_images` or more; the others are noted as left out. Of 1, `paths` tells."""
         if self.min_images == 1:
             return folders
         counts = {folder: len(self._images(folder)[0]) for folder in folders}
@@ -238,16 +253,6 @@ class _Reader:
         """The classes that were left out, in words."""
         number = _counted(len(self.left_out), "class", "classes")
         return f"{number} with fewer than {_counted(self.min_images, 'image')} ({few_listed(self.left_out)})"
-
-    def source(self, folders: list[Path]) -> ClassSource:
-        images, labels = [], []
-        for label, folder in enumerate(folders):
-            own = [self.image(path) for path in self.paths(folder)]
-            images += own
-            labels += [label] * len(own)
-        return ClassSource(
-            _stacked(images), torch.tensor(labels), [folder.name for folder in folders], pixels()
-        )
 
     def _images(self, folder: Path) -> tuple[list[Path], list[Path]]:
         """The images of one class, sorted by name, and all files in sight."""
@@ -269,56 +274,6 @@ class _Reader:
             )
         self.others += len(visible) - len(paths)
         return paths
-
-    def image(self, path: Path) -> np.ndarray:
-        """One image, uint8 (h, w) or (h, w, 3)."""
-        array = image_array(path, self.mode, str(path))
-        Image = pillow()
-        if self.size is not None:
-            return np.asarray(Image.fromarray(array).resize(self.size[::-1], Image.Resampling.LANCZOS))
-        self.first = self.first or (path, array.shape[:2])
-        if array.shape[:2] != self.first[1]:
-            (high, wide), (first_high, first_wide) = array.shape[:2], self.first[1]
-            raise InputError(
-                f"{path} is {high} high and {wide} wide, but {self.first[0]} is {first_high} high and "
-                f"{first_wide} wide; give the size=(height, width) to resize to"
-            )
-        return array
-
-
-def image_array(file: Any, mode: str, name: str) -> np.ndarray:
-    """An image file as uint8 (height, width) or (height, width, 3).
-
-    mode: of Pillow, "L" or "RGB". name: of the file, for messages. Turned as its EXIF tag says; what is transparent
-    becomes white.
-
-    Raises:
-        InputError: it cannot be read, or has more than 8 bits a channel.
-    """
-    Image = pillow()
-    from PIL import ImageOps
-
-    try:
-        with Image.open(file) as opened:
-            if not opened.mode.startswith(WIDE):
-                image = ImageOps.exif_transpose(opened)
-                if image.has_transparency_data:
-                    image = image.convert("RGBA")
-                    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-                image = image.convert(mode)
-            own = opened.mode
-    except Exception as error:  # each of Pillow's plugins has its own
-        why = " ".join((getattr(error, "strerror", None) or str(error)).split()) or type(error).__name__
-        raise InputError(f"{name} cannot be read as an image ({why}); mend or remove it") from None
-    if own.startswith(WIDE):
-        raise InputError(f"{name}: found pixels of mode {own}, expected 8 bits a channel; convert it")
-    return np.asarray(image)
-
-
-def _stacked(images: list[np.ndarray]) -> torch.Tensor:
-    """(examples, channels, h, w), of images (h, w) or (h, w, 3)."""
-    inputs = torch.from_numpy(np.stack(images))
-    return inputs.unsqueeze(1) if inputs.dim() == 3 else inputs.permute(0, 3, 1, 2).contiguous()
 
 
 def _visible(folder: Path) -> list[Path]:

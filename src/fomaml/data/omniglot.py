@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from fomaml.data.download import downloading
-from fomaml.data.folder import pillow
+from fomaml.data.images import pillow
 from fomaml.data.source import ClassSource, pixels
 from fomaml.errors import InputError, positive, whole
 from fomaml.files import load_tensors, save_tensors, user_cache

@@ -101,7 +101,7 @@ def as_array(value: Any, place: str) -> Any:
     """
     if not isinstance(value, Tensor):
         try:
-            if not _is_array(value):
+            if not is_array(value):
                 value = np.asarray(value)
         except (TypeError, ValueError, RuntimeError) as error:
             raise InputError(f"the {place} must be an array of numbers ({in_one_line(error)})") from None
@@ -119,7 +119,7 @@ def as_array(value: Any, place: str) -> Any:
     return value
 
 
-def _is_array(value: Any) -> bool:
+def is_array(value: Any) -> bool:
     """Whether it is one of numpy's, or can be read as such; what pandas and polars have goes by other rules."""
     try:
         np.dtype(value.dtype)
@@ -146,14 +146,24 @@ def read(array: Any, rows: np.ndarray) -> Tensor:
     """These rows, floating ones in float64 unless they are a tensor. Each is read once, in ascending order."""
     if isinstance(array, Tensor):
         return array[torch.from_numpy(np.asarray(rows)).to(array.device)]
-    once, back = np.unique(rows, return_inverse=True)
-    drawn = np.asarray(array[once])[back]
+    drawn = taken(array, rows)
     kind = drawn.dtype.kind
     if kind == "f":
         drawn = drawn.astype(np.float64)
     elif kind == "u" and drawn.dtype.itemsize > 1:  # of which torch has little
         drawn = drawn.astype(np.int64 if drawn.dtype.itemsize > 2 else np.int32)
-    return torch.from_numpy(np.ascontiguousarray(drawn, drawn.dtype.newbyteorder("=")))
+    return torch.from_numpy(drawn)
+
+
+def taken(array: Any, rows: np.ndarray) -> np.ndarray:
+    """A copy of these rows, in the machine's byte order. Each is read once, in ascending order."""
+    once, back = np.unique(rows, return_inverse=True)
+    return native(np.asarray(array[once])[back])
+
+
+def native(array: np.ndarray) -> np.ndarray:
+    """The array as torch takes it: in the machine's byte order, its rows one after the other."""
+    return np.ascontiguousarray(array, array.dtype.newbyteorder("="))
 
 
 def check_finite(array: Any, place: str, rows: np.ndarray | None = None) -> None:

@@ -7,43 +7,51 @@ from collections.abc import Callable, Iterable, Sequence
 from copy import copy
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fomaml.data.reading import read
+from fomaml.data.stored import Inputs, Stored, changed, in_a_row, some, stored
 from fomaml.errors import InputError, in_one_line, whole
 
 
 class ClassSource:
-    """Examples in memory, sorted by class, decoded only when they are drawn.
+    """Examples sorted by class, decoded only when they are drawn.
 
     Arguments:
         inputs: (examples, ...) of any dtype, a tensor or an array; images stay uint8 here, a quarter of their
-            float size.
+            float size. A memory-mapped array (`np.load(…, mmap_mode="r")`), or anything else with `shape`, `dtype` and
+            `array[rows]`, stays where it is: only the rows that are drawn are read.
         targets: (examples,) integer labels, in any order and with any values.
         names: one name per class, in ascending order of label; by default the label as text.
         decode: maps drawn inputs (a batch, on their device) to what the model takes, for example
             `pixels` below. By default they are passed on as they are.
 
     Attributes:
-        inputs: the inputs, sorted by class.
+        inputs: the inputs, sorted by class: a tensor, or what `inputs[rows]` reads tensors from, see `Stored`.
         offsets, counts: (classes,) int64 on the CPU; class c holds rows offsets[c] … + counts[c] - 1.
         names: the class names.
 
     Raises:
         InputError: no examples, targets that are not integers, lengths that differ, or an input that is nan or
-            infinite, with its number and class.
+            infinite, with its number and class; of inputs that are not in memory when it is drawn, with its number.
     """
+
+    inputs: Inputs
 
     def __init__(
         self,
-        inputs: Tensor,
-        targets: Tensor,
+        inputs: Any,
+        targets: Any,
         names: Sequence[str] | None = None,
         decode: Callable[[Tensor], Tensor] | None = None,
     ):
+        kept = inputs if isinstance(inputs, Stored) else stored(inputs)
         try:
-            inputs, targets = torch.as_tensor(inputs), torch.as_tensor(targets).cpu()
+            inputs = torch.as_tensor(inputs) if kept is None else kept
+            # a copy of an array: torch warns of one that is read-only, as mapped ones are
+            targets = torch.as_tensor(np.array(targets) if isinstance(targets, np.ndarray) else targets).cpu()
         except (TypeError, ValueError, RuntimeError) as error:
             raise InputError(
                 f"inputs and targets must be tensors or arrays of numbers ({in_one_line(error)}); a dataset goes to "
@@ -55,19 +63,19 @@ class ClassSource:
                 f"{tuple(targets.shape)}"
             )
         targets = targets.long()
-        if inputs.dim() == 0 or len(inputs) != len(targets):
-            raise InputError(f"{len(inputs) if inputs.dim() else 'no'} inputs but {len(targets)} targets")
+        if not inputs.shape or len(inputs) != len(targets):
+            raise InputError(f"{len(inputs) if inputs.shape else 'no'} inputs but {len(targets)} targets")
         if len(targets) == 0:
             raise InputError("a class source needs at least one example, got none")
         labels, counts = targets.unique(return_counts=True)
         order = targets.argsort(stable=True)
-        self.inputs = inputs[order.to(inputs.device)]
+        self.inputs = some(inputs, order)
         self.counts = counts
         self.offsets = counts.cumsum(0) - counts
         self.names = [str(label) for label in labels.tolist()] if names is None else list(names)
         if len(self.names) != len(labels):
             raise InputError(f"{len(self.names)} class names for {len(labels)} classes")
-        if (bad := _first_not_finite(inputs)) is not None:
+        if isinstance(inputs, Tensor) and (bad := _first_not_finite(inputs)) is not None:
             name = self.names[int(torch.searchsorted(labels, targets[bad]))]
             raise InputError(
                 f"example {bad} of the data, of class {name!r}, holds nan or infinite numbers; mend it or leave it out"
@@ -105,10 +113,20 @@ class ClassSource:
 
     def take(self, indices: Tensor) -> Tensor:
         """The decoded inputs at `indices`, any shape of int64: (*indices.shape, *input shape)."""
-        drawn = self.inputs[indices.to(self.inputs.device).flatten()]
+        return self.take_each([indices])[0]
+
+    def take_each(self, indices: Sequence[Tensor]) -> list[Tensor]:
+        """What `take` gives of each; inputs that are not in memory are read once for all of them."""
+        if isinstance(self.inputs, Tensor):
+            drawn = [self.inputs[part.to(self.inputs.device).flatten()] for part in indices]
+        else:
+            parts = [part.flatten() for part in indices]
+            read = self.inputs[torch.cat(parts)].split([len(part) for part in parts])
+            # copies, as of what is in memory: kernels may round by how their arguments are aligned
+            drawn = [part.clone() for part in read]
         if self.decode is not None:
-            drawn = self.decode(drawn)
-        return drawn.view(*indices.shape, *drawn.shape[1:])
+            drawn = [self.decode(part) for part in drawn]
+        return [part.view(*own.shape, *part.shape[1:]) for own, part in zip(indices, drawn)]
 
     def labels(self) -> Tensor:
         """(examples,) the class number of each row of `inputs`."""
@@ -125,23 +143,24 @@ class ClassSource:
             raise InputError(f"no classes selected; there are: {', '.join(self.names)}")
         rows = [torch.arange(self.offsets[n], self.offsets[n] + self.counts[n]) for n in numbers]
         labels = torch.arange(len(numbers)).repeat_interleave(self.counts[numbers])
-        rows = torch.cat(rows).to(self.inputs.device)
-        return ClassSource(self.inputs[rows], labels, [self.names[n] for n in numbers], self.decode)
+        inputs = some(self.inputs, torch.cat(rows))
+        return ClassSource(inputs, labels, [self.names[n] for n in numbers], self.decode)
 
     def joined(self, transforms: Sequence[tuple[str, Callable[[Tensor], Tensor]]]) -> ClassSource:
         """These classes and, for each (name, transform), a transformed copy of every one of them.
 
-        transform: maps the stored inputs (examples, ...) to as many of the same shape and dtype.
+        transform: maps some of the stored inputs (examples, ...) to as many of the same shape and dtype, each by
+            itself; all of them at once, or, if they are not in memory, those that are drawn.
         name: follows the class's own in the new name, as in "7 rot90".
         """
         labels = self.labels()
         parts = [(self.inputs, labels, self.names)]
         for number, (name, transform) in enumerate(transforms, start=1):
             names = [f"{own} {name}" for own in self.names]
-            parts.append((transform(self.inputs), labels + number * len(self), names))
+            parts.append((changed(self.inputs, transform), labels + number * len(self), names))
         inputs, labels, names = zip(*parts)
         return ClassSource(
-            torch.cat(inputs), torch.cat(labels), [n for part in names for n in part], self.decode
+            in_a_row(inputs), torch.cat(labels), [n for part in names for n in part], self.decode
         )
 
     def to(self, device) -> ClassSource:

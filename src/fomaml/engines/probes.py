@@ -17,6 +17,7 @@ from fomaml.engines.common import Engine, differentiate, first_line, out_of_memo
 from fomaml.errors import InputError
 from fomaml.learning.adapt import ordinary_modes
 from fomaml.learning.learner import MetaLearner
+from fomaml.learning.mistakes import THIRD_ORDER
 from fomaml.learning.problem import Problem
 from fomaml.metrics import ignored_label
 from fomaml.tasks import Batch, Task, chunks, device_of, one, singles, ways_each
@@ -103,10 +104,7 @@ def explain(error: Exception, learner: MetaLearner, tasks: Task, engine: str) ->
     if isinstance(error, InputError) or out_of_memory(error):
         return
     if "batch_norm does not support 3rd" in str(error):
-        text = "a loss= that differentiates by inputs, in second order, differentiates batch norms three times, which "
-        raise InputError(
-            f"{text}torch's own do not take: fomaml.convert_batch_norm(model), or FOMAML"
-        ) from error
+        raise InputError(THIRD_ORDER) from error
     if learner.loss is not None and "mutate a captured Tensor" in str(error):
         text = "torch.func does not take a module that writes into its buffers, as torch's batch norms do in training: "
         raise InputError(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fomaml.errors import InputError
 from fomaml.learning.contracts import Criterion, Output, unwrapped
 from fomaml.metrics import ignored_label
+from fomaml.models import NATIVE_BATCH_NORMS, takes_statistics, third_order_is_refused
 from fomaml.trees import Tree, as_tree, call, leaves
 
 
@@ -247,3 +248,17 @@ def unlike(error: RuntimeError, model: nn.Module, inputs: Tree) -> str | None:
         own = parameters[0].device
         return f"the inputs are on {inputs.device} and the model's parameters on {own}: give tasks.to({str(own)!r})"
     return None
+
+
+THIRD_ORDER = (
+    "a loss= in second order that differentiates by inputs differentiates batch norms three times, which torch's own "
+    "do not take: fomaml.convert_batch_norm(model), or FOMAML"
+)
+
+
+def refuse_third_order(model: nn.Module) -> None:
+    """Raise `InputError` for batch norms that torch would differentiate three times, and be wrong without a word."""
+    if third_order_is_refused():  # by torch, and only where it happens
+        return
+    if any(isinstance(each, NATIVE_BATCH_NORMS) and takes_statistics(each) for each in model.modules()):
+        raise InputError(THIRD_ORDER)

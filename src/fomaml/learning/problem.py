@@ -16,11 +16,17 @@ from fomaml.learning.adapt import inner_loop, open_attention
 from fomaml.learning.admission import calls_refused
 from fomaml.learning.contracts import Adapted, Learner
 from fomaml.learning.forward import Forward, Stacked, outputs_of
-from fomaml.learning.mistakes import checked_loss, targets_for
+from fomaml.learning.mistakes import checked_loss, refuse_third_order, targets_for
 from fomaml.learning.parts import check_mean, counted, minibatch, parts_of, spread, summed
 from fomaml.learning.replica import Replicas, buffers_of
 from fomaml.metrics import ignored_label
-from fomaml.models import NATIVE_BATCH_NORMS, BatchNorm, normalising, refuse_native, takes_statistics
+from fomaml.models import (
+    NATIVE_BATCH_NORMS,
+    BatchNorm,
+    normalising,
+    refuse_native,
+    takes_statistics,
+)
 from fomaml.tasks import Examples, Task, are_labels, count_of, ways_each
 from fomaml.tasks import first as first_of
 from fomaml.trees import Tree, call, joined, leaves, mapped, rebuilt, structure
@@ -81,6 +87,9 @@ class Problem:
             self.buffers = {n: b.expand(tasks, *b.shape).clone() for n, b in self.buffers.items()}
         if learner.start is not None:
             self.start = learner.start(self.start, self)
+        twice = not self.first_order or learner.objective.differentiates_twice
+        if learner.loss is not None and twice and not evaluating:
+            refuse_third_order(learner.model)
 
     @property
     def ways(self) -> int:

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -167,6 +168,22 @@ NATIVE_NORMS = (*NATIVE_BATCH_NORMS, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.In
 def takes_statistics(norm: Any) -> bool:
     """Whether one of torch's own norms normalises by what it is given, and not by running statistics."""
     return norm.training or not norm.track_running_stats
+
+
+@cache
+def third_order_is_refused() -> bool:
+    """Whether torch says by itself that it does not differentiate batch norms three times. Up to 2.13 it does so, and
+    the result is wrong without an error.
+    """
+    x = torch.linspace(0, 1, 4, dtype=torch.float64).square()[:, None].requires_grad_()
+    value = F.batch_norm(x, None, None, training=True).pow(3).sum()
+    try:
+        for _ in range(3):
+            [x_grad] = torch.autograd.grad(value, x, create_graph=True)
+            value = x_grad.square().sum()
+    except RuntimeError:
+        return True
+    return False
 
 
 def native_batch_norms(model: nn.Module) -> list[str]:
