@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fomaml.choices import nearest_first
 from fomaml.data.arrays import Arrays
-from fomaml.data.folder import image_array, pillow, readable_suffixes
+from fomaml.data.images import Decoder, pillow, readable_suffixes
 from fomaml.data.keys import Kind, as_column, key_of
 from fomaml.data.new_rows import known_columns
 from fomaml.data.rows import Rows
@@ -81,13 +81,15 @@ class Pictures:
     def inputs(self, given: Any) -> Taken:
         if isinstance(given, Tensor):
             return Taken(self._ready(given), [str(number) for number in range(len(given))])
-        found = list(self._images(self._several(given)))
-        if not found:
+        decoder = Decoder((self.height, self.width), "L" if self.channels == 1 else "RGB", self.filter)
+        names, images = [], []
+        for number, own in enumerate(self._several(given)):
+            names.append(str(own) if isinstance(own, Path) else f"picture {number}")
+            file = None if isinstance(own, Path) else _as_file(own, names[-1])
+            images.append(decoder.image(Path(names[-1]), file))
+        if not images:
             raise InputError("no pictures given")
-        names, images = zip(*found)
-        stack = torch.from_numpy(np.stack(images))
-        stack = stack.unsqueeze(1) if stack.dim() == 3 else stack.permute(0, 3, 1, 2)
-        return Taken(self._ready(stack.contiguous()), list(names))
+        return Taken(self._ready(torch.from_numpy(np.stack(images))), names)
 
     def labelled(self, given: Any) -> Taken:
         if isinstance(given, str | os.PathLike):
@@ -144,20 +146,6 @@ class Pictures:
         else:
             raise InputError(f"a picture is a path, an image or an array, got a {type(given).__name__}")
 
-    def _images(self, given: Iterable[Any]) -> Iterator[tuple[str, np.ndarray]]:
-        """The name and the uint8 (height, width) or (height, width, 3) of each."""
-        Image = pillow()
-        mode = "L" if self.channels == 1 else "RGB"
-        for number, own in enumerate(given):
-            name, file = str(own), own
-            if not isinstance(own, Path):
-                name, file = f"picture {number}", BytesIO()
-                _as_image(own, name).save(file, "PNG")
-                file.seek(0)
-            image = Image.fromarray(image_array(file, mode, name))
-            size = self.width, self.height
-            yield name, np.asarray(image.resize(size, Image.Resampling[self.filter.upper()]))
-
     def _classes(self, root: Path) -> dict[str, list[Path]]:
         """The pictures of each directory of a folder."""
         if not root.is_dir():
@@ -170,16 +158,17 @@ class Pictures:
         return {folder.name: list(self._several(folder)) for folder in folders}
 
 
-def _as_image(given: Any, name: str) -> Any:
-    """An image of Pillow, of an array of whole numbers up to 255."""
-    Image = pillow()
-    if not isinstance(given, np.ndarray):
-        return given
-    if given.dtype == bool:
-        given = given.astype(np.uint8) * 255
-    if given.dtype != np.uint8:
-        raise InputError(f"{name} is an array of {given.dtype}, expected uint8, 0 to 255")
-    return Image.fromarray(given[..., 0] if given.ndim == 3 and given.shape[2] == 1 else given)
+def _as_file(given: Any, name: str) -> BytesIO:
+    """An image of Pillow, or an array of whole numbers up to 255, as a file of the same pixels."""
+    if isinstance(given, np.ndarray):
+        given = given.astype(np.uint8) * 255 if given.dtype == bool else given
+        if given.dtype != np.uint8:
+            raise InputError(f"{name} is an array of {given.dtype}, expected uint8, 0 to 255")
+        given = pillow().fromarray(given[..., 0] if given.ndim == 3 and given.shape[2] == 1 else given)
+    file = BytesIO()
+    given.save(file, "PNG")
+    file.seek(0)
+    return file
 
 
 # --- rows -----------------------------------------------------------------------------------------
