@@ -29,6 +29,7 @@ def intake_of(settings: Settings) -> Intake:
     shared: dict[str, Any] = {
         "targets": list(settings.target),
         "kind": settings.kind,
+        "task": settings.task,
         "scaling": Scaling.from_dict(facts["scaling"]),
     }
     if source == "table":

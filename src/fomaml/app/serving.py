@@ -26,6 +26,7 @@ from fomaml.app.rundir import RESULT, weights_file
 from fomaml.app.settings import Settings, from_json, to_json
 from fomaml.checkpoint import load_weights, save_weights
 from fomaml.choices import check_choice
+from fomaml.data.keys import few
 from fomaml.data.scaling import Scaling
 from fomaml.errors import InputError, whole
 from fomaml.files import file_digest, write_text
@@ -70,6 +71,10 @@ class Run:
         """
         check_choice("statistics of an adapted model", statistics, Served)
         taken = self.intake.labelled(support)
+        if taken.tasks is not None and len(taken.tasks) > 1:
+            raise InputError(
+                f"the labelled examples are of {len(taken.tasks)} tasks, {few(taken.tasks)}: give those of one"
+            )
         classes, targets = self._targets(taken)
         known = read_calibration(self.path)
         found = None

@@ -7,7 +7,7 @@ values and the way from a stranger's file to what the model takes.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -20,7 +20,7 @@ from torch import Tensor
 from fomaml.choices import nearest_first
 from fomaml.data.arrays import Arrays
 from fomaml.data.images import Decoder, pillow, readable_suffixes
-from fomaml.data.keys import Kind, as_column, key_of
+from fomaml.data.keys import Kind, as_column, key_of, numbered
 from fomaml.data.new_rows import known_columns
 from fomaml.data.rows import Rows
 from fomaml.data.scaling import Scaling
@@ -28,7 +28,8 @@ from fomaml.data.source import pixels
 from fomaml.data.table import read_table
 from fomaml.data.windows import Windows
 from fomaml.errors import InputError
-from fomaml.trees import Tree
+from fomaml.tasks import first
+from fomaml.trees import Tree, joined
 
 Filter = Literal["lanczos", "nearest", "box", "bilinear"]
 
@@ -38,12 +39,13 @@ class Taken(NamedTuple):
 
     inputs: (examples, ...), nested as in training. names: what each is called: a file's path, or the number of a row.
     labels: of each its class as text, or floating (examples, targets) in the targets' own unit; None where there are
-        none.
+        none. tasks: the different tasks of labelled rows, where they say so.
     """
 
     inputs: Tree
     names: list[str]
     labels: list[str] | Tensor | None = None
+    tasks: list[str] | None = None
 
 
 class Intake(Protocol):
@@ -155,6 +157,12 @@ class Pictures:
             raise InputError(
                 f"{root}: found no directories, expected one for each class with its pictures in it"
             )
+        for folder in folders:
+            if inner := sorted(each.name for each in folder.iterdir() if each.is_dir()):
+                raise InputError(
+                    f"{folder}: found the directory {inner[0]} in a class, expected pictures only; the classes must "
+                    "stand right below the given folder"
+                )
         return {folder.name: list(self._several(folder)) for folder in folders}
 
 
@@ -179,23 +187,24 @@ class TableRows:
     """Rows of a csv, tsv or parquet file, or of a DataFrame.
 
     features: the columns that are numbers, in order. categories: those that are not, each with its texts in the order
-    of their numbers. targets: the columns to predict; columns beside all these are passed over. Labelled ones are a
-    table that has the targets too.
+    of their numbers. targets: the columns to predict. task: the column that says which task a labelled row is of, if it
+    is there. Columns beside all these are passed over. Labelled ones are a table that has the targets too.
     """
 
     features: list[str]
     targets: list[str]
     kind: Kind
+    task: str | None = None
     categories: dict[str, list[str]] = field(default_factory=dict)
     scaling: Scaling = field(default_factory=Scaling)
     separator: str | None = None
     drop_missing: bool = False
 
     def inputs(self, given: Any) -> Taken:
-        return self._read(given, [])
+        return _read_each(given, lambda one: self._read(one, []))
 
     def labelled(self, given: Any) -> Taken:
-        return self._read(given, self.targets)
+        return _read_each(given, lambda one: self._read(one, self.targets))
 
     def _read(self, given: Any, targets: list[str]) -> Taken:
         frame, origin = read_table(given, self.separator)
@@ -204,40 +213,49 @@ class TableRows:
         )
         inputs = _scaled(found.inputs, self.scaling)
         names = [f"row {number + 1}" for number in found.rows]
-        return Taken(inputs, names, _labels(found.targets, self.kind) if targets else None)
+        if not targets:
+            return Taken(inputs, names)
+        keys = frame[self.task].iloc[found.rows] if self.task in frame.columns else None
+        return Taken(inputs, names, _labels(found.targets, self.kind), _tasks(keys))
 
 
 @dataclass(frozen=True)
 class ArrayRows:
     """Rows of the arrays of an .npz file, a folder of .npy files, or a dict.
 
-    keys: of the inputs; several reach the model as keywords. targets: the keys of the targets.
+    keys: of the inputs; several reach the model as keywords. targets, task: the keys of the targets, and of the tasks
+    of labelled rows, if it is there.
     """
 
     keys: list[str]
     targets: list[str]
     kind: Kind
+    task: str | None = None
     scaling: Scaling = field(default_factory=Scaling)
 
     def inputs(self, given: Any) -> Taken:
-        return self._read(given, False)
+        return _read_each(given, lambda one: self._read(one, False))
 
     def labelled(self, given: Any) -> Taken:
-        return self._read(given, True)
+        return _read_each(given, lambda one: self._read(one, True))
 
     def _read(self, given: Any, labelled: bool) -> Taken:
         arrays = _arrays(given)
         inputs = _scaled(_of_keys(arrays, self.keys), self.scaling)
-        number = len(Rows(_of_keys(arrays, self.keys), "inputs"))
-        labels = _labels(_of_keys(arrays, self.targets), self.kind, number) if labelled else None
-        return Taken(inputs, [f"row {row}" for row in range(number)], labels)
+        number = len(first(inputs))
+        names = [f"row {row}" for row in range(number)]
+        if not labelled:
+            return Taken(inputs, names)
+        labels = _labels(_of_keys(arrays, self.targets), self.kind, number)
+        return Taken(inputs, names, labels, _tasks(_if_there(arrays, self.task)))
 
 
 @dataclass(frozen=True)
 class WindowRows:
     """Windows of recordings, which stand one after the other in an array beside their lengths.
 
-    key, lengths, targets: the keys of the samples, of the lengths and of the targets, one for each recording.
+    key, lengths, targets: the keys of the samples, of the lengths and of the targets, one for each recording. task:
+    that of the tasks of labelled ones, if it is there.
     """
 
     key: str
@@ -246,14 +264,15 @@ class WindowRows:
     hop: int
     targets: list[str]
     kind: Kind
+    task: str | None = None
     scaling: Scaling = field(default_factory=Scaling)
     skip_short: bool = False
 
     def inputs(self, given: Any) -> Taken:
-        return self._read(given, False)
+        return _read_each(given, lambda one: self._read(one, False))
 
     def labelled(self, given: Any) -> Taken:
-        return self._read(given, True)
+        return _read_each(given, lambda one: self._read(one, True))
 
     def _read(self, given: Any, labelled: bool) -> Taken:
         arrays = _arrays(given)
@@ -263,11 +282,45 @@ class WindowRows:
             f"recording {recording}, window {row - begin}"
             for row, (recording, begin) in enumerate(zip(cut.recordings.tolist(), first.tolist()))
         ]
+        inputs = _scaled(cut, self.scaling)
+        if not labelled:
+            return Taken(inputs, names)
+        own = _labels(_of_keys(arrays, self.targets), self.kind, cut.number)
+        labels: Any = [own[n] for n in cut.recordings] if isinstance(own, list) else own[cut.recordings]
+        return Taken(inputs, names, labels, _tasks(_if_there(arrays, self.task)))
+
+
+def _read_each(given: Any, read: Callable[[Any], Taken]) -> Taken:
+    """What is read of one file, or of several in a list: the names then say of which."""
+    if not isinstance(given, list):
+        return read(given)
+    if not given:
+        raise InputError("no inputs given")
+    if len(given) == 1:
+        return read(given[0])
+    parts = [read(one) for one in given]
+    names = [
+        f"{one if isinstance(one, str | os.PathLike) else number}: {name}"
+        for number, (one, part) in enumerate(zip(given, parts))
+        for name in part.names
+    ]
+    labels: Any = [part.labels for part in parts]
+    if isinstance(labels[0], list):
+        labels = [label for part in labels for label in part]
+    elif labels[0] is not None:
+        labels = torch.cat(labels)
+    else:
         labels = None
-        if labelled:
-            own = _labels(_of_keys(arrays, self.targets), self.kind, cut.number)
-            labels = [own[n] for n in cut.recordings] if isinstance(own, list) else own[cut.recordings]
-        return Taken(_scaled(cut, self.scaling), names, labels)
+    tasks = sorted({task for part in parts for task in part.tasks or ()})
+    return Taken(joined([part.inputs for part in parts]), names, labels, tasks or None)
+
+
+def _if_there(arrays: Mapping[str, Any], key: str | None) -> Any:
+    return arrays[key] if key is not None and key in list(arrays) else None
+
+
+def _tasks(keys: Any) -> list[str] | None:
+    return None if keys is None else numbered(keys, "tasks")[0]
 
 
 def _arrays(given: Any) -> Mapping[str, Any]:
