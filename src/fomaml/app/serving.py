@@ -29,7 +29,7 @@ from fomaml.choices import check_choice
 from fomaml.data.keys import few
 from fomaml.data.scaling import Scaling
 from fomaml.errors import InputError, whole
-from fomaml.files import file_digest, write_text
+from fomaml.files import file_digest, load_tensors, write_text
 from fomaml.learning.learner import MetaLearner
 from fomaml.serve.adapted import AdaptedModel
 from fomaml.serve.intake import Intake, Taken
@@ -207,6 +207,7 @@ def load_adapted(
         raise InputError(f"{root / MODEL} is damaged: it holds no JSON") from None
     if not isinstance(facts, dict) or facts.get("format") != FORMAT:
         raise InputError(f"{root / MODEL} is of a format that this version does not read")
+    load_tensors(root / WEIGHTS, settings=facts)  # what has been edited is noticed before it is used
     recorded = from_json(json.dumps(facts["settings"]), str(root / MODEL))
     settings = named_again(
         recorded, root, model=model, accept_changed_code=accept_changed_code, going_on=False

@@ -361,7 +361,9 @@ def _labels(given: Any, kind: Kind, number: int | None = None) -> list[str] | Te
         rows = Rows(given, "targets")
         if not rows.alone:
             raise InputError("several targets are the columns of one array, got a nesting")
-        found = rows.take(np.arange(len(rows)))
+        found = rows.take(
+            np.arange(len(rows)), dtype=torch.float64
+        )  # scaled before it is rounded, as in training
         found = found[:, None] if found.dim() == 1 else found
     if number is not None and len(found) != number:
         raise InputError(f"{number} inputs, but {len(found)} targets")
