@@ -31,7 +31,7 @@ from fomaml.baselines import (
 )
 from fomaml.errors import InputError
 from fomaml.group_episodes import GroupEpisodes
-from fomaml.metrics import METRICS, Metric, OfModel
+from fomaml.metrics import METRICS, Asked, Metric, OfModel
 from fomaml.tuning import LogUniform, Space
 
 
@@ -78,6 +78,11 @@ class _Tuning:
     def __init__(self, settings: Settings, data: Data, note: Note):
         self.settings, self.sizes = settings, sizing.of_baselines(settings)
         self.metrics = metrics_of(settings)
+        self.judged: dict[str, Any] = {
+            **judged_by(settings),
+            "metric": list(self.metrics),
+            "statistics": settings.statistics,
+        }
         self.plain: Any = data.tuning  # that count for nothing
         if data.facts is not None and data.validation is not None:
             self.plain = data.validation
@@ -92,43 +97,25 @@ class _Tuning:
 
     def fine_tuned(self, model: Any, **choices: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """A network that is fine-tuned on each support set: its scores by metric, and what it was tuned to."""
-        first, *others = self.metrics
         sizes = self.sizes
-        counts: dict[str, Any] = {"tasks": sizes.tasks, "statistics": self.settings.statistics, **choices}
-        counts |= judged_by(self.settings)
         best = fine_tune(
-            model, self.noted, self.noted_test, **counts, tuning_tasks=sizes.tuning_tasks,
-            inner_lrs=sizing.INNER_LRS, at_steps=sizes.at_steps, metric=first,
+            model, self.noted, self.noted_test, tasks=sizes.tasks, tuning_tasks=sizes.tuning_tasks,
+            inner_lrs=sizing.INNER_LRS, at_steps=sizes.at_steps, **self.judged, **choices,
         )  # fmt: skip
-        scores = {first.name: best.scores}
-        again = counts | {"tuning_tasks": 1, "inner_lrs": (best.inner_lr,), "at_steps": (best.steps,)}
-        for metric in others:
-            scores[metric.name] = fine_tune(model, self.plain, self.test, **again, metric=metric).scores
-        return scores, {"inner_lr": best.inner_lr, "steps": best.steps}
+        return best.scores, {"inner_lr": best.inner_lr, "steps": best.steps}
 
     def as_it_is(self, model: nn.Module) -> dict[str, Tensor]:
         """The scores of a network that does not adapt."""
-        counts: dict[str, Any] = {"tasks": self.sizes.tasks, "statistics": self.settings.statistics}
-        counts |= judged_by(self.settings)
-        return {metric.name: unadapted(model, self.test, **counts, metric=metric) for metric in self.metrics}
+        return unadapted(model, self.test, tasks=self.sizes.tasks, **self.judged)
 
     def estimated(self, name: str, pool: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """An estimator of scikit-learn: its scores by metric, and what it was tuned to."""
-        criterion = judged_by(self.settings)["criterion"]
-        first, *others = self.metrics
-        counts: dict[str, Any] = {"pool": pool, "tasks": self.sizes.tasks, "criterion": criterion}
         chosen = tune_estimator(
-            name, self.plain, self.test, **counts, tuning_tasks=min(self.sizes.tuning_tasks, sizing.FEW_TASKS),
-            trials=len(sizing.INNER_LRS) * len(self.sizes.at_steps), seed=self.settings.seed, metric=first,
+            name, self.plain, self.test, pool=pool, tasks=self.sizes.tasks, metric=self.judged["metric"],
+            tuning_tasks=min(self.sizes.tuning_tasks, sizing.FEW_TASKS), criterion=self.judged["criterion"],
+            trials=len(sizing.INNER_LRS) * len(self.sizes.at_steps), seed=self.settings.seed,
         )  # fmt: skip
-        scores = {first.name: chosen.scores}
-        options = dict(chosen.settings)
-        share = options.pop("share", 1.0)
-        for metric in others:
-            scores[metric.name] = fit_estimator(
-                name, self.test, **counts, share=share, options=options, metric=metric
-            )
-        return scores, {"settings": chosen.settings, "trials": len(chosen.trials)}
+        return chosen.scores, {"settings": chosen.settings, "trials": len(chosen.trials)}
 
 
 class Learned(NamedTuple):
@@ -180,10 +167,7 @@ def _of_classes(settings: Settings, data: Data, say: Callable[[str], None], note
         yield f"{label}, fine-tuned{how.few}", *how.fine_tuned(model)
     known = [metric for metric in metrics_of(settings) if METRICS.get(metric.name) and metric.name != "loss"]
     if known and known[0].name == headline(settings).name:
-        centroids = {
-            metric.name: nearest_centroid(data.test, tasks=settings.test_tasks, metric=metric)
-            for metric in known
-        }
+        centroids = nearest_centroid(data.test, tasks=settings.test_tasks, metric=list[Asked](known))
         yield "nearest centroid of the pixels", centroids, {}
 
 
