@@ -243,7 +243,12 @@ def test_the_nearest_centroid_leaves_out_what_is_ignored_and_what_a_task_lacks()
         nearest = [int((centroids - x).square().sum(1).argmin()) for x in xq]
         expected.append(np.mean([own == y for own, y in zip(nearest, yq.tolist()) if y >= 0]))
     assert nearest_centroid(drawn, tasks=TASKS, tasks_at_once=3).tolist() == pytest.approx(expected)
+    both = nearest_centroid(
+        drawn, tasks=TASKS, metric=["accuracy", lambda outputs, targets: outputs.shape[1]]
+    )
+    assert list(both) == ["accuracy", "<lambda>"] and both["accuracy"].tolist() == pytest.approx(expected)
     found = nearest_centroid(drawn, tasks=TASKS, metric=lambda outputs, targets: outputs.shape[1])
+    assert torch.equal(found, both["<lambda>"])
     assert found.tolist() == ways
     for draw, message in (
         (numbers, "the nearest centroid needs one label for each example, got targets of another kind"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple, cast
 
@@ -302,6 +302,14 @@ def metrics_for(criterion: Any, asked: Asked | Sequence[Asked] = None) -> list[M
                 f"two metrics are named {name!r}; leave one out, or give a fomaml.Metric with another name"
             )
     return metrics
+
+
+def as_asked(asked: Asked | list[Asked], found: Mapping[str, Tensor]) -> Any:
+    """Scores by name as they are returned: of a list of metrics by name, of one alone its own."""
+    if isinstance(asked, list):
+        return dict(found)
+    [alone] = found.values()
+    return alone
 
 
 def _checked(metric: Metric) -> Metric:

@@ -192,7 +192,7 @@ def test_a_run_is_tested_by_the_statistics_it_asks_for(statistics, digits, tmp_p
 
 
 def test_sinusoid_lowers_the_error(tmp_path, capsys):
-    quick = ["--iterations", "300", "--meta-lr", "0.01", "--test-tasks", "50"]
+    quick = ["--iterations", "300", "--meta-lr", "0.01", "--test-tasks", "50", "--no-baselines"]
     main(["train", "sinusoid", *quick, "--out", str(tmp_path / "r")])
     result = json.loads((tmp_path / "r" / "result.json").read_text())
     errors = {row["steps"]: row["mean"] for row in result["rows"]}

@@ -10,9 +10,13 @@ from fomaml import GroupEpisodes, GroupSource, estimate
 from fomaml.app import rivals
 from fomaml.app.cli import main
 from fomaml.baselines import fit_estimator
+from fomaml.data.synthetic import Sinusoids
+from fomaml.episodes import RegressionEpisodes
 
 pd = pytest.importorskip("pandas", reason="tables are read by pandas, of the extra tables")
-pytest.importorskip("sklearn", reason="needs scikit-learn, of the extra metrics")
+KNeighborsRegressor = pytest.importorskip(
+    "sklearn.neighbors", reason="needs scikit-learn, of the extra metrics"
+).KNeighborsRegressor
 QUICK = "--iterations 3 --meta-batch-size 2 --test-tasks 6 --validation-tasks 4 --test-steps 0 1 --shots 2"
 QUICK += " --query-shots 3 --inner-lr 1e-6 --seed 3"
 NETWORK = [
@@ -152,3 +156,93 @@ def test_they_are_the_same_again_and_end_where_a_run_is_killed(table, tmp_path, 
     again = json.loads((tmp_path / "killed" / "result.json").read_text())
     assert again["rows"] == whole["rows"] and again["differences"] == whole["differences"]
     assert torch.tensor([row["mean"] for row in again["rows"]]).isfinite().all()
+
+
+def test_of_functions(tmp_path, quick):
+    """The pooled network, and neighbours of the support set alone: another function's points say nothing."""
+    out = tmp_path / "run"
+    more = ["--shots", "10", "--query-shots", "20", "--test-tasks", "60", "--out", str(out)]
+    main(["train", "sinusoid", *QUICK.split(), *more])
+    result = json.loads((out / "result.json").read_text())
+    rows = rows_of(result)
+    assert list(rows) == [*NETWORK, START, "nearest neighbours, support set", "ridge, support set"]
+    assert [row["to"] for row in result["differences"]] == list(rows)
+    assert " LOSES to the baseline " in (out / "result.txt").read_text()
+    row = rows["nearest neighbours, support set"]
+    options, errors = row["settings"], []
+    for index in range(60):  # by hand
+        (xs, ys), (xq, yq) = RegressionEpisodes(Sinusoids(), shots=10, query_shots=20, seed=11)[index]
+        model = KNeighborsRegressor(min(options["n_neighbors"], 10), weights=options["weights"]).fit(xs, ys)
+        errors.append(float(np.mean((model.predict(xq.numpy()) - yq.numpy()) ** 2)))
+    assert row["mean"] == pytest.approx(np.mean(errors), rel=1e-5)
+
+
+def test_of_functions_with_a_loss_of_ones_own_no_estimator(tmp_path, quick, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own_loss.py").write_text(
+        "def absolute(forward, examples):\n    return (forward(examples.inputs) - examples.targets).abs().mean()\n"
+    )
+    main(["train", "sinusoid", *QUICK.split(), "--loss", "own_loss.py:absolute", "--out", "run"])
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert list(rows_of(result)) == [*NETWORK, START]
+    assert "baseline: nothing without a network: an estimator has no --loss" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "source", ["sinusoid", "table:{table} --task machine --target wear --features load --metric mae rmse"]
+)
+def test_a_run_is_evaluated_beside_the_baselines_that_its_training_would_have_had(
+    source, table, tmp_path, quick, capsys
+):
+    given = ["train", *source.format(table=table).split(), *QUICK.split()]
+    main([*given, "--out", str(tmp_path / "with")])
+    main([*given, "--out", str(tmp_path / "without"), "--no-baselines"])
+    capsys.readouterr()
+    main(["evaluate", str(tmp_path / "without"), "--json"])
+    plain = json.loads(capsys.readouterr().out)
+    assert len(plain["rows"]) == 2 and plain["differences"] == []
+    main(["evaluate", str(tmp_path / "without"), "--json", "--baselines"])
+    told = capsys.readouterr()
+    found, trained = json.loads(told.out), json.loads((tmp_path / "with" / "result.json").read_text())
+    assert found["rows"] == trained["rows"] and found["differences"] == trained["differences"]
+    assert found.get("others") == trained.get("others")
+    assert "baseline: the same network from a random start" in told.err
+    main(["evaluate", str(tmp_path / "without"), "--baselines"])
+    assert " the baseline " in capsys.readouterr().out
+
+
+def test_on_the_validation_part_baselines_are_not_tuned_on_what_is_judged(
+    table, tmp_path, quick, monkeypatch
+):
+    options = ["--target", "wear", "--features", "load", "--no-baselines"]
+    trained(table, tmp_path / "run", *options)
+    fine_tune, seen = rivals.fine_tune, []
+
+    def noted(model, tuning, test, **options):
+        seen.append((set(tuning.source.names), set(test.source.names)))
+        return fine_tune(model, tuning, test, **options)
+
+    monkeypatch.setattr(rivals, "fine_tune", noted)
+    split = json.loads((tmp_path / "run" / "config.json").read_text())["facts"]["split"]
+    for part, tuned in (("test", "validation"), ("validation", "train")):
+        main(["evaluate", str(tmp_path / "run"), "--baselines", "--part", part])
+        assert seen and all(each == (set(split[tuned]), set(split[part])) for each in seen)
+        seen.clear()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--baselines --balanced", "--balanced scales the outputs of the learner alone: give no --baselines"),
+        ("--baseline-size full", "--baseline-size is of baselines: give --baselines beside it"),
+        ("--model-weights x.safetensors", "--model-weights is of baselines: give --baselines beside it"),
+        ("--baselines --model-weights x", "the run in {run} began with no file of weights: give no"),
+        ("--baselines --baseline-size most", "unknown baseline size 'most'; there are: run, full"),
+    ],
+)
+def test_what_does_not_go_with_an_evaluation(options, message, tmp_path, capsys):
+    run = tmp_path / "run"
+    main(["train", "sinusoid", *QUICK.split(), "--no-baselines", "--out", str(run)])
+    with pytest.raises(SystemExit) as status:
+        main(["evaluate", str(run), *options.split()])
+    assert status.value.code == 2 and message.format(run=run) in capsys.readouterr().err

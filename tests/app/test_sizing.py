@@ -1,5 +1,6 @@
 """Short runs have small validations and baselines, which come after the learner's result; the time left counts them."""
 
+import dataclasses
 import json
 import math
 
@@ -41,7 +42,7 @@ def test_presets_have_the_full_sizes(preset):
 
 
 @pytest.mark.parametrize("iterations", [50, 100, 200, 399])
-@pytest.mark.parametrize("run", [name for name in RUNS if name != "sinusoid"])
+@pytest.mark.parametrize("run", RUNS)
 def test_validation_and_baselines_cost_about_as_much_as_a_short_training(run, iterations):
     settings = settle(**RUNS[run], iterations=iterations)
     sizes = sizing.of_baselines(settings)
@@ -174,7 +175,7 @@ def test_fewer_tasks_of_a_baseline_are_named_and_paired(monkeypatch, images, tmp
 
 def test_the_time_left_counts_validation_test_and_baselines():
     settings = settle(source="folder:x", validate_every=200)
-    agenda = Agenda(settings, with_baselines=True)
+    agenda = Agenda(settings)
     assert math.isnan(agenda.left())
     agenda.trained(1000, 100.0, 0.0)
     pace = 100 / agenda.done["training"]
@@ -187,13 +188,35 @@ def test_the_time_left_counts_validation_test_and_baselines():
     assert agenda.left() == pytest.approx(
         100 + own * (rest["validation"] / 2 + rest["test"] + rest["baselines"])
     )
-    without = Agenda(settings, with_baselines=False)
+    without = Agenda(dataclasses.replace(settings, baselines=False))
     without.trained(1000, 100.0, 50.0)
     assert without.left() == pytest.approx(100 + own * (rest["validation"] / 2 + rest["test"]))
 
 
+def test_the_time_left_counts_the_fits_of_a_forest_in_seconds_until_they_are_measured():
+    settings = settle(source="sinusoid", baselines=True)
+    sizes = sizing.full(settings)
+    number = 20 * sizing.FEW_TASKS + sizes.tasks
+    forest = number * sizing.FITS["forest"][True]
+    plain, counted = Agenda(settings), Agenda(settings, [("forest", True)])
+    for agenda in (plain, counted):
+        agenda.trained(1000, 100.0, 0.0)
+    assert forest > 60 and counted.left() == pytest.approx(plain.left() + forest)
+    tell, now = [], [0.0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fomaml.app.agenda.time.perf_counter", lambda: now[0])
+        note = counted.counter("estimators", "estimators", forest, lambda *told: tell.append(told))
+        note(0.5 * forest)
+        now[0] = 2 * forest  # on a machine that is four times slower
+        note(0.5 * forest)
+    assert counted.left() == pytest.approx(plain.left() + 0.5 * forest * 4)
+    assert tell[-1][:3] == ("estimators", 0.5 * forest, forest)
+    off = Agenda(dataclasses.replace(settings, baselines=False), [("forest", True)])
+    assert off.totals["estimators"] == off.totals["baselines"] == 0
+
+
 def test_a_run_by_seconds_has_the_seconds_left():
-    agenda = Agenda(settle(source="sinusoid", seconds=100.0), with_baselines=False)
+    agenda = Agenda(settle(source="sinusoid", seconds=100.0, baselines=False))
     agenda.totals["test"] = 0.0
     agenda.trained(30, 25.0, 0.0)
     assert agenda.left() == pytest.approx(75, rel=0.02)

@@ -1,6 +1,5 @@
 """Estimators of scikit-learn, fitted to each task: the scores of scikit-learn used directly."""
 
-import importlib
 from dataclasses import replace
 
 import numpy as np
@@ -10,16 +9,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from clusters import episodes as clusters
-from fomaml import ClassSource, Episodes, GroupEpisodes, GroupSource, Metric, tuning
+from estimators import TABLE, TRAIN, Given, arrays, column, drawn, features, make, score, sources
+from fomaml import GroupEpisodes, tuning
 from fomaml.baselines import ESTIMATORS, fit_estimator, pooled, tune_estimator
-from fomaml.errors import InputError
-from fomaml.metrics import OfModel
 from fomaml.tasks import Examples, Task
-from tables import uneven
 
 sklearn = pytest.importorskip("sklearn", reason="needs scikit-learn, of the extra metrics")
-TABLE = uneven(least=6)
-TRAIN, TEST = [f"machine {n}" for n in range(4)], ["machine 4", "machine 5"]
 TASKS = 3
 
 
@@ -27,43 +22,6 @@ TASKS = 3
 def small_forest(monkeypatch):
     few = replace(ESTIMATORS["forest"], options={"n_estimators": 5, "random_state": 0})
     monkeypatch.setitem(ESTIMATORS, "forest", few)
-
-
-def column(kind):
-    return TABLE["value" if kind == "regression" else "label"]
-
-
-def sources(kind):
-    """The training and test groups, unscaled; the targets depend on the inputs and on the group."""
-    source = GroupSource(features(), column(kind), TABLE["key"])
-    return source.select(TRAIN), source.select(TEST)
-
-
-def features():
-    """Inputs in no order of magnitude of their own."""
-    return np.stack([TABLE["x"][:, 0] / 50, TABLE["x"][:, 1]], 1)
-
-
-def drawn(kind, **facts):
-    facts = {"shots": 2, "query_shots": 3, "seed": 5, **facts}
-    return GroupEpisodes(sources(kind)[1], **facts)
-
-
-def arrays(examples, kind):
-    inputs, targets = examples.inputs.double().numpy(), examples.targets.numpy()
-    return inputs, targets.astype(np.float64)[:, 0] if kind == "regression" else targets
-
-
-def score(kind, model, task):
-    inputs, targets = arrays(task.query, kind)
-    predicted = model.predict(inputs)
-    return np.mean((predicted - targets) ** 2) if kind == "regression" else np.mean(predicted == targets)
-
-
-def make(name, kind):
-    entry = ESTIMATORS[name]
-    module, _, attribute = (entry.regressor if kind == "regression" else entry.classifier).partition(":")
-    return getattr(importlib.import_module(f"sklearn.{module}"), attribute)(**entry.options)
 
 
 KINDS = [
@@ -195,16 +153,6 @@ def test_a_pool_of_some_rows():
     assert len(set(found)) == 20 and all(whole[row] == (y, key) for row, y, key in found)
     assert torch.equal(pooled(train, rows=20, seed=1).examples.inputs, pool.examples.inputs)
     assert not torch.equal(pooled(train, rows=20, seed=2).examples.inputs, pool.examples.inputs)
-
-
-class Given:
-    """These tasks; as many more as are asked for are the same again."""
-
-    def __init__(self, *tasks):
-        self.tasks = tasks
-
-    def batch(self, start, tasks):
-        return [self.tasks[number % len(self.tasks)] for number in range(start, start + tasks)]
 
 
 def test_nested_inputs_are_side_by_side_categories_one_hot():
@@ -339,6 +287,26 @@ def test_it_is_tuned_on_other_tasks(name, kind):
     )
 
 
+def test_several_metrics_of_one_fit(monkeypatch):
+    from sklearn.linear_model import LogisticRegression
+
+    fits = []
+    fit = LogisticRegression.fit
+    monkeypatch.setattr(LogisticRegression, "fit", lambda self, *data: fits.append(1) or fit(self, *data))
+    episodes, tuning_episodes = drawn("classification"), drawn("classification", seed=9)
+    metrics = ["f1", "loss", "accuracy"]
+    options = {"trials": 4, "tasks": 3, "tuning_tasks": 2}
+    chosen = tune_estimator("logistic", tuning_episodes, episodes, metric=metrics, **options)
+    assert len(fits) == 4 * 2 + 3
+    by_first = tune_estimator("logistic", tuning_episodes, episodes, metric="f1", **options)
+    assert (chosen.settings, chosen.trials) == (by_first.settings, by_first.trials)
+    assert list(chosen.scores) == metrics and torch.equal(chosen.scores["f1"], by_first.scores)
+    together = fit_estimator("logistic", episodes, tasks=3, options=chosen.settings, metric=metrics)
+    for metric in metrics:
+        alone = fit_estimator("logistic", episodes, tasks=3, options=chosen.settings, metric=metric)
+        assert torch.equal(alone, together[metric]) and torch.equal(alone, chosen.scores[metric])
+
+
 def test_without_a_pool_the_support_set_is_alone():
     episodes = drawn("regression")
     chosen = tune_estimator("line", episodes, episodes, tasks=2)
@@ -346,51 +314,3 @@ def test_without_a_pool_the_support_set_is_alone():
     assert torch.equal(chosen.scores, fit_estimator("line", episodes, tasks=2))
     chosen = tune_estimator("ridge", episodes, episodes, trials=2, tasks=2, tuning_tasks=2)
     assert set(chosen.settings) == {"alpha"}
-
-
-def refusals():
-    classes = ClassSource(torch.randn(20, 3), torch.arange(20) % 4)
-    renumbered = Episodes(classes, ways=2, shots=1, query_shots=1)
-    train, test = sources("classification")
-    pool = pooled(train)
-    fixed = drawn("classification")
-    maps = Given(Task(*(Examples(torch.randn(4, 3), torch.zeros(4, 2, dtype=torch.long)) for _ in range(2))))
-    nested = Given(Task(*(Examples(torch.randn(4, 3), {"a": torch.zeros(4)}) for _ in range(2))))
-    of_model = Metric("residual", OfModel(lambda forward, examples: 0.0), -1, "")
-    anew = GroupEpisodes(test, shots=1, query_shots=1, ways=2)
-    renumbered_text = "the classes are numbered anew in each task: pooled labels"
-    return [
-        (lambda: pooled(classes), renumbered_text),
-        (lambda: pooled(renumbered), renumbered_text),
-        (lambda: pooled(anew), renumbered_text),
-        (lambda: fit_estimator("ridge", renumbered, pool=pool), renumbered_text),
-        (lambda: fit_estimator("ridge", anew, pool=pool), renumbered_text),
-        (lambda: fit_estimator("nearest", fixed, pool=pool), "KNeighborsClassifier takes no weights: share is"),
-        (lambda: fit_estimator("ridge", fixed, share=0.0), "a share of 0 is the pool alone, and there is no pool"),
-        (lambda: fit_estimator("ridge", fixed, pool=pool, share=2), "share is from 0 to 1, or None, got 2"),
-        (lambda: fit_estimator("forrest", fixed), "no estimator 'forrest'; there are: forest, "),
-        (lambda: fit_estimator("line", fixed), "'line' is not for labels; take 'ridge'"),
-        (lambda: fit_estimator("ridge", fixed, options={"beta": 1}), "RidgeClassifier: "),
-        (lambda: fit_estimator(nn.Linear(1, 1), fixed), "expected an estimator of scikit-learn or the name of one"),
-        (lambda: fit_estimator("ridge", maps), "an estimator takes one label for each example, got"),
-        (lambda: fit_estimator("ridge", nested), "an estimator takes one tensor of targets, and these are nested"),
-        (lambda: fit_estimator("ridge", fixed, metric=of_model), "the metric 'residual' is of a model, and"),
-        (lambda: fit_estimator("ridge", fixed, tasks=0), "tasks must be a whole number of 1 or more, got 0"),
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize("number", range(len(refusals())))
-def test_bad_input(number):
-    call, message = refusals()[number]
-    with pytest.raises(InputError) as error:
-        call()
-    assert str(error.value).startswith(message) and "\n" not in str(error.value)
-
-
-def test_without_scikit_learn(monkeypatch):
-    def missing(name):
-        raise ImportError(name)
-
-    monkeypatch.setattr(importlib, "import_module", missing)
-    with pytest.raises(InputError, match=r"need scikit-learn: pip install 'fomaml\[metrics\]'$"):
-        fit_estimator("ridge", drawn("classification"))

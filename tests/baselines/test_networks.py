@@ -193,6 +193,44 @@ def test_fine_tuning_by_trials(choices):
     assert torch.equal(found.scores, evaluate(learner, episodes, tasks=8, at_steps=found.steps)[found.steps])
 
 
+class Counted:
+    """Episodes that count how often each task is drawn."""
+
+    def __init__(self, episodes):
+        self.episodes, self.draws = episodes, []
+
+    def batch(self, start, tasks):
+        self.draws += range(start, start + tasks)
+        return self.episodes.batch(start, tasks)
+
+
+@pytest.mark.parametrize("trials", [None, 3])
+def test_several_metrics_of_one_adaptation(trials):
+    """The scores are those of each metric by itself at the settings that the first one chose."""
+    source = groups()
+    tuning = Counted(GroupEpisodes(source, shots=2, query_shots=3, seed=5))
+    test = Counted(GroupEpisodes(source, shots=2, query_shots=3, seed=6))
+    model = MLP(2, 8, 1)
+    metrics = ["mae", "r2", lambda outputs, targets: (outputs - targets).abs().max()]
+    names = ["mae", "r2", "<lambda>"]
+    options = {"tasks": 5, "criterion": F.mse_loss}
+    tuned = {"tuning_tasks": 4, "inner_lrs": (1e-3, 0.1), "at_steps": (1, 3), "trials": trials, **options}
+    by_first = fine_tune(model, tuning, test, metric="mae", **tuned)
+    once = len(tuning.draws), len(test.draws)
+    found = fine_tune(model, tuning, test, metric=metrics, **tuned)
+    assert (len(tuning.draws), len(test.draws)) == (2 * once[0], 2 * once[1])
+    assert (found.inner_lr, found.steps, found.trials) == (by_first.inner_lr, by_first.steps, by_first.trials)
+    assert list(found.scores) == names and torch.equal(found.scores["mae"], by_first.scores)
+    as_they_are = unadapted(model, test, metric=metrics, **options)
+    for name, metric in zip(names, metrics, strict=True):
+        learner = FOMAML(model, found.inner_lr, 1, F.mse_loss)
+        curve = evaluate(learner, test, tasks=5, at_steps=(0, found.steps), metric=metric)
+        assert torch.equal(found.scores[name], curve[found.steps])
+        assert torch.equal(as_they_are[name], curve[0])
+        assert torch.equal(unadapted(model, test, metric=metric, **options), curve[0])
+    assert list(unadapted(model, test, metric=["mae"], **options)) == ["mae"]  # a list of one is a list
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from fomaml.app import sizing
 from fomaml.app.settings import Settings
 
-# Whose pace counts as long as a kind of work has none of its own: test and validation do the same.
+# Whose pace counts as long as a kind of work has none of its own: test and validation do the same. The cost of
+# estimators, which run no network, is in seconds already.
 LIKE = {"validation": "training", "test": "validation", "baselines": "test"}
+IN_SECONDS = ("estimators",)
 EARLY = 0.05  # of a kind of work, whose pace says little yet
 # What is going on, how much of it is done, of how much, and the seconds that the whole run has left.
 Progress = Callable[[str, float, float, float], None]
@@ -24,7 +26,8 @@ class Agenda:
     A kind that has not begun is taken to go at the pace of the one most like it.
     """
 
-    def __init__(self, settings: Settings, with_baselines: bool):
+    def __init__(self, settings: Settings, estimators: Iterable[tuple[str, bool]] = ()):
+        """estimators: those among the baselines, see `sizing.fits`."""
         sizes = sizing.of_baselines(settings)._replace(validation_tasks=settings.validation_tasks)
         self.settings = settings
         self.of_validation = sizing.validation(settings, sizes)
@@ -34,7 +37,8 @@ class Agenda:
             if settings.validate_every
             else 0.0,
             "test": sizing.test(settings),
-            "baselines": sizing.baselines(settings, sizes) if with_baselines else 0.0,
+            "baselines": sizing.baselines(settings, sizes),
+            "estimators": sizing.fits(settings, sizes, estimators),
         }
         self.done = dict.fromkeys(self.totals, 0.0)
         self.seconds = dict.fromkeys(self.totals, 0.0)
@@ -82,9 +86,11 @@ class Agenda:
         self.done[kind] = self.totals[kind]
 
     def _pace(self, kind: str) -> float:
-        begun = self.done[kind] > EARLY * self.totals[kind] or kind not in LIKE
+        begun = self.done[kind] > EARLY * self.totals[kind] or kind == "training"
         if begun and self.done[kind] and self.seconds[kind]:
             return self.seconds[kind] / self.done[kind]
+        if kind in IN_SECONDS:
+            return 1.0
         return self._pace(LIKE[kind]) if kind in LIKE else math.nan
 
 

@@ -24,7 +24,7 @@ from fomaml.app.commands import (
 from fomaml.app.compare import compare, expand
 from fomaml.app.compare import describe as describe_comparison
 from fomaml.app.judge import describe, evaluate_run
-from fomaml.app.named import named_again
+from fomaml.app.named import named_again, with_weights
 from fomaml.app.parser import parse_command
 from fomaml.app.presets import PRESETS
 from fomaml.app.progress import watching
@@ -35,7 +35,7 @@ from fomaml.app.search import resumed
 from fomaml.app.serve_commands import evaluate_adapted, is_adapted, run_adapt, run_calibrate, run_predict
 from fomaml.app.serve_options import AdaptOptions, CalibrateOptions, PredictOptions
 from fomaml.app.session import train_run
-from fomaml.app.settings import Part, Settings, TestAugmentation, Weights
+from fomaml.app.settings import BaselineSize, Part, Settings, TestAugmentation, Weights
 from fomaml.app.settle import check_below, check_seed, check_steps, settle_with_origins
 from fomaml.app.show import describe as describe_data
 from fomaml.app.show import show
@@ -151,6 +151,8 @@ def _evaluate(options: EvaluateOptions) -> None:
     check_choice("weights", options.weights, Weights)
     if options.test_augment is not None:
         check_choice("test augment", options.test_augment, TestAugmentation)
+    if options.baseline_size is not None:
+        check_choice("baseline size", options.baseline_size, BaselineSize)
     if options.jitter is not None:
         check_below("--jitter", options.jitter, 1)
     settings, learner = load_run(
@@ -171,10 +173,19 @@ def _evaluate(options: EvaluateOptions) -> None:
         test_augment=options.test_augment,
         test_copies=options.copies,
         test_jitter=options.jitter,
+        baseline_size=options.baseline_size,
     )
     if options.jitter is not None and settings.test_copies == 1:
         raise InputError("--jitter moves the copies of each image: give --copies, 2 or more")
-    result = evaluate_run(settings, learner, options.statistics, options.seed, options.part, options.balanced)
+    if options.baselines:
+        settings = with_weights(settings, options.run, options.model_weights)
+    for name in ("baseline_size", "model_weights"):
+        if getattr(options, name) is not None and not options.baselines:
+            raise InputError(f"{typed(name)} is of baselines: give --baselines beside it")
+    result = evaluate_run(
+        settings, learner, options.statistics, options.seed, options.part, options.balanced, options.baselines,
+        say=lambda line: print(line, file=sys.stderr, flush=True),
+    )  # fmt: skip
     print(json.dumps(result, indent=2) if options.json else describe(result).rstrip())
 
 

@@ -110,6 +110,16 @@ class EvaluateOptions:
         "assume the same number of query examples per class, and scale the outputs to it; no published figure does",
         False,
     )
+    baselines: bool = option(
+        "evaluate baselines on the same tasks, as `fomaml train` does; their networks are trained again (default: no)",
+        False,
+    )
+    baseline_size: BaselineSize | None = option(
+        "with --baselines: run or full, as of `fomaml train`; default: as the run"
+    )
+    model_weights: str | None = option(
+        "with --baselines: the file of weights that the run began with, where it has moved", metavar="FILE"
+    )
     weights: Weights = option("best (by validation; default) or last", "best")
     part: Part = option(
         "the classes: test (default), or validation, by which the weights were selected", "test"

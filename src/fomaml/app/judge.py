@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fomaml.app import rivals
 from fomaml.app.algorithms import ALGORITHMS
 from fomaml.app.build import Data, for_test, open_data
 from fomaml.app.group_tasks import of_units
 from fomaml.app.report import table, verdict
-from fomaml.app.rivals import baselines
 from fomaml.app.scores import facts_of, headline, measured, metrics_of
 from fomaml.app.settings import Settings
 from fomaml.app.sources import source_of
@@ -49,15 +49,15 @@ def beside_baselines(
     result: dict,
     scores: Scores,
     say=lambda line: None,
-    note: Callable[[float], None] = lambda cost: None,
+    note: rivals.Note = lambda kind, cost: None,
 ) -> Iterator[dict]:
     """The result with one baseline more each time, on the same unseen tasks as the scores of the learner.
 
-    note: is told of each part of the work as it begins, by its cost, see sizing.py.
+    note: is told of each part of the work as it begins, by its kind and its cost, see sizing.py.
     """
     first = headline(settings)
     steps = settings.test_steps[-1]
-    for label, found, facts in baselines(settings, data, say, note):
+    for label, found, facts in rivals.baselines(settings, data, say, note):
         grown = []
         for own in (result, *result.get("others", ())):
             theirs = found.get(own["metric"])
@@ -156,15 +156,19 @@ def evaluate_run(
     seed: int | None = None,
     part: str = "test",
     balanced: bool = False,
+    baselines: bool = False,
+    say: Callable[[str], None] = lambda line: None,
 ) -> dict:
-    """Evaluate a loaded run on unseen tasks; statistics, part and balanced as in `EvaluateOptions`.
+    """Evaluate a loaded run on unseen tasks; statistics, part, balanced and baselines as in `EvaluateOptions`.
 
     Of several statistics the result is that of the first, those of the others stand by name under "by_statistics", and
     "warning" says so where the paired difference of the first two is larger than its interval.
 
     Raises:
-        InputError: no data, or no validation classes in them; balanced, and tasks without classes.
+        InputError: no data, or no validation classes in them; balanced, and tasks without classes, or baselines.
     """
+    if baselines and balanced:
+        raise InputError("--balanced scales the outputs of the learner alone: give no --baselines beside it")
     data = open_data(settings, test_seed=seed)
     if part == "validation":
         if data.validation is None:
@@ -187,6 +191,10 @@ def evaluate_run(
         summary(settings, learner, data, *each, balanced=balanced) for each in zip(found, kinds)
     )
     result |= {"part": part, "seed": settings.seed if seed is None else seed}
+    if baselines:
+        like = dataclasses.replace(settings, baselines=True, statistics=kinds[0])
+        for more in beside_baselines(like, data, result, found[0], say):
+            result = more
     if others:
         result["by_statistics"] = dict(zip(kinds[1:], others))
         metric = headline(settings)

@@ -202,16 +202,29 @@ def named_again(
             key = f"metric {recorded}"
             if key in code:
                 own[key] = _compared(run, key, code, find(name), accept_changed_code)
-    if going_on and "model_weights" in code:
-        settings = dataclasses.replace(settings, model_weights=model_weights or settings.model_weights)
-        found = _weights_record(settings.model_weights or "")["model_weights"]
-        if found["sha256"] != code["model_weights"]["sha256"]:
-            raise InputError(
-                f"{settings.model_weights} is not the file of weights that the run in {run} began with; bring it back"
-            )
-    elif model_weights is not None:
-        raise InputError(f"the run in {run} began with no file of weights: give no --model-weights")
+    if going_on:
+        settings = with_weights(settings, run, model_weights)
     return dataclasses.replace(settings, own=own or None, code=code or None)
+
+
+def with_weights(settings: Settings, run: Path, model_weights: str | None) -> Settings:
+    """The settings of a run directory with the file of weights that it began with, where it lies by now.
+
+    Raises:
+        InputError: it is not there, or another; the run began with none.
+    """
+    record = (settings.code or {}).get("model_weights")
+    if record is None:
+        if model_weights is not None:
+            raise InputError(f"the run in {run} began with no file of weights: give no --model-weights")
+        return settings
+    file = model_weights or settings.model_weights
+    if (
+        file in (None, "random", "download")
+        or _weights_record(file)["model_weights"]["sha256"] != record["sha256"]
+    ):
+        raise InputError(f"{file} is not the file of weights that the run in {run} began with; bring it back")
+    return dataclasses.replace(settings, model_weights=file)
 
 
 def with_metrics(

@@ -55,11 +55,11 @@ def verdict(result: dict) -> str:
     how = "by" if metric.direction > 0 else "by a lower error of"
     points = " points" if metric.unit == "%" else ""
     text = f"{metric.text(gain, interval)}{points}, on the same tasks"
-    name, steps = result["name"], result["steps"]
+    name = f"{result['name']} after {result['steps']} step{'' if result['steps'] == 1 else 's'}"
     if not unclear:
-        return f"{name} after {steps} steps beats every baseline; the best, {to}, {how} {text}"
+        return f"{name} beats every baseline; the best, {to}, {how} {text}"
     outcome = "LOSES to" if lost else "is not told apart from"
-    return f"{name} after {steps} steps {outcome} the baseline {to}: {text}"
+    return f"{name} {outcome} the baseline {to}: {text}"
 
 
 def duration(seconds: float) -> str:

@@ -29,9 +29,10 @@ from fomaml.baselines import (
     tune_estimator,
     unadapted,
 )
+from fomaml.episodes import RegressionEpisodes
 from fomaml.errors import InputError
 from fomaml.group_episodes import GroupEpisodes
-from fomaml.metrics import METRICS, Metric, OfModel
+from fomaml.metrics import METRICS, Asked, Metric, OfModel
 from fomaml.tuning import LogUniform, Space
 
 
@@ -49,27 +50,21 @@ class Method(NamedTuple):
 
 # label, scores by metric, what is told of it in JSON
 Rival = tuple[str, dict[str, Tensor], dict[str, Any]]
-Note = Callable[[float], None]
+Note = Callable[[str, float], None]  # of a kind of work of the agenda, its cost as a part of it begins
 POOLED_ROWS = 1000  # that estimators are fitted on beside the support set
 START = "random start, support set only"
 ESTIMATORS = {"nearest": "nearest neighbours", "ridge": "ridge", "forest": "random forest"}
-
-
-def has_baselines(settings: Settings, data: Data) -> bool:
-    """Whether there is something to compare a run with: functions have neither classes nor rows."""
-    return settings.baselines and (data.own_classes is not None or data.facts is not None)
+OF_FUNCTIONS = ("nearest", "ridge")  # of a forest there is nothing to gain on a few points of one number
 
 
 def baselines(
-    settings: Settings, data: Data, say: Callable[[str], None], note: Note = lambda cost: None
+    settings: Settings, data: Data, say: Callable[[str], None], note: Note = lambda kind, cost: None
 ) -> Iterator[Rival]:
     """Each baseline on the test tasks, with its settings tuned by the first metric: of groups of rows on validation
     tasks, where there are some, else on training classes or tasks.
     """
-    if data.facts is not None:
-        yield from _of_groups(settings, data, say, note)
-    elif data.own_classes is not None:
-        yield from _of_classes(settings, data, say, note)
+    of = _of_tasks if data.own_classes is None else _of_classes
+    return of(settings, data, say, note)
 
 
 class _Tuning:
@@ -78,57 +73,52 @@ class _Tuning:
     def __init__(self, settings: Settings, data: Data, note: Note):
         self.settings, self.sizes = settings, sizing.of_baselines(settings)
         self.metrics = metrics_of(settings)
-        self.plain: Any = data.tuning  # that count for nothing
-        if data.facts is not None and data.validation is not None:
-            self.plain = data.validation
+        self.judged: dict[str, Any] = {
+            **judged_by(settings),
+            "metric": list(self.metrics),
+            "statistics": settings.statistics,
+        }
+        self.note = note
+        self.tuning: Any = data.tuning
+        # what is judged on the validation tasks is not tuned on them
+        if data.facts is not None and data.validation is not None and data.validation is not data.test:
+            self.tuning = data.validation
         self.test: Any = data.test
-        self.costs = (
-            sizing.tuning(settings, self.sizes), sizing.adaptation(settings, max(self.sizes.at_steps)),
-        )  # fmt: skip
-        self.noted = Noted(self.plain, lambda tasks: note(tasks * self.costs[0]))
-        self.noted_test = Noted(self.test, lambda tasks: note(tasks * self.costs[1]))
         fewer = self.sizes.tasks < settings.test_tasks
         self.few = f", on {self.sizes.tasks} tasks" if fewer else ""
 
     def fine_tuned(self, model: Any, **choices: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """A network that is fine-tuned on each support set: its scores by metric, and what it was tuned to."""
-        first, *others = self.metrics
         sizes = self.sizes
-        counts: dict[str, Any] = {"tasks": sizes.tasks, "statistics": self.settings.statistics, **choices}
-        counts |= judged_by(self.settings)
+        costs = sizing.tuning(self.settings, sizes), sizing.adaptation(self.settings, max(sizes.at_steps))
+        tuning, test = self._noted("baselines", *costs)
         best = fine_tune(
-            model, self.noted, self.noted_test, **counts, tuning_tasks=sizes.tuning_tasks,
-            inner_lrs=sizing.INNER_LRS, at_steps=sizes.at_steps, metric=first,
+            model, tuning, test, tasks=sizes.tasks, tuning_tasks=sizes.tuning_tasks,
+            inner_lrs=sizing.INNER_LRS, at_steps=sizes.at_steps, **self.judged, **choices,
         )  # fmt: skip
-        scores = {first.name: best.scores}
-        again = counts | {"tuning_tasks": 1, "inner_lrs": (best.inner_lr,), "at_steps": (best.steps,)}
-        for metric in others:
-            scores[metric.name] = fine_tune(model, self.plain, self.test, **again, metric=metric).scores
-        return scores, {"inner_lr": best.inner_lr, "steps": best.steps}
+        return best.scores, {"inner_lr": best.inner_lr, "steps": best.steps}
 
     def as_it_is(self, model: nn.Module) -> dict[str, Tensor]:
         """The scores of a network that does not adapt."""
-        counts: dict[str, Any] = {"tasks": self.sizes.tasks, "statistics": self.settings.statistics}
-        counts |= judged_by(self.settings)
-        return {metric.name: unadapted(model, self.test, **counts, metric=metric) for metric in self.metrics}
+        return unadapted(model, self.test, tasks=self.sizes.tasks, **self.judged)
 
     def estimated(self, name: str, pool: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """An estimator of scikit-learn: its scores by metric, and what it was tuned to."""
-        criterion = judged_by(self.settings)["criterion"]
-        first, *others = self.metrics
-        counts: dict[str, Any] = {"pool": pool, "tasks": self.sizes.tasks, "criterion": criterion}
+        seconds = sizing.FITS[name][pool is not None]
+        tuning, test = self._noted("estimators", seconds, seconds)
         chosen = tune_estimator(
-            name, self.plain, self.test, **counts, tuning_tasks=min(self.sizes.tuning_tasks, sizing.FEW_TASKS),
-            trials=len(sizing.INNER_LRS) * len(self.sizes.at_steps), seed=self.settings.seed, metric=first,
+            name, tuning, test, pool=pool, tasks=self.sizes.tasks, criterion=self.judged["criterion"],
+            tuning_tasks=min(self.sizes.tuning_tasks, sizing.FEW_TASKS), metric=self.judged["metric"],
+            trials=sizing.trials(self.sizes), seed=self.settings.seed,
         )  # fmt: skip
-        scores = {first.name: chosen.scores}
-        options = dict(chosen.settings)
-        share = options.pop("share", 1.0)
-        for metric in others:
-            scores[metric.name] = fit_estimator(
-                name, self.test, **counts, share=share, options=options, metric=metric
-            )
-        return scores, {"settings": chosen.settings, "trials": len(chosen.trials)}
+        return chosen.scores, {"settings": chosen.settings, "trials": len(chosen.trials)}
+
+    def _noted(self, kind: str, tuned: float, tested: float) -> tuple[Any, Any]:
+        """The tasks to tune and to test on, which tell what one of them costs."""
+        return (
+            Noted(self.tuning, lambda tasks: self.note(kind, tasks * tuned)),
+            Noted(self.test, lambda tasks: self.note(kind, tasks * tested)),
+        )
 
 
 class Learned(NamedTuple):
@@ -142,25 +132,22 @@ class Learned(NamedTuple):
 
 
 def _learned(
-    settings: Settings, data: Data, say: Callable[[str], None], note: Note = lambda cost: None
+    settings: Settings, data: Data, say: Callable[[str], None], note: Note = lambda kind, cost: None
 ) -> Iterator[Learned]:
     """The networks that have learned all training tasks, or classes, each trained when it is asked for."""
     iterations = sizing.of_baselines(settings).pretraining
-    known: dict[str, Any] = {"pretrained classifier": data.own_classes}
-    if isinstance(data.train, GroupEpisodes):
-        source = data.train.source
-        if not data.train.draws_classes:
-            say("baseline: the same network trained on all training tasks pooled")
-            model = build_model(settings)
-            options: dict[str, Any] = {"batch_size": sizing.BATCH, "seed": settings.seed}
-            pretrain(model, _noted(source, note), iterations=iterations, **options, **judged_by(settings))
-            head = head_of(settings, model)
-            yield Learned("all tasks pooled", model, head if head is None or "*" in head else f"{head}.*")
-            return
-        known = {"pretrained classifier": source}
-    elif data.own_classes is None:
+    groups = data.train.source if isinstance(data.train, GroupEpisodes) else None
+    if not _anew(data):
+        say("baseline: the same network trained on all training tasks pooled")
+        examples = _noted(data.train if groups is None else groups, note, settings)
+        model = build_model(settings)
+        options: dict[str, Any] = {"batch_size": sizing.BATCH, "seed": settings.seed}
+        pretrain(model, examples, iterations=iterations, **options, **judged_by(settings))
+        head = head_of(settings, model)
+        yield Learned("all tasks pooled", model, head if head is None or "*" in head else f"{head}.*")
         return
-    elif settings.augment != "none":
+    known: dict[str, Any] = {"pretrained classifier": groups or data.own_classes}
+    if settings.augment != "none":
         known["pretrained on augmented"] = data.classes
     if why := not_pretrained(settings):
         say(f"baseline: no pretrained classifier: {why}")
@@ -168,7 +155,7 @@ def _learned(
     for label, classes in known.items():
         number = len(getattr(classes, "classes", None) or classes)
         say(f"baseline: the same network pretrained as a classifier of {number} classes")
-        yield Learned(label, pretrained(settings, _noted(classes, note), number, iterations))
+        yield Learned(label, pretrained(settings, _noted(classes, note, settings), number, iterations))
 
 
 def _of_classes(settings: Settings, data: Data, say: Callable[[str], None], note: Note) -> Iterator[Rival]:
@@ -180,16 +167,13 @@ def _of_classes(settings: Settings, data: Data, say: Callable[[str], None], note
         yield f"{label}, fine-tuned{how.few}", *how.fine_tuned(model)
     known = [metric for metric in metrics_of(settings) if METRICS.get(metric.name) and metric.name != "loss"]
     if known and known[0].name == headline(settings).name:
-        centroids = {
-            metric.name: nearest_centroid(data.test, tasks=settings.test_tasks, metric=metric)
-            for metric in known
-        }
+        centroids = nearest_centroid(data.test, tasks=settings.test_tasks, metric=list[Asked](known))
         yield "nearest centroid of the pixels", centroids, {}
 
 
-def _of_groups(settings: Settings, data: Data, say: Callable[[str], None], note: Note) -> Iterator[Rival]:
-    """The baselines of groups of rows; where their classes or targets are the same in all tasks also what is trained on
-    all training tasks pooled.
+def _of_tasks(settings: Settings, data: Data, say: Callable[[str], None], note: Note) -> Iterator[Rival]:
+    """The baselines of functions and of groups of rows; where their classes or targets are the same in all tasks also
+    what is trained on all training tasks pooled.
     """
     how = _Tuning(settings, data, note)
     for label, model, head in _learned(settings, data, say, note):
@@ -204,26 +188,41 @@ def _of_groups(settings: Settings, data: Data, say: Callable[[str], None], note:
         say(f"baseline: nothing without a network: {why}")
         return
     pool = _pool(settings, data)
-    for label, name, own in _estimators(settings, pool):
-        yield f"{label}{how.few}", *how.estimated(name, own)
+    for label, name, with_pool in _estimators(data):
+        yield f"{label}{how.few}", *how.estimated(name, pool if with_pool else None)
 
 
-def _estimators(settings: Settings, pool: Pool | None) -> Iterator[tuple[str, str, Pool | None]]:
-    """What is said of each estimator, its name, and what it is fitted on beside the support set."""
-    what = "support set" if pool is None else "support set and pooled rows"
-    for name, label in ESTIMATORS.items():
-        yield f"{label}, {what}", name, pool
-    if settings.kind == "regression":
-        yield "ridge, support set only", "ridge", None
+def estimators(settings: Settings, data: Data) -> list[tuple[str, bool]]:
+    """The estimators among the baselines by name, and whether each is fitted on pooled rows too."""
+    if data.own_classes is not None or _not_estimated(settings, metrics_of(settings)):
+        return []
+    return [(name, with_pool) for _, name, with_pool in _estimators(data)]
+
+
+def _estimators(data: Data) -> Iterator[tuple[str, str, bool]]:
+    """What is said of each estimator, its name, and whether it is fitted on pooled rows beside the support set."""
+    with_pool = _has_pool(data)
+    what = "support set and pooled rows" if with_pool else "support set"
+    for name in ESTIMATORS if data.facts is not None else OF_FUNCTIONS:
+        yield f"{ESTIMATORS[name]}, {what}", name, with_pool
+    if isinstance(data.train, GroupEpisodes) and data.train.source.kind == "regression":
+        yield "ridge, support set only", "ridge", False
 
 
 def _anew(data: Data) -> bool:
     """Whether classes are numbered anew in each task."""
-    return not isinstance(data.train, GroupEpisodes) or data.train.draws_classes
+    return data.own_classes is not None or (
+        isinstance(data.train, GroupEpisodes) and data.train.draws_classes
+    )
+
+
+def _has_pool(data: Data) -> bool:
+    """Whether rows of other tasks say something of a task: they do not of another function."""
+    return isinstance(data.train, GroupEpisodes) and not data.train.draws_classes
 
 
 def _pool(settings: Settings, data: Data) -> Pool | None:
-    if _anew(data) or not isinstance(data.train, GroupEpisodes):
+    if not _has_pool(data) or not isinstance(data.train, GroupEpisodes):
         return None
     return pooled(data.train.source, rows=POOLED_ROWS, seed=settings.seed)
 
@@ -263,9 +262,11 @@ def methods(settings: Settings, data: Data, episodes: Any, say: Callable[[str], 
         yield fine_tuned(f"{label}, fine-tuned", model)
         if head is not None:
             yield fine_tuned(f"{label}, head fine-tuned", model, adapted=head)
-    if data.facts is None or _not_estimated(settings, [metric]):
+    if data.own_classes is not None or _not_estimated(settings, [metric]):
         return
-    for label, name, pool in _estimators(settings, _pool(settings, data)):
+    pool_of_all = _pool(settings, data)
+    for label, name, with_pool in _estimators(data):
+        pool = pool_of_all if with_pool else None
 
         def score(tasks: int, changed: dict[str, Any], name: str = name, pool: Pool | None = pool) -> float:
             options = dict(changed)
@@ -281,9 +282,12 @@ def methods(settings: Settings, data: Data, episodes: Any, say: Callable[[str], 
         yield Method(label, space, partial(score, few), partial(score, every) if few < every else None)
 
 
-def _noted(source: Any, note: Note) -> Any:
-    """A source whose drawing tells what was learned from."""
-    return Noted(source, lambda examples: note(examples * sizing.PASSES))
+def _noted(source: Any, note: Note, settings: Settings) -> Any:
+    """A source, or episodes of functions, whose drawing tells what was learned from."""
+    each = sizing.PASSES
+    if isinstance(source, RegressionEpisodes):  # whole tasks
+        each *= settings.train_shots + settings.query_shots
+    return Noted(source, lambda number: note("baselines", number * each))
 
 
 def _not_estimated(settings: Settings, metrics: list[Metric]) -> str:

@@ -27,7 +27,7 @@ from fomaml.app.device import has_bfloat16
 from fomaml.app.judge import Scores, beside_baselines, describe, judge
 from fomaml.app.named import resume_line
 from fomaml.app.networks import build_model, check_model
-from fomaml.app.rivals import has_baselines
+from fomaml.app.rivals import estimators
 from fomaml.app.rundir import circumstances
 from fomaml.app.scores import headline
 from fomaml.app.settings import Settings, identity, to_json
@@ -128,7 +128,7 @@ class Session:
         self.settings = with_precision(with_validation(with_data(settings, self.data), self.data))
         self.identity = identity(self.settings)
         self.out, self.say, self.watch, self.work = out, say, watch, work
-        self.agenda = Agenda(self.settings, has_baselines(self.settings, self.data))
+        self.agenda = Agenda(self.settings, estimators(self.settings, self.data))
         model = build_model(self.settings)
         check_model(self.settings, model, self.data.train)
         self.learner = build_learner(self.settings, model)
@@ -213,7 +213,7 @@ class Session:
         result |= {"seed": settings.seed, **circumstances()}
         if settings.code:
             result["code"] = settings.code
-        if has_baselines(settings, self.data):
+        if settings.baselines:
             result = self._beside_baselines(result, found)
         self._write(result)
         (out / rundir.STATE).unlink(missing_ok=True)
@@ -221,8 +221,16 @@ class Session:
 
     def _beside_baselines(self, result: dict, scores: Scores) -> dict:
         """The result with the baselines. That of the learner is shown and on disk before they begin."""
-        total = self.agenda.totals["baselines"]
-        note = self.agenda.counter("baselines", "baselines", total, self.work)
+        counters: dict[str, Callable[[float], None]] = {}
+
+        def note(kind: str, cost: float) -> None:
+            if kind not in counters:
+                for ended in counters:
+                    self.agenda.finish(ended)
+                total = self.agenda.totals[kind]
+                counters[kind] = self.agenda.counter(kind, kind, total, self.work)
+            counters[kind](cost)
+
         line = resume_line(self.settings, self.out)
         unfinished = {"unfinished": f"the baselines follow; after an interruption: {line}"}
         self._write(result | unfinished)
@@ -279,7 +287,7 @@ class Session:
             self.say("no validation, as asked" if data.validation else f"no validation: {data.unvalidated}")
 
         sizes = sizing.of_baselines(settings)
-        if has_baselines(settings, data) and sizes != sizing.full(settings):
+        if settings.baselines and sizes != sizing.full(settings):
             most, few, tested = (
                 max(sizes.at_steps),
                 sizes.tuning_tasks,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import overload
 
 import torch
 import torch.nn.functional as F
@@ -11,28 +12,43 @@ from torch import Tensor, nn
 from fomaml.episodes import TaskSequence
 from fomaml.errors import InputError
 from fomaml.evaluate import batches, judged
-from fomaml.metrics import Asked, metric_for
+from fomaml.metrics import Asked, as_asked, metrics_for
 from fomaml.tasks import Task, are_labels, singles
 from fomaml.trees import Tree
 
 
+@overload
 def nearest_centroid(
     episodes: TaskSequence, *, tasks: int = 1000, tasks_at_once: int = 100, metric: Asked = "accuracy"
-) -> Tensor:
+) -> Tensor: ...
+@overload
+def nearest_centroid(
+    episodes: TaskSequence, *, tasks: int = 1000, tasks_at_once: int = 100, metric: list[Asked]
+) -> dict[str, Tensor]: ...
+def nearest_centroid(
+    episodes: TaskSequence,
+    *,
+    tasks: int = 1000,
+    tasks_at_once: int = 100,
+    metric: Asked | list[Asked] = "accuracy",
+) -> Tensor | dict[str, Tensor]:
     """(tasks,) float64 scores of the class whose mean support input is nearest, in Euclidean distance.
 
     metric: as in `evaluate`, of outputs that are the distances times -1; there is no loss. Labels of -100 are left out.
+        Of a list of metrics the scores of each, by name.
 
     Raises:
         InputError: targets that are no labels, one for each example.
     """
-    found = []
-    score = metric_for(F.cross_entropy, metric)
+    metrics = metrics_for(F.cross_entropy, metric)
+    found: dict[str, list[Tensor]] = {each.name: [] for each in metrics}
     for batch in batches(episodes, tasks, tasks_at_once, nn.Identity()):
         for own in [batch] if isinstance(batch, Task) else singles(batch):
-            scored = judged(episodes, score, _nearness(own), own.query.targets)
-            found.append(scored.double().cpu())
-    return torch.cat(found)
+            nearness = _nearness(own)
+            for each in metrics:
+                scored = judged(episodes, each, nearness, own.query.targets)
+                found[each.name].append(scored.double().cpu())
+    return as_asked(metric, {name: torch.cat(parts) for name, parts in found.items()})
 
 
 def _nearness(tasks: Task) -> Tensor:

@@ -7,19 +7,21 @@ how the two are weighted.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Generic, overload
 
 import torch
 from torch import Tensor
 
 from fomaml.baselines.fitting import ESTIMATORS, Fitting, Kind, made, takes_weights
+from fomaml.baselines.networks import Scores
 from fomaml.baselines.pool import LOOKED_AT, Pool, is_renumbered, tasks_of
 from fomaml.baselines.rows import Features
 from fomaml.episodes import TaskSequence
 from fomaml.errors import InputError, whole
 from fomaml.evaluate import judged
 from fomaml.learning.contracts import Criterion
-from fomaml.metrics import Asked
+from fomaml.metrics import Asked, as_asked
 from fomaml.tuning import Choice, Space, Trial, search
 
 TASKS_AT_ONCE = 100  # that are drawn together
@@ -28,14 +30,18 @@ TASKS_AT_ONCE = 100  # that are drawn together
 SHARES = (0.0, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 0.9, 1.0)
 
 
-class Chosen(NamedTuple):
-    """A baseline's (tasks,) scores, and the settings that it was tuned to: those of the estimator, and `share`."""
+@dataclass(frozen=True)
+class Chosen(Generic[Scores]):
+    """A baseline's (tasks,) scores, of a list of metrics by name, and the settings that it was tuned to: those of the
+    estimator, and `share`.
+    """
 
-    scores: Tensor
+    scores: Scores
     settings: dict[str, Any]
     trials: list[Trial]
 
 
+@overload
 def fit_estimator(
     estimator: str | Any,
     episodes: TaskSequence,
@@ -47,7 +53,32 @@ def fit_estimator(
     tasks: int = 1000,
     criterion: Criterion | None = None,
     metric: Asked = None,
-) -> Tensor:
+) -> Tensor: ...
+@overload
+def fit_estimator(
+    estimator: str | Any,
+    episodes: TaskSequence,
+    *,
+    pool: Pool | None = None,
+    share: float | None = 0.5,
+    options: Mapping[str, Any] | None = None,
+    features: Features | None = None,
+    tasks: int = 1000,
+    criterion: Criterion | None = None,
+    metric: list[Asked],
+) -> dict[str, Tensor]: ...
+def fit_estimator(
+    estimator: str | Any,
+    episodes: TaskSequence,
+    *,
+    pool: Pool | None = None,
+    share: float | None = 0.5,
+    options: Mapping[str, Any] | None = None,
+    features: Features | None = None,
+    tasks: int = 1000,
+    criterion: Criterion | None = None,
+    metric: Asked | list[Asked] = None,
+) -> Tensor | dict[str, Tensor]:
     """(tasks,) float64 scores of an estimator that is fitted anew for each task.
 
     It sees each example as one row of numbers: all tensors of the inputs side by side, flattened, those of whole
@@ -63,7 +94,8 @@ def fit_estimator(
     features: (inputs) → (examples, ...), what the estimator sees instead: a frozen backbone. A module is called in
         evaluation mode.
     criterion, metric: as in `evaluate`; by default the cross-entropy of labels, the squared error of numbers. Outputs
-        are log-probabilities where the estimator has probabilities, else what its `decision_function` gives.
+        are log-probabilities where the estimator has probabilities, else what its `decision_function` gives. Of a list
+        of metrics the scores of each, by name, of one fit.
 
     Raises:
         InputError: scikit-learn is not installed; targets that are neither one label for each example nor numbers; a
@@ -77,20 +109,21 @@ def fit_estimator(
     [first] = tasks_of(episodes, 0, 1, LOOKED_AT)
     of = Kind(first.support.targets, criterion, metric)
     fitting = Fitting(estimator, of, pool, share, dict(options or {}), features)
-    found = []
+    found: dict[str, list[Tensor]] = {each.name: [] for each in of.metrics}
     tasks = whole("tasks", tasks, 1)
     for start in range(0, tasks, TASKS_AT_ONCE):
         few = min(TASKS_AT_ONCE, tasks - start)
         for number, task in enumerate(tasks_of(episodes, start, few, LOOKED_AT), start):
             group = getattr(episodes, "group", lambda number: None)(number)
             outputs = fitting.outputs(task, group)
-            scored = judged(
-                episodes, of.metric, outputs[None], task.query.targets[None], of.losses(outputs, task)
-            )
-            found.append(scored.double().cpu())
-    return torch.cat(found)
+            losses = of.losses(outputs, task)
+            for each in of.metrics:
+                scored = judged(episodes, each, outputs[None], task.query.targets[None], losses)
+                found[each.name].append(scored.double().cpu())
+    return as_asked(metric, {name: torch.cat(parts) for name, parts in found.items()})
 
 
+@overload
 def tune_estimator(
     estimator: str | Any,
     tuning_episodes: TaskSequence,
@@ -105,22 +138,55 @@ def tune_estimator(
     criterion: Criterion | None = None,
     metric: Asked = None,
     features: Features | None = None,
-) -> Chosen:
+) -> Chosen[Tensor]: ...
+@overload
+def tune_estimator(
+    estimator: str | Any,
+    tuning_episodes: TaskSequence,
+    episodes: TaskSequence,
+    *,
+    trials: int = 20,
+    seed: int = 0,
+    space: Space | None = None,
+    pool: Pool | None = None,
+    tasks: int = 1000,
+    tuning_tasks: int = 100,
+    criterion: Criterion | None = None,
+    metric: list[Asked],
+    features: Features | None = None,
+) -> Chosen[dict[str, Tensor]]: ...
+def tune_estimator(
+    estimator: str | Any,
+    tuning_episodes: TaskSequence,
+    episodes: TaskSequence,
+    *,
+    trials: int = 20,
+    seed: int = 0,
+    space: Space | None = None,
+    pool: Pool | None = None,
+    tasks: int = 1000,
+    tuning_tasks: int = 100,
+    criterion: Criterion | None = None,
+    metric: Asked | list[Asked] = None,
+    features: Features | None = None,
+) -> Chosen[Any]:
     """`fit_estimator` with the best settings on other episodes, out of so many trials of `fomaml.tuning`.
 
     space: of the options, and of `share`; by default that of the estimator's name, and `SHARES` where there is a pool,
         or the pool alone, the support set alone, and all examples alike for an estimator that takes no weights.
+    metric: of a list the first one is tuned by.
 
     Raises:
         InputError: as `fit_estimator`; nothing to tune.
     """
     [first] = tasks_of(tuning_episodes, 0, 1, LOOKED_AT)
     of = Kind(first.support.targets, criterion, metric)
+    leading = of.metrics[0]
     if space is None:
         space = space_of(estimator, of.classes, pool)
     alone = {"share": 1.0 if pool is None else 0.5}
 
-    def run(settings: Mapping[str, Any], episodes: TaskSequence, tasks: int) -> Tensor:
+    def run(settings: Mapping[str, Any], episodes: TaskSequence, tasks: int, metric: Any) -> Any:
         own = alone | dict(settings)
         return fit_estimator(
             estimator, episodes, pool=pool, share=own.pop("share"), options=own, features=features, tasks=tasks,
@@ -128,15 +194,15 @@ def tune_estimator(
         )  # fmt: skip
 
     if not space:
-        return Chosen(run({}, episodes, tasks), {}, [])
+        return Chosen(run({}, episodes, tasks, metric), {}, [])
     best, tried = search(
         space,
         trials,
-        lambda settings: run(settings, tuning_episodes, tuning_tasks).mean().item(),
-        direction=of.metric.direction,
+        lambda settings: run(settings, tuning_episodes, tuning_tasks, leading).mean().item(),
+        direction=leading.direction,
         seed=seed,
     )
-    return Chosen(run(best.settings, episodes, tasks), best.settings, tried)
+    return Chosen(run(best.settings, episodes, tasks, metric), best.settings, tried)
 
 
 def space_of(estimator: str | Any, classes: bool, pool: Pool | None) -> Space:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ from fomaml.choices import nearest_first
 from fomaml.errors import InputError, shown
 from fomaml.learning.contracts import Criterion
 from fomaml.learning.mistakes import as_numbers
-from fomaml.metrics import LOSS, METRICS, Asked, Metric, OfModel, ignored_label, metric_for, threshold_of
+from fomaml.metrics import LOSS, METRICS, Asked, Metric, OfModel, ignored_label, metrics_for, threshold_of
 from fomaml.tasks import Task, are_labels
 from fomaml.trees import Tree
 from fomaml.tuning import Choice, LogUniform, Space
@@ -64,19 +64,19 @@ ESTIMATORS: dict[str, Estimator] = {
 
 
 class Kind:
-    """What tasks ask for: classes or numbers, by which criterion, judged by which metric.
+    """What tasks ask for: classes or numbers, by which criterion, judged by which metrics.
 
     targets: of the support set of one of them.
     """
 
-    def __init__(self, targets: Tree, criterion: Criterion | None, metric: Asked):
+    def __init__(self, targets: Tree, criterion: Criterion | None, metric: Asked | Sequence[Asked]):
         self.criterion: Any = default_criterion(targets) if criterion is None else criterion
-        self.metric: Metric = metric_for(self.criterion, metric)
-        if isinstance(self.metric.score, OfModel):
-            raise InputError(
-                f"the metric {self.metric.name!r} is of a model, and an estimator is none: take one of outputs and "
-                "targets"
-            )
+        self.metrics: list[Metric] = metrics_for(self.criterion, metric)
+        for own in self.metrics:
+            if isinstance(own.score, OfModel):
+                raise InputError(
+                    f"the metric {own.name!r} is of a model, and an estimator is none: take one of outputs and targets"
+                )
         if not isinstance(targets, Tensor):
             raise InputError("an estimator takes one tensor of targets, and these are nested")
         # of a binary cross-entropy, whose targets are numbers, and classes all the same
@@ -103,8 +103,8 @@ class Kind:
         return labels, np.flatnonzero(labels != ignored)
 
     def losses(self, outputs: Tensor, task: Task) -> Tensor | None:
-        """(1,) the criterion, of the outputs of a query set, where the metric may ask for it."""
-        if self.metric.name in METRICS and self.metric.name != LOSS.name:
+        """(1,) the criterion, of the outputs of a query set, where a metric may ask for it."""
+        if all(metric.name in METRICS and metric.name != LOSS.name for metric in self.metrics):
             return None
         targets = self._numbers(task.query.targets)
         outputs = outputs.to(targets.dtype if targets.is_floating_point() else torch.get_default_dtype())

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,7 @@ from fomaml.learning.contracts import (
 from fomaml.learning.forward import Forward, called
 from fomaml.learning.learner import Choices
 from fomaml.learning.mistakes import checked_loss, checked_outputs, selected, targets_for
-from fomaml.metrics import Asked, Metric
+from fomaml.metrics import Asked, Metric, as_asked
 from fomaml.scoring import metrics_of
 from fomaml.streams import check_sequence
 from fomaml.tasks import Batch, Examples, are_labels, count_of
@@ -39,18 +40,24 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-class Tuned(NamedTuple):
-    """A baseline's (tasks,) scores, and the inner step size and count that it was tuned to.
+Scores = TypeVar("Scores", Tensor, dict[str, Tensor])
+
+
+@dataclass(frozen=True)
+class Tuned(Generic[Scores]):
+    """A baseline's (tasks,) scores, of a list of metrics by name, and the inner step size and count that it was tuned
+    to.
 
     trials: of a search, those that were made for it.
     """
 
-    scores: Tensor
+    scores: Scores
     inner_lr: float
     steps: int
     trials: Sequence[Trial] = ()
 
 
+@overload
 def unadapted(
     model: nn.Module,
     episodes: TaskSequence,
@@ -60,16 +67,42 @@ def unadapted(
     criterion: Criterion | None = None,
     metric: Asked = None,
     **choices: Unpack[Choices],
-) -> Tensor:
+) -> Tensor: ...
+@overload
+def unadapted(
+    model: nn.Module,
+    episodes: TaskSequence,
+    *,
+    tasks: int = 1000,
+    statistics: Statistics = "own",
+    criterion: Criterion | None = None,
+    metric: list[Asked],
+    **choices: Unpack[Choices],
+) -> dict[str, Tensor]: ...
+def unadapted(
+    model: nn.Module,
+    episodes: TaskSequence,
+    *,
+    tasks: int = 1000,
+    statistics: Statistics = "own",
+    criterion: Criterion | None = None,
+    metric: Asked | list[Asked] = None,
+    **choices: Unpack[Choices],
+) -> Tensor | dict[str, Tensor]:
     """(tasks,) float64 scores of a model as it is, without adaptation.
 
     It is for tasks that share their classes or their function; where classes are numbered anew it can but guess.
     choices, statistics, metric: as of `fine_tune`.
     """
     learner = FOMAML(model, 1.0, 1, criterion, **choices)
-    return evaluate(learner, episodes, tasks=tasks, at_steps=[0], statistics=statistics, metric=metric)[0]
+    own = metrics_of(learner, metric if isinstance(metric, list) else [metric])
+    found = evaluate(
+        learner, episodes, tasks=tasks, at_steps=[0], statistics=statistics, metric=list[Asked](own)
+    )
+    return as_asked(metric, {name: scores[0] for name, scores in found.items()})
 
 
+@overload
 def fine_tune(
     model: nn.Module | Callable[[int], nn.Module],
     tuning_episodes: TaskSequence,
@@ -85,7 +118,40 @@ def fine_tune(
     criterion: Criterion | None = None,
     metric: Asked = None,
     **choices: Unpack[Choices],
-) -> Tuned:
+) -> Tuned[Tensor]: ...
+@overload
+def fine_tune(
+    model: nn.Module | Callable[[int], nn.Module],
+    tuning_episodes: TaskSequence,
+    episodes: TaskSequence,
+    *,
+    tasks: int = 1000,
+    tuning_tasks: int = 100,
+    inner_lrs: Sequence[float] = (0.001, 0.003, 0.01, 0.03, 0.1),
+    at_steps: Sequence[int] = (5, 20, 50, 100),
+    trials: int | None = None,
+    seed: int = 0,
+    statistics: Statistics = "own",
+    criterion: Criterion | None = None,
+    metric: list[Asked],
+    **choices: Unpack[Choices],
+) -> Tuned[dict[str, Tensor]]: ...
+def fine_tune(
+    model: nn.Module | Callable[[int], nn.Module],
+    tuning_episodes: TaskSequence,
+    episodes: TaskSequence,
+    *,
+    tasks: int = 1000,
+    tuning_tasks: int = 100,
+    inner_lrs: Sequence[float] = (0.001, 0.003, 0.01, 0.03, 0.1),
+    at_steps: Sequence[int] = (5, 20, 50, 100),
+    trials: int | None = None,
+    seed: int = 0,
+    statistics: Statistics = "own",
+    criterion: Criterion | None = None,
+    metric: Asked | list[Asked] = None,
+    **choices: Unpack[Choices],
+) -> Tuned[Any]:
     """Train a model on each support set by gradient descent; step size and count tuned on other episodes.
 
     tuning_episodes: of validation tasks, or of training tasks. A model that was trained on their query sets takes
@@ -93,49 +159,69 @@ def fine_tune(
     trials: search so many pairs of a step size and a count, between the least and the greatest of `inner_lrs` and of
         `at_steps`, by `fomaml.tuning` with this seed. None: try all of `inner_lrs` at all of `at_steps`.
     choices: further arguments of `FOMAML`, such as `loss`, `output`, or `adapted` for the last layers alone.
-    statistics, metric: as in `evaluate`; the best is tuned for in the metric's direction.
+    statistics, metric: as in `evaluate`; the best is tuned for in the metric's direction. Of a list of metrics the
+        first one is tuned by, and the scores are of each, by name, of the same adaptation.
     model: the start for every task, or a function from a number to a fresh random start: then every
         hundred tasks get a start of their own.
     """
 
+    asked = metric if isinstance(metric, list) else [metric]
+    metrics = metrics_of(FOMAML(nn.Linear(1, 1), 1.0, 1, criterion, loss=choices.get("loss")), asked)
+    first = metrics[0]
+
     def run(
-        episodes: TaskSequence, tasks: int, inner_lr: float, at_steps: Sequence[int]
-    ) -> dict[int, Tensor]:
+        episodes: TaskSequence, tasks: int, inner_lr: float, at_steps: Sequence[int], metrics: list[Metric]
+    ) -> dict[str, dict[int, Tensor]]:
         parts = []
         for number in range(math.ceil(tasks / 100)):
             start = model if isinstance(model, nn.Module) else model(number)
             learner = FOMAML(start, inner_lr, max(1, *at_steps), criterion, **choices)
             part = _Slice(episodes, 100 * number)
             few = min(100, tasks - 100 * number)
-            found = evaluate(learner, part, tasks=few, at_steps=at_steps, statistics=statistics, metric=score)
+            found = evaluate(
+                learner,
+                part,
+                tasks=few,
+                at_steps=at_steps,
+                statistics=statistics,
+                metric=list[Asked](metrics),
+            )
             parts.append(found)
-        return {steps: torch.cat([part[steps] for part in parts]) for steps in at_steps}
+        return {
+            metric.name: {
+                steps: torch.cat([part[metric.name][steps] for part in parts]) for steps in at_steps
+            }
+            for metric in metrics
+        }
+
+    def tuning(inner_lr: float, at_steps: Sequence[int]) -> dict[int, Tensor]:
+        return run(tuning_episodes, tuning_tasks, inner_lr, at_steps, [first])[first.name]
 
     def worth(found: Tensor) -> float:
         mean = found.mean().item()
-        return -math.inf if math.isnan(mean) else score.direction * mean  # nan: it has diverged
+        return -math.inf if math.isnan(mean) else first.direction * mean  # nan: it has diverged
 
-    score: Metric
-    [score] = metrics_of(FOMAML(nn.Linear(1, 1), 1.0, 1, criterion, loss=choices.get("loss")), [metric])
-    if trials is not None:
+    made: Sequence[Trial] = ()
+    if trials is None:
+        *_, fewest, inner_lr = max(
+            (worth(found), -steps, inner_lr)
+            for inner_lr in inner_lrs
+            for steps, found in tuning(inner_lr, at_steps).items()
+        )
+        steps = -fewest
+    else:
         space = {
             "inner_lr": LogUniform(min(inner_lrs), max(inner_lrs)),
             "steps": LogUniform(min(at_steps), max(at_steps), whole=True),
         }
 
         def mean_of(settings: dict[str, Any]) -> float:
-            steps = settings["steps"]
-            return run(tuning_episodes, tuning_tasks, settings["inner_lr"], [steps])[steps].mean().item()
+            return tuning(settings["inner_lr"], [settings["steps"]])[settings["steps"]].mean().item()
 
-        best, made = search(space, trials, mean_of, direction=score.direction, seed=seed)
+        best, made = search(space, trials, mean_of, direction=first.direction, seed=seed)
         inner_lr, steps = best.settings["inner_lr"], best.settings["steps"]
-        return Tuned(run(episodes, tasks, inner_lr, [steps])[steps], inner_lr, steps, made)
-    *_, fewest, inner_lr = max(
-        (worth(found), -steps, inner_lr)
-        for inner_lr in inner_lrs
-        for steps, found in run(tuning_episodes, tuning_tasks, inner_lr, at_steps).items()
-    )
-    return Tuned(run(episodes, tasks, inner_lr, [-fewest])[-fewest], inner_lr, -fewest)
+    tested = run(episodes, tasks, inner_lr, [steps], metrics)
+    return Tuned(as_asked(metric, {name: own[steps] for name, own in tested.items()}), inner_lr, steps, made)
 
 
 def pretrain(
