@@ -291,7 +291,9 @@ def numbers_of(frame: Any, whole: Any, names: list[str], origin: str, role: str)
     for place, name in enumerate(names):
         column = frame[name]
         if not _is_number(column):
-            raise InputError(_text(column, name, origin, role))
+            others = [f"{own!r}" for own in names[place + 1 :] if not _is_number(frame[own])]
+            more = f" (as do {', '.join(others)})" if others else ""
+            raise InputError(_text(column, name, origin, role) + more)
         numbers[:, place] = plain_column(column)
         wrong = ~np.isfinite(numbers[:, place])
         if wrong.any():
@@ -317,6 +319,9 @@ def _text(column: Any, name: str, origin: str, role: str) -> str:
     text = f"the {role} {name!r} of {origin} holds {what}, expected numbers: {where}"
     if not read.any():
         return f"{text}; it reads as numbers: convert it"
+    points = pd.to_numeric(pd.Series(values).str.replace(",", "."), errors="coerce").notna()
+    if points.all():
+        return f"{text}; it reads as numbers with a decimal comma: write a point"
     if read.sum() < len(values) / 2:
         return f"{text}, the first of {int(read.sum())} such rows of {len(values)}; mend them"
     if role == "target":
