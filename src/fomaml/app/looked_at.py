@@ -144,7 +144,7 @@ class _Parts:
             classes = None if self.regression else episodes.classes_of(index)
             self.classes.append(classes)
             group = episodes.group(index) if hasattr(episodes, "group") else None
-            self.names.append(f"task {index}" if group is None else f"task {index}, {group}")
+            self.names.append(f"task {index}" if group is None else f"task {index}, of {group}")
             targets = task.query.targets
             for point, of_tasks in outputs.items():
                 own = of_tasks[number]

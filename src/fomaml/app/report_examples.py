@@ -18,6 +18,7 @@ from fomaml.tasks import first
 
 SUPPORT, QUERY = 5, 12  # examples per class, and of a query set, that are shown
 ROWS = 10  # of a task whose examples are numbers
+NOTHING = 1e-6
 COLUMNS = 8  # numbers of an example
 LEAST_LENGTH = 8  # of a series
 LETTERS = 60  # of a name in a table
@@ -63,13 +64,15 @@ def _classes(task: TaskLooked, looked: Looked, settings: Settings) -> str:
     names = [text(name) for name in task.classes]
     support, query = task.task
     labels, truth = support.targets.tolist(), query.targets.tolist()
-    rows = []
     drawn = cells(support.inputs, settings, [f"support example of {names[label]}" for label in labels])
+    cards = []
     for label, name in enumerate(names):
         own = [number for number, other in enumerate(labels) if other == label]
         more = f" and {len(own) - SUPPORT} more" if len(own) > SUPPORT else ""
-        rows.append([name, "".join(_joined(drawn, number) for number in own[:SUPPORT]) + more])
-    found = table(["class", "support examples"], rows, "Support set: what the task is learned from")
+        examples = "".join(_joined(drawn, number) for number in own[:SUPPORT])
+        cards.append(f"<li>{examples}{more}<br>{name}</li>")
+    what = "Support set: what the task is learned from"
+    found = f'<p class="quiet">{what}</p><ul class="cards">{"".join(cards)}</ul>'
     some = _spread(len(truth), QUERY)
     drawn = cells(query.inputs, settings, [f"query example {number + 1}" for number in range(len(truth))])
     rows = [
@@ -97,7 +100,7 @@ def _guess(said: Tensor, true: int, names: list[str]) -> str:
     guess = int(said.argmax())
     mark = '<span class="right">✓ right</span>' if guess == true else '<span class="wrong">✗ wrong</span>'
     name = names[guess] if guess < len(names) else f"output {guess}"
-    return f"{mark} {name}, {100 * float(said[guess]):.0f} %"
+    return f"{mark}<br>{name}, {100 * float(said[guess]):.0f}&nbsp;%"
 
 
 # --- values ---------------------------------------------------------------------------------------
@@ -161,8 +164,14 @@ def _numbers(values: Tensor, names: list[str]) -> list[tuple[str, list[str]]]:
         names = ["x"] if values.shape[1] == 1 else [f"x{number}" for number in range(values.shape[1])]
     return [
         (text(name), [f"{value:.4g}" for value in own])
-        for name, own in zip(names[:COLUMNS], values.T[:COLUMNS].tolist())
+        # what is scaled and scaled back again is off by rounding
+        for name, own in zip(names[:COLUMNS], _rounded(values).T[:COLUMNS].tolist())
     ]
+
+
+def _rounded(values: Tensor) -> Tensor:
+    """Numbers that are nothing beside the largest of their column are 0."""
+    return values.where(values.abs() > NOTHING * values.abs().amax(0), 0.0)
 
 
 def _pictures(inputs: Tensor, told: list[str]) -> list[str]:

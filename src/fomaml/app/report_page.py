@@ -53,16 +53,15 @@ class Page:
     missing: str
     weights: Weights
 
-    def figure(self, name: str, draw: Callable[[], Any], narrow: bool = False) -> str:
+    def figure(self, name: str, draw: Callable[[], Any]) -> str:
         """A plot with its caption; nothing where there is nothing to draw."""
         drawn = draw()
         if drawn is None:
             return ""
         svg, told = plots.saved(name, self.folder, lambda: drawn)
-        svg = svg.replace('<svg aria-hidden="true"', f'<svg role="img" aria-label="{text(told, 2000)}"', 1)
+        svg = svg.replace("<svg", f'<svg role="img" aria-label="{text(told, 2000)}"', 1)
         links = f'<a href="{name}.png">PNG</a> <a href="{name}.svg">SVG</a>'
-        kind = ' class="narrow"' if narrow else ""
-        return f"<figure{kind}>{svg}<figcaption>{text(told, 2000)} {links}</figcaption></figure>"
+        return f"<figure>{svg}<figcaption>{text(told, 2000)} {links}</figcaption></figure>"
 
 
 def report(options: ReportOptions, say: Callable[[str], None] = lambda line: None) -> Path:
@@ -194,16 +193,17 @@ def _tasks(made: Page) -> str:
     if looked is None:
         return _left_out(made.missing)
     metric = looked.metric
-    parts = [
-        "<p>The first tasks of the test, not chosen by hand, and the one with the worst score of "
-        f"{len(looked.names)}.</p>"
-    ]
+    after = looked.scores[looked.steps]
+    worst = looked.worst(1)[0] if after.min() < after.max() else None
+    told = "The first tasks of the test, as they come"
+    told += f", and the one of {len(looked.names)} with the worst score" if worst is not None else ""
+    parts = [f"<p>{told}.</p>"]
     for task in looked.shown:
-        worst = ", the worst of all" if task.number == looked.worst(1)[0] else ""
-        told = f"{text(looked.names[task.number])[0].upper()}{text(looked.names[task.number])[1:]}{worst}"
+        name = looked.names[task.number]
+        name = text(name[:1].upper() + name[1:]) + (", the worst of all" if task.number == worst else "")
         unit = f" {metric.unit}" if metric.unit else ""
         gain = f"{_score(made, task.before)}{unit} before, {_score(made, task.after)}{unit} after {looked.steps} steps"
-        parts.append(f"<h3>{told}</h3>\n<p>{text(metric.name)}: {gain}.</p>")
+        parts.append(f"<h3>{name}</h3>\n<p>{text(metric.name)}: {gain}.</p>")
         if task.curve is not None:
             draw = partial(plots.curve, task, looked.targets[0])
             parts.append(made.figure(f"task-{task.number}", draw))
@@ -235,7 +235,7 @@ def _wrong(made: Page) -> str:
     if looked.truth is not None:
         for number in range(min(TARGETS, looked.truth.shape[1])):
             draw = partial(plots.predicted, looked, number)
-            parts.append(made.figure(f"predicted-{number}", draw, narrow=True))
+            parts.append(made.figure(f"predicted-{number}", draw))
         return "\n".join(parts)
     matrix = made.figure("confusion", lambda: plots.confusion(looked))
     errors = [(pair, count) for pair, count in looked.confusions.most_common() if pair[0] != pair[1]]
@@ -264,7 +264,7 @@ def _calibration(made: Page) -> str:
     if looked is not None and looked.truth is not None:
         return "<p>A run that predicts numbers tells no confidence.</p>"
     if looked is not None and looked.reliable:
-        parts.append(made.figure("calibration", lambda: plots.calibration(looked), narrow=True))
+        parts.append(made.figure("calibration", lambda: plots.calibration(looked)))
         parts.append(
             f"<p>On {len(looked.names)} test tasks, batch norms by the support set, as an adapted model is used.</p>"
         )

@@ -86,8 +86,9 @@ def _inline(svg: str, name: str) -> str:
     """The svg element alone, of no size of its own, in the page's colours; its ids are apart from those of others."""
     svg = svg[svg.index("<svg") :]
     start, rest = svg[: svg.index(">") + 1], svg[svg.index(">") + 1 :]
+    width = float(start.split('viewBox="0 0 ')[1].split()[0])
     start = re.sub(r' (?:xmlns(?::\w+)?|version|width|height)="[^"]*"', "", start)
-    start = start.replace("<svg", '<svg aria-hidden="true" focusable="false"')
+    start = start.replace("<svg", f'<svg style="max-width: {width / 10:.1f}rem"')
     # text of the run stands between tags: what is replaced is within them
     rest = re.sub(r"<[^>]*>", lambda tag: _of_page(tag[0], name), rest)
     return start + rest
@@ -112,7 +113,7 @@ def training(record: Record) -> tuple[Any, str]:
     """The meta-loss, and the scores before and after adaptation, over the iterations."""
     curves = record.curves()
     losses = curves.pop("meta-loss", [])
-    with drawing(columns=2) as (figure, (left, right)):
+    with drawing(height=3.4, columns=2) as (figure, (left, right)):
         if losses:
             x, y = zip(*losses)
             left.plot(x, y, color=BLUE, alpha=0.35, linewidth=1)
@@ -133,7 +134,7 @@ def training(record: Record) -> tuple[Any, str]:
                 right.plot(x, smooth(y), dash, color=colour, label=f"training, {name}")
         right.set(title=_sentence(record.measured), xlabel="iteration")
         if right.get_legend_handles_labels()[0]:
-            right.legend()
+            figure.legend(loc="outside lower right", ncols=3)
     told = [
         f"{name} from {points[0][1]:.3g} to {points[-1][1]:.3g}"
         for name, points in {"meta-loss": losses, **curves}.items()
@@ -155,9 +156,9 @@ def steps(record: Record) -> tuple[Any, str]:
     """The score over inner steps, with the baselines as lines."""
     assert record.result is not None
     scale, result = record.metric.scale, record.result
-    own = [row for row in result["rows"] if "steps" in row and row["label"].startswith(result["name"])]
+    own = [row for row in result["rows"] if "steps" in row and row["label"].startswith(f"{result['name']}, ")]
     others = [row for row in result["rows"] if row not in own]
-    with drawing(height=3.6) as (figure, (axes,)):
+    with drawing(height=3.2 + 0.1 * len(others)) as (figure, (axes,)):
         x = [row["steps"] for row in own]
         y = [scale * row["mean"] for row in own]
         errors = [scale * row["interval"] if math.isfinite(row["interval"]) else 0 for row in own]
@@ -165,15 +166,21 @@ def steps(record: Record) -> tuple[Any, str]:
             x, y, yerr=errors, color=ORANGE, marker="o", capsize=3, label=short(result["name"], 30), zorder=5
         )
         for number, row in enumerate(others):
-            colour, dash = OF_BASELINES[number % len(OF_BASELINES)], DASHES[number % len(DASHES)]
+            count = len(OF_BASELINES)
+            colour, dash = OF_BASELINES[number % count], DASHES[(number + number // count) % len(DASHES)]
             axes.axhline(scale * row["mean"], color=colour, linestyle=dash, label=short(row["label"], 48))
         axes.set(title=_sentence(record.measured), xlabel="inner steps on the support set")
         axes.set_xticks(sorted(set(x)))
-        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
-    text = ", ".join(
-        f"{row['label']} {record.metric.text(row['mean'], row['interval'])}" for row in result["rows"]
+        if others:
+            handles, labels = axes.get_legend_handles_labels()
+            figure.legend(
+                handles[-1:] + handles[:-1], labels[-1:] + labels[:-1], loc="outside lower left", ncols=2
+            )
+    lines = "; level lines are the baselines" if others else ""
+    return (
+        figure,
+        f"{result['name']} on unseen tasks, by the number of inner steps{lines}. The table has the numbers.",
     )
-    return figure, f"Score by inner steps, baselines as level lines: {text}."
 
 
 def pace(record: Record) -> tuple[Any, str] | None:
@@ -252,10 +259,7 @@ def confusion(looked: Looked) -> tuple[Any, str] | None:
         axes.set_xlabel("what it was taken for, in % of the true class")
         axes.grid(False)
     right = sum(number for (true, guess), number in looked.confusions.items() if true == guess)
-    return (
-        figure,
-        f"Confusion matrix: {right} of {counts.sum()} query examples on the diagonal; the table below lists the rest.",
-    )
+    return (figure, f"Confusion matrix: {right} of {counts.sum()} query examples are on the diagonal.")
 
 
 def predicted(looked: Looked, target: int) -> tuple[Any, str]:

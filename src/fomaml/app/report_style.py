@@ -26,9 +26,8 @@ nav ul { display: flex; flex-wrap: wrap; gap: 0.25rem 1.25rem; padding: 0; list-
 .quiet, figcaption, caption, summary { color: var(--quiet); font-size: 0.9rem; }
 .left-out { border-left: 4px solid var(--orange); background: var(--soft); padding: 0.6rem 0.9rem; }
 figure { margin: 1rem 0; }
-figure > svg { display: block; width: 100%; max-width: 52rem; height: auto; color: var(--ink); }
+figure > svg { display: block; width: 100%; height: auto; color: var(--ink); }
 figure > svg text { font-family: system-ui, sans-serif !important; }
-figure.narrow > svg { max-width: 32rem; }
 .wide { overflow-x: auto; margin: 1rem 0; }
 table { border-collapse: collapse; font-size: 0.9rem; }
 caption { text-align: left; padding-bottom: 0.3rem; }
@@ -42,6 +41,8 @@ td img, th img { margin: 2px 4px 2px 0; vertical-align: middle; border: 1px soli
 img.small { image-rendering: pixelated; }
 svg.series { vertical-align: middle; margin: 2px 6px 2px 0; border: 1px solid var(--line); }
 svg.series polyline { fill: none; stroke-width: 1.5; }
+.cards { display: flex; flex-wrap: wrap; gap: 0.75rem 1.25rem; padding: 0; list-style: none; font-size: 0.9rem; }
+.cards li { max-width: 20rem; }
 .row { display: inline-block; margin-right: 1.2rem; }
 .right { color: var(--right); font-weight: 600; white-space: nowrap; }
 .wrong { color: var(--wrong); font-weight: 600; white-space: nowrap; }
