@@ -221,17 +221,23 @@ def _wrong(made: Page) -> str:
     if looked is None:
         return _left_out(made.missing)
     parts = [made.figure("scores", lambda: plots.scores(looked))]
+    after, direction = looked.scores[looked.steps], looked.metric.direction
+    best = float((direction * after).max())
     rows = [
         [
             text(looked.names[number]),
             *(_score(made, float(looked.scores[k][number])) for k in (0, looked.steps)),
         ]
         for number in looked.worst(LISTED)
+        if not direction * float(after[number]) >= best  # a score that is no number too
     ]
-    unit = f" in {looked.metric.unit}" if looked.metric.unit else ""
-    headings = ["task", "before adaptation", f"after {looked.steps} steps"]
-    caption = f"The worst of {len(looked.names)} tasks, {text(looked.metric.name)}{unit}"
-    parts.append(table(headings, rows, caption, numbers=True))
+    if rows:
+        unit = f" in {looked.metric.unit}" if looked.metric.unit else ""
+        headings = ["task", "before adaptation", f"after {looked.steps} steps"]
+        caption = f"The worst of {len(looked.names)} tasks, {text(looked.metric.name)}{unit}"
+        parts.append(table(headings, rows, caption, numbers=True))
+    else:
+        parts.append(f"<p>All {len(looked.names)} tasks have the same score after adaptation.</p>")
     if looked.truth is not None:
         for number in range(min(TARGETS, looked.truth.shape[1])):
             draw = partial(plots.predicted, looked, number)

@@ -26,6 +26,7 @@ OF_BASELINES = (GREEN, VIOLET, "#b8568f", "#8a7a1f", GREY, "#3a8f9c")
 DASHES = ("--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (1, 2)))
 MOST_CLASSES = 24  # of a matrix that is still read
 LETTERS = 22
+LEAST_WIDTH = 30  # rem: on a narrower screen a plot is scrolled, so that its text is read
 STYLE = {
     "svg.fonttype": "none",  # text is text: it is searched, read aloud, and takes the page's font
     "svg.hashsalt": "fomaml",
@@ -88,7 +89,9 @@ def _inline(svg: str, name: str) -> str:
     start, rest = svg[: svg.index(">") + 1], svg[svg.index(">") + 1 :]
     width = float(start.split('viewBox="0 0 ')[1].split()[0])
     start = re.sub(r' (?:xmlns(?::\w+)?|version|width|height)="[^"]*"', "", start)
-    start = start.replace("<svg", f'<svg style="max-width: {width / 10:.1f}rem"')
+    start = start.replace(
+        "<svg", f'<svg style="max-width: {width / 10:.1f}rem; min-width: min({width / 10:.1f}rem, 30rem)"'
+    )
     # text of the run stands between tags: what is replaced is within them
     rest = re.sub(r"<[^>]*>", lambda tag: _of_page(tag[0], name), rest)
     return start + rest

@@ -25,7 +25,7 @@ nav ul { display: flex; flex-wrap: wrap; gap: 0.25rem 1.25rem; padding: 0; list-
 .figure { font-size: 2.2rem; font-weight: 600; margin: 0.5rem 0 0; }
 .quiet, figcaption, caption, summary { color: var(--quiet); font-size: 0.9rem; }
 .left-out { border-left: 4px solid var(--orange); background: var(--soft); padding: 0.6rem 0.9rem; }
-figure { margin: 1rem 0; }
+figure { margin: 1rem 0; overflow-x: auto; }
 figure > svg { display: block; width: 100%; height: auto; color: var(--ink); }
 figure > svg text { font-family: system-ui, sans-serif !important; }
 .wide { overflow-x: auto; margin: 1rem 0; }
