@@ -182,7 +182,7 @@ def command(settings: Settings) -> str:
     asked: dict[str, Any] = {"source": settings.source}
     asked |= {name: wanted[name] for name in ("preset", *OF_READING) if wanted[name] not in (None, False)}
     # what these bring with them changes what the others are by default
-    leaders = ("algorithm", "question", "shots", "ways", "iterations", "query_shots")
+    leaders = ("kind", "algorithm", "question", "shots", "ways", "iterations", "query_shots")
     order = [*leaders, *sorted(wanted.keys() - {*leaders, *FOLLOWING, "validation_tasks"})]
     order += [*(name for name in FOLLOWING if name in wanted), "validation_tasks"]
     try:
