@@ -22,6 +22,7 @@ from fomaml.app.run_record import Record, command, read_record, settings_rows
 from fomaml.app.rundir import LAST, WEIGHTS, load_run
 from fomaml.app.scores import metric_in
 from fomaml.app.settings import Weights
+from fomaml.app.sources import source_of
 from fomaml.choices import check_choice
 from fomaml.errors import InputError, positive, whole
 from fomaml.files import write_text
@@ -267,7 +268,7 @@ def _wrong(made: Page) -> str:
 def _calibration(made: Page) -> str:
     looked, known = made.looked, made.record.calibrations
     parts = []
-    if looked is not None and looked.truth is not None:
+    if source_of(made.record.settings).kind == "regression":
         return "<p>A run that predicts numbers tells no confidence.</p>"
     if looked is not None and looked.reliable:
         parts.append(made.figure("calibration", lambda: plots.calibration(looked)))

@@ -136,6 +136,8 @@ def training(record: Record) -> tuple[Any, str]:
                 right.plot(x, y, "-", color=colour, alpha=0.3, linewidth=1)
                 right.plot(x, smooth(y), dash, color=colour, label=f"training, {name}")
         right.set(title=_sentence(record.measured), xlabel="iteration")
+        for axes in (left, right):
+            axes.locator_params("x", integer=True)
         if right.get_legend_handles_labels()[0]:
             figure.legend(loc="outside lower right", ncols=3)
     told = [
@@ -198,7 +200,8 @@ def pace(record: Record) -> tuple[Any, str] | None:
     with drawing(height=2.4) as (figure, (axes,)):
         axes.plot(iterations[1:][keep], each, drawstyle="steps-pre", color=BLUE)
         axes.set(title="Milliseconds of training per iteration", xlabel="iteration")
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.1 * each.max() or 1)
+        axes.locator_params("x", integer=True)
     middle = float(np.median(each))
     return (
         figure,
@@ -225,6 +228,7 @@ def scores(looked: Looked) -> tuple[Any, str]:
             axes.hist(values[np.isfinite(values)], bins, color=colour, alpha=0.6, label=name, hatch=hatch)
         unit = f" in {looked.metric.unit}" if looked.metric.unit else ""
         axes.set(title="Tasks by their score", xlabel=f"{looked.metric.name}{unit}", ylabel="tasks")
+        axes.locator_params("y", integer=True)
         axes.legend()
     ends = [
         f"{name} from {scale * float(s.min()):.3g} to {scale * float(s.max()):.3g}"
