@@ -32,8 +32,15 @@ from fomaml.app.report import align
 from fomaml.app.rundir import load_run, load_settings
 from fomaml.app.search import asked as asked_search
 from fomaml.app.search import resumed
-from fomaml.app.serve_commands import evaluate_adapted, is_adapted, run_adapt, run_calibrate, run_predict
-from fomaml.app.serve_options import AdaptOptions, CalibrateOptions, PredictOptions
+from fomaml.app.serve_commands import (
+    evaluate_adapted,
+    is_adapted,
+    run_adapt,
+    run_calibrate,
+    run_export,
+    run_predict,
+)
+from fomaml.app.serve_options import AdaptOptions, CalibrateOptions, ExportOptions, PredictOptions
 from fomaml.app.session import train_run
 from fomaml.app.settings import BaselineSize, Part, Settings, TestAugmentation, Weights
 from fomaml.app.settle import check_below, check_seed, check_steps, settle_with_origins
@@ -258,6 +265,7 @@ COMMANDS = {
     "evaluate": Command(EvaluateOptions, _evaluate),
     "adapt": Command(AdaptOptions, run_adapt),
     "predict": Command(PredictOptions, run_predict),
+    "export": Command(ExportOptions, run_export),
     "calibrate": Command(CalibrateOptions, run_calibrate),
     "compare": Command(CompareOptions, _compare),
     "tune": Command(TuneOptions, _tune),

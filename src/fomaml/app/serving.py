@@ -32,6 +32,7 @@ from fomaml.errors import InputError, whole
 from fomaml.files import file_digest, load_tensors, write_text
 from fomaml.learning.learner import MetaLearner
 from fomaml.serve.adapted import AdaptedModel
+from fomaml.serve.export import signature
 from fomaml.serve.intake import Intake, Taken
 from fomaml.tasks import Examples
 
@@ -100,6 +101,7 @@ class Run:
                 "steps": count,
                 "statistics": statistics,
                 "support": _support(taken),
+                "inputs": signature(taken.inputs),
                 "calibration": None if found is None else found.told(count),
                 "figures": _figures(self.path),
             },

@@ -82,7 +82,7 @@ class Pictures:
 
     def inputs(self, given: Any) -> Taken:
         if isinstance(given, Tensor):
-            return Taken(self._ready(given), [str(number) for number in range(len(given))])
+            return Taken(self.ready(given), [str(number) for number in range(len(given))])
         decoder = Decoder((self.height, self.width), "L" if self.channels == 1 else "RGB", self.filter)
         names, images = [], []
         for number, own in enumerate(self._several(given)):
@@ -91,7 +91,7 @@ class Pictures:
             images.append(decoder.image(Path(names[-1]), file))
         if not images:
             raise InputError("no pictures given")
-        return Taken(self._ready(torch.from_numpy(np.stack(images))), names)
+        return Taken(self.ready(torch.from_numpy(np.stack(images))), names)
 
     def labelled(self, given: Any) -> Taken:
         if isinstance(given, str | os.PathLike):
@@ -109,7 +109,8 @@ class Pictures:
         taken = self.inputs(inputs)
         return taken._replace(labels=_texts(labels, len(taken.names)))
 
-    def _ready(self, images: Tensor) -> Tensor:
+    def ready(self, images: Tensor) -> Tensor:
+        """Pictures (examples, channels, height, width) of uint8 scaled as the model takes them; floating ones are."""
         shape = self.channels, self.height, self.width
         if images.dim() != 4 or tuple(images.shape[1:]) != shape:
             raise InputError(
