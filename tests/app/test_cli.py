@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from commands import refused
-from fomaml.app import rivals
+from fomaml.app import pretrained, rivals
 from fomaml.app.cli import main
 from fomaml.app.rundir import load_run
 
@@ -99,7 +99,7 @@ def quick_baselines(monkeypatch):
         return fine_tune(*data, statistics=statistics, **(options | quick))
 
     monkeypatch.setattr(rivals, "fine_tune", few)
-    monkeypatch.setattr(rivals, "pretrain", partial(rivals.pretrain, iterations=5))
+    monkeypatch.setattr(pretrained, "pretrain", partial(pretrained.pretrain, iterations=5))
     return asked
 
 
