@@ -213,7 +213,7 @@ def test_sinusoid_lowers_the_error(tmp_path, capsys):
         ),
         (["mnist", "--algorithm", "x"], "unknown algorithm 'x'; there are: fomaml, maml, "),
         (["mnist", "--question", "x"], "unknown question 'x'; there are: new-labels, new-digits"),
-        (["mnist", "--model", "x"], "unknown model 'x'; there are: mlp, conv4, conv4-strided"),
+        (["mnist", "--model", "x"], "unknown model 'x'; there are: mlp, linear, conv4, conv4-strided"),
         (["mnist", "--engine", "x"], "unknown engine 'x'; there are: auto, loop, batched, factored"),
         (["mnist", "--ways", "11"], "11 ways need 11 classes, but there are 10"),
         (["mnist", "--ways", "6", "--question", "new-digits"], "6 ways need 6 classes, but there are 5"),
