@@ -166,14 +166,14 @@ def test_a_run_on_vectors_is_that_of_its_network_by_hand(images, weights, tmp_pa
 def test_it_runs_once_over_the_data(images, weights, tmp_path, monkeypatch):
     options = ["--features-of", NAME, "--features-weights", weights, "--features-in", tmp_path / "kept"]
     first = train(images, tmp_path / "one", *options, "--no-baselines")
-    examples, made = [], frozen._network
+    examples, made = [], frozen.frozen_network
 
     def counted(*arguments):
         network = made(*arguments)
         network.register_forward_pre_hook(lambda module, inputs: examples.append(len(inputs[0])))
         return network
 
-    monkeypatch.setattr(frozen, "_network", counted)
+    monkeypatch.setattr(frozen, "frozen_network", counted)
     again = train(images, tmp_path / "two", *options, "--no-baselines")
     assert examples == [1] * 9  # three of each part are compared
     assert again["rows"] == first["rows"]

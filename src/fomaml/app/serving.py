@@ -214,8 +214,8 @@ def load_adapted(
     settings = named_again(
         recorded, root, model=model, accept_changed_code=accept_changed_code, going_on=False
     )
-    settings = dataclasses.replace(settings, device=device, model_weights=None)
-    module = _network(settings, facts["classes"])
+    settings = dataclasses.replace(settings, device=device)
+    module = _network(dataclasses.replace(settings, model_weights=None), facts["classes"])
     load_weights(root / WEIGHTS, module, facts)
     scaling = Scaling() if settings.facts is None else Scaling.from_dict(settings.facts["scaling"])
     told = {

@@ -20,7 +20,7 @@ from fomaml.files import replacing, save_tensors
 from fomaml.learning.forward import called
 from fomaml.learning.mistakes import selected
 from fomaml.serve.adapted import AdaptedModel
-from fomaml.serve.intake import Pictures
+from fomaml.serve.pictures import Pictures
 from fomaml.trees import Tree
 
 Form = Literal["onnx", "torch-export", "safetensors"]
