@@ -16,7 +16,7 @@ LAYERS = [
     {"learning"},
     {"engines"},
     {"features", "scoring", "train", "evaluate", "tuning", "baselines", "checkpoint"},
-    {"check"},
+    {"check", "serve"},
     {"app"},
     {"__init__", "__main__"},
 ]

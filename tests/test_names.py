@@ -86,6 +86,11 @@ def test_every_module_is_an_attribute():
     assert callable(fomaml.train) and callable(fomaml.evaluate)
 
 
+def test_functions_of_the_application_are_imported_when_they_are_asked_for():
+    assert alone(LOOK_UP, *(f"fomaml.{name}" for name in fomaml.LATE)) == []
+    assert {*fomaml.LATE} <= {*dir(fomaml)}
+
+
 def test_no_other_name_is():
     names = ["nothing", "data.nothing", "learning.nothing", "__wrapped__", "__main__", "engines.__nothing__"]
     for name, said in zip(names, alone(LOOK_UP, *(f"fomaml.{name}" for name in names)), strict=True):
@@ -111,11 +116,13 @@ def test_the_import_loads_little():
 
 
 def test_a_checker_of_types_is_told_of_every_module():
-    """Those that no function of the same name hides."""
+    """Those that no function of the same name hides, and of the functions that are imported when they are asked for."""
     tree = ast.parse((ROOT / "__init__.py").read_text(encoding="utf-8"))
     [told] = [node for node in tree.body if isinstance(node, ast.If)]
     names = {alias.name for line in told.body for alias in line.names}
-    assert names == {name.split(".")[1] for name in modules()} - {"train", "evaluate", "submodules"}
+    assert names == {name.split(".")[1] for name in modules()} - {"train", "evaluate", "submodules"} | {
+        *fomaml.LATE
+    }
 
 
 @pytest.mark.parametrize(

@@ -53,12 +53,16 @@ if TYPE_CHECKING:  # a checker of types is to know all modules, and no other nam
     from fomaml import metrics as metrics
     from fomaml import models as models
     from fomaml import scoring as scoring
+    from fomaml import serve as serve
     from fomaml import streams as streams
     from fomaml import tasks as tasks
     from fomaml import trees as trees
     from fomaml import tuning as tuning
+    from fomaml.app.serving import load_adapted as load_adapted
+    from fomaml.app.serving import load_run as load_run
 else:
-    __getattr__, __dir__ = submodules(__name__)
+    LATE = {"load_run": ("app.serving", "load_run"), "load_adapted": ("app.serving", "load_adapted")}
+    __getattr__, __dir__ = submodules(__name__, LATE)
 
 __all__ = [
     "ANIL", "BOIL", "CAVIA", "FOMAML", "MAML", "MLP", "SGD", "Adam", "BatchNorm", "ClassSource", "Conv4",

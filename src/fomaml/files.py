@@ -129,6 +129,11 @@ def load_tensors(
     return {name: tensor.to(device) for name, tensor in tensors.items()}, facts
 
 
+def file_digest(path: str | Path) -> str:
+    """The SHA-256 digest of a file's bytes."""
+    return hashlib.sha256(_file(path).read_bytes()).hexdigest()
+
+
 def settings_digest(settings: Mapping[str, Any]) -> str:
     """The SHA-256 digest of JSON-able settings, whatever the order of their names."""
     return hashlib.sha256(json.dumps(dict(settings), sort_keys=True).encode()).hexdigest()

@@ -32,6 +32,15 @@ from fomaml.app.report import align
 from fomaml.app.rundir import load_run, load_settings
 from fomaml.app.search import asked as asked_search
 from fomaml.app.search import resumed
+from fomaml.app.serve_commands import (
+    evaluate_adapted,
+    is_adapted,
+    run_adapt,
+    run_calibrate,
+    run_export,
+    run_predict,
+)
+from fomaml.app.serve_options import AdaptOptions, CalibrateOptions, ExportOptions, PredictOptions
 from fomaml.app.session import train_run
 from fomaml.app.settings import BaselineSize, Part, Settings, TestAugmentation, Weights
 from fomaml.app.settle import check_below, check_seed, check_steps, settle_with_origins
@@ -129,6 +138,13 @@ def settled(settings: Settings, origins: dict[str, str]) -> str:
 
 
 def _evaluate(options: EvaluateOptions) -> None:
+    if is_adapted(options.run):
+        _evaluate_adapted(options)
+        return
+    if options.query is not None:
+        raise InputError(
+            f"--query judges an adapted model, and {options.run} is a run: fomaml adapt makes one of it"
+        )
     for name in ("tasks", "ways", "shots", "query_shots", "copies"):
         if getattr(options, name) is not None:
             positive(typed(name), getattr(options, name), integer=True)
@@ -180,6 +196,15 @@ def _evaluate(options: EvaluateOptions) -> None:
         say=lambda line: print(line, file=sys.stderr, flush=True),
     )  # fmt: skip
     print(json.dumps(result, indent=2) if options.json else describe(result).rstrip())
+
+
+def _evaluate_adapted(options: EvaluateOptions) -> None:
+    asked = given(options)
+    kept = {name: asked.pop(name) for name in ("model", "device", "accept_changed_code") if name in asked}
+    path, query, as_json = asked.pop("run"), asked.pop("query", None), asked.pop("json", False)
+    if asked:
+        raise InputError(f"{path} holds an adapted model, which takes no {typed(next(iter(asked)))}")
+    evaluate_adapted(path, query, as_json, **kept)
 
 
 def _presets(options: PresetsOptions) -> None:
@@ -240,6 +265,10 @@ class Command(NamedTuple):
 COMMANDS = {
     "train": Command(TrainOptions, _train),
     "evaluate": Command(EvaluateOptions, _evaluate),
+    "adapt": Command(AdaptOptions, run_adapt),
+    "predict": Command(PredictOptions, run_predict),
+    "export": Command(ExportOptions, run_export),
+    "calibrate": Command(CalibrateOptions, run_calibrate),
     "compare": Command(CompareOptions, _compare),
     "tune": Command(TuneOptions, _tune),
     "data": Command(ShowOptions, _data),

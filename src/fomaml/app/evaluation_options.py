@@ -64,13 +64,17 @@ class MachineOptions:
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """Evaluate a run directory on unseen tasks.
+    """Evaluate a run directory on unseen tasks, or an adapted model on labelled inputs.
 
     Example: fomaml evaluate out/digits --tasks 2000 --json
+    Example: fomaml evaluate my/model --query my/labelled
     Example: fomaml evaluate docs/results/NAME --data-root my/omniglot --query-shots 15 --statistics own support
     """
 
-    run: Path = positional("the run directory", metavar="RUN")
+    run: Path = positional("the run directory, or the folder of an adapted model", metavar="RUN")
+    query: Path | None = option(
+        "the labelled inputs to judge an adapted model on, as `fomaml adapt --support`"
+    )
     model: str | None = option(
         "the run's model again, where it is your own: nothing is imported unless you name it"
     )

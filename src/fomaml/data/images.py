@@ -40,11 +40,13 @@ class Decoder:
     """Decodes images to one size and mode: "L" or "RGB".
 
     size: (height, width) to resize to; else all must have the size of the first one that is decoded or looked at.
+    filter: of Pillow, to resize with.
     """
 
-    def __init__(self, size: tuple[int, int] | None, mode: str):
+    def __init__(self, size: tuple[int, int] | None, mode: str, filter: str = "lanczos"):
         self.size = size
         self.mode = mode
+        self.filter = filter
         self.first: tuple[Path, tuple[int, int]] | None = None
 
     def shape(self, path: Path) -> tuple[int, int, int]:
@@ -54,11 +56,11 @@ class Decoder:
         high, wide = self.first[1][::-1] if self.first is not None else self.size or (0, 0)
         return len(self.mode), high, wide  # a letter of the mode is a channel
 
-    def image(self, path: Path) -> np.ndarray:
-        """One image, uint8 (channels, height, width)."""
-        image = self._opened(path, self._decoded)
+    def image(self, path: Path, file: Any = None) -> np.ndarray:
+        """One image, uint8 (channels, height, width). file: its bytes, where `path` is but a name."""
+        image = self._opened(path, self._decoded, file)
         if self.size is not None:
-            image = image.resize(self.size[::-1], pillow().Resampling.LANCZOS)
+            image = image.resize(self.size[::-1], pillow().Resampling[self.filter.upper()])
         else:
             self._check_size(path, image.size)
         array = np.asarray(image)
@@ -71,12 +73,12 @@ class Decoder:
         else:
             self._opened(path, lambda file: None)
 
-    def _opened(self, path: Path, function: Callable[[Any], Any]) -> Any:
+    def _opened(self, path: Path, function: Callable[[Any], Any], bytes: Any = None) -> Any:
         """What `function` gives of an image with 8 bits a channel."""
         Image = pillow()
         found = None
         try:
-            with Image.open(path) as file:
+            with Image.open(bytes or path) as file:
                 mode = file.mode
                 if not mode.startswith(WIDE):
                     found = function(file)

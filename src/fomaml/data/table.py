@@ -56,26 +56,26 @@ def read_columns(
         chosen = _other_columns(frame, origin, task, targets, order)
     chosen += [name for name in texts if name not in chosen]
     used = list(dict.fromkeys([task, *targets, *chosen, *([order] if order else [])]))
-    kept, dropped = _without_missing(frame[used], origin, drop_missing)
+    kept, dropped = without_missing(frame[used], origin, drop_missing)
     kind = kind or _kind(kept, targets)
     if kind == "classification" and len(targets) > 1:
         raise InputError(
             f"classification has one target, got {', '.join(targets)}; several are for regression"
         )
     names = [name for name in chosen if name not in texts]
-    numbers = _numbers(kept, frame, names, origin, "feature")
+    numbers = numbers_of(kept, frame, names, origin, "feature")
     inputs: Any = numbers
     categories: dict[str, list[str]] = {}
     if texts:
         codes = np.empty((len(kept), len(texts)), dtype=np.int64)
         for column, name in enumerate(texts):
-            own, codes[:, column] = np.unique(_plain(kept[name]), return_inverse=True)
+            own, codes[:, column] = np.unique(plain_column(kept[name]), return_inverse=True)
             categories[name] = [key_of(value) for value in own]
         inputs = {"numbers": numbers, "categories": codes}
     if kind == "classification":
         labels = _labels(kept, targets[0], origin)
     else:
-        labels = _numbers(kept, frame, targets, origin, "target")
+        labels = numbers_of(kept, frame, targets, origin, "target")
         for name, values in zip(targets, labels.T):
             if (values == values[0]).all():
                 raise InputError(
@@ -85,7 +85,7 @@ def read_columns(
     return Columns(
         inputs,
         labels,
-        _plain(kept[task]),
+        plain_column(kept[task]),
         None if order is None else _order(kept, order, origin),
         kind,
         [*names, *texts],
@@ -228,7 +228,7 @@ def _other_columns(frame: Any, origin: str, task: str, targets: list[str], order
     return names
 
 
-def _without_missing(frame: Any, origin: str, drop: bool) -> tuple[Any, int]:
+def without_missing(frame: Any, origin: str, drop: bool) -> tuple[Any, int]:
     """The rows that have all values, and how many were left out.
 
     Raises:
@@ -261,7 +261,7 @@ def _is_number(column: Any) -> bool:
     return types.is_numeric_dtype(column.dtype) and not types.is_complex_dtype(column.dtype)
 
 
-def _plain(column: Any) -> np.ndarray:
+def plain_column(column: Any) -> np.ndarray:
     """A column without missing values as numpy has it: numbers or text."""
     if _is_number(column):
         kind = np.dtype(getattr(column.dtype, "numpy_dtype", column.dtype))
@@ -276,12 +276,12 @@ def _kind(frame: Any, targets: list[str]) -> Kind:
     column = frame[targets[0]]
     if not _is_number(column):
         return "classification"
-    values = np.unique(_plain(column))
+    values = np.unique(plain_column(column))
     whole = values.dtype.kind in "biu"
     return "classification" if whole and len(values) <= MOST_CLASSES else "regression"
 
 
-def _numbers(frame: Any, whole: Any, names: list[str], origin: str, role: str) -> np.ndarray:
+def numbers_of(frame: Any, whole: Any, names: list[str], origin: str, role: str) -> np.ndarray:
     """(rows, columns) float64.
 
     Raises:
@@ -291,8 +291,10 @@ def _numbers(frame: Any, whole: Any, names: list[str], origin: str, role: str) -
     for place, name in enumerate(names):
         column = frame[name]
         if not _is_number(column):
-            raise InputError(_text(column, name, origin, role))
-        numbers[:, place] = _plain(column)
+            others = [f"{own!r}" for own in names[place + 1 :] if not _is_number(frame[own])]
+            more = f" (as do {', '.join(others)})" if others else ""
+            raise InputError(_text(column, name, origin, role) + more)
+        numbers[:, place] = plain_column(column)
         wrong = ~np.isfinite(numbers[:, place])
         if wrong.any():
             row = int(frame.index[int(wrong.argmax())]) + 1
@@ -317,6 +319,9 @@ def _text(column: Any, name: str, origin: str, role: str) -> str:
     text = f"the {role} {name!r} of {origin} holds {what}, expected numbers: {where}"
     if not read.any():
         return f"{text}; it reads as numbers: convert it"
+    points = pd.to_numeric(pd.Series(values).str.replace(",", "."), errors="coerce").notna()
+    if points.all():
+        return f"{text}; it reads as numbers with a decimal comma: write a point"
     if read.sum() < len(values) / 2:
         return f"{text}, the first of {int(read.sum())} such rows of {len(values)}; mend them"
     if role == "target":
@@ -326,7 +331,7 @@ def _text(column: Any, name: str, origin: str, role: str) -> str:
 
 def _labels(frame: Any, name: str, origin: str) -> np.ndarray:
     """(rows,) labels, for classification."""
-    labels = _plain(frame[name])
+    labels = plain_column(frame[name])
     if labels.dtype.kind == "f" and (labels != np.round(labels)).any():
         raise InputError(
             f"the target {name!r} of {origin} holds numbers such as {labels[labels != np.round(labels)][0]:g}, which "
@@ -344,7 +349,7 @@ def _order(frame: Any, name: str, origin: str) -> np.ndarray:
     """(rows,) numbers or dates; text is read as dates of ISO 8601."""
     column = frame[name]
     if _is_number(column):
-        return _plain(column)
+        return plain_column(column)
     pd = pandas()
     if not pd.api.types.is_datetime64_any_dtype(column.dtype):
         try:

@@ -1,0 +1,182 @@
+"""What a run's confidence is worth: temperatures and the best numbers of steps, fitted on validation tasks."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fomaml.app.algorithms import ALGORITHMS, ANY_WAYS
+from fomaml.app.build import for_test, open_data
+from fomaml.app.report import align
+from fomaml.app.settings import Settings
+from fomaml.app.sources import source_of
+from fomaml.errors import InputError
+from fomaml.files import write_text
+from fomaml.learning.forward import called
+from fomaml.learning.learner import MetaLearner
+from fomaml.learning.mistakes import selected
+from fomaml.serve.calibration import calibrated
+from fomaml.tasks import one
+
+CALIBRATION = "calibration.json"
+FORMAT = 1
+
+
+class Known(NamedTuple):
+    """The calibration of tasks of so many ways and shots.
+
+    by_steps: after each number of steps its temperature, error, error_before and accuracy.
+    """
+
+    ways: int
+    shots: int
+    tasks: int
+    by_steps: dict[int, dict[str, float]]
+
+    @property
+    def best_steps(self) -> int:
+        """The number of steps with the highest accuracy, of equal ones the fewest."""
+        return max(self.by_steps, key=lambda steps: (self.by_steps[steps]["accuracy"], -steps))
+
+    def at(self, steps: int) -> int:
+        """The nearest number of steps that there is a temperature for."""
+        return min(self.by_steps, key=lambda own: (abs(own - steps), own))
+
+    def temperature_after(self, steps: int) -> float:
+        return self.by_steps[self.at(steps)]["temperature"]
+
+    def told(self, steps: int) -> dict[str, Any]:
+        """JSON-able: what the temperature is from."""
+        own = self.at(steps)
+        return {
+            "ways": self.ways,
+            "shots": self.shots,
+            "tasks": self.tasks,
+            "steps": own,
+            **self.by_steps[own],
+        }
+
+
+def read_calibration(run: Path) -> list[Known]:
+    """The calibrations of a run directory; none where there is no file.
+
+    Raises:
+        InputError: a damaged file.
+    """
+    path = run / CALIBRATION
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError:
+        return []
+    try:
+        rows = json.loads(text)["calibrations"]
+        return [
+            Known(row["ways"], row["shots"], row["tasks"], {int(k): v for k, v in row["by_steps"].items()})
+            for row in rows
+        ]
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{path} is damaged; delete it, and run fomaml calibrate again") from None
+
+
+def nearest(known: Sequence[Known], ways: int, shots: int) -> Known | None:
+    """The calibration whose ways and shots are nearest by ratio; None where there are none."""
+
+    def distance(own: Known) -> float:
+        return abs(math.log(own.ways / ways)) + abs(math.log(own.shots / shots))
+
+    return min(known, key=distance, default=None)
+
+
+def calibrate(
+    run: Path,
+    settings: Settings,
+    learner: MetaLearner,
+    ways: Sequence[int] | None = None,
+    shots: Sequence[int] | None = None,
+    tasks: int = 100,
+    say: Callable[[str], None] = lambda line: None,
+) -> list[Known]:
+    """Fit temperatures on validation tasks and write calibration.json; what it has of other ways and shots is kept.
+
+    Raises:
+        InputError: a run of regression, or without validation tasks; ways that its head does not allow; too few
+            examples for the shots.
+    """
+    if source_of(settings).kind == "regression":
+        raise InputError("a temperature is for classes: this run predicts numbers")
+    if settings.fixed_classes and ways not in (None, (settings.ways,)):
+        raise InputError(
+            f"the classes of the run are {settings.ways}, the same ones in all tasks: give no --ways"
+        )
+    if ways is not None and not ALGORITHMS[settings.algorithm].any_ways and set(ways) != {settings.ways}:
+        raise InputError(
+            f"the run learned a head for {settings.ways} ways; only a head made of classes takes any number "
+            f"({', '.join(ANY_WAYS)})"
+        )
+    found = {(own.ways, own.shots): own for own in read_calibration(run)}
+    for n in ways or (settings.ways,):
+        for k in shots or sorted({settings.shots, 1, 5}):
+            say(f"calibrating {n}-way {k}-shot on {tasks} validation tasks")
+            try:
+                found[n, k] = _fitted(dataclasses.replace(settings, ways=n, shots=k), learner, tasks)
+            except InputError as error:
+                if shots is not None or k == settings.shots:
+                    raise
+                say(f"left out: {error}")
+    rows = [own._asdict() for own in sorted(found.values())]
+    write_text(run / CALIBRATION, json.dumps({"format": FORMAT, "calibrations": rows}, indent=2) + "\n")
+    return sorted(found.values())
+
+
+def _fitted(settings: Settings, learner: MetaLearner, tasks: int) -> Known:
+    data = open_data(settings)
+    if data.validation is None:
+        raise InputError(f"{data.unvalidated}: temperatures are fitted on validation tasks")
+    learner = for_test(settings, learner)
+    logits: dict[int, list[Tensor]] = {steps: [] for steps in settings.test_steps}
+    labels: list[Tensor] = []
+    for index in range(tasks):
+        support, query = one(data.validation.batch(index, 1), 0)
+        labels.append(query.targets.cpu())
+        for steps, own in logits.items():
+            module = learner.adapt(support, steps, "support").eval()
+            with torch.no_grad():
+                outputs = selected(called(module, module, query.inputs), settings.output)
+            own.append(outputs[:, : settings.ways].cpu())
+    by_steps = {}
+    for steps, own in logits.items():
+        fitted = calibrated(own, labels)
+        right = (torch.cat(own).argmax(1) == torch.cat(labels)).double().mean().item()
+        by_steps[steps] = {
+            "temperature": fitted.temperature,
+            "error": fitted.error,
+            "error_before": fitted.error_before,
+            "accuracy": right,
+        }
+    return Known(settings.ways, settings.shots, tasks, by_steps)
+
+
+def describe(found: Sequence[Known]) -> str:
+    """The calibrations as a table."""
+    lines = [["tasks", "steps", "accuracy, %", "temperature", "calibration error, %", "before"]]
+    for own in found:
+        for steps, row in own.by_steps.items():
+            best = " (best)" if steps == own.best_steps else ""
+            lines.append(
+                [
+                    f"{own.ways}-way {own.shots}-shot",
+                    f"{steps}{best}",
+                    f"{100 * row['accuracy']:.1f}",
+                    f"{row['temperature']:.3f}",
+                    f"{100 * row['error']:.1f}",
+                    f"{100 * row['error_before']:.1f}",
+                ]
+            )
+    return align(lines, left=True)
