@@ -51,6 +51,7 @@ def _read_by(settings: Settings) -> Intake:
             [name for name in facts["inputs"] if name not in categories],
             categories=categories,
             separator=separators.get(settings.separator or "", settings.separator),
+            decimal=settings.decimal or ".",
             drop_missing=settings.drop_missing,
             **shared,
         )

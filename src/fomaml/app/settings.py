@@ -131,6 +131,7 @@ class Settings:
     drop_missing: bool = False
     skip_short: bool = False
     separator: str | None = None
+    decimal: str | None = None
     draw: Draw | None = None
     train_draw: Draw | None = None
     gap: int | None = None
@@ -164,8 +165,8 @@ class Settings:
 # What may be another when a run goes on or is judged: where it lies and is computed, and what only judges it.
 LATER = (
     "shares", "skip_small_classes", "task", "target", "order", "features", "categorical", "inputs", "lengths",
-    "window", "hop", "kind", "drop_missing", "skip_short", "separator", "draw", "train_draw", "gap", "query_all",
-    "test_keys", "validation_keys", "split_seed", "skip_small_groups", "scale", "fixed_classes", "facts",
+    "window", "hop", "kind", "drop_missing", "skip_short", "separator", "decimal", "draw", "train_draw", "gap",
+    "query_all", "test_keys", "validation_keys", "split_seed", "skip_small_groups", "scale", "fixed_classes", "facts",
     "model_options", "head", "features_of", "features_layer", "output", "loss", "metric", "metric_direction",
 )  # fmt: skip
 MAY_CHANGE = frozenset(

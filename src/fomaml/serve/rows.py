@@ -42,6 +42,7 @@ class TableRows:
     categories: dict[str, list[str]] = field(default_factory=dict)
     scaling: Scaling = field(default_factory=Scaling)
     separator: str | None = None
+    decimal: str = "."
     drop_missing: bool = False
 
     def inputs(self, given: Any) -> Taken:
@@ -51,7 +52,7 @@ class TableRows:
         return _read_each(given, lambda one: self._read(one, self.targets))
 
     def _read(self, given: Any, targets: list[str]) -> Taken:
-        frame, origin = read_table(given, self.separator)
+        frame, origin = read_table(given, self.separator, self.decimal)
         found = known_columns(
             frame, origin, self.features, self.categories, targets, self.kind, self.drop_missing
         )
