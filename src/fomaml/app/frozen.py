@@ -16,7 +16,7 @@ from fomaml.app.named import LIBRARIES, own_of
 from fomaml.app.networks import head_of, of_library
 from fomaml.app.settings import Settings
 from fomaml.app.sources import Classes, source_of
-from fomaml.backbones import decoder
+from fomaml.backbones import Decoder, decoder
 from fomaml.data.groups import GroupSource
 from fomaml.data.source import ClassSource
 from fomaml.episodes import Episodes
@@ -38,12 +38,9 @@ def prepared(settings: Settings, found: Classes | Groups) -> Classes | Groups:
     """
     parts: list[Any] = [found.train, found.validation, found.test]
     before = found.train
-    name, weights = settings.model, settings.model_weights
-    if settings.features_of is not None:
-        name, weights = settings.features_of, settings.features_weights
-    # timm makes networks for grey images too, which have no weights yet
-    if name.partition(":")[0] in LIBRARIES and not (name.startswith("timm:") and weights == "random"):
-        parts = [part and _decoded(part, name) for part in parts]
+    decode = decoder_of(settings)
+    if decode is not None:
+        parts = [part and _decoded(part, decode) for part in parts]
     if settings.features_of is not None:
         network = _network(settings, shape_of(parts[0]))
         number = sum(
@@ -65,17 +62,27 @@ def shape_of(source: ClassSource | GroupSource) -> Any:
     return tuple(inputs.shape[1:]) if isinstance(inputs, torch.Tensor) else None
 
 
-def _decoded(source: Source, name: str) -> Source:
+def decoder_of(settings: Settings) -> Decoder | None:
+    """How a network of timm or torchvision has learned to see images; None of any other."""
+    name, weights = settings.model, settings.model_weights
+    if settings.features_of is not None:
+        name, weights = settings.features_of, settings.features_weights
+    # timm makes networks for grey images too, which have no weights yet
+    if name.partition(":")[0] not in LIBRARIES or (name.startswith("timm:") and weights == "random"):
+        return None
+    try:
+        return decoder(name)
+    except InputError:  # without weights of its own, so that nobody knows how it saw them
+        return None
+
+
+def _decoded(source: Source, decode: Decoder) -> Source:
     """Images of bytes as a library's network has learned to see them; anything else as it is."""
     images = (
         source.inputs.dtype == torch.uint8 if isinstance(source, ClassSource) else source.decode is not None
     )
     shape = shape_of(source)
     if not images or shape is None or len(shape) != 3 or shape[0] not in (1, 3):
-        return source
-    try:
-        decode = decoder(name)
-    except InputError:  # without weights of its own, so that nobody knows how it saw them
         return source
     own = copy.copy(source)
     own.decode = decode

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from fomaml.app.frozen import decoder_of
 from fomaml.app.settings import Settings
 from fomaml.app.sources import source_of, split_name
 from fomaml.data.scaling import Scaling
@@ -18,6 +19,11 @@ def intake_of(settings: Settings) -> Intake:
         InputError: a source of functions, whose tasks are drawn and have no files.
     """
     source = split_name(settings.source)[0]
+    if settings.features_of is not None:
+        raise InputError(
+            f"the run learns on what {settings.features_of} gives, which does not run here: take "
+            "fomaml.features.embed, and load the head by fomaml.app.rundir.load_run"
+        )
     if source == "sinusoid":
         raise InputError(
             "the tasks of the source sinusoid are drawn, not read: there are no inputs of one's own"
@@ -61,6 +67,17 @@ def _pictures(settings: Settings, source: str) -> Pictures:
     if settings.facts is not None:
         shape = settings.facts["shapes"]
     channels, height, width = shape
+    decode = decoder_of(settings)
+    if decode is not None:
+        channels = 3 if settings.rgb else 1  # as they are read; the network sees three of them
+        filter = {} if settings.resize is None else {"filter": settings.resize}
+        seen: dict[str, Any] = {
+            "mean": decode.mean,
+            "std": decode.std,
+            "inverted": source == "omniglot",
+            **filter,
+        }
+        return Pictures(channels, height, width, **seen)
     if source == "omniglot":
         assert settings.resize is not None
         return Pictures(channels, height, width, 0.0, 1.0, inverted=True, filter=settings.resize)

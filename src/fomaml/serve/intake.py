@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fomaml.backbones import Decoder as Colours
 from fomaml.choices import nearest_first
 from fomaml.data.arrays import Arrays
 from fomaml.data.images import Decoder, pillow, readable_suffixes
@@ -63,7 +64,8 @@ class Intake(Protocol):
 class Pictures:
     """Images of one size: read, turned, coloured, resized and scaled as those of the run.
 
-    mean, std: of the scaling, (x / 255 - mean) / std. inverted: dark ink on light paper becomes 255 on 0, as of
+    mean, std: of the scaling, (x / 255 - mean) / std; of each colour for a network that takes three, as which grey ones
+    reach it too. inverted: dark ink on light paper becomes 255 on 0, as of
     Omniglot. filter: of Pillow, to resize with.
 
     Inputs are a path or several, of files and of folders, which are searched; images of Pillow; arrays (height,
@@ -75,8 +77,8 @@ class Pictures:
     channels: int
     height: int
     width: int
-    mean: float = 0.5
-    std: float = 0.5
+    mean: float | tuple[float, ...] = 0.5
+    std: float | tuple[float, ...] = 0.5
     inverted: bool = False
     filter: Filter = "lanczos"
 
@@ -111,7 +113,8 @@ class Pictures:
 
     def ready(self, images: Tensor) -> Tensor:
         """Pictures (examples, channels, height, width) of uint8 scaled as the model takes them; floating ones are."""
-        shape = self.channels, self.height, self.width
+        seen = len(self.mean) if isinstance(self.mean, tuple) else self.channels
+        shape = seen if images.is_floating_point() else self.channels, self.height, self.width
         if images.dim() != 4 or tuple(images.shape[1:]) != shape:
             raise InputError(
                 f"a tensor of pictures is (examples, {', '.join(map(str, shape))}) here, got {tuple(images.shape)}"
@@ -119,6 +122,9 @@ class Pictures:
         if images.is_floating_point():
             return images
         images = 255 - images if self.inverted else images
+        if isinstance(self.mean, tuple) or isinstance(self.std, tuple):
+            assert isinstance(self.mean, tuple) and isinstance(self.std, tuple)
+            return Colours(self.mean, self.std)(images)
         return pixels(self.mean, self.std)(images)
 
     def _several(self, given: Any) -> Iterator[Any]:
