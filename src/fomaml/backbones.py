@@ -283,7 +283,7 @@ def conversion(path: Path) -> str:
     new = path.with_stem(f"{path.stem}-converted") if new == path else new
     return (
         "import torch; from safetensors.torch import save_file; "
-        f"state = torch.load({str(path)!r}, weights_only=True); "
+        f"state = torch.load(open({str(path)!r}, 'rb'), weights_only=True); "
         "save_file({name: t.clone().contiguous() for name, t in state.get('state_dict', state).items()}, "
         f"{str(new)!r})"
     )

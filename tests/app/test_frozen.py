@@ -6,15 +6,17 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
 from fomaml import Episodes
-from fomaml.app import frozen, sizing
+from fomaml.app import frozen, serving, sizing
 from fomaml.app.cli import main
 from fomaml.app.rundir import load_run
 from fomaml.backbones import backbone, decoder
 from fomaml.data.folder import load_folder
+from fomaml.errors import InputError
 
 timm = pytest.importorskip("timm", reason="of the extra backbones")
 linear_model = pytest.importorskip("sklearn.linear_model", reason="of the extra metrics")
@@ -289,3 +291,20 @@ def test_functions_have_no_inputs_that_stay(capsys):
     with pytest.raises(SystemExit):
         main(["train", "sinusoid", "--features-of", "own.py:Body"])
     assert "draws new inputs for each task: give no --features-of" in capsys.readouterr().err
+
+
+def test_what_is_served_is_seen_as_in_training(images, weights, tmp_path, monkeypatch):
+    """Pictures that an adapted model is given reach the network as those of the run did."""
+    run = tmp_path / "run"
+    train(images, run, "--model", NAME, "--model-weights", weights, "--no-baselines")
+    loaded = serving.load_run(run)
+    files = sorted((images / "even" / "class0").glob("*.png"))
+    taken = loaded.intake.inputs(files)
+    raw = torch.stack([torch.from_numpy(np.array(Image.open(path)))[None] for path in files])
+    torch.testing.assert_close(taken.inputs, decoder(NAME)(raw))
+    assert loaded.learner.model(taken.inputs).shape == (len(files), 2)
+    torch.testing.assert_close(loaded.intake.ready(taken.inputs), taken.inputs)
+    on_vectors = tmp_path / "vectors"
+    train(images, on_vectors, "--features-of", NAME, "--features-weights", weights, "--no-baselines")
+    with pytest.raises(InputError, match="has kept no size of its pictures"):
+        serving.load_run(on_vectors)

@@ -114,6 +114,7 @@ def examples(model: AdaptedModel, number: int, seed: int = 0) -> tuple[Tensor, .
     for key, own in model.facts["inputs"].items():
         shape, dtype = (number, *own["shape"]), getattr(torch, own["dtype"])
         if isinstance(model.intake, Pictures):
+            shape = (number, model.intake.channels, model.intake.height, model.intake.width)
             found.append(torch.randint(256, shape, generator=random, dtype=torch.uint8))
         elif not dtype.is_floating_point:
             categories = getattr(model.intake, "categories", {}).values()

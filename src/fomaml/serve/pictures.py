@@ -77,11 +77,15 @@ class Pictures:
     def ready(self, images: Tensor) -> Tensor:
         """Pictures (examples, channels, height, width) of uint8 scaled as the model takes them; floating ones are."""
         shape = self.channels, self.height, self.width
-        if images.dim() != 4 or tuple(images.shape[1:]) != shape:
+        made_ready = images.is_floating_point()  # by a decoder that may give other channels
+        if (
+            images.dim() != 4
+            or tuple(images.shape[2 if made_ready else 1 :]) != shape[1 if made_ready else 0 :]
+        ):
             raise InputError(
                 f"a tensor of pictures is (examples, {', '.join(map(str, shape))}) here, got {tuple(images.shape)}"
             )
-        if images.is_floating_point():
+        if made_ready:
             return images
         images = 255 - images if self.inverted else images
         return (self.decode or pixels(self.mean, self.std))(images)
