@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,30 +11,27 @@ import numpy as np
 import torch
 from torch import nn
 
+from fomaml.app.scikit_learn import (
+    BaseEstimator,
+    ClassifierMixin,
+    RegressorMixin,
+    check_array,
+    check_classification_targets,
+    check_consistent_length,
+    check_is_fitted,
+    column_or_1d,
+    validate_data,
+)
 from fomaml.app.serving import Run, Served, load_run
 from fomaml.choices import check_choice
 from fomaml.data.keys import key_of
 from fomaml.data.scaling import Scaling
-from fomaml.errors import InputError, shown
+from fomaml.errors import InputError, in_one_line, shown
 from fomaml.learning.learner import MetaLearner
+from fomaml.metrics import ignored_label
 from fomaml.serve.adapted import AdaptedModel, Predictions
 from fomaml.serve.intake import ArrayRows, Pictures, TableRows, Taken
 from fomaml.tasks import Examples
-
-try:
-    from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
-    from sklearn.utils.multiclass import check_classification_targets
-    from sklearn.utils.validation import (
-        check_array,
-        check_consistent_length,
-        check_is_fitted,
-        column_or_1d,
-        validate_data,
-    )
-except ImportError:
-    raise InputError(
-        "the estimators need scikit-learn, 1.6 or later: pip install 'fomaml[sklearn]'"
-    ) from None
 
 
 class _FewShot(BaseEstimator):
@@ -88,24 +86,22 @@ class _FewShot(BaseEstimator):
         if targets.is_floating_point():
             targets = targets.to(intake.dtype)
         support = Examples(inputs, targets.to(intake.device))
-        module = opened.adapt(support, self.steps, self.statistics).eval()
         names = None if classes is not None else [f"target {n}" for n in range(targets.shape[1])]
-        model = AdaptedModel(module, intake, classes, names, Scaling(), opened.output, 1.0, {})
-        wanted = (len(inputs), len(classes or names or []))
-        found = tuple(model.outputs(Taken(inputs[:1], ["the first row"])).shape)
-        if found != (1, wanted[1]):
-            what = f"{wanted[1]} classes" if classes is not None else f"{wanted[1]} targets"
-            raise InputError(
-                f"the learner gives outputs of shape {('rows', *found[1:])} for {what}: it needs one output for each"
-            )
-        return model
+
+        def made(module: nn.Module) -> AdaptedModel:
+            return AdaptedModel(module.eval(), intake, classes, names, Scaling(), opened.output, 1.0, {})
+
+        _check_shapes(made, opened, support, len(classes or names or []))
+        return made(opened.adapt(support, self.steps, self.statistics))
 
     def _predictions(self, X: Any) -> Predictions:
         given = self._inputs(X)
         found = self.model_.predict(given)
         number = len(next(iter(given.values()))) if isinstance(given, dict) else len(given)
         if len(found) != number:  # rows with missing values, which a run may leave out
-            raise InputError(f"{number} rows were given, but {len(found)} are predicted: leave out the others")
+            raise InputError(
+                f"{number} rows were given, but {len(found)} are predicted: leave out the others"
+            )
         return found
 
 
@@ -160,20 +156,24 @@ class FewShotClassifier(ClassifierMixin, _FewShot):
         values = np.unique(labels)
         names = [key_of(value) for value in values]
         if len(set(names)) < len(names):
-            raise InputError(f"the labels {shown(values.tolist())} hold different ones that are the same as text")
-        if len(values) < 2 and self.classes is None and not (
-            isinstance(opened, Run) and opened.settings.fixed_classes
+            raise InputError(
+                f"the labels {shown(values.tolist())} hold different ones that are the same as text"
+            )
+        if (
+            len(values) < 2
+            and self.classes is None
+            and not (isinstance(opened, Run) and opened.settings.fixed_classes)
         ):
             raise InputError(f"all examples are of the class {names[0]!r}: two classes or more are needed")
         texts = [key_of(label) for label in labels]
         if isinstance(opened, Run):
             if self.classes is not None:
                 raise InputError("a run knows its classes: give no classes")
-            self.model_ = self._adapted(opened, X, texts, [])
-            known = self.model_.classes
-            assert known is not None or opened.settings.kind == "regression"
-            if known is None:
+            if opened.settings.kind == "regression":
                 raise InputError(f"the run {opened.path} predicts numbers: take a FewShotRegressor")
+            self.model_ = self._adapted(opened, X, texts, [])
+            assert self.model_.classes is not None
+            known = self.model_.classes
         else:
             known = names if self.classes is None else [key_of(value) for value in np.asarray(self.classes)]
             numbers = {name: number for number, name in enumerate(known)}
@@ -199,11 +199,8 @@ class FewShotClassifier(ClassifierMixin, _FewShot):
 
     def predict(self, X: Any) -> np.ndarray:
         """(rows,) the most probable class of each; raises as `predict_proba`."""
-        return self.classes_[self.predict_proba(X).argmax(1)] if self._fitted() else self.classes_
-
-    def _fitted(self) -> bool:
-        check_is_fitted(self)
-        return True
+        best = self.predict_proba(X).argmax(1)
+        return self.classes_[best]
 
 
 class FewShotRegressor(RegressorMixin, _FewShot):
@@ -246,6 +243,10 @@ class FewShotRegressor(RegressorMixin, _FewShot):
         check_consistent_length(X, targets)
         if isinstance(opened, Run) and opened.settings.kind != "regression":
             raise InputError(f"the run {opened.path} predicts classes: take a FewShotClassifier")
+        if isinstance(opened, MetaLearner) and ignored_label(opened.criterion) is not None:
+            raise InputError(
+                "the learner's criterion is a cross-entropy, of classes: take a FewShotClassifier"
+            )
         self.model_ = self._adapted(opened, X, targets.reshape(len(targets), -1), None)
         self._flat = targets.ndim == 1
         return self
@@ -304,6 +305,34 @@ def _opened(learner: Any) -> MetaLearner | Run:
     )
 
 
+def _check_shapes(
+    made: Callable[[nn.Module], AdaptedModel], learner: MetaLearner, support: Examples, wanted: int
+) -> None:
+    """Raise `InputError` for rows that the learner does not take, and for outputs that are too few for the targets.
+
+    It is asked of where adaptation starts, as a loss of labels beyond the outputs says nothing that helps.
+    """
+    inputs = support.inputs
+    try:
+        start = made(learner.adapt(support, 0))
+        found = tuple(start.outputs(Taken(inputs[:1], ["row 0"])).shape[1:])
+    except RuntimeError as error:
+        shape = ", ".join(map(str, inputs.shape[1:]))
+        raise InputError(
+            f"the learner does not take rows of shape ({shape}): {in_one_line(error)}; it takes those of the shape "
+            "that it was trained on"
+        ) from error
+    if found != (wanted,):
+        raise InputError(
+            f"the learner gives {_outputs(found)} for a row, and there are {wanted} "
+            f"{'targets' if start.classes is None else 'classes'}: it needs an output for each"
+        )
+
+
+def _outputs(shape: tuple[int, ...]) -> str:
+    return f"{shape[0]} outputs" if len(shape) == 1 else f"outputs of shape {shape}"
+
+
 def as_labels(y: Any) -> np.ndarray:
     """(rows,) labels, as scikit-learn takes them."""
     labels = column_or_1d(y, warn=True)
@@ -331,7 +360,9 @@ def _pictures(X: Any) -> Any:
             )
         return X
     if isinstance(X, str | os.PathLike):
-        raise InputError("several pictures are wanted, one for each label, got one path: give a list of paths")
+        raise InputError(
+            "several pictures are wanted, one for each label, got one path: give a list of paths"
+        )
     return X if isinstance(X, torch.Tensor) else list(X)
 
 

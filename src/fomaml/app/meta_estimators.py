@@ -9,12 +9,18 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
-from sklearn.utils import check_random_state
-from sklearn.utils.validation import check_consistent_length, check_is_fitted, validate_data
 from torch import Tensor, nn
 
 from fomaml.app.estimators import FewShotClassifier, FewShotRegressor, as_labels
+from fomaml.app.scikit_learn import (
+    BaseEstimator,
+    ClassifierMixin,
+    RegressorMixin,
+    check_consistent_length,
+    check_is_fitted,
+    check_random_state,
+    validate_data,
+)
 from fomaml.data.groups import GroupSource
 from fomaml.data.keys import few, key_of
 from fomaml.data.scaling import Standard
@@ -34,7 +40,7 @@ class _Meta(BaseEstimator):
     def __init__(
         self,
         *,
-        hidden: Sequence[int] = (64, 64),
+        hidden: int | Sequence[int] = (64, 64),
         inner_lr: float = 0.1,
         inner_steps: int = 5,
         meta_lr: float = 0.005,
@@ -70,7 +76,9 @@ class _Meta(BaseEstimator):
         assert source.outputs is not None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            hidden = [positive("a width in hidden", width, integer=True) for width in self.hidden]
+            hidden = [
+                positive("a width in hidden", width, integer=True) for width in np.atleast_1d(self.hidden)
+            ]
             network = MLP(X.shape[1], *hidden, source.outputs).double()
         targets = scaling.targets.get("")
         model = _Standardised(network, scaling.inputs[""], targets)
@@ -98,7 +106,9 @@ class _Meta(BaseEstimator):
         usable = enough.sum(1) >= (2 if of_classes else 1)
         if not usable.any():
             what = "of two classes or more" if of_classes else ""
-            raise InputError(f"no group has two rows or more {what}".rstrip() + ": there is nothing to adapt to")
+            raise InputError(
+                f"no group has two rows or more {what}".rstrip() + ": there is nothing to adapt to"
+            )
         half = int(counts[enough & usable[:, None]].min()) // 2
         shots = min(half, 5 if of_classes else 10) if self.shots is None else self.shots
         query_shots = shots if self.query_shots is None else self.query_shots
@@ -129,7 +139,7 @@ class MetaClassifier(ClassifierMixin, _Meta):
 
     Parameters
     ----------
-    hidden : sequence of int, default=(64, 64)
+    hidden : int or sequence of int, default=(64, 64)
         The widths of the hidden layers. Inputs are standardised by the rows of `fit`.
     inner_lr, inner_steps : float, default=0.1 and int, default=5
         Step size and number of the gradient steps that adapt to a task.
@@ -209,7 +219,7 @@ class MetaRegressor(RegressorMixin, _Meta):
 
     Parameters
     ----------
-    hidden : sequence of int, default=(64, 64)
+    hidden : int or sequence of int, default=(64, 64)
         The widths of the hidden layers. Inputs and targets are standardised by the rows of `fit`.
     inner_lr, inner_steps : float, default=0.1 and int, default=5
         Step size and number of the gradient steps that adapt to a task.
