@@ -30,7 +30,9 @@ from fomaml.errors import InputError, in_one_line, shown
 from fomaml.learning.learner import MetaLearner
 from fomaml.metrics import ignored_label
 from fomaml.serve.adapted import AdaptedModel, Predictions
-from fomaml.serve.intake import ArrayRows, Pictures, TableRows, Taken
+from fomaml.serve.intake import Taken
+from fomaml.serve.pictures import Pictures
+from fomaml.serve.rows import ArrayRows, TableRows
 from fomaml.tasks import Examples
 
 
