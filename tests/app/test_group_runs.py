@@ -48,11 +48,14 @@ def data(tmp_path_factory):
     arrays = {
         key: np.asarray(value, dtype=None if key in ("x", "wear") else str) for key, value in arrays.items()
     }
-    np.savez(folder / "machines.npz", **arrays, hour=frame.hour, objects=np.array([None] * rows))
+    frame.to_csv(folder / "comma.csv", index=False, sep=";", decimal=",")
+    more = {"hour": frame.hour, "load": frame.load, "series": np.ones((rows, 3, 8), np.uint8)}
+    np.savez(folder / "machines.npz", **arrays, **more, objects=np.array([None] * rows))
     lengths = np.full(12, 60)
     np.savez(
         folder / "motion.npz",
         samples=random.normal(size=(720, 2)).astype(np.float32),
+        bits=random.integers(-300, 300, (720, 2), dtype=np.int16),
         lengths=lengths,
         subject=np.arange(12) // 2,
         motion=np.arange(12) % 2,
@@ -80,9 +83,11 @@ WINDOWS = f"windows:DATA/motion.npz {CUT} {QUICK}"
         (TABLE + " --categorical tool", "rmse", {"numbers": [2], "categories": [1]}),
         (LABELS, "accuracy", [2]),
         (ARRAYS, "rmse", [2]),
+        (ARRAYS.replace("--inputs x", "--inputs load"), "rmse", [1]),
         (ARRAYS.replace("--target wear", "--target state"), "accuracy", [2]),
         (WINDOWS, "accuracy", [2, 8]),
         (WINDOWS + " --model gru", "accuracy", [2, 8]),
+        (WINDOWS.replace("samples", "bits"), "accuracy", [2, 8]),
     ],
 )
 def test_a_run_is_trained_and_evaluated_again(text, metric, shapes, data, tmp_path, capsys):
@@ -237,6 +242,9 @@ def test_data_that_have_changed_are_refused(data, tmp_path, capsys):
         (TABLE.replace("machines", "missing"), "or drop these rows (--drop-missing)"),
         (TABLE.replace("machines", "semicolon"), "separated by ';': give --separator ';'"),
         (TABLE.replace("machines", "none"), "no file "),
+        (TABLE.replace("machines", "comma") + " --separator ;", "with a comma for the decimal point: give --decimal ,"),
+        (ARRAYS.replace("--inputs x", "--inputs hour"), "the inputs are torch.int64 and the model"),
+        (ARRAYS.replace("--inputs x", "--inputs series --model conv1d"), "torch.float32: save them as float32"),
         (ARRAYS.replace("--inputs x", "--inputs y"), "no array 'y'; there are: "),
         (ARRAYS.replace("--inputs x", "--inputs objects"), "never unpickled"),
         (ARRAYS.replace("--inputs x", "--inputs x wear"), "'wear' is given both as --target and as --inputs"),
