@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import torch
 
 from fomaml import GroupEpisodes, GroupSource
 from fomaml.errors import InputError
@@ -114,3 +115,18 @@ def test_refused_in_one_line(change, text):
     with pytest.raises(InputError, match=text) as caught:
         GroupSource.from_windows(**{**given, **change})
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [np.int16, ">i2", np.uint8, np.int32, bool])
+def test_whole_numbers_of_a_sensor_are_drawn_as_floating_ones_and_scaled(dtype):
+    samples = np.abs(SAMPLES % 7 - 3).astype(dtype)
+
+    def source(samples):
+        return GroupSource.from_windows(samples, LENGTHS, SUBJECTS, MOTIONS, window=8, hop=4)
+
+    found, expected = source(samples), source(samples.astype(np.float64))
+    scaling = found.fit_scaling()
+    assert scaling == expected.fit_scaling() and scaling.inputs
+    for own, other in ((found, expected), (found.scaled(scaling), expected.scaled(scaling))):
+        inputs, wanted = own.take(np.arange(12))[0], other.take(np.arange(12))[0]
+        assert inputs.dtype == wanted.dtype == torch.get_default_dtype() and inputs.equal(wanted)

@@ -160,7 +160,8 @@ class GroupSource:
     ) -> GroupSource:
         """Windows of long recordings, read from the samples as they are drawn: inputs (rows, channels, window).
 
-        samples: (samples, channels), or (samples,), of all recordings one after the other; may be memory-mapped.
+        samples: (samples, channels), or (samples,), of all recordings one after the other; may be memory-mapped. Whole
+            numbers become floating ones when they are drawn.
         lengths, groups, targets: (recordings, …) the number of samples, the key of the task and the target of each.
         window, hop: the samples of a window, and from one window to the next.
         leave_out_short: leave out recordings that are shorter than a window, which `left_out` tells; else they are

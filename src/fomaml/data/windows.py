@@ -32,7 +32,8 @@ class Windows:
         self.samples = samples
         # (…, channels, window), of which nothing is read here
         self._view = np.lib.stride_tricks.sliding_window_view(samples, window, axis=0)
-        self.dtype = samples.dtype
+        # whole numbers are those of a microphone or a sensor: a network takes them, and scaling, as floating ones
+        self.dtype = samples.dtype if samples.dtype.kind in "fc" else np.dtype(np.float64)
         self.shape = (len(starts), *self._view.shape[1:])
 
     @classmethod
@@ -79,4 +80,4 @@ class Windows:
 
     def __getitem__(self, rows: Any) -> np.ndarray:
         """(rows, channels, window), read from the samples now."""
-        return self._view[self.starts[rows]]
+        return self._view[self.starts[rows]].astype(self.dtype, copy=False)
