@@ -6,6 +6,7 @@ from fomaml.app.named import own_of
 from fomaml.app.own import told
 from fomaml.app.scores import metrics_of
 from fomaml.app.settings import Settings
+from fomaml.engines import meta_gradient
 from fomaml.episodes import TaskSequence
 from fomaml.evaluate import evaluate_all
 from fomaml.learning.learner import MetaLearner
@@ -21,7 +22,7 @@ def try_own(settings: Settings, learner: MetaLearner, episodes: TaskSequence) ->
         alone = one(episodes.batch(0, 1), 0).map(lambda tensor: tensor[None])
         own = own_of(settings, "loss")
         with told(f"the loss {own.name} fails", own.path):
-            learner(alone)
+            meta_gradient(learner, alone, engine="loop")  # with derivatives, which may not be there twice
     for name, metric in zip(settings.metric or (), metrics_of(settings)):
         key = f"metric {name}"
         path = (settings.own or {})[key].path if key in (settings.code or {}) else None
