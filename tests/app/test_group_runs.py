@@ -39,6 +39,10 @@ def data(tmp_path_factory):
     pd.concat([frame, idle]).to_csv(folder / "small.csv", index=False)
     frame.assign(load=frame.load.where(frame.index != 4)).to_csv(folder / "missing.csv", index=False)
     frame.to_csv(folder / "semicolon.csv", index=False, sep=";")
+    frame.assign(wear=frame.wear.map(lambda wear: f"{wear:.1f}".replace(".", ","))).to_csv(
+        folder / "comma.csv", index=False
+    )
+    frame.assign(wear=frame.wear.where(frame.machine != "m3", 4.0)).to_csv(folder / "steady.csv", index=False)
     arrays = {
         "x": frame[["load", "hour"]].to_numpy(),
         "machine": machine,
@@ -258,6 +262,8 @@ def test_data_that_have_changed_are_refused(data, tmp_path, capsys):
         (TABLE + " --categorical tool --model conv4", "numbers and categories, but the model conv4 takes one"),
         (ARRAYS.replace("--inputs x", "--inputs x hour"), "the inputs are x and hour, but the model mlp takes one"),
         (ARRAYS.replace("--target wear", "--target wear hour"), "are wear and hour, and the model mlp gives one"),
+        (TABLE.replace("machines", "steady") + " --metric rmse r2", "r2 says nothing of targets that do not vary"),
+        (TABLE.replace("machines", "comma"), "'wear' of DATA/comma.csv holds text, expected numbers: '1"),
         (TABLE + " --fewer-classes", "--fewer-classes is for classification"),
         (LABELS + " --ways 2 --fewer-classes", "give no --fewer-classes"),
         (TABLE + " --augment rotations", "the source table is of groups: --augment must be none"),
@@ -276,7 +282,7 @@ def test_data_that_have_changed_are_refused(data, tmp_path, capsys):
 )  # fmt: skip
 def test_refused_in_one_line_and_nothing_is_written(text, expected, data, tmp_path, capsys):
     said = refused(capsys, ["train", *command(data, text), "--out", tmp_path / "run"])
-    assert expected in said
+    assert expected.replace("DATA", str(data)) in said
     assert not (tmp_path / "run").exists()
 
 

@@ -215,6 +215,8 @@ def test_columns_that_do_not_go_are_refused(change, text):
     [
         ("load", ["1", "2", "x4", "4", "5", "6", "7", "?"], {}, "'load' .* 'x4' in row 3, the first of 2 such rows"),
         ("load", list("12345678"), {}, "'load' .* holds text, .* '1' in row 1; it reads as numbers: convert it"),
+        ("load", ["1,5", *"1234567"], {}, "'load' .* '1,5' in row 1; these are numbers with a decimal comma"),
+        ("wear", ["0,5", "-1,5"] * 4, {}, "the target 'wear' .* '0,5' in row 1; these .* decimal comma"),
         ("load", [1, 2, np.inf, 4, 5, 6, 7, -np.inf], {}, "'load' .* is infinite in 2 rows, the first is row 3"),
         ("wear", [1, 2, np.inf, 4, 5, 6, 7, 8], {}, "the target 'wear' of the table is infinite in 1 rows"),
         ("wear", [2.5] * 8, {}, "the target 'wear' of the table is 2.5 in all 8 rows: there is nothing to learn"),

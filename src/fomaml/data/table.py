@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from fomaml.data.keys import Kind, key_of
 from fomaml.errors import InputError, in_one_line, shown
 
 MOST_CLASSES = 20  # whole numbers of more different values are quantities
+COMMA = re.compile(r"\s*[+-]?\d+(,\d+)?\s*")  # a number as most of Europe writes it
 SEPARATORS = {"\t": "tabs", ";": "';'", "|": "'|'", ",": "','", " ": "spaces"}
 
 
@@ -57,7 +59,7 @@ def read_columns(
     chosen += [name for name in texts if name not in chosen]
     used = list(dict.fromkeys([task, *targets, *chosen, *([order] if order else [])]))
     kept, dropped = without_missing(frame[used], origin, drop_missing)
-    kind = kind or _kind(kept, targets)
+    kind = kind or _kind(kept, targets, origin)
     if kind == "classification" and len(targets) > 1:
         raise InputError(
             f"classification has one target, got {', '.join(targets)}; several are for regression"
@@ -269,12 +271,14 @@ def plain_column(column: Any) -> np.ndarray:
     return np.array([key_of(value) for value in column], dtype=str)
 
 
-def _kind(frame: Any, targets: list[str]) -> Kind:
+def _kind(frame: Any, targets: list[str], origin: str) -> Kind:
     """Classification where the one target is no number, or has few different values, all whole numbers."""
     if len(targets) > 1:
         return "regression"
     column = frame[targets[0]]
     if not _is_number(column):
+        if _has_commas(column):  # which would be as many classes
+            raise InputError(_text(column, targets[0], origin, "target"))
         return "classification"
     values = np.unique(plain_column(column))
     whole = values.dtype.kind in "biu"
@@ -303,6 +307,12 @@ def numbers_of(frame: Any, whole: Any, names: list[str], origin: str, role: str)
     return numbers
 
 
+def _has_commas(column: Any) -> bool:
+    """Whether all of its texts are numbers, some of them with a decimal comma."""
+    values = [key_of(value) for value in column]
+    return all(map(COMMA.fullmatch, values)) and any("," in value for value in values)
+
+
 def _text(column: Any, name: str, origin: str, role: str) -> str:
     """What to say of a column of text where numbers are expected."""
     pd = pandas()
@@ -315,6 +325,8 @@ def _text(column: Any, name: str, origin: str, role: str) -> str:
     value = column.iloc[bad]
     what = "text" if isinstance(value, str) else f"values of type {type(value).__name__}"
     text = f"the {role} {name!r} of {origin} holds {what}, expected numbers: {where}"
+    if _has_commas(column):
+        return f"{text}; these are numbers with a decimal comma: write them with a point"
     if not read.any():
         return f"{text}; it reads as numbers: convert it"
     if read.sum() < len(values) / 2:
