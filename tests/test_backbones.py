@@ -90,7 +90,9 @@ def test_torchvision_by_its_own_weights(tmp_path):
     torch.testing.assert_close(found, own(IMAGES), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize(("name", "nested"), [("weights.pth", False), ("weights", True)])
+@pytest.mark.parametrize(
+    ("name", "nested"), [("weights.pth", False), ("weights", True), ("weights.safetensors", False)]
+)
 def test_a_pickle_is_refused_with_the_line_that_converts_it(name, nested, pretrained, tmp_path):
     path = tmp_path / name
     state = pretrained.state_dict()
@@ -101,6 +103,8 @@ def test_a_pickle_is_refused_with_the_line_that_converts_it(name, nested, pretra
     line = str(refused.value).partition("convert it once: ")[2]
     subprocess.run([sys.executable, "-c", line], check=True, timeout=120)
     converted = path.with_suffix(".safetensors")
+    if name == converted.name:  # not written over
+        converted = path.with_name("weights-converted.safetensors")
     assert {n: t.shape for n, t in read_weights(converted).items()} == {n: t.shape for n, t in state.items()}
     torch.testing.assert_close(small(weights=converted).conv1[0].weight, pretrained.conv1[0].weight)
 

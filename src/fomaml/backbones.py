@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import logging
 import warnings
@@ -218,7 +219,7 @@ def fit_weights(model: nn.Module, path: Path, name: str, head: str = "") -> None
     of_head = [key for key in own.keys() | found.keys() if head and key.startswith(f"{head}.")]
     if any(_shape(found, key) != _shape(own, key) for key in of_head):
         if any(key in own for key in of_head):
-            log.info("%s: the head %r is a new one, not that of %s", name, head, path)
+            _tell_of_head(name, head, path)
         for key in of_head:
             found.pop(key, None)
             own.pop(key, None)
@@ -238,6 +239,12 @@ def fit_weights(model: nn.Module, path: Path, name: str, head: str = "") -> None
     if wrong:
         raise InputError(f"{path} does not fit {name}: of its tensors {'; '.join(wrong)}")
     model.load_state_dict(found, strict=False)
+
+
+@functools.cache
+def _tell_of_head(name: str, head: str, path: Path) -> None:
+    """Once in a process: a run makes its network for each of its baselines anew."""
+    log.info("%s: the head %r is a new one, not that of %s", name, head, path)
 
 
 def _shape(tensors: Mapping[str, Tensor], key: str) -> tuple[int, ...] | None:
@@ -272,9 +279,11 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 def conversion(path: Path) -> str:
     """The line of Python that makes a .safetensors file of a pickle of tensors, by name or under "state_dict"."""
+    new = path.with_suffix(".safetensors")
+    new = path.with_stem(f"{path.stem}-converted") if new == path else new
     return (
         "import torch; from safetensors.torch import save_file; "
-        f"state = torch.load({str(path)!r}, weights_only=True); "
+        f"state = torch.load(open({str(path)!r}, 'rb'), weights_only=True); "
         "save_file({name: t.clone().contiguous() for name, t in state.get('state_dict', state).items()}, "
-        f"{str(path.with_suffix('.safetensors'))!r})"
+        f"{str(new)!r})"
     )

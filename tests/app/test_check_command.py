@@ -135,3 +135,47 @@ def test_bad_arguments_are_one_line_and_status_2(folder, arguments, message, cap
     assert printed.out == ""
     assert message in printed.err
     assert printed.err.startswith("fomaml: error: ") and printed.err.count("\n") == 1
+
+
+OBJECTS = """
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+@dataclass
+class Found:
+    logits: torch.Tensor
+    count: int
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 5)
+
+    def forward(self, inputs):
+        return Found(self.layer(inputs), 1)
+
+
+def loss(forward, examples):
+    return nn.functional.cross_entropy(forward(examples.inputs).logits, examples.targets)
+
+
+def largest(forward, examples):
+    return forward(examples.inputs).logits.max()
+"""
+
+
+def test_an_object_of_ones_own_goes_to_the_loss_as_it_is(folder, capsys):
+    (folder / "objects.py").write_text(OBJECTS)
+    given = ["objects.py:Net", "--inner-steps", "1", "--loss", "objects.py:loss"]
+    run(*given, "--metric", "objects.py:largest", "--metric-direction", "lower")
+    told = capsys.readouterr().out
+    assert "first order, batched: equals the plain reference" in told
+    assert "the metric objects.py:largest gives" in told
+    with pytest.raises(SystemExit):
+        run("objects.py:Net")
+    told = capsys.readouterr().err
+    assert "not a Found with 'logits', 'count': give --output, the part that is judged" in told

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from commands import refused
-from fomaml.app import rivals
+from fomaml.app import pretrained, rivals
 from fomaml.app.cli import main
 from fomaml.app.rundir import load_run
 
@@ -99,7 +99,7 @@ def quick_baselines(monkeypatch):
         return fine_tune(*data, statistics=statistics, **(options | quick))
 
     monkeypatch.setattr(rivals, "fine_tune", few)
-    monkeypatch.setattr(rivals, "pretrain", partial(rivals.pretrain, iterations=5))
+    monkeypatch.setattr(pretrained, "pretrain", partial(pretrained.pretrain, iterations=5))
     return asked
 
 
@@ -213,7 +213,7 @@ def test_sinusoid_lowers_the_error(tmp_path, capsys):
         ),
         (["mnist", "--algorithm", "x"], "unknown algorithm 'x'; there are: fomaml, maml, "),
         (["mnist", "--question", "x"], "unknown question 'x'; there are: new-labels, new-digits"),
-        (["mnist", "--model", "x"], "unknown model 'x'; there are: mlp, conv4, conv4-strided"),
+        (["mnist", "--model", "x"], "unknown model 'x'; there are: mlp, linear, conv4, conv4-strided"),
         (["mnist", "--engine", "x"], "unknown engine 'x'; there are: auto, loop, batched, factored"),
         (["mnist", "--ways", "11"], "11 ways need 11 classes, but there are 10"),
         (["mnist", "--ways", "6", "--question", "new-digits"], "6 ways need 6 classes, but there are 5"),

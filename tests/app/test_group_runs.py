@@ -39,9 +39,6 @@ def data(tmp_path_factory):
     pd.concat([frame, idle]).to_csv(folder / "small.csv", index=False)
     frame.assign(load=frame.load.where(frame.index != 4)).to_csv(folder / "missing.csv", index=False)
     frame.to_csv(folder / "semicolon.csv", index=False, sep=";")
-    frame.assign(wear=frame.wear.map(lambda wear: f"{wear:.1f}".replace(".", ","))).to_csv(
-        folder / "comma.csv", index=False
-    )
     frame.assign(wear=frame.wear.where(frame.machine != "m3", 4.0)).to_csv(folder / "steady.csv", index=False)
     arrays = {
         "x": frame[["load", "hour"]].to_numpy(),
@@ -52,11 +49,14 @@ def data(tmp_path_factory):
     arrays = {
         key: np.asarray(value, dtype=None if key in ("x", "wear") else str) for key, value in arrays.items()
     }
-    np.savez(folder / "machines.npz", **arrays, hour=frame.hour, objects=np.array([None] * rows))
+    frame.to_csv(folder / "comma.csv", index=False, sep=";", decimal=",")
+    more = {"hour": frame.hour, "load": frame.load, "series": np.ones((rows, 3, 8), np.uint8)}
+    np.savez(folder / "machines.npz", **arrays, **more, objects=np.array([None] * rows))
     lengths = np.full(12, 60)
     np.savez(
         folder / "motion.npz",
         samples=random.normal(size=(720, 2)).astype(np.float32),
+        bits=random.integers(-300, 300, (720, 2), dtype=np.int16),
         lengths=lengths,
         subject=np.arange(12) // 2,
         motion=np.arange(12) % 2,
@@ -84,9 +84,11 @@ WINDOWS = f"windows:DATA/motion.npz {CUT} {QUICK}"
         (TABLE + " --categorical tool", "rmse", {"numbers": [2], "categories": [1]}),
         (LABELS, "accuracy", [2]),
         (ARRAYS, "rmse", [2]),
+        (ARRAYS.replace("--inputs x", "--inputs load"), "rmse", [1]),
         (ARRAYS.replace("--target wear", "--target state"), "accuracy", [2]),
         (WINDOWS, "accuracy", [2, 8]),
         (WINDOWS + " --model gru", "accuracy", [2, 8]),
+        (WINDOWS.replace("samples", "bits"), "accuracy", [2, 8]),
     ],
 )
 def test_a_run_is_trained_and_evaluated_again(text, metric, shapes, data, tmp_path, capsys):
@@ -241,6 +243,9 @@ def test_data_that_have_changed_are_refused(data, tmp_path, capsys):
         (TABLE.replace("machines", "missing"), "or drop these rows (--drop-missing)"),
         (TABLE.replace("machines", "semicolon"), "separated by ';': give --separator ';'"),
         (TABLE.replace("machines", "none"), "no file "),
+        (TABLE.replace("machines", "comma") + " --separator ;", "with a comma for the decimal point: give --decimal ,"),
+        (ARRAYS.replace("--inputs x", "--inputs hour"), "the inputs are torch.int64 and the model"),
+        (ARRAYS.replace("--inputs x", "--inputs series --model conv1d"), "torch.float32: save them as float32"),
         (ARRAYS.replace("--inputs x", "--inputs y"), "no array 'y'; there are: "),
         (ARRAYS.replace("--inputs x", "--inputs objects"), "never unpickled"),
         (ARRAYS.replace("--inputs x", "--inputs x wear"), "'wear' is given both as --target and as --inputs"),
@@ -263,7 +268,6 @@ def test_data_that_have_changed_are_refused(data, tmp_path, capsys):
         (ARRAYS.replace("--inputs x", "--inputs x hour"), "the inputs are x and hour, but the model mlp takes one"),
         (ARRAYS.replace("--target wear", "--target wear hour"), "are wear and hour, and the model mlp gives one"),
         (TABLE.replace("machines", "steady") + " --metric rmse r2", "r2 says nothing of targets that do not vary"),
-        (TABLE.replace("machines", "comma"), "'wear' of DATA/comma.csv holds text, expected numbers: '1"),
         (TABLE + " --fewer-classes", "--fewer-classes is for classification"),
         (LABELS + " --ways 2 --fewer-classes", "give no --fewer-classes"),
         (TABLE + " --augment rotations", "the source table is of groups: --augment must be none"),
@@ -282,7 +286,7 @@ def test_data_that_have_changed_are_refused(data, tmp_path, capsys):
 )  # fmt: skip
 def test_refused_in_one_line_and_nothing_is_written(text, expected, data, tmp_path, capsys):
     said = refused(capsys, ["train", *command(data, text), "--out", tmp_path / "run"])
-    assert expected.replace("DATA", str(data)) in said
+    assert expected in said
     assert not (tmp_path / "run").exists()
 
 

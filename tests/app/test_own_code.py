@@ -294,7 +294,7 @@ def test_weights_to_begin_with(folder, capsys):
         ("--model wrong.py:Good --model-options width", "--model-options takes KEY=VALUE, got 'width'"),
         ("--model wrong.py:Good --channels 3", "--channels is of the models by name, not of wrong.py:Good"),
         ("--model mlp --model-options a=1", "--model-options go to a model of your own"),
-        ("--model nosuch", "unknown model 'nosuch'; there are: mlp, conv4"),
+        ("--model nosuch", "unknown model 'nosuch'; there are: mlp, linear, conv4"),
         ("--loss wrong.py:vector", "the loss returns a tensor of shape (10, 1)"),
         ("--loss wrong.py:once", "the loss wrong.py:once fails: "),
         ("--loss wrong.py:crashes", "AttributeError: 'Examples' object has no attribute 'nothing' (wrong.py, line"),

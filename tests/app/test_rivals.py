@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fomaml import GroupEpisodes, GroupSource, estimate
-from fomaml.app import rivals
+from fomaml.app import pretrained, rivals
 from fomaml.app.cli import main
 from fomaml.baselines import fit_estimator
 from fomaml.data.synthetic import Sinusoids
@@ -48,11 +48,11 @@ def table(tmp_path_factory):
 @pytest.fixture
 def quick(monkeypatch):
     """Forests of few trees; networks that are trained and tuned for a few steps."""
-    fine_tune, pretrain = rivals.fine_tune, rivals.pretrain
+    fine_tune, pretrain = rivals.fine_tune, pretrained.pretrain
     few = {"tuning_tasks": 2, "inner_lrs": (0.01, 0.1), "at_steps": (1, 3)}
     monkeypatch.setattr(rivals, "fine_tune", lambda *data, **options: fine_tune(*data, **(options | few)))
     monkeypatch.setattr(
-        rivals,
+        pretrained,
         "pretrain",
         lambda *data, **options: pretrain(*data, **(options | {"iterations": 60, "lr": 0.01})),
     )

@@ -9,21 +9,29 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import fomaml
 from commands import refused
 from fomaml.app.build import open_data
 from fomaml.app.cli import main
+from fomaml.data.images import Decoder
 from fomaml.errors import InputError
 from fomaml.group_episodes import GroupEpisodes
+from fomaml.serve import export as exporting
 
 pd = pytest.importorskip("pandas", reason="tables are read by pandas, of the extra tables")
+timm = pytest.importorskip("timm", reason="some networks are timm's, of the extra backbones")
 QUICK = "--iterations 3 --meta-batch-size 2 --test-tasks 4 --validation-tasks 4 --test-steps 0 2 --shots 2"
 QUICK += " --query-shots 2 --no-baselines"
 IMAGES = f"--channels 4 --ways 2 --shares 0.4 0.3 0.3 --image-size 16 16 {QUICK}"
+TIMM = IMAGES.replace("--channels 4 ", "")
 SOURCES = {
     "grey": f"folder:DATA/symbols {IMAGES}",
     "colour": f"folder:DATA/symbols --rgb --algorithm proto-maml {IMAGES}",
+    "of a library": f"folder:DATA/symbols --rgb --model timm:test_resnet --model-weights random {TIMM}",
+    "frozen": "folder:DATA/symbols --rgb --features-of timm:test_resnet --features-weights DATA/net.safetensors "
+    + TIMM,
     "table": f"table:DATA/machines.csv --task machine --target wear --features load heat --categorical tool {QUICK}",
     "two targets": f"table:DATA/machines.csv --task machine --target wear heat --features load {QUICK}",
     "states": f"table:DATA/machines.csv --task machine --target state --features load {QUICK}",
@@ -31,6 +39,9 @@ SOURCES = {
     "windows": "windows:DATA/motion.npz --inputs samples --lengths lengths --task subject --target motion --window 8 "
     f"--hop 8 {QUICK}",
 }  # fmt: skip
+
+
+PICTURES = ("grey", "colour", "of a library", "frozen")
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +59,8 @@ def data(tmp_path_factory):
                 0, 50, (size, size, 3)
             )
             Image.fromarray(pixels.astype(np.uint8)).save(own / f"{image}.{'png' if image % 2 else 'jpg'}")
+    torch.manual_seed(0)
+    save_file(timm.create_model("test_resnet", num_classes=5).state_dict(), folder / "net.safetensors")
     rows = 150
     frame = pd.DataFrame({
         "machine": np.repeat([f"m{number}" for number in range(10)], 15),
@@ -86,7 +99,7 @@ def run(data, tmp_path_factory):
 
 def own_rows(name, data, path):
     """The path of a file of the rows of one task, or of a folder of two classes, as a stranger has them."""
-    if name in ("grey", "colour"):
+    if name in PICTURES:
         for own in ("class0", "class1"):
             shutil.copytree(data / "symbols" / own, path / own)
         return path
@@ -135,7 +148,10 @@ def test_inputs_and_targets_are_made_ready_as_in_training(name, run, data, tmp_p
         number = source.names.index(own)
         rows = torch.arange(source.offsets[number], source.offsets[number] + source.counts[number])
         mine = torch.tensor([label == own for label in taken.labels])
-        assert torch.equal(taken.inputs[mine], source.take(rows))
+        if name == "frozen":  # whose matrix products round by the size of the batch
+            assert torch.allclose(taken.inputs[mine], source.take(rows), atol=1e-5)
+        else:
+            assert torch.equal(taken.inputs[mine], source.take(rows))
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -359,3 +375,64 @@ def test_a_damaged_model_is_noticed(run, data, tmp_path, capsys):
         weights.write_bytes(whole)
         (tmp_path / "model" / "model.json").write_text(json.dumps(facts))
     main(["predict", str(tmp_path / "model"), str(own)])
+
+
+@pytest.mark.parametrize(
+    ("form", "name"),
+    [
+        ("torch-export", "colour"),
+        ("torch-export", "two targets"),
+        ("torch-export", "windows"),
+        ("onnx", "grey"),
+        ("onnx", "table"),
+    ],
+)
+def test_an_exported_program_says_what_the_model_says(form, name, run, data, tmp_path, capsys):
+    if form == "onnx":
+        pytest.importorskip("onnxscript", reason="ONNX needs onnxscript and onnxruntime, of the extra export")
+        onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX needs onnxruntime, of the extra export")
+    own = own_rows(name, data, tmp_path / "own")
+    main(["adapt", str(run(name)), "--support", str(own), "--out", str(tmp_path / "model")])
+    capsys.readouterr()
+    main(["export", str(tmp_path / "model"), "--to", form])
+    told = capsys.readouterr().out
+    assert "the same outputs as the network's" in told
+    path = told.split("saved in ")[1].strip()
+    model = fomaml.load_adapted(tmp_path / "model")
+    if name in ("grey", "colour"):
+        read = Decoder((16, 16), "L" if name == "grey" else "RGB").image
+        given = [np.stack([read(path) for path in sorted(own.rglob("*.*"))])]
+        expected = model.predict(own).probabilities
+    elif name == "windows":
+        arrays = np.load(own)["samples"]
+        cut = [arrays[60 * n + 8 * k : 60 * n + 8 * k + 8].T for n in range(2) for k in range(7)]
+        given, expected = [np.stack(cut)], model.predict(own).probabilities
+    else:
+        frame = pd.read_csv(own)
+        given = [frame[["load", "heat"] if name == "table" else ["load"]].to_numpy(np.float32).copy()]
+        if name == "table":
+            given.append(np.array(frame[["tool"]] == "mill", dtype=np.int64))
+        expected = model.predict(own).values
+    if form == "onnx":
+        session = onnxruntime.InferenceSession(path)
+        [found] = session.run(
+            None, {each.name: own for each, own in zip(session.get_inputs(), given, strict=True)}
+        )
+    else:
+        found = torch.export.load(path).module()(*map(torch.from_numpy, given)).detach().numpy()
+    assert np.allclose(found, expected.numpy(), rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_exported_is_compared_first(run, data, tmp_path, capsys, monkeypatch):
+    main(["adapt", str(run("states")), "--support", str(own_rows("states", data, tmp_path / "own")),
+          "--out", str(tmp_path / "model")])  # fmt: skip
+    out = tmp_path / "model.safetensors"
+    main(["export", str(tmp_path / "model"), "--to", "safetensors", "--out", str(out)])
+    weights = fomaml.load_adapted(tmp_path / "model").module.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in load_file(out).items())
+    export = ["export", tmp_path / "model", "--to", "safetensors", "--out", out]
+    assert "is there already" in refused(capsys, export)
+    monkeypatch.setattr(exporting, "_program", lambda *_: lambda given: torch.zeros(len(given[0]), 2))
+    export = ["export", tmp_path / "model", "--to", "torch-export"]
+    assert "gives other outputs than the network" in refused(capsys, export)
+    assert not (tmp_path / "model" / "model.pt2").exists()

@@ -166,6 +166,14 @@ def test_columns_where_it_is_not_said_which_is_what(text, data, capsys):
     )
 
 
+def test_the_line_that_asks_which_column_is_what_reads_the_file_as_it_was_read(data, capsys):
+    pd.read_csv(data / "machines.csv").to_csv(data / "comma.csv", sep=";", decimal=",", index=False)
+    said = shown(data, "table:DATA/comma.csv --separator ; --decimal ,", capsys)
+    assert "load     float64" in said
+    line = said.rstrip().splitlines()[-1]
+    assert line.startswith(f"fomaml data table:{data}/comma.csv --separator ';' --decimal , --task TASK")
+
+
 def test_a_sheet_of_images(data, tmp_path, capsys):
     from PIL import Image
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from commands import refused
-from fomaml.app import rivals, tune
+from fomaml.app import pretrained, rivals, tune
 from fomaml.app.cli import main
 from fomaml.tuning import LogUniform, settings_of
 from mnist_files import idx
@@ -50,9 +50,9 @@ def tuned(text, out, *more):
 @pytest.fixture
 def quick(monkeypatch):
     """Networks pretrained for a few steps, and no forest."""
-    pretrain = rivals.pretrain
+    pretrain = pretrained.pretrain
     monkeypatch.setattr(
-        rivals, "pretrain", lambda *data, **options: pretrain(*data, **(options | {"iterations": 5}))
+        pretrained, "pretrain", lambda *data, **options: pretrain(*data, **(options | {"iterations": 5}))
     )
     monkeypatch.setattr(rivals, "ESTIMATORS", {"ridge": "ridge"})
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fomaml import FOMAML, MLP, ClassSource, GroupEpisodes, GroupSource, evaluate
+from fomaml import FOMAML, MLP, BatchNorm, ClassSource, Episodes, GroupEpisodes, GroupSource, evaluate
 from fomaml.baselines import fine_tune, pretrain, unadapted
 from fomaml.data.synthetic import Sinusoids
 from fomaml.episodes import RegressionEpisodes
@@ -102,6 +102,41 @@ class Unequal:
 
     def batch(self, start, tasks):
         return self.tasks[start : start + tasks]
+
+
+@pytest.mark.parametrize(("policy", "steps"), [("running", None), ("per-step", 2), ("batch", None)])
+def test_running_statistics_move_as_the_mini_batches_say(policy, steps):
+    inputs, labels = 3 * torch.randn(40, 4) + 2, torch.arange(40) % 5
+    order = labels.argsort(stable=True)
+    torch.manual_seed(0)
+    # without a bias before the norm, whose gradient is rounding alone
+    model = nn.Sequential(
+        nn.Linear(4, 6, bias=False), BatchNorm(6, policy=policy, steps=steps), nn.Linear(6, 5)
+    )
+    # the same by torch's own layer, but for the unbiased variance that its running one is of
+    plain = nn.Sequential(copy.deepcopy(model[0]), nn.BatchNorm1d(6), copy.deepcopy(model[2]))
+    rows, optimizer = drawn_rows(40), torch.optim.Adam(plain.parameters(), lr=LR)
+    for own in rows:
+        optimizer.zero_grad()
+        F.cross_entropy(plain(inputs[order][own]), labels[order][own]).backward()
+        optimizer.step()
+    pretrain(model, ClassSource(inputs, labels), **OPTIONS)
+    same(model, plain)
+    if policy == "batch":
+        assert not dict(model.named_buffers())
+        return
+    mean, variance = model[1].mean, model[1].variance
+    assert len(mean) == (1 if steps is None else steps + 1)
+    torch.testing.assert_close(mean, plain[1].running_mean.expand_as(mean), rtol=1e-4, atol=1e-5)
+    left = 0.9**ITERATIONS  # of the ones it began with, which no batch has seen
+    biased = (plain[1].running_var - left) * (BATCH - 1) / BATCH + left
+    torch.testing.assert_close(variance, biased.expand_as(variance), rtol=1e-4, atol=1e-5)
+    # so that the pooled network, as it is, normalises by what it has seen
+    episodes = Episodes(ClassSource(inputs, labels), ways=5, shots=1, query_shots=2)
+    found = unadapted(model, episodes, tasks=1, metric=lambda outputs, targets: outputs[0, 0])
+    hidden = model[0](episodes[0].query.inputs[0])
+    hidden = (hidden - mean[0]) / (variance[0] + 1e-5).sqrt() * model[1].weight + model[1].bias
+    assert found.item() == pytest.approx(model[2](hidden)[0].item(), rel=1e-4)
 
 
 def test_of_nested_tasks_of_unequal_sizes():

@@ -201,7 +201,11 @@ class Labels(Plain):
 @pytest.mark.parametrize(
     ("build", "choices", "message"),
     [
-        (Pair, {}, "the module must return one floating tensor, not a tuple"),
+        (
+            Pair,
+            {},
+            "the module must return one floating tensor, not a tuple: give output=, the part that is judged",
+        ),
         (Labels, {}, "the module must return one floating tensor, not a torch.int64 tensor"),
         (Summed, {}, "float32 inputs (10, 6) gave outputs (5,); expected 10 rows"),
         (

@@ -42,7 +42,35 @@ def solver() -> nn.Module:
     return nn.Sequential(nn.Linear(1, 5), nn.Tanh(), nn.Linear(5, 1))
 
 
+class Output(dict):
+    """As those of transformers: a mapping whose parts are attributes too."""
+
+    __getattr__ = dict.__getitem__
+
+
+class Mapped(Encoder):
+    def forward(self, input_ids):
+        found = super().forward(input_ids)
+        return Output(logits=found.logits, hidden_states=found.hidden_states[0])
+
+
+def of_object(outputs, targets):
+    return F.cross_entropy(outputs.logits, targets) + outputs["hidden_states"].square().mean()
+
+
+def loss_of_object(forward, examples):
+    return F.cross_entropy(forward(examples.inputs).logits, examples.targets)
+
+
 ROWS = {
+    "a criterion of the object": (Mapped, tokens, {"criterion": of_object}, "tried as a regression"),
+    "a loss of the object": (Mapped, tokens, {"loss": loss_of_object}, "judged by a loss of its own"),
+    "a loss of an object that is no mapping": (
+        Encoder,
+        tokens,
+        {"loss": loss_of_object},
+        "judged by a loss of its own",
+    ),
     "hugging-face": (Encoder, tokens, {"output": "logits"}, "3 outputs for 3 ways"),
     "two heads": (Pair, pair, {"criterion": both}, "outputs (3,), (1,) per example"),
     "deep": (Deep, deep, {"output": "scores"}, "3 outputs for 3 ways"),

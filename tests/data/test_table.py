@@ -96,6 +96,15 @@ def test_the_kind_follows_from_the_target(column, kind):
     assert found.kind == kind
 
 
+@pytest.mark.parametrize(
+    ("labels", "kind"), [([1, None, 2, 3] * 2, "classification"), ([1, None, 2.5, 3] * 2, "regression")]
+)
+def test_labels_that_once_lacked_some_are_classes(labels, kind, tmp_path):
+    path = written(tmp_path, "csv", FRAME.assign(state=labels))
+    found = GroupSource.from_table(path, task="machine", target="state", features=NUMBERS, drop_missing=True)
+    assert found.kind == kind and found.classes == (["1", "2", "3"] if kind == "classification" else None)
+
+
 def test_whole_numbers_of_many_values_are_regressed_on_unless_asked():
     frame = pd.DataFrame({"task": np.arange(42) // 6, "x": np.arange(42.0), "y": np.arange(42) % 21})
     assert GroupSource.from_table(frame, task="task", target="y").kind == "regression"
@@ -157,6 +166,36 @@ def test_another_separator_and_a_byte_order_mark(tmp_path):
     assert found.names == ["a", "b", "c"]
 
 
+def test_a_decimal_comma(tmp_path):
+    path = tmp_path / "table.csv"
+    FRAME.to_csv(path, sep=";", decimal=",", index=False)
+    given = {"task": "machine", "target": "wear", "features": NUMBERS, "separator": ";"}
+    found = GroupSource.from_table(path, **given, decimal=",")
+    inputs, targets = found.take(np.arange(8))
+    assert np.allclose(inputs, FRAME[NUMBERS].to_numpy()[found.rows])
+    assert np.allclose(targets[:, 0], FRAME.wear.to_numpy()[found.rows])
+    with pytest.raises(InputError, match=r"'wear' .* '0,1' in row 1, .* give decimal=','"):
+        GroupSource.from_table(path, **given)
+    with pytest.raises(InputError, match=r"decimal must be '\.' or ',', got 'x'"):
+        GroupSource.from_table(path, **given, decimal="x")
+
+
+@pytest.mark.parametrize(
+    ("flaw", "text"),
+    [
+        (lambda number: str(number), "'0.0' in row 1; it reads as numbers: convert it"),
+        (lambda number: str(number).replace(".", ","), "'0,0' in row 1, with a comma .* give decimal=','"),
+        (lambda number: "n.a.?" if number == 2 else str(number), r"text, .* 'n\.a\.\?' in row 5, the first of 1 such"),
+    ],
+)  # fmt: skip
+def test_a_quantity_with_a_flaw_is_not_taken_for_classes(flaw, text):
+    frame = pd.DataFrame({"task": np.arange(42) // 6, "x": np.arange(42.0)})
+    frame["y"] = [flaw(number / 2) for number in range(42)]
+    with pytest.raises(InputError, match=f"the target 'y' .* {text}"):
+        GroupSource.from_table(frame, task="task", target="y")
+    assert GroupSource.from_table(frame, task="task", target="y", kind="classification").outputs == 42
+
+
 def test_a_dataframe_of_polars():
     polars = pytest.importorskip("polars", reason="polars is not installed")
     found = GroupSource.from_table(
@@ -215,8 +254,8 @@ def test_columns_that_do_not_go_are_refused(change, text):
     [
         ("load", ["1", "2", "x4", "4", "5", "6", "7", "?"], {}, "'load' .* 'x4' in row 3, the first of 2 such rows"),
         ("load", list("12345678"), {}, "'load' .* holds text, .* '1' in row 1; it reads as numbers: convert it"),
-        ("load", ["1,5", *"1234567"], {}, "'load' .* '1,5' in row 1; these are numbers with a decimal comma"),
-        ("wear", ["0,5", "-1,5"] * 4, {}, "the target 'wear' .* '0,5' in row 1; these .* decimal comma"),
+        ("load", ["1,5", *"2345678"], {}, "'1,5' in row 1, with a comma for the decimal point: give decimal=','"),
+        ("wear", ["0,5", "-1,5"] * 4, {}, "the target 'wear' .* with a comma for the decimal point"),
         ("load", [1, 2, np.inf, 4, 5, 6, 7, -np.inf], {}, "'load' .* is infinite in 2 rows, the first is row 3"),
         ("wear", [1, 2, np.inf, 4, 5, 6, 7, 8], {}, "the target 'wear' of the table is infinite in 1 rows"),
         ("wear", [2.5] * 8, {}, "the target 'wear' of the table is 2.5 in all 8 rows: there is nothing to learn"),

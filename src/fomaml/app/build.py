@@ -15,6 +15,7 @@ from torch import nn
 from fomaml.app import group_tasks
 from fomaml.app.algorithms import ALGORITHMS
 from fomaml.app.device import check_device, has_bfloat16
+from fomaml.app.frozen import prepared, shape_of
 from fomaml.app.grouped import Groups
 from fomaml.app.named import own_of
 from fomaml.app.networks import head_of
@@ -67,20 +68,21 @@ def open_data(settings: Settings, test_seed: int | None = None, allow_download: 
     }
     testing: dict[str, Any] = {"shots": settings.shots, "query_shots": settings.test_query_shots}
     tuning_seed, validation_seed, seed = 3 * settings.seed + 1, 3 * other + 1, 3 * other + 2
-    found = source_of(settings).load(settings, allow_download)
-    if isinstance(found, Functions):
+    loaded = source_of(settings).load(settings, allow_download)
+    if isinstance(loaded, Functions):
 
         def draw(**facts) -> RegressionEpisodes:
-            return RegressionEpisodes(found.family, **facts, device=device)
+            return RegressionEpisodes(loaded.family, **facts, device=device)
 
         return Data(
-            name=found.name,
-            origin=found.origin,
+            name=loaded.name,
+            origin=loaded.origin,
             train=draw(**training),
             tuning=draw(**testing, seed=tuning_seed),
             test=draw(**testing, seed=seed),
             unvalidated=f"the source {settings.source} has no validation classes",
         )
+    found = prepared(settings, loaded)
     if isinstance(found, Groups):
         seeds = tuning_seed, validation_seed, seed
         return Data(**group_tasks.drawn(settings, found, training, testing, seeds, device))
@@ -122,7 +124,7 @@ def with_data(settings: Settings, data: Data) -> Settings:
         return dataclasses.replace(settings, facts=data.facts, **tasks)
     if data.classes is None:
         return settings
-    return dataclasses.replace(settings, image=tuple(data.classes.inputs.shape[1:]))
+    return dataclasses.replace(settings, image=shape_of(data.classes))
 
 
 def with_precision(settings: Settings) -> Settings:

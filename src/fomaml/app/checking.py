@@ -25,6 +25,7 @@ from fomaml.evaluate import evaluate
 from fomaml.learning.algorithms import FOMAML
 from fomaml.metrics import metric_for
 from fomaml.tasks import Task
+from fomaml.trees import leaves
 
 
 def check_module(options: CheckOptions) -> Report:
@@ -90,7 +91,9 @@ def _metric(model: torch.nn.Module, options: CheckOptions, name: str, judged: di
         torch.manual_seed(options.seed)
         sizes = (1, options.ways * options.query_shots, *options.input)
         inputs = draw_inputs(found, sizes, options.vocabulary)
-        outputs = first_outputs(model, inputs[0], judged["output"])
+        outputs = first_outputs(model, inputs[0], judged["output"], "loss" in judged)
+        if "loss" in judged:
+            outputs = leaves(outputs)[0]
         if not isinstance(outputs, torch.Tensor):
             return Finding("note", f"the metric {name} was not tried: the outputs are several, see --output")
         tasks, criterion = draw_tasks([inputs, inputs], outputs, options.ways)

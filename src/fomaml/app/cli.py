@@ -24,7 +24,7 @@ from fomaml.app.commands import (
 from fomaml.app.compare import compare, expand
 from fomaml.app.compare import describe as describe_comparison
 from fomaml.app.judge import describe, evaluate_run
-from fomaml.app.named import named_again, with_weights
+from fomaml.app.named import AGAIN, named_again, with_weights
 from fomaml.app.parser import parse_command
 from fomaml.app.presets import PRESETS
 from fomaml.app.progress import watching
@@ -32,8 +32,15 @@ from fomaml.app.report import align
 from fomaml.app.rundir import load_run, load_settings
 from fomaml.app.search import asked as asked_search
 from fomaml.app.search import resumed
-from fomaml.app.serve_commands import evaluate_adapted, is_adapted, run_adapt, run_calibrate, run_predict
-from fomaml.app.serve_options import AdaptOptions, CalibrateOptions, PredictOptions
+from fomaml.app.serve_commands import (
+    evaluate_adapted,
+    is_adapted,
+    run_adapt,
+    run_calibrate,
+    run_export,
+    run_predict,
+)
+from fomaml.app.serve_options import AdaptOptions, CalibrateOptions, ExportOptions, PredictOptions
 from fomaml.app.session import train_run
 from fomaml.app.settings import BaselineSize, Part, Settings, TestAugmentation, Weights
 from fomaml.app.settle import check_below, check_seed, check_steps, settle_with_origins
@@ -90,12 +97,12 @@ def log_shown() -> Iterator[None]:
 def _train(options: TrainOptions) -> None:
     asked = given(options)
     if options.resume is not None:
-        again = {name: asked.pop(name, None) for name in ("model", "loss", "metric", "model_weights")}
+        again = {name: asked.pop(name, None) for name in AGAIN}
         accept = asked.pop("accept_changed_code", False)
         if set(asked) != {"resume"}:
             raise InputError(
-                "--resume takes the settings of the run; no other option goes with it, but --model, --loss and "
-                "--metric where they are your own code"
+                "--resume takes the settings of the run; no other option goes with it, but --model, --features-of, "
+                "--loss and --metric where they are your own code, and files of weights where they have moved"
             )
         out = options.resume
         settings = named_again(load_settings(out), out, **again, accept_changed_code=accept)
@@ -160,6 +167,8 @@ def _evaluate(options: EvaluateOptions) -> None:
         options.weights,
         model=options.model,
         loss=options.loss,
+        features_of=options.features_of,
+        features_weights=options.features_weights,
         metric=options.metric,
         metric_direction=options.metric_direction,
         accept_changed_code=options.accept_changed_code,
@@ -258,6 +267,7 @@ COMMANDS = {
     "evaluate": Command(EvaluateOptions, _evaluate),
     "adapt": Command(AdaptOptions, run_adapt),
     "predict": Command(PredictOptions, run_predict),
+    "export": Command(ExportOptions, run_export),
     "calibrate": Command(CalibrateOptions, run_calibrate),
     "compare": Command(CompareOptions, _compare),
     "tune": Command(TuneOptions, _tune),

@@ -78,6 +78,8 @@ class EvaluateOptions:
     model: str | None = option(
         "the run's model again, where it is your own: nothing is imported unless you name it"
     )
+    features_of: str | None = option("the run's --features-of again, where it is your own")
+    features_weights: str | None = option("the file of its weights, where it has moved", metavar="FILE")
     loss: str | None = option("the run's loss again, where it is your own")
     metric: tuple[str, ...] | None = option("other metrics, as of `fomaml train`; default: as the run")
     metric_direction: Better | None = option("as of `fomaml train`")

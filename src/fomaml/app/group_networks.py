@@ -28,7 +28,7 @@ def gru(settings: Settings, outputs: int) -> nn.Module:
 
 def _channels(settings: Settings) -> int:
     """Those of a series (channels, time)."""
-    shape = None if settings.facts is None else settings.facts["shapes"]
+    shape = None if settings.facts is None else settings.facts.get("drawn", settings.facts["shapes"])
     if not isinstance(shape, list) or len(shape) != 2:
         got = "images" if shape is None else f"inputs of shape {shape}"
         raise InputError(

@@ -33,6 +33,7 @@ class GroupOptions:
     separator: str | None = option(
         "for table: what stands between columns: a character, tab or space", metavar="X"
     )
+    decimal: str | None = option("for table: the decimal point of its numbers, . (default) or ,", metavar="X")
     drop_missing: bool = option(
         "for table: leave out rows that lack a value, instead of refusing them", False
     )

@@ -20,7 +20,10 @@ from fomaml.errors import InputError
 
 # The options that say how a file is read, by source; the first ones must be given.
 READ = {
-    "table": (("task", "target"), ("order", "features", "categorical", "kind", "drop_missing", "separator")),
+    "table": (
+        ("task", "target"),
+        ("order", "features", "categorical", "kind", "drop_missing", "separator", "decimal"),
+    ),
     "arrays": (("task", "inputs", "target"), ("order", "kind")),
     "windows": (("task", "inputs", "target", "lengths", "window", "hop"), ("kind", "skip_short")),
 }
@@ -142,6 +145,7 @@ def _read(name: str, path: str, stamp: int, options: tuple[tuple[str, Any], ...]
             target=targets[0] if len(targets) == 1 else targets,
             categorical=given.pop("categorical") or (),
             drop_missing=bool(given.pop("drop_missing")),
+            decimal=given.pop("decimal") or ".",
             **given,
         )
     arrays = Arrays(path)
@@ -160,8 +164,11 @@ def _read(name: str, path: str, stamp: int, options: tuple[tuple[str, Any], ...]
             leave_out_short=bool(given["skip_short"]),
             target_names=given["target"],
         )
+    inputs = _together(arrays, given["inputs"])
+    if not isinstance(inputs, dict) and inputs.ndim == 1:
+        inputs = inputs[:, None]  # networks take (examples, features)
     return GroupSource(
-        _together(arrays, given["inputs"]),
+        inputs,
         targets,
         arrays[given["task"]],
         None if given["order"] is None else arrays[given["order"]],

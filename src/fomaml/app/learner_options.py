@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from fomaml.app.parser import option
 from fomaml.app.settings import (
@@ -30,6 +31,24 @@ class AlgorithmOptions:
         metavar="KEY=VALUE",
     )
     model_weights: str | None = option(MODEL_WEIGHTS, metavar="FILE")
+    features_of: str | None = option(
+        "a network that runs once over all inputs and does not learn: timm:NAME, torchvision:NAME, both without their "
+        "head, or FILE.py:NAME; --model, by default linear, learns on what it gives",
+        metavar="NETWORK",
+    )
+    features_weights: str | None = option(
+        "the weights of --features-of: a .safetensors file; of timm and torchvision also download",
+        metavar="FILE",
+    )
+    features_layer: str | None = option(
+        "the layer of --features-of whose outputs are taken; --model then stands for those after it; default: its "
+        "outputs",
+        metavar="NAME",
+    )
+    features_in: Path | None = option(
+        "a folder that keeps what --features-of gives, so that it runs once for all runs on these data",
+        metavar="FOLDER",
+    )
     head: str | None = option(
         "the layer that algorithms such as anil take for the head; default: the last nn.Linear"
     )

@@ -22,6 +22,8 @@ from fomaml.backbones import LIBRARIES, read_weights
 from fomaml.errors import InputError
 from fomaml.metrics import Metric, metric_for, name_of
 
+WEIGHTS = {"model": "model_weights", "features_of": "features_weights"}  # whose weights a file may hold
+AGAIN = ("model", "model_weights", "features_of", "features_weights", "loss", "metric")  # to go on with a run
 OWN = ("FILE.py:NAME", "package.module:NAME")
 # What reads like a value of Python, or of another language, and is none.
 NO_WORDS = ("true", "false", "none", "null", "nan", "inf", "yes", "no")
@@ -29,12 +31,20 @@ NO_WORDS = ("true", "false", "none", "null", "nan", "inf", "yes", "no")
 
 def own_model(settings: Settings) -> bool:
     """Whether the model is the user's own code."""
-    return settings.model.partition(":")[0] not in LIBRARIES and is_own(settings.model)
+    return _of_own(settings.model)
+
+
+def _of_own(name: str) -> bool:
+    return name.partition(":")[0] not in LIBRARIES and is_own(name)
 
 
 def foreign_model(settings: Settings) -> bool:
     """Whether the model is the user's own code or another library's: none of those that options describe."""
-    return ":" in settings.model or is_own(settings.model)
+    return is_foreign(settings.model)
+
+
+def is_foreign(name: str) -> bool:
+    return ":" in name or is_own(name)
 
 
 def own_of(settings: Settings, key: str) -> Own:
@@ -117,6 +127,9 @@ def with_own(settings: Settings) -> Settings:
     if own_model(settings):
         own["model"] = find_model(settings.model)
         settings = dataclasses.replace(settings, model=own["model"].name)
+    if settings.features_of is not None and _of_own(settings.features_of):
+        own["features_of"] = find_model(settings.features_of)
+        settings = dataclasses.replace(settings, features_of=own["features_of"].name)
     if settings.loss is not None:
         own["loss"] = read_loss(settings.loss)
         settings = dataclasses.replace(settings, loss=own["loss"].name)
@@ -132,23 +145,29 @@ def with_own(settings: Settings) -> Settings:
     if settings.metric is not None:
         settings = dataclasses.replace(settings, metric=tuple(metrics))
     code = {key: each.record for key, each in own.items()}
-    if settings.model.partition(":")[0] in LIBRARIES and settings.model_weights is None:
-        raise InputError(
-            f"{settings.model} needs --model-weights: a .safetensors file, random, or download, by the "
-            "library itself"
-        )
-    if settings.model_weights is not None:
-        code |= _weights_record(settings.model_weights)
+    for network, key in WEIGHTS.items():
+        name, weights = getattr(settings, network), getattr(settings, key)
+        if name is not None and name.partition(":")[0] in LIBRARIES and weights is None:
+            others = "random, or download" if key == "model_weights" else "or download"
+            raise InputError(
+                f"{name} needs {typed(key)}: a .safetensors file, {others}, by the library itself"
+            )
+        if key == "features_weights" and weights == "random":
+            raise InputError(
+                "what --features-of gives must mean something: --features-weights FILE, or download"
+            )
+        if (record := _weights_record(weights)) is not None:
+            code[key] = record
     return dataclasses.replace(settings, own=own or None, code=code or None)
 
 
-def _weights_record(weights: str) -> dict[str, dict[str, Any]]:
-    """The digest of a file of weights, which is read to see that it is one."""
-    if weights in ("random", "download"):
-        return {}
+def _weights_record(weights: str | None) -> dict[str, Any] | None:
+    """The digest of a file of weights, which is read to see that it is one; None where there is no file."""
+    if weights in (None, "random", "download"):
+        return None
     path = Path(weights).expanduser()
     read_weights(path)
-    return {"model_weights": {"name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}}
+    return {"name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
 
 
 def is_own_metric(name: str) -> bool:
@@ -164,12 +183,15 @@ def named_again(
     loss: Any = None,
     metric: Sequence[str] | None = None,
     model_weights: str | None = None,
+    features_of: Any = None,
+    features_weights: str | None = None,
     accept_changed_code: bool = False,
     going_on: bool = True,
 ) -> Settings:
     """The settings of a run directory with its own code, which the user names again: nothing else is imported.
 
-    model, loss: names, or the objects themselves. model_weights: where the file lies by now, if it has moved.
+    model, loss, features_of: names, or the objects themselves. model_weights, features_weights: where the file lies by
+        now, if it has moved.
     accept_changed_code: take a file that is not what it was.
     going_on: whether the run goes on, so that its metrics count as well, else see `with_metrics`.
 
@@ -177,7 +199,7 @@ def named_again(
         InputError: what the run needs is not named, something else is, or a file has changed.
     """
     code = dict(settings.code or {})
-    asked: dict[str, Any] = {"model": model, "loss": loss}
+    asked: dict[str, Any] = {"model": model, "loss": loss, "features_of": features_of}
     missing = [key for key in asked if key in code and asked[key] is None]
     if going_on and metric is None and any(map(is_own_metric, settings.metric or ())):
         missing.append("metric")
@@ -204,27 +226,31 @@ def named_again(
                 own[key] = _compared(run, key, code, find(name), accept_changed_code)
     if going_on:
         settings = with_weights(settings, run, model_weights)
+    settings = with_weights(settings, run, features_weights, "features_weights")
     return dataclasses.replace(settings, own=own or None, code=code or None)
 
 
-def with_weights(settings: Settings, run: Path, model_weights: str | None) -> Settings:
+def with_weights(settings: Settings, run: Path, given: str | None, key: str = "model_weights") -> Settings:
     """The settings of a run directory with the file of weights that it began with, where it lies by now.
 
     Raises:
         InputError: it is not there, or another; the run began with none.
     """
-    record = (settings.code or {}).get("model_weights")
+    record = (settings.code or {}).get(key)
     if record is None:
-        if model_weights is not None:
-            raise InputError(f"the run in {run} began with no file of weights: give no --model-weights")
+        if given is not None:
+            raise InputError(f"the run in {run} began with no file of weights: give no {typed(key)}")
         return settings
-    file = model_weights or settings.model_weights
-    if (
-        file in (None, "random", "download")
-        or _weights_record(file)["model_weights"]["sha256"] != record["sha256"]
-    ):
+    file = given or getattr(settings, key)
+    if given is None and not Path(file).expanduser().exists():
+        raise InputError(
+            f"the file of weights that the run in {run} began with, {file}, is not there any more: say where it lies "
+            f"by now, {typed(key)} FILE"
+        )
+    if (found := _weights_record(file)) is None or found["sha256"] != record["sha256"]:
         raise InputError(f"{file} is not the file of weights that the run in {run} began with; bring it back")
-    return dataclasses.replace(settings, model_weights=file)
+    moved: dict[str, Any] = {key: file}
+    return dataclasses.replace(settings, **moved)
 
 
 def with_metrics(
@@ -274,7 +300,7 @@ def with_metrics(
 
 
 def _unnamed(run: Path, missing: Sequence[str], needed: str, others: str = "") -> InputError:
-    what = " and a ".join(missing)
+    what = " and a ".join("frozen network" if key == "features_of" else key for key in missing)
     return InputError(
         f"the run in {run} has a {what} of your own code, which is imported only where it is named again: add "
         f"{needed}{others}"
@@ -291,7 +317,7 @@ def _find_again(key: str, value: Any) -> Own:
         return of_object(value)
     if not is_own(value):
         raise InputError(f"the {key} of the run is your own code, {' or '.join(OWN)}, got {value!r}")
-    return find_model(value) if key == "model" else find(value)
+    return find(value) if key == "loss" else find_model(value)
 
 
 def _compared(run: Path, key: str, code: dict, found: Own, accept: bool) -> Own:
@@ -316,7 +342,7 @@ def resume_options(settings: Settings) -> str:
     """What has to be said again when a run is resumed: --model FILE.py:NAME and the like; "" mostly."""
     code = settings.code or {}
     words: list[str] = []
-    for key in ("model", "loss"):
+    for key in ("model", "features_of", "loss"):
         if key in code:
             words += [typed(key), code[key]["name"]]
     if any(key.startswith("metric ") for key in code):

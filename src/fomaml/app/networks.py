@@ -30,7 +30,7 @@ from fomaml.tasks import one
 def _mlp(settings: Settings, outputs: int) -> nn.Module:
     """An MLP; for CAVIA with context parameters joined to its inputs (Zintgraf et al. 2019, section 4)."""
     source = source_of(settings)
-    if settings.facts is not None and settings.facts["categories"]:
+    if settings.facts is not None and settings.facts["categories"] and "drawn" not in settings.facts:
         return group_networks.table_mlp(settings, outputs, source.hidden)
     inputs = math.prod(_image(settings))
     if settings.algorithm != "cavia":
@@ -52,12 +52,13 @@ def _convolutions(settings: Settings) -> dict:
 def _image(settings: Settings) -> tuple[int, ...]:
     """The shape of an input."""
     if settings.facts is None:
-        return settings.image or source_of(settings).inputs
-    shape = settings.facts["shapes"]
-    if not isinstance(shape, list):
-        raise InputError(
-            f"the inputs are {' and '.join(shape)}, but the model {settings.model} takes one: give another --model"
-        )
+        shape = settings.image or source_of(settings).inputs
+    else:
+        shape = settings.facts.get("drawn", settings.facts["shapes"])
+        if not isinstance(shape, list):
+            raise InputError(
+                f"the inputs are {' and '.join(shape)}, but the model {settings.model} takes one: give another --model"
+            )
     if settings.model.startswith("conv4") and len(shape) != 3:
         raise InputError(
             f"the model {settings.model} takes images (channels, height, width), but an input has the shape "
@@ -82,6 +83,9 @@ def _outputs(settings: Settings) -> int:
 # (settings, outputs) → a network with random weights, by name
 NETWORKS: dict[str, Callable[[Settings, int], nn.Module]] = {
     "mlp": _mlp,
+    "linear": lambda settings, outputs: nn.Sequential(
+        nn.Flatten(), nn.Linear(math.prod(_image(settings)), outputs)
+    ),
     "conv4": lambda settings, outputs: Conv4(outputs, image=_image(settings), **_convolutions(settings)),
     "conv4-strided": lambda settings, outputs: Conv4Strided(
         outputs, in_channels=_image(settings)[0], **_convolutions(settings)
@@ -153,7 +157,8 @@ def of_library(
 
 def told_to(settings: Settings) -> dict[str, Any]:
     """What a model of the user's own is told of the data, if it asks; see `offered`."""
-    several = settings.facts is not None and not isinstance(settings.facts["shapes"], list)
+    facts = settings.facts or {}
+    several = settings.facts is not None and not isinstance(facts.get("drawn", facts["shapes"]), list)
     shape = None if several else _image(settings)
     if source_of(settings).kind == "classification":
         return offered(settings.ways, settings.ways, shape)

@@ -116,6 +116,8 @@ def load_run(
     *,
     model: Any = None,
     loss: Any = None,
+    features_of: Any = None,
+    features_weights: str | None = None,
     metric: Sequence[str] | None = None,
     metric_direction: Better | None = None,
     accept_changed_code: bool = False,
@@ -124,9 +126,9 @@ def load_run(
     """The settings, with changes, and the trained learner of a run directory.
 
     weights: "best" by validation, or "last"; a run without validation has one file, which is both.
-    model, loss: those of the run again where they are the user's own, by name or as the class or function: nothing is
-        imported because a file says so. metric: others than the run's, or the same again; the run's own metrics are
-        taken where they need no code.
+    model, loss, features_of: those of the run again where they are the user's own, by name or as the class or function:
+        nothing is imported because a file says so. features_weights: their file, where it has moved. metric: others
+        than the run's, or the same again; the run's own metrics are taken where they need no code.
     accept_changed_code: take code that is not what the run was made with.
 
     Raises:
@@ -134,8 +136,9 @@ def load_run(
     """
     recorded = load_settings(run)
     trained = named_again(
-        recorded, run, model=model, loss=loss, accept_changed_code=accept_changed_code, going_on=False
-    )
+        recorded, run, model=model, loss=loss, features_of=features_of, features_weights=features_weights,
+        accept_changed_code=accept_changed_code, going_on=False,
+    )  # fmt: skip
     trained = with_metrics(trained, run, metric, metric_direction, accept_changed_code)
     settings = dataclasses.replace(trained, **{k: v for k, v in changes.items() if v is not None})
     if settings.ways != trained.ways and not ALGORITHMS[trained.algorithm].any_ways:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from fomaml.app.commands import given, headings
-from fomaml.app.named import named_again
+from fomaml.app.named import AGAIN, named_again
 from fomaml.app.settings import Settings, from_json, to_json
 from fomaml.app.settle import settle
 from fomaml.app.tune_options import TRIALS, TuneOptions
@@ -110,12 +110,12 @@ def resumed(options: TuneOptions) -> Search:
     """
     folder, more = options.resume, given(options)
     assert folder is not None
-    again = {name: more.pop(name, None) for name in ("model", "loss", "metric")}
+    again = {name: more.pop(name, None) for name in AGAIN}
     accept, trials = more.pop("accept_changed_code", False), more.pop("trials", None)
     if set(more) != {"resume"}:
         raise InputError(
             "--resume takes the options of the search; no other option goes with it, but more --trials, and --model, "
-            "--loss and --metric where they are your own code"
+            "--features-of, --loss and --metric where they are your own code"
         )
     path = folder / SEARCH
     try:

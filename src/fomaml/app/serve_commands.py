@@ -9,10 +9,11 @@ from typing import Any
 from fomaml.app import calibrate as calibrating
 from fomaml.app import rundir
 from fomaml.app.report import align
-from fomaml.app.serve_options import AdaptOptions, CalibrateOptions, PredictOptions
+from fomaml.app.serve_options import AdaptOptions, CalibrateOptions, ExportOptions, PredictOptions
 from fomaml.app.serving import MODEL, load_adapted, load_run, save_model
 from fomaml.errors import InputError, positive
 from fomaml.serve.adapted import Predictions
+from fomaml.serve.export import SUFFIXES, export
 
 WIDE = 6  # the classes whose probabilities fit beside each other
 
@@ -103,6 +104,21 @@ def run_calibrate(options: CalibrateOptions) -> None:
         say=lambda line: print(line, flush=True),
     )  # fmt: skip
     print(f"\n{calibrating.describe(found)}\n\nsaved in {options.run / calibrating.CALIBRATION}")
+
+
+def run_export(options: ExportOptions) -> None:
+    model = load_adapted(
+        options.model_folder, model=options.model, accept_changed_code=options.accept_changed_code
+    )
+    out = options.out or options.model_folder / f"model{SUFFIXES[options.to]}"
+    apart = export(model, options.to, out)
+    if options.to == "safetensors":
+        print(f"saved the weights in {out}")
+        return
+    inputs = ", ".join(f"{key or 'input'} {each['shape']}" for key, each in model.facts["inputs"].items())
+    print(
+        f"the same outputs as the network's, to {apart:.1g}; inputs (examples, …): {inputs}\nsaved in {out}"
+    )
 
 
 def is_adapted(path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""The options of the commands that use what a run has learned: `fomaml adapt`, `predict` and `calibrate`."""
+"""The options of the commands that use what a run has learned: `fomaml adapt`, `predict` and others."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Literal
 
 from fomaml.app.parser import option, positional
 from fomaml.app.settings import Weights
+from fomaml.serve.export import Form
 
 RUN = "the directory of a finished run"
 OWN_MODEL = "the model again, where it is code of your own: FILE.py:NAME or package.module:NAME"
@@ -65,6 +66,26 @@ class PredictOptions:
     model: str | None = option(OWN_MODEL)
     accept_changed_code: bool = option(CHANGED, False)
     device: str = option(DEVICE, "cpu")
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Write an adapted model as a program for other runtimes, once its outputs are found to be the same.
+
+    The scaling of inputs and outputs is in it: pictures are uint8 (examples, channels, height, width) of the run's
+    size, rows are numbers in their own units; outputs are probabilities, or values in the targets' own units.
+
+    Example: fomaml export my/model --to onnx --out model.onnx
+    """
+
+    model_folder: Path = positional("the folder that `fomaml adapt` has written", metavar="MODEL")
+    to: Form = option(
+        "onnx, torch-export (torch.export.load reads it), or safetensors (the weights alone)",
+        dataclasses.MISSING,
+    )
+    out: Path | None = option("the file to write; default: MODEL/model with the form's suffix")
+    model: str | None = option(OWN_MODEL)
+    accept_changed_code: bool = option(CHANGED, False)
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from fomaml.errors import InputError, whole
 from fomaml.files import file_digest, load_tensors, write_text
 from fomaml.learning.learner import MetaLearner
 from fomaml.serve.adapted import AdaptedModel
+from fomaml.serve.export import signature
 from fomaml.serve.intake import Intake, Taken
 from fomaml.tasks import Examples
 
@@ -100,6 +101,7 @@ class Run:
                 "steps": count,
                 "statistics": statistics,
                 "support": _support(taken),
+                "inputs": signature(taken.inputs),
                 "calibration": None if found is None else found.told(count),
                 "figures": _figures(self.path),
             },
@@ -212,8 +214,8 @@ def load_adapted(
     settings = named_again(
         recorded, root, model=model, accept_changed_code=accept_changed_code, going_on=False
     )
-    settings = dataclasses.replace(settings, device=device, model_weights=None)
-    module = _network(settings, facts["classes"])
+    settings = dataclasses.replace(settings, device=device)
+    module = _network(dataclasses.replace(settings, model_weights=None), facts["classes"])
     load_weights(root / WEIGHTS, module, facts)
     scaling = Scaling() if settings.facts is None else Scaling.from_dict(settings.facts["scaling"])
     told = {

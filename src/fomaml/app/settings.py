@@ -131,6 +131,7 @@ class Settings:
     drop_missing: bool = False
     skip_short: bool = False
     separator: str | None = None
+    decimal: str | None = None
     draw: Draw | None = None
     train_draw: Draw | None = None
     gap: int | None = None
@@ -147,6 +148,11 @@ class Settings:
     model_options: dict[str, Any] | None = None
     model_weights: str | None = None  # a file, or "random" or "download"
     head: str | None = None
+    # A network that is not learned: its name, its weights, the layer, and the folder that keeps what it gives.
+    features_of: str | None = None
+    features_weights: str | None = None
+    features_layer: str | None = None
+    features_in: Path | None = None
     output: str | int | None = None  # what of the model's outputs is judged
     loss: str | None = None
     metric: tuple[str, ...] | None = None
@@ -160,9 +166,10 @@ class Settings:
 # What may be another when a run goes on or is judged: where it lies and is computed, and what only judges it.
 LATER = (
     "shares", "skip_small_classes", "task", "target", "order", "features", "categorical", "inputs", "lengths",
-    "window", "hop", "kind", "drop_missing", "skip_short", "separator", "draw", "train_draw", "gap", "query_all",
-    "test_keys", "validation_keys", "split_seed", "skip_small_groups", "fewer_classes", "scale", "fixed_classes",
-    "facts", "model_options", "head", "output", "loss", "metric", "metric_direction",
+    "window", "hop", "kind", "drop_missing", "skip_short", "separator", "decimal", "draw", "train_draw", "gap",
+    "query_all", "test_keys", "validation_keys", "split_seed", "skip_small_groups", "fewer_classes", "scale",
+    "fixed_classes", "facts", "model_options", "head", "features_of", "features_layer", "output", "loss", "metric",
+    "metric_direction",
 )  # fmt: skip
 MAY_CHANGE = frozenset(
     {
@@ -174,6 +181,8 @@ MAY_CHANGE = frozenset(
         "baselines",
         "baseline_size",
         "model_weights",
+        "features_weights",
+        "features_in",
         "code",
         "own",
     }
@@ -209,8 +218,8 @@ def from_json(text: str, origin: str) -> Settings:
             raise ValueError(f"format {written!r} is newer than this version, which reads up to {FORMAT}")
         if written == 0:
             values = _of_format_0(values)
-        for name in ("out", "data_root"):
-            values[name] = values[name] and Path(values[name])
+        for name in ("out", "data_root", "features_in"):
+            values[name] = values.get(name) and Path(values[name])
         for name, value in values.items():
             if name not in ("facts", "model_options", "code") and isinstance(value, list):
                 values[name] = tuple(value)

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from fomaml.app.algorithms import ALGORITHMS, ANY_WAYS
 from fomaml.app.defaults import DEFAULTS, FOLLOWING
 from fomaml.app.images import images_needed
-from fomaml.app.named import LIBRARIES, OWN, foreign_model, is_own_metric, parsed, plain, with_own
+from fomaml.app.named import LIBRARIES, OWN, foreign_model, is_foreign, is_own_metric, parsed, plain, with_own
 from fomaml.app.networks import NETWORKS
 from fomaml.app.presets import PRESETS
 from fomaml.app.settings import Settings
@@ -110,6 +110,8 @@ def settle_with_origins(given: Mapping[str, Any]) -> tuple[Settings, dict[str, s
     for follower, leader in FOLLOWING.items():
         if follower not in values:
             values[follower], origins[follower] = values[leader], f"as {leader}"
+    if "features_of" in asked and "model" not in asked:
+        values["model"], origins["model"] = "linear", "a head for features_of"
     if values["model"].partition(":")[0] in LIBRARIES and "norm_policy" not in asked:
         random = values.get("model_weights") == "random"
         values["norm_policy"] = "batch" if random else "frozen"
@@ -167,6 +169,7 @@ def check(settings: Settings, given: Mapping[str, Any] = {}) -> None:
     check_seed(settings.seed)
     if settings.metric_direction is not None and not any(map(is_own_metric, settings.metric or ())):
         raise InputError("--metric-direction is of a function of your own: give --metric FILE.py:NAME")
+    _check_features(settings)
     check_classless(settings)
     _check_algorithm(settings)
     _check_network(settings)
@@ -212,6 +215,33 @@ def check_classless(settings: Settings) -> None:
         if value != plain and not (option == "inner_loss" and source.kind == "classification"):
             plain = 0 if plain == 0 else plain
             raise InputError(f"the source {name} {lacks}: {typed(option)} must be {plain}, got {value!r}")
+
+
+def _check_features(settings: Settings) -> None:
+    """Options of a network that is run over the inputs once."""
+    if settings.features_of is None:
+        for name in ("features_weights", "features_layer", "features_in"):
+            if getattr(settings, name) is not None:
+                raise InputError(f"{typed(name)} goes with --features-of, the network that it is of")
+        return
+    if not is_foreign(settings.features_of):
+        raise InputError(
+            f"--features-of takes timm:NAME, torchvision:NAME, {' or '.join(OWN)}, got {settings.features_of!r}"
+        )
+    if source_of(settings).decide is None and source_of(settings).kind == "regression":
+        raise InputError(
+            f"the source {settings.source} draws new inputs for each task: give no --features-of"
+        )
+    for name in ("augment", "jitter", "test_augment", "test_copies"):
+        if getattr(settings, name) != DEFAULTS[name]:
+            raise InputError(
+                f"--features-of gives one vector for each image, and {typed(name)} {getattr(settings, name)} changes "
+                f"images: give {typed(name)} {DEFAULTS[name]}"
+            )
+    if settings.features_in is not None and settings.features_in.suffix == ".safetensors":
+        raise InputError(
+            f"--features-in takes a folder, which has a file for each part of the data, got {settings.features_in}"
+        )
 
 
 def as_kept(given: Mapping[str, Any]) -> dict[str, Any]:

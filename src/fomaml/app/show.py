@@ -284,7 +284,7 @@ def _columns(name: str, path: str, options: ShowOptions) -> dict[str, Any]:
     if name == "table":
         separators = {"tab": "\t", "space": " "}
         separator = options.rows.separator
-        frame, _ = read_table(path, separators.get(separator or "", separator))
+        frame, _ = read_table(path, separators.get(separator or "", separator), options.rows.decimal or ".")
         facts["rows"] = len(frame)
         facts["columns"] = [
             {
@@ -309,8 +309,10 @@ def _columns(name: str, path: str, options: ShowOptions) -> dict[str, Any]:
             facts["columns"].append(
                 {"name": key, "kind": str(array.dtype), "shape": list(array.shape), "examples": first}
             )
+    read = {key: getattr(options.rows, key) for key in ("separator", "decimal") if getattr(options.rows, key)}
+    source = shlex.join(words_of({"source": f"{name}:{path}", **read}))
     needed = " ".join(f"--{option.replace('_', '-')} {option.upper()}" for option in READ[name][0])
-    return facts | {"command": f"fomaml data {name}:{shlex.quote(path)} {needed}"}
+    return facts | {"command": f"fomaml data {source} {needed}"}
 
 
 # --- in words -------------------------------------------------------------------------------------

@@ -231,7 +231,7 @@ SOURCES: dict[str, Source] = {
     ),
     "table": _grouped(
         {"task": None, "target": None, "order": None, "features": None, "categorical": None, "kind": None}
-        | {"drop_missing": False, "separator": None}
+        | {"drop_missing": False, "separator": None, "decimal": None}
     ),
     "arrays": _grouped({"task": None, "inputs": None, "target": None, "order": None, "kind": None}),
     "windows": _grouped(

@@ -29,9 +29,9 @@ from fomaml.app.build import (
     with_precision,
 )
 from fomaml.app.group_tasks import of_units
+from fomaml.app.methods import Method, methods
 from fomaml.app.networks import build_model, check_model
 from fomaml.app.report import align
-from fomaml.app.rivals import Method, methods
 from fomaml.app.scores import facts_of, headline
 from fomaml.app.search import FORMAT, SEARCH, Search, as_json
 from fomaml.app.settings import Settings

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
@@ -30,6 +31,8 @@ from fomaml.learning.forward import Forward, called
 from fomaml.learning.learner import Choices
 from fomaml.learning.mistakes import checked_loss, checked_outputs, selected, targets_for
 from fomaml.metrics import Asked, Metric, as_asked
+from fomaml.models import BatchNorm
+from fomaml.models.norms import Seen, normalising
 from fomaml.scoring import metrics_of
 from fomaml.streams import check_sequence
 from fomaml.tasks import Batch, Examples, are_labels, count_of
@@ -40,6 +43,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
+MOMENTUM = 0.1  # of running statistics, as of `MetaLearner.update_statistics`
 Scores = TypeVar("Scores", Tensor, dict[str, Tensor])
 
 
@@ -238,6 +242,8 @@ def pretrain(
 ) -> nn.Module:
     """Train `model`, in place, on the examples of all training tasks together (Adam); returns it.
 
+    Running statistics of `BatchNorm` layers move too, those of torch's own as their mode says.
+
     source: a `ClassSource`, whose classes are all told apart, with as many outputs as there are; a `GroupSource`,
         scaled as it draws its rows, whose classes or targets are those of its tasks; or episodes, of whose tasks
         support and query sets count alike. In a batch of rows each is as likely, so that large groups count for more;
@@ -261,25 +267,41 @@ def pretrain(
     module = module_of(loss if criterion is None else criterion)
     parameters = {id(p): p for each in (model, module) if each is not None for p in each.parameters()}
     optimizer = torch.optim.Adam(parameters.values(), lr=lr)
+    moved = [m for m in model.modules() if isinstance(m, BatchNorm) and m.policy in ("running", "per-step")]
     for iteration in range(iterations):
         parts = batches(iteration)
-        if judge is not None:
-            losses = [checked_loss(judge(Forward(model, model, part.inputs), part), "loss") for part in parts]
-            mean = torch.stack(losses).mean()
-        else:
-            if len(parts) > 1 and fit_together(parts):
-                parts = [joined(parts)]
-            own = default_criterion(parts[0].targets) if own is None else own
-            number = sum(map(count_of, parts))
-            mean = torch.stack(
-                [_loss(model, own, output, part) * (count_of(part) / number) for part in parts]
-            ).sum()
+        seen: list[Seen] = []
+        with normalising(record=seen) if moved else nullcontext():
+            if judge is not None:
+                losses = [
+                    checked_loss(judge(Forward(model, model, part.inputs), part), "loss") for part in parts
+                ]
+                mean = torch.stack(losses).mean()
+            else:
+                if len(parts) > 1 and fit_together(parts):
+                    parts = [joined(parts)]
+                own = default_criterion(parts[0].targets) if own is None else own
+                number = sum(map(count_of, parts))
+                mean = torch.stack(
+                    [_loss(model, own, output, part) * (count_of(part) / number) for part in parts]
+                ).sum()
         optimizer.zero_grad()
         mean.backward()
         optimizer.step()
+        _move(seen)
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
         raise InputError(f"after {iterations} iterations the parameters are not finite: try a smaller lr")
     return model
+
+
+@torch.no_grad()
+def _move(seen: list[Seen]) -> None:
+    """Move running statistics towards those of the batches that were seen, as `MetaLearner.update_statistics` does; the
+    sets of all inner steps, as pooled examples know of none.
+    """
+    for layer, _, mean, variance in seen:
+        for step in range(len(layer.mean) if layer.policy in ("running", "per-step") else 0):
+            layer.update(step, mean, variance, MOMENTUM)
 
 
 def default_criterion(targets: Tree) -> Criterion:

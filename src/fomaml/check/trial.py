@@ -17,7 +17,7 @@ from fomaml.learning.algorithms import FOMAML
 from fomaml.learning.contracts import Output
 from fomaml.learning.forward import Forward
 from fomaml.learning.learner import MetaLearner
-from fomaml.learning.mistakes import selected
+from fomaml.learning.mistakes import described, selected
 from fomaml.learning.replica import Replicas
 from fomaml.models import NATIVE_NORMS
 from fomaml.tasks import Examples, Task, count, first, one
@@ -59,6 +59,8 @@ class Trial(NamedTuple):
 
     def picked(self, returned: Any) -> Tree:
         found = selected(returned, self.judged["output"])
+        if self.judged["loss"] is not None:
+            return tensors_of(found)
         return found if isinstance(found, Tensor) else as_tree(found, as_number, "outputs")
 
     def loss(self, model: nn.Module, examples: Examples, before: Tree | None = None) -> Tensor:
@@ -66,9 +68,10 @@ class Trial(NamedTuple):
         if self.judged["loss"] is not None:
             return self.judged["loss"](Forward(model, model, examples.inputs), examples)
         inputs = examples.inputs if before is None else joined([before, examples.inputs])
-        found = self.picked(call(model, inputs))
-        if before is not None:
-            found = mapped(itemgetter(slice(len(first(before)), None)), found)
+        returned = call(model, inputs)
+        if before is None:  # the model's own object, as the learner's criterion gets it
+            return self.judged["criterion"](selected(returned, self.judged["output"]), examples.targets)
+        found = mapped(itemgetter(slice(len(first(before)), None)), self.picked(returned))
         return self.judged["criterion"](found, examples.targets)
 
     def each(self) -> Iterator[Task]:
@@ -113,8 +116,11 @@ def draw_inputs(like: Tensor, shape: tuple[int, ...], vocabulary: int | None) ->
     return torch.randint(positive("vocabulary", vocabulary, integer=True), shape).to(like.device)
 
 
-def first_outputs(model: nn.Module, inputs: Tree, output: Output = None) -> Tree:
-    """The outputs of the module as it is; InputError unless it runs and returns tensors, a row per example."""
+def first_outputs(model: nn.Module, inputs: Tree, output: Output = None, has_loss: bool = False) -> Tree:
+    """The outputs of the module as it is; InputError unless it runs and returns tensors, a row per example.
+
+    has_loss: a loss takes what it returns, which may then be any object that holds tensors.
+    """
     given = " and ".join(f"{str(leaf.dtype)[6:]} inputs {tuple(leaf.shape)}" for leaf in leaves(inputs))
     try:
         found = selected(call(Replicas(model).duplicate(), inputs), output)
@@ -122,8 +128,12 @@ def first_outputs(model: nn.Module, inputs: Tree, output: Output = None) -> Tree
         raise
     except Exception as error:
         raise InputError(f"the module does not run on {given}: {in_one_line(error)}") from None
+    if has_loss:
+        return tensors_of(found)
     if not isinstance(found, Tensor | Mapping | list | tuple):
-        raise InputError(f"the module must return one floating tensor, not a {type(found).__name__}")
+        raise InputError(
+            f"the module must return one floating tensor, not {described(found)}: give output=, the part that is judged"
+        )
     if not isinstance(found, Tensor):
         found = as_tree(found, as_number, "outputs")
     for leaf in leaves(found):
@@ -131,6 +141,34 @@ def first_outputs(model: nn.Module, inputs: Tree, output: Output = None) -> Tree
             raise InputError(f"the module must return one floating tensor, not a {leaf.dtype} tensor")
         if isinstance(found, Tensor) and leaf.shape[:1] != first(inputs).shape[:1]:
             raise InputError(f"{given} gave outputs {tuple(leaf.shape)}; expected {len(first(inputs))} rows")
+    return found
+
+
+def tensors_of(returned: Any) -> Tree:
+    """The floating tensors of what a model returns, whatever else it holds, as an object of the user's own does.
+
+    Raises:
+        InputError: there are none.
+    """
+    if isinstance(returned, Tensor):
+        return returned
+    found: dict[str, Tensor] = {}
+
+    def look(value: Any, place: str) -> None:
+        if isinstance(value, Tensor):
+            if value.is_floating_point():
+                found[place] = value
+        elif isinstance(value, Mapping | list | tuple):
+            parts = value.items() if isinstance(value, Mapping) else enumerate(value)
+            for key, part in parts:
+                look(part, f"{place}.{key}")
+        elif place == "" or hasattr(value, "__dataclass_fields__"):
+            for key, part in getattr(value, "__dict__", {}).items():
+                look(part, f"{place}.{key}")
+
+    look(returned, "")
+    if not found:
+        raise InputError(f"the module returns {described(returned)}, in which there is no floating tensor")
     return found
 
 

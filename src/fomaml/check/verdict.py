@@ -130,16 +130,18 @@ def check(
         except InputError as error:
             return Report(heading, [Finding("refused", str(error))])
         first_inputs = inputs[0][0] if own is None else one(own, 0).support.inputs
-        outputs = first_outputs(model, first_inputs, output)
+        outputs = first_outputs(model, first_inputs, output, loss is not None)
         stale = computed_before(model, first_inputs)
         if stale:
             return Report(heading, list(of_kinds({"stale": stale})))
         if own is None:
-            if not isinstance(outputs, Tensor):
+            judged_part = outputs if loss is None else leaves(outputs)[0]
+            if not isinstance(judged_part, Tensor):
+                what = type(outputs).__name__
                 raise InputError(
-                    f"the module must return one floating tensor, not a {type(outputs).__name__}"
+                    f"the module must return one floating tensor, not a {what}: give output=, the part that is judged"
                 )
-            own, suited = draw_tasks(inputs, outputs, ways)
+            own, suited = draw_tasks(inputs, judged_part, ways)
         else:
             suited = F.cross_entropy if are_labels(own.support.targets) else F.mse_loss
         judge = None if loss is not None else suited if criterion is None else criterion

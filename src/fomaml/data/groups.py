@@ -112,6 +112,7 @@ class GroupSource:
         categorical: Sequence[str] = (),
         drop_missing: bool = False,
         separator: str | None = None,
+        decimal: str = ".",
     ) -> GroupSource:
         """The rows of a table: a csv, tsv or parquet file, or a DataFrame of pandas or polars.
 
@@ -123,12 +124,15 @@ class GroupSource:
             "categories": int64 (rows, features)}, and `categories` has the texts that the numbers stand for, by column.
         drop_missing: leave out rows that lack a value in a column that is used, and count them as `dropped`.
         separator: what stands between the columns of a file, by default a comma, or a tab in .tsv.
+        decimal: the decimal point of its numbers, "." or ",".
 
         Raises:
             InputError: no such file or column, the same column twice, missing or infinite values, text where numbers
                 are expected, and as `GroupSource`. The message says where.
         """
-        found = read_columns(table, task, target, order, features, kind, categorical, drop_missing, separator)
+        found = read_columns(
+            table, task, target, order, features, kind, categorical, drop_missing, separator, decimal
+        )
         source = cls(
             found.inputs,
             found.targets,
@@ -161,7 +165,7 @@ class GroupSource:
         """Windows of long recordings, read from the samples as they are drawn: inputs (rows, channels, window).
 
         samples: (samples, channels), or (samples,), of all recordings one after the other; may be memory-mapped. Whole
-            numbers become floating ones when they are drawn.
+            numbers, as of 16 bits, are drawn as floating ones.
         lengths, groups, targets: (recordings, …) the number of samples, the key of the task and the target of each.
         window, hop: the samples of a window, and from one window to the next.
         leave_out_short: leave out recordings that are shorter than a window, which `left_out` tells; else they are

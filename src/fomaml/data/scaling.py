@@ -72,6 +72,14 @@ class Scaling:
             raise InputError("expected what Scaling.to_dict gives") from None
         return cls(**parts)
 
+    def scaled(self, inputs: Any) -> Any:
+        """Inputs, nested tensors (rows, ...), as the model takes them."""
+
+        def leaf(values: Tensor, place: str) -> Tensor:
+            return self.inputs[place].scaled(values) if place in self.inputs else values
+
+        return each(inputs, leaf)
+
     def unscaled(self, targets: Any, axis: int = 1) -> Any:
         """Targets, or outputs that stand for them, in their own unit. axis: that of the targets' columns, 2 in a stack
         of tasks.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import re
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -17,7 +16,6 @@ from fomaml.data.keys import Kind, key_of
 from fomaml.errors import InputError, in_one_line, shown
 
 MOST_CLASSES = 20  # whole numbers of more different values are quantities
-COMMA = re.compile(r"\s*[+-]?\d+(,\d+)?\s*")  # a number as most of Europe writes it
 SEPARATORS = {"\t": "tabs", ";": "';'", "|": "'|'", ",": "','", " ": "spaces"}
 
 
@@ -45,11 +43,12 @@ def read_columns(
     categorical: Sequence[str] = (),
     drop_missing: bool = False,
     separator: str | None = None,
+    decimal: str = ".",
 ) -> Columns:
     """The columns of a table; arguments and errors as of `GroupSource.from_table`."""
     if kind is not None:
         check_choice("kind", kind, Kind)
-    frame, origin = read_table(table, separator)
+    frame, origin = read_table(table, separator, decimal)
     targets = [target] if isinstance(target, str) else list(target)
     chosen = None if features is None else [features] if isinstance(features, str) else list(features)
     texts = [categorical] if isinstance(categorical, str) else list(categorical)
@@ -59,7 +58,7 @@ def read_columns(
     chosen += [name for name in texts if name not in chosen]
     used = list(dict.fromkeys([task, *targets, *chosen, *([order] if order else [])]))
     kept, dropped = without_missing(frame[used], origin, drop_missing)
-    kind = kind or _kind(kept, targets, origin)
+    kind = kind or _kind(kept, frame, targets, origin)
     if kind == "classification" and len(targets) > 1:
         raise InputError(
             f"classification has one target, got {', '.join(targets)}; several are for regression"
@@ -109,12 +108,12 @@ def pandas() -> Any:
     return pandas
 
 
-def read_table(table: Any, separator: str | None = None) -> tuple[Any, str]:
+def read_table(table: Any, separator: str | None = None, decimal: str = ".") -> tuple[Any, str]:
     """A file or a DataFrame as a DataFrame of pandas with rows and named columns, and what to call it in messages."""
     pd = pandas()
     if isinstance(table, str | Path):
         path = Path(table).expanduser()
-        frame, origin = _read_file(pd, path, separator), str(path)
+        frame, origin = _read_file(pd, path, separator, decimal), str(path)
     else:
         frame = table.to_pandas() if type(table).__module__.partition(".")[0] == "polars" else table
         origin = "the table"
@@ -129,8 +128,10 @@ def read_table(table: Any, separator: str | None = None) -> tuple[Any, str]:
     return frame, origin
 
 
-def _read_file(pd: Any, path: Path, separator: str | None) -> Any:
+def _read_file(pd: Any, path: Path, separator: str | None, decimal: str) -> Any:
     """A file by its suffix."""
+    if decimal not in (".", ","):
+        raise InputError(f"decimal must be '.' or ',', got {shown(decimal)}")
     suffix = path.suffix.lower()
     if path.is_dir() or not path.exists():
         raise InputError(f"{path} is a folder, expected a table" if path.is_dir() else f"no file {path}")
@@ -143,7 +144,7 @@ def _read_file(pd: Any, path: Path, separator: str | None) -> Any:
         _check_header(path, separator)
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)
-            frame = pd.read_csv(path, sep=separator, encoding="utf-8-sig", low_memory=False)
+            frame = pd.read_csv(path, sep=separator, decimal=decimal, encoding="utf-8-sig", low_memory=False)
     except InputError:
         raise
     except ImportError:
@@ -271,18 +272,28 @@ def plain_column(column: Any) -> np.ndarray:
     return np.array([key_of(value) for value in column], dtype=str)
 
 
-def _kind(frame: Any, targets: list[str], origin: str) -> Kind:
-    """Classification where the one target is no number, or has few different values, all whole numbers."""
+def _kind(frame: Any, whole: Any, targets: list[str], origin: str) -> Kind:
+    """Classification where the one target is no number, or has few different values, all whole numbers.
+
+    Raises:
+        InputError: many different texts, most of which read as numbers; the message says where.
+    """
     if len(targets) > 1:
         return "regression"
     column = frame[targets[0]]
+    values = np.unique(plain_column(column))
     if not _is_number(column):
-        if _has_commas(column):  # which would be as many classes
+        read = pandas().to_numeric(np.char.replace(values, ",", "."), errors="coerce")
+        numbers, commas = np.isfinite(read), np.char.find(values, ",") >= 0
+        if (len(values) > MOST_CLASSES and numbers.mean() > 0.5) or (numbers.all() and commas.any()):
+            # a quantity, with a flaw
             raise InputError(_text(column, targets[0], origin, "target"))
         return "classification"
-    values = np.unique(plain_column(column))
-    whole = values.dtype.kind in "biu"
-    return "classification" if whole and len(values) <= MOST_CLASSES else "regression"
+    # whole numbers of which some are missing are kept as floating ones
+    counted = values.dtype.kind in "biu" or (
+        whole[targets[0]].isna().any() and bool((values == np.round(values)).all())
+    )
+    return "classification" if counted and len(values) <= MOST_CLASSES else "regression"
 
 
 def numbers_of(frame: Any, whole: Any, names: list[str], origin: str, role: str) -> np.ndarray:
@@ -295,7 +306,9 @@ def numbers_of(frame: Any, whole: Any, names: list[str], origin: str, role: str)
     for place, name in enumerate(names):
         column = frame[name]
         if not _is_number(column):
-            raise InputError(_text(column, name, origin, role))
+            others = [f"{own!r}" for own in names[place + 1 :] if not _is_number(frame[own])]
+            more = f" (as do {', '.join(others)})" if others else ""
+            raise InputError(_text(column, name, origin, role) + more)
         numbers[:, place] = plain_column(column)
         wrong = ~np.isfinite(numbers[:, place])
         if wrong.any():
@@ -305,12 +318,6 @@ def numbers_of(frame: Any, whole: Any, names: list[str], origin: str, role: str)
                 "them or leave them out"
             )
     return numbers
-
-
-def _has_commas(column: Any) -> bool:
-    """Whether all of its texts are numbers, some of them with a decimal comma."""
-    values = [key_of(value) for value in column]
-    return all(map(COMMA.fullmatch, values)) and any("," in value for value in values)
 
 
 def _text(column: Any, name: str, origin: str, role: str) -> str:
@@ -325,10 +332,11 @@ def _text(column: Any, name: str, origin: str, role: str) -> str:
     value = column.iloc[bad]
     what = "text" if isinstance(value, str) else f"values of type {type(value).__name__}"
     text = f"the {role} {name!r} of {origin} holds {what}, expected numbers: {where}"
-    if _has_commas(column):
-        return f"{text}; these are numbers with a decimal comma: write them with a point"
     if not read.any():
         return f"{text}; it reads as numbers: convert it"
+    commas = pd.to_numeric(pd.Series(values).str.replace(",", "."), errors="coerce").isna().to_numpy()
+    if commas.sum() < read.sum() and not commas[bad]:
+        return f"{text}, with a comma for the decimal point: give decimal=','"
     if read.sum() < len(values) / 2:
         return f"{text}, the first of {int(read.sum())} such rows of {len(values)}; mend them"
     if role == "target":

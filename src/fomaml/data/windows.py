@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from fomaml.data.keys import as_column
-from fomaml.data.rows import as_array
+from fomaml.data.rows import as_array, check_finite, in_memory
 from fomaml.errors import InputError, positive
 
 
@@ -32,8 +32,8 @@ class Windows:
         self.samples = samples
         # (…, channels, window), of which nothing is read here
         self._view = np.lib.stride_tricks.sliding_window_view(samples, window, axis=0)
-        # whole numbers are those of a microphone or a sensor: a network takes them, and scaling, as floating ones
-        self.dtype = samples.dtype if samples.dtype.kind in "fc" else np.dtype(np.float64)
+        # a signal in whole numbers, as of 16 bits, is one of numbers all the same
+        self.dtype = np.dtype(np.float64) if samples.dtype.kind in "biu" else samples.dtype
         self.shape = (len(starts), *self._view.shape[1:])
 
     @classmethod
@@ -52,13 +52,19 @@ class Windows:
                 f"{tuple(array.shape)}"
             )
         array = array[:, None] if array.ndim == 1 else array
+        if in_memory(array):
+            check_finite(array, "samples")
         counts = as_column(lengths, "lengths")
         if counts.dtype.kind not in "iu" or not counts.size or counts.min() < 1:
-            raise InputError("the lengths must be whole numbers of 1 or more, one for each recording")
+            got = f"{counts.min()}" if counts.dtype.kind in "iu" and counts.size else f"dtype {counts.dtype}"
+            raise InputError(
+                f"the lengths must be whole numbers of 1 or more, one for each recording, got {got}"
+            )
         counts = counts.astype(np.int64)
         if counts.sum() != len(array):
             raise InputError(
-                f"the lengths of {len(counts)} recordings add up to {counts.sum()}, but there are {len(array)} samples"
+                f"the lengths of {len(counts)} recordings add up to {counts.sum()}, but there are {len(array)} samples "
+                f"(samples, channels), got shape {array.shape}: give the length of each recording in samples"
             )
         fit = np.maximum(0, (counts - window) // hop + 1)
         short = np.flatnonzero(fit == 0)
@@ -67,7 +73,7 @@ class Windows:
             raise InputError(
                 f"{short.size} of {len(counts)} recordings are shorter than a window of {window} samples, the shortest "
                 f"is number {least}, counted from 0, of {counts[least]}: take a shorter window"
-                + ("" if leave_out_short else ", or leave them out")
+                + ("" if short.size == len(counts) else ", or leave them out (leave_out_short=True)")
             )
         recordings = np.repeat(np.arange(len(counts)), fit)
         within = np.arange(len(recordings)) - np.repeat(fit.cumsum() - fit, fit)
@@ -79,5 +85,5 @@ class Windows:
         return made
 
     def __getitem__(self, rows: Any) -> np.ndarray:
-        """(rows, channels, window), read from the samples now."""
+        """(rows, channels, window), read from the samples now; floating."""
         return self._view[self.starts[rows]].astype(self.dtype, copy=False)

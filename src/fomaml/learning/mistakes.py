@@ -234,7 +234,7 @@ def unlike(error: RuntimeError, model: nn.Module, inputs: Tree) -> str | None:
     if (
         parameters
         and inputs.dtype not in dtypes
-        and any(word in text for word in ("dtype", "scalar type", "same type"))
+        and any(word in text for word in ("dtype", "scalar type", "same type", "should be the same"))
     ):
         own = parameters[0].dtype
         images = (
