@@ -50,6 +50,26 @@ def test_shapes_dtypes_and_order():
     assert episodes().batch(0, 0).query.inputs.shape == (0, 9, 2)
 
 
+@pytest.mark.parametrize("more", [{}, {"turns": True}, {"jitter": 0.1, "copies": 2}])
+def test_the_classes_of_a_task_are_those_that_its_examples_are_of(more):
+    names = [f"class {number}" for number in range(12)]
+    # each image is of the number of its class alone, which neither turning nor moving changes at its centre
+    images = torch.arange(12.0).repeat_interleave(6).view(-1, 1, 1, 1).expand(-1, 1, 5, 5).contiguous()
+    tasks = Episodes(
+        ClassSource(images, torch.arange(12).repeat_interleave(6), names),
+        ways=4,
+        shots=2,
+        query_shots=3,
+        seed=5,
+        **more,
+    )
+    for index in (0, 7):
+        told = tasks.classes_of(index)
+        for part in tasks[index]:
+            centres = part.inputs[:, 0, 2, 2].round().long().tolist()
+            assert [names[centre] for centre in centres] == [told[label] for label in part.targets.tolist()]
+
+
 def test_targets_agree_with_classes_and_examples_are_never_drawn_twice(many):
     classes, rows = many
     assert (classes == classes[:, :, :1]).all()  # one class per way

@@ -184,6 +184,11 @@ def test_tasks_may_lack_classes():
     assert episodes.ways == 3
 
 
+def test_a_task_has_all_classes_where_none_are_drawn():
+    assert GroupEpisodes(source(), shots=1, query_shots=1).classes_of(3) == source().classes
+    assert GroupEpisodes(source("regression"), shots=1, query_shots=1).classes_of(3) is None
+
+
 def test_classes_may_be_drawn_and_numbered_anew():
     keys = np.repeat(["x", "y"], [20, 16])
     labels = np.repeat(np.arange(9), 4)  # five classes of x, four of y
@@ -198,6 +203,7 @@ def test_classes_may_be_drawn_and_numbered_anew():
         assert task.support.targets.tolist() == [0, 1, 2] and len(set(kinds)) == 3
         assert task.query.targets.tolist() == [0, 0, 1, 1, 2, 2]
         assert labels[query].tolist() == np.repeat(kinds, 2).tolist()
+        assert episodes.classes_of(index) == [str(kind) for kind in kinds]
         seen |= {(number, kind) for number, kind in enumerate(kinds.tolist())}
     assert len(seen) == 27  # every class under every number
 

@@ -58,10 +58,21 @@ if TYPE_CHECKING:  # a checker of types is to know all modules, and no other nam
     from fomaml import tasks as tasks
     from fomaml import trees as trees
     from fomaml import tuning as tuning
+    from fomaml.app.estimators import FewShotClassifier as FewShotClassifier
+    from fomaml.app.estimators import FewShotRegressor as FewShotRegressor
+    from fomaml.app.meta_estimators import MetaClassifier as MetaClassifier
+    from fomaml.app.meta_estimators import MetaRegressor as MetaRegressor
     from fomaml.app.serving import load_adapted as load_adapted
     from fomaml.app.serving import load_run as load_run
 else:
-    LATE = {"load_run": ("app.serving", "load_run"), "load_adapted": ("app.serving", "load_adapted")}
+    LATE = {
+        "FewShotClassifier": ("app.estimators", "FewShotClassifier"),
+        "FewShotRegressor": ("app.estimators", "FewShotRegressor"),
+        "MetaClassifier": ("app.meta_estimators", "MetaClassifier"),
+        "MetaRegressor": ("app.meta_estimators", "MetaRegressor"),
+        "load_adapted": ("app.serving", "load_adapted"),
+        "load_run": ("app.serving", "load_run"),
+    }
     __getattr__, __dir__ = submodules(__name__, LATE)
 
 __all__ = [

@@ -229,6 +229,12 @@ class Episodes:
     def __getitem__(self, index: int) -> Task:
         return one(self.batch(index, 1), 0)
 
+    def classes_of(self, index: int) -> list[str]:
+        """The names of the classes of a task, in the order of its labels."""
+        # the first numbers of a task decide on its classes, see `batch`
+        randoms = generator(self.seed, whole("the number of a task", index)).random(len(self.source))
+        return [self.source.names[number] for number in randoms.argsort()[: self.ways]]
+
     def batch(self, start: int, tasks: int) -> Task:
         """Tasks start … start + tasks - 1, with a leading axis (tasks, ...)."""
         start, tasks = whole("the number of the first task", start), whole("tasks", tasks)

@@ -131,6 +131,14 @@ class GroupEpisodes:
         """The name of the group that a task is of."""
         return self.source.names[self._group(index, generator(self.seed, index))]
 
+    def classes_of(self, index: int) -> list[str] | None:
+        """The names of a task's classes, in the order of its labels; None of regression."""
+        if self.source.classes is None or not self.draws_classes:
+            return self.source.classes and list(self.source.classes)
+        index = whole("the number of a task", index)
+        _, numbers = self._classes(index, generator(self.seed, index))
+        return [str(self.source.classes[number]) for number in numbers]
+
     def by_group(self, scores: torch.Tensor) -> torch.Tensor:
         """(groups,) the mean score of each group that has been visited, of the scores (tasks,) of tasks 0, 1 …
 
@@ -156,15 +164,21 @@ class GroupEpisodes:
     def _drawn(self, index: int) -> _Drawn:
         """The positions of support and query rows of each class; of regression of all rows."""
         random = generator(self.seed, index)
+        own, classes = self._classes(index, random)
+        return [self._part(own[number], random) for number in classes]
+
+    def _classes(self, index: int, random: np.random.Generator) -> tuple[list[np.ndarray], list[int]]:
+        """The positions of the rows of each class of a task's group, and the numbers of the classes that it has."""
         group = self._group(index, random)
         if group not in self._positions:
             self._positions[group] = self.source.positions(group)
         own = self._positions[group]
+        numbers = list(range(len(own)))
         if self.fewer_classes or self.draws_classes:
-            own = [positions for positions in own if len(positions) >= self.needed]
+            numbers = [number for number in numbers if len(own[number]) >= self.needed]
         if self.draws_classes:
-            own = [own[number] for number in random.permutation(len(own))[: self.ways]]
-        return [self._part(positions, random) for positions in own]
+            numbers = [numbers[place] for place in random.permutation(len(numbers))[: self.ways]]
+        return own, numbers
 
     def _part(self, own: np.ndarray, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Support and query positions out of those of a group, or of one of its classes."""

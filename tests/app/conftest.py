@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 import characters
+from fomaml.app.cli import main
 
 
 @pytest.fixture(scope="session")
@@ -40,3 +41,32 @@ def images(tmp_path_factory):
         for name in names:
             write(root / "parts" / part / name, 6)
     return root
+
+
+@pytest.fixture(scope="session")
+def strangers(tmp_path_factory):
+    """The files of `served.py`."""
+    pytest.importorskip("pandas", reason="tables are read by pandas, of the extra tables")
+    pytest.importorskip("timm", reason="some networks are timm's, of the extra backbones")
+    import served
+
+    folder = tmp_path_factory.mktemp("served")
+    served.write(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run_of(strangers, tmp_path_factory):
+    """Name → the directory of its run, one of `served.SOURCES`, trained when it is first asked for."""
+    import served
+
+    made = {}
+
+    def of(name):
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp("runs") / name.replace(" ", "-")
+            text = served.SOURCES[name].replace("DATA", str(strangers))
+            main(["train", *text.split(), "--out", str(made[name])])
+        return made[name]
+
+    return of

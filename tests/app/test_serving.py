@@ -9,121 +9,23 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
 
 import fomaml
 from commands import refused
 from fomaml.app.build import open_data
 from fomaml.app.cli import main
-from fomaml.data.images import Decoder
 from fomaml.errors import InputError
 from fomaml.group_episodes import GroupEpisodes
-from fomaml.serve import export as exporting
 
-pd = pytest.importorskip("pandas", reason="tables are read by pandas, of the extra tables")
-timm = pytest.importorskip("timm", reason="some networks are timm's, of the extra backbones")
-QUICK = "--iterations 3 --meta-batch-size 2 --test-tasks 4 --validation-tasks 4 --test-steps 0 2 --shots 2"
-QUICK += " --query-shots 2 --no-baselines"
-IMAGES = f"--channels 4 --ways 2 --shares 0.4 0.3 0.3 --image-size 16 16 {QUICK}"
-TIMM = IMAGES.replace("--channels 4 ", "")
-SOURCES = {
-    "grey": f"folder:DATA/symbols {IMAGES}",
-    "colour": f"folder:DATA/symbols --rgb --algorithm proto-maml {IMAGES}",
-    "of a library": f"folder:DATA/symbols --rgb --model timm:test_resnet --model-weights random {TIMM}",
-    "frozen": "folder:DATA/symbols --rgb --features-of timm:test_resnet --features-weights DATA/net.safetensors "
-    + TIMM,
-    "table": f"table:DATA/machines.csv --task machine --target wear --features load heat --categorical tool {QUICK}",
-    "two targets": f"table:DATA/machines.csv --task machine --target wear heat --features load {QUICK}",
-    "states": f"table:DATA/machines.csv --task machine --target state --features load {QUICK}",
-    "arrays": f"arrays:DATA/machines.npz --task machine --inputs x --target wear {QUICK}",
-    "windows": "windows:DATA/motion.npz --inputs samples --lengths lengths --task subject --target motion --window 8 "
-    f"--hop 8 {QUICK}",
-}  # fmt: skip
-
-
-PICTURES = ("grey", "colour", "of a library", "frozen")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Symbols as pictures of several sizes, kinds and colours, and machines and motions as rows."""
-    folder = tmp_path_factory.mktemp("served")
-    random = np.random.default_rng(0)
-    for number in range(10):
-        own = folder / "symbols" / f"class{number}"
-        own.mkdir(parents=True)
-        shape = random.integers(0, 2, (4, 4, 3)) * 200
-        for image in range(6):
-            size = 4 * int(random.integers(3, 6))
-            pixels = np.kron(shape, np.ones((size // 4, size // 4, 1))) + random.integers(
-                0, 50, (size, size, 3)
-            )
-            Image.fromarray(pixels.astype(np.uint8)).save(own / f"{image}.{'png' if image % 2 else 'jpg'}")
-    torch.manual_seed(0)
-    save_file(timm.create_model("test_resnet", num_classes=5).state_dict(), folder / "net.safetensors")
-    rows = 150
-    frame = pd.DataFrame({
-        "machine": np.repeat([f"m{number}" for number in range(10)], 15),
-        "load": random.random(rows) * 9,
-        "tool": np.array(["mill", "lathe"])[random.integers(0, 2, rows)],
-        "wear": 100 + 50 * random.random(rows),
-        "heat": 20 + 5 * random.random(rows),
-        "state": np.array(["good", "bad"])[np.arange(rows) % 2],
-    })  # fmt: skip
-    frame.to_csv(folder / "machines.csv", index=False)
-    np.savez(
-        folder / "machines.npz", x=frame[["load", "heat"]].to_numpy(), wear=frame.wear.to_numpy(),
-        machine=frame.machine.to_numpy(dtype=str),
-    )  # fmt: skip
-    np.savez(
-        folder / "motion.npz", samples=random.normal(size=(720, 2)).astype(np.float32), lengths=np.full(12, 60),
-        subject=np.arange(12) // 2, motion=np.array(["walk", "run"])[np.arange(12) % 2],
-    )  # fmt: skip
-    return folder
-
-
-@pytest.fixture(scope="module")
-def run(data, tmp_path_factory):
-    """Name → the directory of its run, trained when it is first asked for."""
-    made = {}
-
-    def of(name):
-        if name not in made:
-            made[name] = tmp_path_factory.mktemp("runs") / name.replace(" ", "-")
-            text = SOURCES[name].replace("DATA", str(data))
-            main(["train", *text.split(), "--out", str(made[name])])
-        return made[name]
-
-    return of
-
-
-def own_rows(name, data, path):
-    """The path of a file of the rows of one task, or of a folder of two classes, as a stranger has them."""
-    if name in PICTURES:
-        for own in ("class0", "class1"):
-            shutil.copytree(data / "symbols" / own, path / own)
-        return path
-    path.mkdir()
-    if name in ("arrays", "windows"):
-        arrays = dict(np.load(data / ("machines.npz" if name == "arrays" else "motion.npz")))
-        if name == "arrays":
-            arrays = {key: value[arrays["machine"] == "m3"] for key, value in arrays.items()}
-        else:
-            arrays = {
-                "samples": arrays["samples"][:120],
-                **{key: arrays[key][:2] for key in arrays if key != "samples"},
-            }
-        np.savez(path / "own.npz", **arrays)
-        return path / "own.npz"
-    frame = pd.read_csv(data / "machines.csv")
-    frame[frame.machine == "m3"].sample(frac=1, axis=1, random_state=0).to_csv(path / "own.csv", index=False)
-    return path / "own.csv"
+pytest.importorskip("pandas", reason="tables are read by pandas, of the extra tables")
+pytest.importorskip("timm", reason="some networks are timm's, of the extra backbones")
+from served import SOURCES, own_rows
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_inputs_and_targets_are_made_ready_as_in_training(name, run, data, tmp_path):
-    opened = fomaml.load_run(run(name))
-    taken = opened.intake.labelled(own_rows(name, data, tmp_path / "own"))
+def test_inputs_and_targets_are_made_ready_as_in_training(name, run_of, strangers, tmp_path):
+    opened = fomaml.load_run(run_of(name))
+    taken = opened.intake.labelled(own_rows(name, strangers, tmp_path / "own"))
     _, targets = opened._targets(taken)
     episodes = open_data(opened.settings).train
     if isinstance(episodes, GroupEpisodes):
@@ -155,16 +57,16 @@ def test_inputs_and_targets_are_made_ready_as_in_training(name, run, data, tmp_p
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_an_adapted_model_is_kept_loaded_and_asked(name, run, data, tmp_path, capsys):
-    opened = fomaml.load_run(run(name))
-    own = own_rows(name, data, tmp_path / "own")
+def test_an_adapted_model_is_kept_loaded_and_asked(name, run_of, strangers, tmp_path, capsys):
+    opened = fomaml.load_run(run_of(name))
+    own = own_rows(name, strangers, tmp_path / "own")
     taken = opened.intake.labelled(own)
     classes, targets = opened._targets(taken)
     module = opened.learner.adapt(fomaml.Examples(taken.inputs, targets), 2, "support").eval()
     with torch.no_grad():
         outputs = module(**taken.inputs) if isinstance(taken.inputs, dict) else module(taken.inputs)
     capsys.readouterr()
-    main(["adapt", str(run(name)), "--support", str(own), "--out", str(tmp_path / "model")])
+    main(["adapt", str(run_of(name)), "--support", str(own), "--out", str(tmp_path / "model")])
     told = capsys.readouterr().out
     assert f"adapted to {len(targets)} examples in 2 steps" in told
     assert ("not calibrated" in told) == (classes is not None)
@@ -198,17 +100,17 @@ def test_an_adapted_model_is_kept_loaded_and_asked(name, run, data, tmp_path, ca
     assert "Made on" in (tmp_path / "model" / "README.md").read_text()
 
 
-def test_one_picture_is_judged_alone(run, data, tmp_path):
+def test_one_picture_is_judged_alone(run_of, strangers, tmp_path):
     """The folder's owner gets the same answer, however many pictures are asked about together."""
-    model = fomaml.load_run(run("grey")).adapt(own_rows("grey", data, tmp_path / "own"))
+    model = fomaml.load_run(run_of("grey")).adapt(own_rows("grey", strangers, tmp_path / "own"))
     together = model.predict(tmp_path / "own").probabilities
     paths = [path for own in ("class0", "class1") for path in sorted((tmp_path / "own" / own).iterdir())]
     alone = torch.cat([model.predict(path).probabilities for path in paths])
     assert torch.allclose(together, alone, atol=1e-6)
 
 
-def test_pictures_in_python_are_those_of_files(run, data, tmp_path):
-    model = fomaml.load_run(run("colour")).adapt(own_rows("colour", data, tmp_path / "own"))
+def test_pictures_in_python_are_those_of_files(run_of, strangers, tmp_path):
+    model = fomaml.load_run(run_of("colour")).adapt(own_rows("colour", strangers, tmp_path / "own"))
     path = tmp_path / "own" / "class0" / "1.png"
     expected = model.predict(path).probabilities
     with Image.open(path) as image:
@@ -220,33 +122,35 @@ def test_pictures_in_python_are_those_of_files(run, data, tmp_path):
             [image, str(path)][:1],
         ):
             assert torch.equal(model.predict(given).probabilities, expected)
-    ready = fomaml.load_run(run("colour")).intake.inputs(path).inputs
+    ready = fomaml.load_run(run_of("colour")).intake.inputs(path).inputs
     assert torch.equal(model.predict(ready).probabilities, expected)
 
 
-def test_a_head_made_of_classes_takes_any_number(run, data, tmp_path):
-    symbols = {f"class{n}": data / "symbols" / f"class{n}" for n in range(5)}
-    opened = fomaml.load_run(run("colour"))
+def test_a_head_made_of_classes_takes_any_number(run_of, strangers, tmp_path):
+    symbols = {f"class{n}": strangers / "symbols" / f"class{n}" for n in range(5)}
+    opened = fomaml.load_run(run_of("colour"))
     for number in (2, 3, 5):
         model = opened.adapt({name: symbols[name] for name in list(symbols)[:number]})
         assert model.predict(symbols["class0"]).probabilities.shape == (6, number)
     with pytest.raises(InputError, match=r"a head for 2 classes, got 3; .*zero-head or proto-maml"):
-        fomaml.load_run(run("grey")).adapt({name: symbols[name] for name in list(symbols)[:3]})
+        fomaml.load_run(run_of("grey")).adapt({name: symbols[name] for name in list(symbols)[:3]})
 
 
-def test_the_run_stays_as_it_is(run, data, tmp_path):
-    opened = fomaml.load_run(run("grey"))
+def test_the_run_stays_as_it_is(run_of, strangers, tmp_path):
+    opened = fomaml.load_run(run_of("grey"))
     before = {name: value.clone() for name, value in opened.learner.state_dict().items()}
-    first = opened.adapt(own_rows("grey", data, tmp_path / "own")).predict(tmp_path / "own").probabilities
+    first = (
+        opened.adapt(own_rows("grey", strangers, tmp_path / "own")).predict(tmp_path / "own").probabilities
+    )
     second = opened.adapt(tmp_path / "own").predict(tmp_path / "own").probabilities
     assert torch.equal(first, second)
     assert all(torch.equal(value, before[name]) for name, value in opened.learner.state_dict().items())
 
 
-def test_confidence_is_calibrated_on_validation_tasks(run, data, tmp_path, capsys):
+def test_confidence_is_calibrated_on_validation_tasks(run_of, strangers, tmp_path, capsys):
     copied = tmp_path / "run"
-    shutil.copytree(run("colour"), copied)
-    own = own_rows("colour", data, tmp_path / "own")
+    shutil.copytree(run_of("colour"), copied)
+    own = own_rows("colour", strangers, tmp_path / "own")
     said = refused(capsys, ["adapt", copied, "--support", own, "--out", tmp_path / "a", "--steps", "auto"])
     assert "has no calibration.json, which fomaml calibrate writes" in said
     main(["calibrate", str(copied), "--tasks", "6", "--shots", "2", "4", "--ways", "2", "3"])
@@ -279,13 +183,15 @@ class Own(nn.Module):
 """
 
 
-def test_code_of_ones_own_is_named_again(data, tmp_path, capsys):
+def test_code_of_ones_own_is_named_again(strangers, tmp_path, capsys):
     (tmp_path / "own.py").write_text(OWN_MODEL)
     text = (
-        SOURCES["grey"].replace("DATA", str(data)).replace("--channels 4", f"--model {tmp_path}/own.py:Own")
+        SOURCES["grey"]
+        .replace("DATA", str(strangers))
+        .replace("--channels 4", f"--model {tmp_path}/own.py:Own")
     )
     main(["train", *text.split(), "--out", str(tmp_path / "run")])
-    own = own_rows("grey", data, tmp_path / "own")
+    own = own_rows("grey", strangers, tmp_path / "own")
     adapt = ["adapt", str(tmp_path / "run"), "--support", str(own), "--out", str(tmp_path / "model")]
     assert "--model" in refused(capsys, adapt)
     main([*adapt, "--model", f"{tmp_path}/own.py:Own"])
@@ -332,31 +238,31 @@ def test_code_of_ones_own_is_named_again(data, tmp_path, capsys):
         ("calibrate RUN/grey --shots 9", "10 of 10 classes have fewer images than a task takes"),
     ],
 )
-def test_what_does_not_go_is_one_line(arguments, message, run, data, tmp_path, capsys):
+def test_what_does_not_go_is_one_line(arguments, message, run_of, strangers, tmp_path, capsys):
     own = tmp_path / "own"
     (own / "empty").mkdir(parents=True)
     for name in ("class0", "class1"):
-        shutil.copytree(data / "symbols" / name, own / "two" / name)
+        shutil.copytree(strangers / "symbols" / name, own / "two" / name)
     row = "load,tool,wear,heat,state\n1,{},3,4,{}\n2,mill,5,6,bad\n"
     (own / "other.csv").write_text(row.format("saw", "good"))
     (own / "third.csv").write_text(row.format("mill", "odd"))
     (own / "short.csv").write_text("load,tool,heat\n1,mill,3\n")
     for name in SOURCES:
         arguments = arguments.replace(
-            f"RUN/{name}", str(run(name)) if f"RUN/{name} " in arguments + " " else name
+            f"RUN/{name}", str(run_of(name)) if f"RUN/{name} " in arguments + " " else name
         )
     if "MODEL" in arguments:
-        main(["adapt", str(run("grey")), "--support", str(own / "two"), "--out", str(tmp_path / "model")])
-    places = {"DATA": data, "OWN": own, "OUT": tmp_path / "out", "MODEL": tmp_path / "model"}
+        main(["adapt", str(run_of("grey")), "--support", str(own / "two"), "--out", str(tmp_path / "model")])
+    places = {"DATA": strangers, "OWN": own, "OUT": tmp_path / "out", "MODEL": tmp_path / "model"}
     for word, place in places.items():
         arguments = arguments.replace(word, str(place))
     assert message in refused(capsys, arguments.split())
     assert not (tmp_path / "out").exists()
 
 
-def test_a_damaged_model_is_noticed(run, data, tmp_path, capsys):
-    own = own_rows("grey", data, tmp_path / "own")
-    main(["adapt", str(run("grey")), "--support", str(own), "--out", str(tmp_path / "model")])
+def test_a_damaged_model_is_noticed(run_of, strangers, tmp_path, capsys):
+    own = own_rows("grey", strangers, tmp_path / "own")
+    main(["adapt", str(run_of("grey")), "--support", str(own), "--out", str(tmp_path / "model")])
     facts = json.loads((tmp_path / "model" / "model.json").read_text())
     weights = tmp_path / "model" / "weights.safetensors"
     whole = weights.read_bytes()
@@ -375,64 +281,3 @@ def test_a_damaged_model_is_noticed(run, data, tmp_path, capsys):
         weights.write_bytes(whole)
         (tmp_path / "model" / "model.json").write_text(json.dumps(facts))
     main(["predict", str(tmp_path / "model"), str(own)])
-
-
-@pytest.mark.parametrize(
-    ("form", "name"),
-    [
-        ("torch-export", "colour"),
-        ("torch-export", "two targets"),
-        ("torch-export", "windows"),
-        ("onnx", "grey"),
-        ("onnx", "table"),
-    ],
-)
-def test_an_exported_program_says_what_the_model_says(form, name, run, data, tmp_path, capsys):
-    if form == "onnx":
-        pytest.importorskip("onnxscript", reason="ONNX needs onnxscript and onnxruntime, of the extra export")
-        onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX needs onnxruntime, of the extra export")
-    own = own_rows(name, data, tmp_path / "own")
-    main(["adapt", str(run(name)), "--support", str(own), "--out", str(tmp_path / "model")])
-    capsys.readouterr()
-    main(["export", str(tmp_path / "model"), "--to", form])
-    told = capsys.readouterr().out
-    assert "the same outputs as the network's" in told
-    path = told.split("saved in ")[1].strip()
-    model = fomaml.load_adapted(tmp_path / "model")
-    if name in ("grey", "colour"):
-        read = Decoder((16, 16), "L" if name == "grey" else "RGB").image
-        given = [np.stack([read(path) for path in sorted(own.rglob("*.*"))])]
-        expected = model.predict(own).probabilities
-    elif name == "windows":
-        arrays = np.load(own)["samples"]
-        cut = [arrays[60 * n + 8 * k : 60 * n + 8 * k + 8].T for n in range(2) for k in range(7)]
-        given, expected = [np.stack(cut)], model.predict(own).probabilities
-    else:
-        frame = pd.read_csv(own)
-        given = [frame[["load", "heat"] if name == "table" else ["load"]].to_numpy(np.float32).copy()]
-        if name == "table":
-            given.append(np.array(frame[["tool"]] == "mill", dtype=np.int64))
-        expected = model.predict(own).values
-    if form == "onnx":
-        session = onnxruntime.InferenceSession(path)
-        [found] = session.run(
-            None, {each.name: own for each, own in zip(session.get_inputs(), given, strict=True)}
-        )
-    else:
-        found = torch.export.load(path).module()(*map(torch.from_numpy, given)).detach().numpy()
-    assert np.allclose(found, expected.numpy(), rtol=1e-4, atol=1e-4)
-
-
-def test_what_is_exported_is_compared_first(run, data, tmp_path, capsys, monkeypatch):
-    main(["adapt", str(run("states")), "--support", str(own_rows("states", data, tmp_path / "own")),
-          "--out", str(tmp_path / "model")])  # fmt: skip
-    out = tmp_path / "model.safetensors"
-    main(["export", str(tmp_path / "model"), "--to", "safetensors", "--out", str(out)])
-    weights = fomaml.load_adapted(tmp_path / "model").module.state_dict()
-    assert all(torch.equal(value, weights[name]) for name, value in load_file(out).items())
-    export = ["export", tmp_path / "model", "--to", "safetensors", "--out", out]
-    assert "is there already" in refused(capsys, export)
-    monkeypatch.setattr(exporting, "_program", lambda *_: lambda given: torch.zeros(len(given[0]), 2))
-    export = ["export", tmp_path / "model", "--to", "torch-export"]
-    assert "gives other outputs than the network" in refused(capsys, export)
-    assert not (tmp_path / "model" / "model.pt2").exists()

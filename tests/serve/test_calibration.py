@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from fomaml.errors import InputError
-from fomaml.serve.calibration import calibrated, calibration_error, fit_temperature
+from fomaml.serve.calibration import calibrated, calibration_error, fit_temperature, reliability
 
 
 def drawn(seed, examples=400, classes=4):
@@ -61,3 +61,17 @@ def test_what_cannot_be_fitted_is_refused(logits):
         fit_temperature(logits, torch.zeros(len(logits), dtype=torch.long))
     with pytest.raises(InputError, match="two tasks"):
         calibrated([logits], [torch.zeros(0, dtype=torch.long)])
+
+
+def test_reliability_counts_each_bin():
+    # confidences of 0.6, 0.7, 0.9 and 1.0 in bins of a half: all in the second one
+    probabilities = torch.tensor([[0.6, 0.4], [0.3, 0.7], [0.9, 0.1], [0.0, 1.0]])
+    found = reliability(probabilities, torch.tensor([0, 0, 0, 1]), bins=2)
+    assert found.examples.tolist() == [0, 4]
+    assert found.confidence.tolist() == pytest.approx([0, 0.8])
+    assert found.accuracy.tolist() == [0, 0.75]
+    assert found.error == pytest.approx(0.05)
+    # in bins of an eighth each stands alone, and 0.9 and 1.0 together
+    found = reliability(probabilities, torch.tensor([0, 0, 0, 1]), bins=8)
+    assert found.examples.tolist() == [0, 0, 0, 0, 1, 1, 0, 2]
+    assert found.error == pytest.approx((0.4 + 0.7 + 2 * 0.05) / 4)

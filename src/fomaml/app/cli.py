@@ -29,6 +29,8 @@ from fomaml.app.parser import parse_command
 from fomaml.app.presets import PRESETS
 from fomaml.app.progress import watching
 from fomaml.app.report import align
+from fomaml.app.report_options import ReportOptions, ShowRunOptions
+from fomaml.app.report_page import report
 from fomaml.app.rundir import load_run, load_settings
 from fomaml.app.search import asked as asked_search
 from fomaml.app.search import resumed
@@ -47,6 +49,7 @@ from fomaml.app.settle import check_below, check_seed, check_steps, settle_with_
 from fomaml.app.show import describe as describe_data
 from fomaml.app.show import show
 from fomaml.app.show_options import ShowOptions
+from fomaml.app.show_run import draw_run, show_run
 from fomaml.app.sources import split_name
 from fomaml.app.tune import describe as describe_search
 from fomaml.app.tune import tune
@@ -231,6 +234,18 @@ def _tune(options: TuneOptions) -> None:
     print(f"\n{describe_search(best)}\nsaved in {out}")
 
 
+def _report(options: ReportOptions) -> None:
+    print(f"saved {report(options, say=lambda line: print(line, file=sys.stderr, flush=True))}")
+
+
+def _show(options: ShowRunOptions) -> None:
+    if options.png is None:
+        print(show_run(options.run))
+        return
+    for path in draw_run(options.run, options.png):
+        print(f"saved {path}")
+
+
 def _data(options: ShowOptions) -> None:
     facts = show(options)
     print(json.dumps(facts, indent=2) if options.json else describe_data(facts).rstrip())
@@ -269,6 +284,8 @@ COMMANDS = {
     "predict": Command(PredictOptions, run_predict),
     "export": Command(ExportOptions, run_export),
     "calibrate": Command(CalibrateOptions, run_calibrate),
+    "show": Command(ShowRunOptions, _show),
+    "report": Command(ReportOptions, _report),
     "compare": Command(CompareOptions, _compare),
     "tune": Command(TuneOptions, _tune),
     "data": Command(ShowOptions, _data),

@@ -62,9 +62,24 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     return math.exp((low + high) / 2)
 
 
-def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = BINS) -> float:
-    """The expected calibration error: the mean distance of confidence from accuracy over equal bins of confidence,
-    weighted by their examples (Naeini et al. 2015; Guo et al. 2017, equation 3).
+class Reliability(NamedTuple):
+    """Of each bin of confidence: the examples (bins,) int64, their mean confidence and accuracy (bins,) float64, 0
+    where there are none.
+    """
+
+    examples: Tensor
+    confidence: Tensor
+    accuracy: Tensor
+
+    @property
+    def error(self) -> float:
+        """The expected calibration error, see `calibration_error`."""
+        apart = (self.confidence - self.accuracy).abs() * self.examples
+        return (apart.sum() / self.examples.sum()).item()
+
+
+def reliability(probabilities: Tensor, labels: Tensor, bins: int = BINS) -> Reliability:
+    """How often predictions of each confidence are right, over equal bins of confidence (Guo et al. 2017, figure 1).
 
     probabilities: (examples, classes); labels: (examples,).
     """
@@ -72,8 +87,21 @@ def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = BINS) -
     right = (guess == labels).double()
     # bins are closed above: (0, 1/15], …
     number = (confidence * bins).ceil().long().clamp(1, bins) - 1
-    apart = torch.zeros(bins, dtype=torch.float64).index_add(0, number, confidence - right)
-    return (apart.abs().sum() / len(labels)).item()
+    examples = torch.bincount(number, minlength=bins)
+    means = [
+        torch.zeros(bins, dtype=torch.float64).index_add(0, number, values) / examples.clamp(min=1)
+        for values in (confidence, right)
+    ]
+    return Reliability(examples, *means)
+
+
+def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = BINS) -> float:
+    """The expected calibration error: the mean distance of confidence from accuracy over equal bins of confidence,
+    weighted by their examples (Naeini et al. 2015; Guo et al. 2017, equation 3).
+
+    probabilities: (examples, classes); labels: (examples,).
+    """
+    return reliability(probabilities, labels, bins).error
 
 
 def calibrated(logits: list[Tensor], labels: list[Tensor]) -> Calibration:
