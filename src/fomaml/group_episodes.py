@@ -223,8 +223,10 @@ class GroupEpisodes:
             raise InputError(
                 f"{len(few)} of {len(source)} tasks have too few classes: {source.names[poorest]!r} has "
                 f"{enough[poorest].sum()} with the {self.needed} rows that {self.shots} shots{gap} + {queries} need, "
-                f"but {fewest} classes are needed; {cure}"
+                f"but {fewest} classes are needed; {cure}{' of them' if self.draws_classes else ' rows'}"
             )
+        if per and (enough[few].sum(1) >= FEWEST_CLASSES).any():
+            cure = f"take a task without the classes that it lacks (fewer_classes=True), {cure}"
         raise InputError(
             f"{len(few)} of {len(source)} tasks have too few rows: {source.names[worst]!r} has {what}, but "
             f"{self.shots} shots{gap} + {queries}{per} need {self.needed}; {cure}: "

@@ -39,6 +39,7 @@ def data(tmp_path_factory):
     pd.concat([frame, idle]).to_csv(folder / "small.csv", index=False)
     frame.assign(load=frame.load.where(frame.index != 4)).to_csv(folder / "missing.csv", index=False)
     frame.to_csv(folder / "semicolon.csv", index=False, sep=";")
+    frame.assign(wear=frame.wear.where(frame.machine != "m3", 4.0)).to_csv(folder / "steady.csv", index=False)
     arrays = {
         "x": frame[["load", "hour"]].to_numpy(),
         "machine": machine,
@@ -265,6 +266,10 @@ def test_data_that_have_changed_are_refused(data, tmp_path, capsys):
         (TABLE + " --categorical tool --algorithm cavia", "cavia takes one input, got numbers and the categories tool"),
         (TABLE + " --categorical tool --model conv4", "numbers and categories, but the model conv4 takes one"),
         (ARRAYS.replace("--inputs x", "--inputs x hour"), "the inputs are x and hour, but the model mlp takes one"),
+        (ARRAYS.replace("--target wear", "--target wear hour"), "are wear and hour, and the model mlp gives one"),
+        (TABLE.replace("machines", "steady") + " --metric rmse r2", "r2 says nothing of targets that do not vary"),
+        (TABLE + " --fewer-classes", "--fewer-classes is for classification"),
+        (LABELS + " --ways 2 --fewer-classes", "give no --fewer-classes"),
         (TABLE + " --augment rotations", "the source table is of groups: --augment must be none"),
         (LABELS + " --jitter 0.1", "the source table is of groups: --jitter must be 0"),
         (TABLE + " --shares 0.5 0.5 0.5", "--shares must add up to 1, got 0.5 0.5 0.5"),

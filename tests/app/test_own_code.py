@@ -99,6 +99,15 @@ def unseeded():
     return model
 def vector(forward, examples):
     return (forward(examples.inputs) - examples.targets) ** 2
+class Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, outputs):
+        return outputs.mean()
+    @staticmethod
+    def backward(ctx, gradient):
+        raise RuntimeError("no derivative")
+def once(forward, examples):
+    return Once.apply(forward(examples.inputs))
 def crashes(forward, examples):
     return examples.nothing
 def sizes(outputs, targets):
@@ -287,6 +296,7 @@ def test_weights_to_begin_with(folder, capsys):
         ("--model mlp --model-options a=1", "--model-options go to a model of your own"),
         ("--model nosuch", "unknown model 'nosuch'; there are: mlp, linear, conv4"),
         ("--loss wrong.py:vector", "the loss returns a tensor of shape (10, 1)"),
+        ("--loss wrong.py:once", "the loss wrong.py:once fails: "),
         ("--loss wrong.py:crashes", "AttributeError: 'Examples' object has no attribute 'nothing' (wrong.py, line"),
         ("--metric wrong.py:sizes --metric-direction lower", "expected one number for each task"),
         ("--metric net.py:worst", "say whether more of it is better, --metric-direction higher or lower"),

@@ -35,6 +35,11 @@ def data(tmp_path_factory):
     })  # fmt: skip
     frame.to_csv(folder / "machines.csv", index=False)
     frame.assign(load=frame.load.where(frame.index != 4)).to_csv(folder / "missing.csv", index=False)
+    # the first fifteen machines have two of three tools each, the others three
+    which = np.unique(machine, return_inverse=True)[1]
+    row = np.arange(len(machine))
+    tool = np.array(["mill", "lathe", "drill"])[np.where(which < 15, (which + row % 2) % 3, row % 3)]
+    frame.assign(tool=tool).to_csv(folder / "lacking.csv", index=False)
     np.savez(
         folder / "motion.npz",
         samples=random.normal(size=(900, 2)).astype(np.float32),
@@ -53,6 +58,7 @@ def data(tmp_path_factory):
 
 
 TABLE = "table:DATA/machines.csv --task machine --target wear --order hour --categorical tool state"
+CLASSES = "table:DATA/lacking.csv --task machine --target tool --features load --shots 2 --query-shots 2"
 LABELS = "table:DATA/machines.csv --task machine --target state --features load"
 CUT = "--lengths lengths --window 10 --hop 5"
 WINDOWS = f"windows:DATA/motion.npz --task subject --inputs samples --target motion {CUT}"
@@ -110,6 +116,8 @@ def test_classes_are_counted_in_each_task(data, capsys):
         (TABLE, {"skip_small_groups": True}),
         (TABLE + " --shots 1 --query-shots 2", {"shots": 1, "query_shots": 2}),
         (LABELS, {"skip_small_groups": True}),
+        (CLASSES, {"skip_small_groups": True, "fewer_classes": True, "shots": 2, "query_shots": 2}),
+        (CLASSES + " --ways 3", {"ways": 2, "shots": 2, "query_shots": 2}),
         (WINDOWS, {}),
         (WINDOWS + " --shots 3 --query-shots 20", {}),
         (PHOTOS, {"ways": 1}),

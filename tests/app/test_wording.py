@@ -85,6 +85,8 @@ def test_a_wrong_command_is_answered_in_options(command, images, tmp_path, capsy
         ("try a smaller inner_lr or meta_lr", "try a smaller --inner-lr or --meta-lr"),
         ("with statistics='support', say", "with --statistics support, say"),
         ("give the size=(height, width) to resize to", "give --image-size HEIGHT WIDTH to resize them to"),
+        ("give inputs.to(torch.float32), or decode images as pixels() does", "save them as float32"),
+        ("take it without its classes (fewer_classes=True)", "take it without its classes (--fewer-classes)"),
         ("/data/inner_lr/test_tasks.json is damaged", "/data/inner_lr/test_tasks.json is damaged"),
         ("'inner_lr' is no class", "'inner_lr' is no class"),
         ("--inner-lr must be 1", "--inner-lr must be 1"),

@@ -174,7 +174,7 @@ def test_a_decimal_comma(tmp_path):
     inputs, targets = found.take(np.arange(8))
     assert np.allclose(inputs, FRAME[NUMBERS].to_numpy()[found.rows])
     assert np.allclose(targets[:, 0], FRAME.wear.to_numpy()[found.rows])
-    with pytest.raises(InputError, match=r"'temperature' .* '20,5' in row 1, .* give decimal=','"):
+    with pytest.raises(InputError, match=r"'wear' .* '0,1' in row 1, .* give decimal=','"):
         GroupSource.from_table(path, **given)
     with pytest.raises(InputError, match=r"decimal must be '\.' or ',', got 'x'"):
         GroupSource.from_table(path, **given, decimal="x")
@@ -255,6 +255,7 @@ def test_columns_that_do_not_go_are_refused(change, text):
         ("load", ["1", "2", "x4", "4", "5", "6", "7", "?"], {}, "'load' .* 'x4' in row 3, the first of 2 such rows"),
         ("load", list("12345678"), {}, "'load' .* holds text, .* '1' in row 1; it reads as numbers: convert it"),
         ("load", ["1,5", *"2345678"], {}, "'1,5' in row 1, with a comma for the decimal point: give decimal=','"),
+        ("wear", ["0,5", "-1,5"] * 4, {}, "the target 'wear' .* with a comma for the decimal point"),
         ("load", [1, 2, np.inf, 4, 5, 6, 7, -np.inf], {}, "'load' .* is infinite in 2 rows, the first is row 3"),
         ("wear", [1, 2, np.inf, 4, 5, 6, 7, 8], {}, "the target 'wear' of the table is infinite in 1 rows"),
         ("wear", [2.5] * 8, {}, "the target 'wear' of the table is 2.5 in all 8 rows: there is nothing to learn"),

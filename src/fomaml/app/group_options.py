@@ -64,6 +64,9 @@ class GroupOptions:
         "judge validation and test tasks on all the rows that are left for the query set", False
     )
     skip_small_groups: bool = option("leave out tasks with too few rows, instead of refusing them", False)
+    fewer_classes: bool = option(
+        "take a task without the classes that have too few rows in it, where two or more are left", False
+    )
     test_keys: tuple[str, ...] | None = option(
         "the tasks for the test; all others are for training. Default: --shares", metavar="KEY"
     )

@@ -37,12 +37,13 @@ def drawn(
     testing = testing | {"query_shots": None if settings.query_all else testing["query_shots"]}
     if settings.kind == "classification" and not settings.fixed_classes:
         training, testing = training | {"ways": settings.train_ways}, testing | {"ways": settings.ways}
+    shared: dict[str, Any] = {"gap": settings.gap, "fewer_classes": settings.fewer_classes}
     left_out: dict[str, int] = {}
 
     def episodes(source: GroupSource, part: str, **facts: Any) -> GroupEpisodes:
         small: Any = "leave out" if settings.skip_small_groups else "refuse"
         try:
-            made = GroupEpisodes(source, **facts, gap=settings.gap, small=small, device=device)
+            made = GroupEpisodes(source, **facts, **shared, small=small, device=device)
         except InputError as error:
             raise InputError(f"{part}: {error}") from None
         left_out.update(made.left_out)

@@ -33,7 +33,14 @@ SPOKEN = (
     ("need one for the test", "need one for the test: give --test-keys"),
     ("another split", "other --shares or --test-keys"),
 )
-OF_FOLDER_TASKS = ("test_keys", "validation_keys", "split_seed", "skip_small_groups", "query_all")
+OF_FOLDER_TASKS = (
+    "test_keys",
+    "validation_keys",
+    "split_seed",
+    "skip_small_groups",
+    "fewer_classes",
+    "query_all",
+)
 
 
 class Groups(NamedTuple):
@@ -100,7 +107,8 @@ def decide_folder(name: str, path: str, asked: Mapping[str, Any]) -> dict[str, A
     source = read_folder(path, asked.get("image_size"), bool(asked.get("rgb")), asked.get("decode"))
     assert source.classes is not None and source.class_counts is not None
     found: dict[str, Any] = {"kind": "classification", "draw": "random", "train_draw": "random"}
-    found["fixed_classes"] = "ways" not in asked and bool(source.class_counts.all())
+    alike = bool(source.class_counts.all()) or bool(asked.get("fewer_classes"))
+    found["fixed_classes"] = "ways" not in asked and alike
     return found | ({"ways": len(source.classes)} if found["fixed_classes"] else {})
 
 

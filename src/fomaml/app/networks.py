@@ -70,6 +70,12 @@ def _image(settings: Settings) -> tuple[int, ...]:
 def _outputs(settings: Settings) -> int:
     """How many numbers the network gives for an input."""
     if settings.facts is not None and settings.kind == "regression":
+        if settings.facts["outputs"] is None:
+            targets = " and ".join(settings.target or ())
+            raise InputError(
+                f"the targets are {targets}, and the model {settings.model} gives one array: make them the columns of "
+                "one, or give a --model and a --loss"
+            )
         return settings.facts["outputs"]
     return source_of(settings).outputs or settings.ways
 

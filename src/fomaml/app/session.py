@@ -31,7 +31,7 @@ from fomaml.app.rivals import estimators
 from fomaml.app.rundir import circumstances
 from fomaml.app.scores import headline
 from fomaml.app.settings import Settings, identity, to_json
-from fomaml.app.trial import try_own
+from fomaml.app.trial import try_own, try_targets
 from fomaml.app.validate import Best, is_due, validate, with_validation
 from fomaml.app.wording import spoken
 from fomaml.checkpoint import load_progress, load_state, load_weights, save_state, save_weights
@@ -133,6 +133,10 @@ class Session:
         check_model(self.settings, model, self.data.train)
         self.learner = build_learner(self.settings, model)
         try_own(self.settings, self.learner, self.data.train)
+        try_targets(
+            self.settings,
+            {"training": self.data.train, "validation": self.data.validation, "test": self.data.test},
+        )
         check_width(self.learner, self.data.test)
         self.optimizer = build_optimizer(self.settings, self.learner)
         self.plan = self._plan(self.settings.tasks_at_once)

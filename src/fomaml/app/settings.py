@@ -140,6 +140,7 @@ class Settings:
     validation_keys: tuple[str, ...] | None = None
     split_seed: int | None = None
     skip_small_groups: bool = False
+    fewer_classes: bool = False
     scale: bool | None = None
     fixed_classes: bool | None = None  # the classes of the data, the same ones in all tasks
     facts: dict[str, Any] | None = None  # what the data have told: columns, classes, split, scaling
@@ -166,8 +167,9 @@ class Settings:
 LATER = (
     "shares", "skip_small_classes", "task", "target", "order", "features", "categorical", "inputs", "lengths",
     "window", "hop", "kind", "drop_missing", "skip_short", "separator", "decimal", "draw", "train_draw", "gap",
-    "query_all", "test_keys", "validation_keys", "split_seed", "skip_small_groups", "scale", "fixed_classes", "facts",
-    "model_options", "head", "features_of", "features_layer", "output", "loss", "metric", "metric_direction",
+    "query_all", "test_keys", "validation_keys", "split_seed", "skip_small_groups", "fewer_classes", "scale",
+    "fixed_classes", "facts", "model_options", "head", "features_of", "features_layer", "output", "loss", "metric",
+    "metric_direction",
 )  # fmt: skip
 MAY_CHANGE = frozenset(
     {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from fomaml.data.groups import GroupSource
 from fomaml.data.table import read_table
 from fomaml.errors import InputError
 from fomaml.files import write_text
+from fomaml.group_episodes import FEWEST_CLASSES
 
 JSON, TEXT = "data.json", "data.txt"
 LISTED = 20  # tasks or classes that are listed one by one
@@ -134,15 +136,14 @@ def _of_groups(settings: Settings, found: Groups, asked: Mapping[str, Any]) -> d
         for name, count, classes in zip(own.names, own.counts, _by_class(own))
     ]
     gap = found.test.gap if settings.gap is None and settings.draw != "random" else settings.gap or 0
-    rooms = np.concatenate([_rooms(own, settings) for own in there.values()]) - gap
     needed = settings.shots + settings.test_query_shots
+    rooms = np.concatenate(_rooms(there, settings, gap))
     small = [f"{unit['name']} ({unit['examples']})" for unit, room in zip(units, rooms) if room < needed]
-    least, most = int(rooms.min()), int(np.quantile(rooms, FEW_SMALL, method="lower"))
-    # a few small tasks are left out, rather than that all have few rows
-    if least < needed and most > least and not settings.skip_small_groups:
-        fitting = _fitting(settings, most) | {"skip_small_groups": True}
-    else:
-        fitting = _fitting(settings, most if settings.skip_small_groups else least)
+    fitting, instead = _of_rooms(settings, _rooms(there, settings, gap)), {}
+    for other in _others(settings, found):
+        if not fitting.get("shots", 1):
+            fitting, instead = _of_rooms(settings, _rooms(there, replace(settings, **other), gap)), other
+    fitting |= instead
     per = " per class" if settings.kind == "classification" else ""
     between = f", with a gap of {gap} between them" if gap else ""
     sizes = {int(size) for size in np.quantile(rooms, (0, 0.1, 0.25, 0.5), method="lower")} | {needed}
@@ -151,6 +152,15 @@ def _of_groups(settings: Settings, found: Groups, asked: Mapping[str, Any]) -> d
         for size in sorted(sizes)
         if size >= 2
     ]
+    if instead:
+        then = np.concatenate(_rooms(there, replace(settings, **instead), gap))
+        size = min(
+            needed, fitting.get("shots", settings.shots) + fitting.get("query_shots", settings.query_shots)
+        )
+        if size >= 2:
+            fits.append(
+                f"the same of {size} with {' '.join(words_of(instead))}: {(then >= size).sum()} of {len(then)} tasks"
+            )
     own = found.facts
     return {
         "what": "groups",
@@ -177,16 +187,41 @@ def _by_class(source: GroupSource) -> Iterator[dict[str, Any]]:
         yield {"classes": dict(zip(source.classes, counts))}
 
 
-def _rooms(source: GroupSource, settings: Settings) -> np.ndarray:
-    """(groups,) the rows that a group has for support and query set, of classification for each class of a task."""
-    if source.class_counts is None:
-        return source.counts
+def _rooms(sources: Mapping[str, GroupSource], settings: Settings, gap: int) -> list[np.ndarray]:
+    """By part (groups,) the rows that a group has for its two sets, of classification for each class of a task."""
+    found = []
+    ways = FEWEST_CLASSES if settings.fewer_classes else settings.ways
+    for source in sources.values():
+        rooms = source.counts
+        if source.class_counts is not None:
+            counts = -np.sort(-source.class_counts, axis=1)
+            rooms = counts[:, ways - 1] if ways <= counts.shape[1] else np.zeros(len(counts), dtype=int)
+        found.append(rooms - gap)
+    return found
+
+
+def _of_rooms(settings: Settings, parts: list[np.ndarray]) -> dict[str, Any]:
+    """What fits tasks with room for so many rows. A few small ones are left out, rather than that all have few rows;
+    half of them, where else nothing fits.
+    """
+    rooms, needed = np.concatenate(parts), settings.shots + settings.test_query_shots
+    least, most = int(rooms.min()), int(np.quantile(rooms, FEW_SMALL, method="lower"))
+    half = int(min(np.median(rooms), *(part.max() for part in parts)))  # and some are left of each part
+    if most < 2 <= half:
+        return _fitting(settings, half) | {"skip_small_groups": True}
+    if least < needed and most > least and not settings.skip_small_groups:
+        return _fitting(settings, most) | {"skip_small_groups": True}
+    return _fitting(settings, most if settings.skip_small_groups else least)
+
+
+def _others(settings: Settings, found: Groups) -> Iterator[dict[str, Any]]:
+    """What else may fit where nothing does as asked: fewer classes in a task."""
     if settings.fixed_classes:
-        return source.class_counts.min(1)
-    counts = -np.sort(-source.class_counts, axis=1)
-    return (
-        counts[:, settings.ways - 1] if settings.ways <= counts.shape[1] else np.zeros(len(counts), dtype=int)
-    )
+        yield {"fewer_classes": True}
+    elif settings.kind == "classification":
+        yield from (
+            {"ways": ways} for ways in range(min(settings.ways - 1, len(found.test.classes or ())), 1, -1)
+        )
 
 
 def _part(part: str, sizes: list[tuple[str, int]]) -> dict[str, Any]:

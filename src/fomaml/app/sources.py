@@ -137,6 +137,7 @@ def _grouped(options: Mapping[str, Any], **defaults: Any) -> Source:
         "draw": None,
         "train_draw": None,
         "skip_small_groups": False,
+        "fewer_classes": False,
         "scale": True,
         "query_all": False,
     }
@@ -206,7 +207,7 @@ SOURCES: dict[str, Source] = {
             "decode": None,
         }
         | dict.fromkeys(("test_keys", "validation_keys", "split_seed"))
-        | dict.fromkeys(("skip_small_groups", "query_all"), False),
+        | dict.fromkeys(("skip_small_groups", "fewer_classes", "query_all"), False),
         defaults={"": {1: {"model": "conv4", "inner_lr": 0.05, "inner_steps": 5, "iterations": 2000}}},
     ),
     "sinusoid": Source(

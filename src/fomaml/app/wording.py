@@ -18,6 +18,7 @@ PHRASES: list[tuple[str, str]] = [
     (r"(?<![\w'-])each side of size\b", "each number of --image-size"),
     (r"(?:fomaml\.)?convert_batch_norm\([^)]*\)", "--norm-policy"),
     (r"small='leave out'", "--skip-small-groups"),
+    (r"fewer_classes=True", "--fewer-classes"),
     (
         r"list it as categorical, or leave it out of the features",
         "give --categorical with its name, or --features without it",

@@ -284,7 +284,9 @@ def _kind(frame: Any, whole: Any, targets: list[str], origin: str) -> Kind:
     values = np.unique(plain_column(column))
     if not _is_number(column):
         read = pandas().to_numeric(np.char.replace(values, ",", "."), errors="coerce")
-        if len(values) > MOST_CLASSES and np.isfinite(read).mean() > 0.5:  # a quantity, with a flaw
+        numbers, commas = np.isfinite(read), np.char.find(values, ",") >= 0
+        if (len(values) > MOST_CLASSES and numbers.mean() > 0.5) or (numbers.all() and commas.any()):
+            # a quantity, with a flaw
             raise InputError(_text(column, targets[0], origin, "target"))
         return "classification"
     # whole numbers of which some are missing are kept as floating ones
