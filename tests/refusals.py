@@ -99,6 +99,9 @@ ROWS = [
     Row(1, "the same with `FastModel`", lambda: FastModel(Elsewhere())(torch.ones(1, 6))),
     Row(2, "an inner optimiser that does not say whether it is elementwise", lambda: gradient(optimizer=PerTensor())),
     Row(2, "one whose state outlives a task, and that is not elementwise", lambda: gradient(optimizer=Carried())),
+    Row(2, "a first layer that writes into its inputs", lambda: gradient(
+        nn.Sequential(nn.Dropout(0.2, inplace=True), classifier())
+    )),
     Row(3, "fewer outputs than classes", lambda: gradient(classifier(3))),
     Row(3, "labels below 0 that are not ignored", lambda: gradient(given=relabelled(-1))),
     Row(3, "outputs without an axis of classes", lambda: gradient(nn.Sequential(classifier(1), nn.Flatten(0)))),

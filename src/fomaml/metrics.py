@@ -99,7 +99,8 @@ def of_each_task(function: OfTask) -> Callable[[Tensor, Tensor, Tensor | None], 
         number = len(first(outputs))
         each = own_classes(outputs) if isinstance(outputs, Tensor) else _apart(outputs, number)
         pairs = zip(each, _apart(targets, number), strict=True)
-        found = [_number(function(*own), function) for own in pairs]
+        # copies: what it writes into them stays out of the next metric, and of the task
+        found = [_number(function(*mapped(torch.clone, own)), function) for own in pairs]
         return torch.tensor(found, dtype=torch.float64, device=first(outputs).device)
 
     return score

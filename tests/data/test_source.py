@@ -122,6 +122,17 @@ def test_warped_fills_up_with_pseudo_characters_of_one_warp_each():
     assert not torch.equal(many.inputs, warped(source, 12, examples=5, seed=1).inputs)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_warped_images_of_any_dtype_are_those_of_bytes_but_for_the_rounding(dtype):
+    images = torch.randint(0, 256, (8, 1, 9, 9), generator=torch.Generator().manual_seed(0)).byte()
+    labels = torch.arange(8) % 2
+    of_bytes, found = (
+        warped(ClassSource(own, labels), 12, examples=5) for own in (images, images.to(dtype) / 255)
+    )
+    assert found.inputs.dtype == dtype
+    assert (found.inputs * 255 - of_bytes.inputs).abs().max() <= 0.5001
+
+
 def test_to_moves_the_inputs_and_nothing_else():
     source = rows([0, 1, 1], ["a", "b"], decode=len)
     moved = source.to("meta")

@@ -1,5 +1,6 @@
 """Inputs that are not in memory: the same bits as those that are, and nothing is read but what is drawn."""
 
+import pickle
 import tracemalloc
 
 import numpy as np
@@ -9,11 +10,14 @@ from torch import nn
 
 from fomaml.baselines.networks import pretrain
 from fomaml.data.augment import rotated, warped
+from fomaml.data.groups import GroupSource
 from fomaml.data.source import ClassSource, pixels
 from fomaml.episodes import Episodes
 from fomaml.errors import InputError
 from fomaml.features import embed
+from fomaml.group_episodes import GroupEpisodes
 from fomaml.models import MLP
+from fomaml.trees import leaves
 
 RANDOM = np.random.default_rng(0)
 IMAGES = RANDOM.integers(0, 256, (60, 1, 8, 8), dtype=np.uint8)
@@ -178,3 +182,66 @@ def test_mapped_labels_are_taken_too(tmp_path):
     np.save(tmp_path / "labels.npy", LABELS)
     found = ClassSource(inputs, np.load(tmp_path / "labels.npy", mmap_mode="r"))
     assert torch.equal(found.labels(), ClassSource(IMAGES, LABELS).labels())
+
+
+def noisy(inputs, random):
+    return inputs + torch.from_numpy(random.normal(size=inputs.shape)).to(inputs)
+
+
+def of_windows(samples):
+    numbers = np.arange(12)
+    source = GroupSource.from_windows(samples, [100] * 12, numbers // 2, numbers % 2, window=20, hop=10)
+    return GroupEpisodes(source, shots=1, query_shots=2, augment=noisy)
+
+
+def of_groups(images):
+    source = GroupSource({"of": (images, LABELS)}, LABELS % 2, np.arange(60) // 20)
+    return GroupEpisodes(source, shots=1, query_shots=2)
+
+
+SAMPLES = RANDOM.normal(size=(1200, 3)).astype(np.float32)
+PICKLED = {  # the array, and episodes of it
+    **{
+        made: (IMAGES, lambda array, made=made: Episodes(
+            MADE[made](ClassSource(array, LABELS, decode=pixels())), ways=3, shots=1, query_shots=2, augment=noisy
+        ))
+        for made in MADE
+    },
+    "a column-major array": (np.asfortranarray(SAMPLES[:60]), lambda array: Episodes(
+        ClassSource(array, LABELS), ways=3, shots=1, query_shots=2
+    )),
+    "windows": (SAMPLES, of_windows),
+    "windows of one channel": (SAMPLES[:, 0].copy(), of_windows),
+    "groups": (IMAGES, of_groups),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", PICKLED)
+def test_a_pickle_has_the_same_tasks_and_no_numbers_of_a_file(case, tmp_path):
+    """As a worker process gets them that is spawned."""
+    array, made = PICKLED[case]
+    expected = made(array)
+    for kept in (array, mapped(tmp_path, array)):
+        written = pickle.dumps(made(kept))
+        assert kept is array or array.tobytes()[:64] not in written
+        assert len(written) < 3 * array.nbytes + 20_000  # each window on its own would be twice the samples
+        for mine, theirs in zip(leaves(pickle.loads(written).batch(3, 4)), leaves(expected.batch(3, 4))):
+            assert torch.equal(mine, theirs)
+
+
+def test_a_part_of_a_mapped_array_is_pickled_as_it_is(tmp_path):
+    parts = {"rows": np.s_[10:50], "every other row": np.s_[::2], "turned": np.s_[::-1]}
+    whole = mapped(tmp_path, IMAGES)
+    for rows in parts.values():
+        source = ClassSource(whole[rows], LABELS[rows])
+        assert torch.equal(pickle.loads(pickle.dumps(source)).inputs[:], source.inputs[:])
+
+
+def test_a_pickle_of_a_file_that_is_gone_is_refused(tmp_path):
+    written = pickle.dumps(ClassSource(mapped(tmp_path, IMAGES), LABELS))
+    (tmp_path / "inputs.npy").write_bytes(b"short")
+    with pytest.raises(InputError, match=r"is no longer in .*inputs\.npy \(.*make the source anew"):
+        pickle.loads(written)
+    (tmp_path / "inputs.npy").unlink()
+    with pytest.raises(InputError, match=r"is no longer in .*inputs\.npy \(.*make the source anew"):
+        pickle.loads(written)

@@ -1,6 +1,7 @@
 """What a loss may do with the model that it is given, and what it changes: nothing but what it computes."""
 
 import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from compiling import untouched
 from fomaml import FOMAML, MAML, Examples, InputError, Task, evaluate, meta_gradient, train
 from fomaml.engines import plan
 from fomaml.tasks import stack
+from fomaml.trees import leaves
 from shapes import close, labels, number, same_gradients, slow
 
 LR, STEPS = 0.1, 2
@@ -290,3 +292,83 @@ def test_an_object_goes_to_a_criterion_as_it_is():
         found, expected = (meta_gradient(learner, stack(tasks)) for learner in (object_, plain))
         close([*found.gradients.values()], [*expected.gradients.values()])
         close(found.query_outputs["logits"], expected.query_outputs)
+
+
+class Centred(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = net()
+
+    def forward(self, inputs):
+        inputs -= 0.5
+        return self.net(inputs)
+
+
+class OfPair(Centred):
+    def forward(self, first, other):
+        return super().forward(first + other["rest"].mul_(2))
+
+
+def with_rest(task: Task) -> Task:
+    return Task(*(part._replace(inputs=(part.inputs, {"rest": part.inputs.clone()})) for part in task))
+
+
+def clamped(outputs, targets):
+    return F.mse_loss(outputs, targets.clamp_(-0.1, 0.1))
+
+
+def doubled(forward, examples):
+    return F.mse_loss(forward(examples.inputs.mul_(2)), examples.targets)
+
+
+WRITING = {  # model, choices, tasks out of plain ones, what is written into
+    "forward": (Centred, {"criterion": F.mse_loss}, lambda task: task, "inputs"),
+    "forward, nested": (OfPair, {"criterion": F.mse_loss}, with_rest, r"inputs\[1\]\['rest'\]"),
+    "criterion": (net, {"criterion": clamped}, lambda task: task, "targets"),
+    "loss": (net, {"loss": doubled}, lambda task: task, "inputs"),
+}
+
+
+@pytest.mark.parametrize("case", WRITING)
+def test_what_writes_into_the_examples_is_refused(case):
+    """Each inner step and each call would find other ones; those of the user stay as they are."""
+    model, choices, form, place = WRITING[case]
+    tasks, kept = ([form(task) for task in drawn(2)] for _ in range(2))
+    batch = stack(tasks)
+
+    learner = FOMAML(model(), LR, STEPS, **choices)
+    for engine in ("auto", "loop", "batched"):
+        with pytest.raises(InputError, match=f"writes into the query {place}"):
+            meta_gradient(learner, batch, engine=engine)
+    with pytest.raises(InputError, match=f"writes into the query {place}"):
+        evaluate(learner, Given(tasks), tasks=2)
+    with pytest.raises(InputError, match=f"writes into the support {place}"):
+        learner.adapt(tasks[0].support)
+    close(leaves(stack(kept)), leaves(batch))
+    close(leaves(kept[0]), leaves(tasks[0]))
+    with pytest.raises(InputError, match=f"writes into the support {place}"):
+        learner(batch)
+
+
+def written_error(outputs, targets):
+    return outputs.sub_(targets).square().mean()
+
+
+def written_examples(forward, examples):
+    found = square(forward(examples.inputs), examples)
+    examples.inputs.zero_()
+    return found
+
+
+@pytest.mark.parametrize("choices, metric", [
+    ({"criterion": F.mse_loss}, written_error),
+    ({"loss": lambda forward, examples: square(forward(examples.inputs), examples)}, written_examples),
+])  # fmt: skip
+def test_a_metric_that_writes_changes_neither_the_tasks_nor_other_metrics(choices, metric):
+    tasks, kept = stack(drawn(2)), stack(drawn(2))
+    held = SimpleNamespace(batch=lambda start, size: tasks.map(lambda t: t[start : start + size]))
+    learner = FOMAML(net(), LR, STEPS, **choices)
+    found = evaluate(learner, held, tasks=2, at_steps=[0, 2], metric=[metric, "mse"])
+    for steps, scores in found["mse"].items():
+        close([found[metric.__name__][steps]], [scores])
+    close(leaves(tasks), leaves(kept))

@@ -16,7 +16,7 @@ from fomaml.errors import positive, whole
 
 def rotated(source: ClassSource) -> ClassSource:
     """Four times the classes: each turned as a whole by 0, 90, 180 and 270 degrees (Santoro et al. 2016)."""
-    turns = [(f"rot{90 * k}", lambda images, k=k: torch.rot90(images, k, dims=(-2, -1))) for k in (1, 2, 3)]
+    turns = [(f"rot{90 * k}", partial(torch.rot90, k=k, dims=(-2, -1))) for k in (1, 2, 3)]
     return source.joined(turns)
 
 
@@ -53,8 +53,8 @@ def warped(source: ClassSource, classes: int, *, examples: int = 200, seed: int 
     rotation, reflection, shear and stretch, and a smooth random displacement of the pixels. So a few
     classes give as many different ones as meta-training asks for.
 
-    source: images (examples, channels, height, width) uint8. examples: the images of a pseudo-character,
-    drawn from its class. Depends on the seed alone.
+    source: images (examples, channels, height, width); whole numbers stay whole. examples: the images of a
+    pseudo-character, drawn from its class. Depends on the seed alone.
     """
     classes, examples = whole("classes", classes), positive("examples", examples, integer=True)
     random = torch.Generator().manual_seed(whole("seed", seed))
@@ -73,8 +73,10 @@ def warped(source: ClassSource, classes: int, *, examples: int = 200, seed: int 
 
 def _moved(images: Tensor, grid: Tensor) -> Tensor:
     """All images sampled at one grid, in their own dtype."""
-    grids = grid.to(images.device).expand(len(images), -1, -1, -1)
-    return F.grid_sample(images.float(), grids, align_corners=False).round().to(images.dtype)
+    numbers = images if images.dtype == torch.float64 else images.float()
+    grids = grid.to(numbers).expand(len(images), -1, -1, -1)
+    found = F.grid_sample(numbers, grids, align_corners=False)
+    return (found if images.is_floating_point() else found.round()).to(images.dtype)
 
 
 def _warp(size: torch.Size, random: torch.Generator) -> Tensor:

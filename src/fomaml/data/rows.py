@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -56,6 +57,19 @@ class Rows:
         for place, array in self.found:
             if in_memory(array):
                 check_finite(array, place)
+
+    def __getstate__(self) -> dict:
+        return vars(self) | {"tree": each(self.tree, lambda array, _: Held(array)), "found": None}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self.found = []
+
+        def leaf(held: Held, place: str) -> Any:
+            self.found.append((place, held.value))
+            return held.value
+
+        self.tree = each(self.tree, leaf, self.name)
 
     def __len__(self) -> int:
         return self.found[0][1].shape[0]
@@ -140,6 +154,36 @@ def _is_mapped(array: Any) -> bool:
             return True
         array = array.base
     return array is not None and type(array).__name__ == "mmap"
+
+
+class Held:
+    """Any object; in a pickle a mapped array goes by the name of its file, so that a worker process maps it too.
+
+    Numpy writes all its numbers, as here those of a part of a mapped array.
+
+    Raises, when it is unpickled:
+        InputError: the file is no longer there, or has become shorter.
+    """
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __reduce__(self) -> tuple:
+        value = self.value
+        if not (isinstance(value, np.memmap) and isinstance(value.base, mmap.mmap) and value.filename):
+            return Held, (value,)
+        value.flush()
+        order = "C" if value.flags.c_contiguous else "F"
+        return _mapped_anew, (str(value.filename), value.dtype, "r", value.offset, value.shape, order)
+
+
+def _mapped_anew(path: str, *how: Any) -> Held:
+    try:
+        return Held(np.memmap(path, *how))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"the array of a pickled source is no longer in {path} ({in_one_line(error)}): make the source anew"
+        ) from error
 
 
 def read(array: Any, rows: np.ndarray) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from copy import copy
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -182,12 +183,11 @@ class ClassSource:
 
 def pixels(mean: float = 0.5, std: float = 0.5, most: int = 255) -> Callable[[Tensor], Tensor]:
     """A decoder of images of whole numbers up to `most`: to [0, 1], then (x - mean) / std, in torch's default dtype."""
+    return partial(_scaled, scale=1 / (most * std), shift=mean / std)
 
-    def decode(images: Tensor) -> Tensor:
-        scale = 1 / (most * std)
-        return images.to(torch.get_default_dtype()).mul_(scale).sub_(mean / std)
 
-    return decode
+def _scaled(images: Tensor, scale: float, shift: float) -> Tensor:
+    return images.to(torch.get_default_dtype()).mul_(scale).sub_(shift)
 
 
 def _first_not_finite(inputs: Tensor) -> int | None:

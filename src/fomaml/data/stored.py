@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fomaml.data.rows import as_array, check_finite, in_memory, is_array, taken
+from fomaml.data.rows import Held, as_array, check_finite, in_memory, is_array, taken
 from fomaml.errors import InputError
 
 Change: TypeAlias = Callable[[Tensor], Tensor]
@@ -35,6 +35,12 @@ class Stored:
         self.shape = torch.Size((len(rows), *array.shape[1:]))
         self.dtype: torch.dtype = array.dtype if isinstance(array, Stored | _Several) else _dtype_of(array)
         self.device = torch.device("cpu")
+
+    def __getstate__(self) -> dict:
+        return vars(self) | {"array": Held(self.array)}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state, array=state["array"].value)
 
     def __len__(self) -> int:
         return len(self.rows)

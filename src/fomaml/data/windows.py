@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from fomaml.data.keys import as_column
-from fomaml.data.rows import as_array, check_finite, in_memory
+from fomaml.data.rows import Held, as_array, check_finite, in_memory
 from fomaml.errors import InputError, positive
 
 
@@ -16,6 +16,7 @@ class Windows:
     """Every window of `window` samples, `hop` from one to the next, none across two recordings; rows like an array's.
 
     Attributes:
+        samples: (samples, channels) or (samples,), as given.
         starts: (rows,) the first sample of each window. recordings: (rows,) its recording.
         number: of recordings. gap: the windows to leave out between two of one recording that share no sample.
         left_out: what was left out, in words.
@@ -30,8 +31,7 @@ class Windows:
         self.number = 0
         self.left_out = ""
         self.samples = samples
-        # (…, channels, window), of which nothing is read here
-        self._view = np.lib.stride_tricks.sliding_window_view(samples, window, axis=0)
+        self._view = self._windows()
         # a signal in whole numbers, as of 16 bits, is one of numbers all the same
         self.dtype = np.dtype(np.float64) if samples.dtype.kind in "biu" else samples.dtype
         self.shape = (len(starts), *self._view.shape[1:])
@@ -51,7 +51,6 @@ class Windows:
                 f"the samples must be a numpy array (samples, channels), got a {type(samples).__name__} of shape "
                 f"{tuple(array.shape)}"
             )
-        array = array[:, None] if array.ndim == 1 else array
         if in_memory(array):
             check_finite(array, "samples")
         counts = as_column(lengths, "lengths")
@@ -83,6 +82,21 @@ class Windows:
         if short.size:
             made.left_out = f"{short.size} of {len(counts)} recordings, shorter than a window"
         return made
+
+    def _windows(self) -> np.ndarray:
+        """(…, channels, window) at every sample, of which nothing is read here."""
+        samples = self.samples[:, None] if self.samples.ndim == 1 else self.samples
+        return np.lib.stride_tricks.sliding_window_view(samples, self.window, axis=0)
+
+    def __getstate__(self) -> dict:
+        return vars(self) | {
+            "samples": Held(self.samples),
+            "_view": None,
+        }  # of which a pickle has each window
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state, samples=state["samples"].value)
+        self._view = self._windows()
 
     def __getitem__(self, rows: Any) -> np.ndarray:
         """(rows, channels, window), read from the samples now; floating."""

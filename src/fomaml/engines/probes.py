@@ -17,7 +17,7 @@ from fomaml.engines.common import Engine, differentiate, first_line, out_of_memo
 from fomaml.errors import InputError
 from fomaml.learning.adapt import ordinary_modes
 from fomaml.learning.learner import MetaLearner
-from fomaml.learning.mistakes import THIRD_ORDER
+from fomaml.learning.mistakes import THIRD_ORDER, refuse_written
 from fomaml.learning.problem import Problem
 from fomaml.metrics import ignored_label
 from fomaml.tasks import Batch, Task, chunks, device_of, one, singles, ways_each
@@ -51,10 +51,12 @@ def try_once(learner: MetaLearner, tasks: Task) -> None:
     meta-parameters themselves, so that a module that reads these is seen.
     """
     with _as_for_a_gradient(tasks, 1) as single:
-        problem = Problem(learner, one(single, 0))
+        given = one(single, 0)
+        problem = Problem(learner, given.map(torch.clone))
         try:
             problem.check_parts()
             problem.query({name: value.detach().requires_grad_() for name, value in problem.start.items()})
+            refuse_written(given, problem.task)
         except InputError:
             raise
         except Exception as error:  # whatever a module raises

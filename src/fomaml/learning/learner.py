@@ -33,14 +33,14 @@ from fomaml.learning.contracts import (
     checked_output,
     module_of,
 )
-from fomaml.learning.mistakes import refuse_as_loss
+from fomaml.learning.mistakes import refuse_as_loss, refuse_written
 from fomaml.learning.moments import SecondMoments
 from fomaml.learning.objectives import QueryLoss
 from fomaml.learning.problem import Problem
 from fomaml.learning.replica import original
 from fomaml.models import BatchNorm, Seen, normalising, refuse_native, warn_of_unmoved
 from fomaml.tasks import Batch, Examples, Task, as_batch, as_examples, count, one
-from fomaml.trees import call
+from fomaml.trees import call, mapped
 
 
 class Choices(TypedDict, total=False):
@@ -205,9 +205,12 @@ class MetaLearner(nn.Module):
         """
         tasks = as_batch(tasks, self.model)
         number = count(tasks)
+        first = one(tasks, 0).map(torch.clone)
         problems = (Problem(self, one(tasks, index)) for index in range(number))
         outcomes = (self.objective(checked(problem)) for problem in problems)
-        return reduce(torch.add, (outcome.scalar for outcome in outcomes)) / number
+        total = reduce(torch.add, (outcome.scalar for outcome in outcomes)) / number
+        refuse_written(first, one(tasks, 0))
+        return total
 
     def adapt(self, support: Examples, steps: int | None = None, statistics: Statistics = "own") -> nn.Module:
         """Adapt to one task; returns an ordinary, independent module in the model's own mode.
@@ -230,7 +233,8 @@ class MetaLearner(nn.Module):
         steps = self.inner_steps if steps is None else whole("steps", steps)
         warn_of_unmoved(self.model)
         with ordinary_modes():
-            support = as_examples(support, self.model)
+            given = as_examples(support, self.model)
+            support = mapped(torch.clone, given)
             problem = checked(Problem(self, Task(support, support), evaluating=True))
             adapted = problem.start
             for adapted, _ in islice(problem.path(first_order=True), steps):
@@ -246,6 +250,7 @@ class MetaLearner(nn.Module):
                     call(module, support.inputs)
                 for layer, _, mean, variance in seen:
                     layer.freeze(mean, variance)
+            refuse_written(Task(given, given), Task(support, support))
         return module
 
     def uses_support_statistics(self) -> bool:

@@ -15,7 +15,8 @@ from fomaml.errors import InputError
 from fomaml.learning.contracts import Criterion, Output, unwrapped
 from fomaml.metrics import ignored_label
 from fomaml.models import NATIVE_BATCH_NORMS, takes_statistics, third_order_is_refused
-from fomaml.trees import Tree, as_tree, call, leaves
+from fomaml.tasks import Task
+from fomaml.trees import Tree, as_tree, call, leaves, named
 
 
 def selected(returned: Any, output: Output) -> Any:
@@ -248,6 +249,21 @@ def unlike(error: RuntimeError, model: nn.Module, inputs: Tree) -> str | None:
         own = parameters[0].device
         return f"the inputs are on {inputs.device} and the model's parameters on {own}: give tasks.to({str(own)!r})"
     return None
+
+
+def refuse_written(before: Task, after: Task) -> None:
+    """Raise `InputError` where a forward pass, a criterion or a loss has written into the examples it was given: each
+    inner step, and each call, would then find other ones.
+    """
+    for name, set_before, set_after in zip(Task._fields, before, after):
+        for part, old, new in zip(set_before._fields, set_before, set_after):
+            for (place, own), now in zip(named(old, f"{name} {part}"), leaves(new)):
+                # what is nan stays it
+                if not ((now == own) | (own != own)).all():
+                    raise InputError(
+                        f"forward, or the criterion or loss, writes into the {place}, which are the task's own and "
+                        "come again in each step: x = x - 1 in place of x -= 1, and inplace=False in the first layer"
+                    )
 
 
 THIRD_ORDER = (

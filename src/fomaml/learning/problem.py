@@ -204,7 +204,7 @@ class Problem:
     def at(self, adapted: Adapted, function: Callable[[Callable, Examples], Any]) -> Any:
         """What a function of the model at φ and of the query set of one task gives."""
         parameters = {**self.fixed, **adapted}
-        query = self.task.query
+        query = mapped(torch.clone, self.task.query)  # whatever the function does to them
         with self.replicas.holding(parameters, _copied(self.buffers)) as (model, _), self._attention():
             forward = Forward(model, self.learner.model, query.inputs)
             return self._with_gradients(function, forward, query, self.steps)
