@@ -21,6 +21,7 @@ from fomaml import (
 )
 from fomaml.engines import plan
 from fomaml.metrics import Metric, OfModel
+from fomaml.models.norms import third_order_is_refused
 from fomaml.tasks import Examples, Task, stack
 from shapes import Encoder, close, labels, number, same_gradients, slow
 
@@ -338,3 +339,18 @@ def test_every_algorithm_takes_a_loss(make):
     same_gradients(batched.gradients, loop.gradients)
     own = plan(learner, tasks)
     assert own(tasks).query_losses.shape == (TASKS,)
+
+
+@pytest.mark.skipif(
+    not third_order_is_refused(), reason="this torch takes a third derivative of its batch norms"
+)
+def test_a_second_derivative_by_inputs_is_not_told_to_take_the_first_order_that_it_has():
+    def bent(forward, examples):
+        time = examples.inputs["input"].detach().requires_grad_()
+        [slope] = torch.autograd.grad(forward(time).sum(), time, create_graph=True)
+        [bend] = torch.autograd.grad(slope.sum(), time, create_graph=True)
+        return bend.square().mean()
+
+    learner = FOMAML(normed(nn.BatchNorm1d(8, track_running_stats=False)), LR, 1, loss=bent)
+    with pytest.raises(InputError, match=r"or twice in first order.*convert_batch_norm\(model\)$"):
+        meta_gradient(learner, stack(drawn(points)))

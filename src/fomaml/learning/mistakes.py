@@ -267,8 +267,8 @@ def refuse_written(before: Task, after: Task) -> None:
 
 
 THIRD_ORDER = (
-    "a loss= in second order that differentiates by inputs differentiates batch norms three times, which torch's own "
-    "do not take: fomaml.convert_batch_norm(model), or FOMAML"
+    "a loss= that differentiates by inputs once in second order, or twice in first order, differentiates batch norms "
+    "three times, which torch's own do not take: fomaml.convert_batch_norm(model)"
 )
 
 
