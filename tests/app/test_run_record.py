@@ -96,26 +96,15 @@ def test_a_chart_goes_from_the_least_to_the_greatest():
     assert chart("flat", [(5, 1.0)]).splitlines()[0] == "flat: 1 → 1"
 
 
+def trained(out):
+    """The directory of a short run of functions."""
+    options = "--iterations 3 --test-tasks 3 --test-steps 0 1 --no-baselines --out"
+    main(["train", "sinusoid", *options.split(), str(out)])
+    return out
+
+
 def test_show_prints_the_result(tmp_path, capsys):
-    out = tmp_path / "run"
-    main(
-        [
-            "train",
-            *[
-                "sinusoid",
-                "--iterations",
-                "3",
-                "--test-tasks",
-                "3",
-                "--test-steps",
-                "0",
-                "1",
-                "--no-baselines",
-                "--out",
-            ],
-            str(out),
-        ]
-    )
+    out = trained(tmp_path / "run")
     capsys.readouterr()
     main(["show", str(out)])
     told = capsys.readouterr().out
@@ -124,25 +113,7 @@ def test_show_prints_the_result(tmp_path, capsys):
 
 def test_show_draws_the_curves(tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="plots are drawn by matplotlib, of the extra plots")
-    out = tmp_path / "run"
-    main(
-        [
-            "train",
-            *[
-                "sinusoid",
-                "--iterations",
-                "3",
-                "--test-tasks",
-                "3",
-                "--test-steps",
-                "0",
-                "1",
-                "--no-baselines",
-                "--out",
-            ],
-            str(out),
-        ]
-    )
+    out = trained(tmp_path / "run")
     capsys.readouterr()
     main(["show", str(out), "--png", str(tmp_path / "plots")])
     names = {path.name for path in (tmp_path / "plots").iterdir()}

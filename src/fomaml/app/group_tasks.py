@@ -88,6 +88,9 @@ def of_units(episodes: Any, scores: Tensor) -> Tensor:
 
 def in_own_unit(settings: Settings, metric: Metric) -> Metric:
     """The metric of a run; of rows in the unit of their targets, which are scaled for the network."""
-    if settings.facts is None:
-        return metric
-    return Scaling.from_dict(settings.facts["scaling"]).in_own_unit(metric)
+    return metric if settings.facts is None else scaling_of(settings).in_own_unit(metric)
+
+
+def scaling_of(settings: Settings) -> Scaling:
+    """The scaling of a run's rows; none of what is no rows."""
+    return Scaling() if settings.facts is None else Scaling.from_dict(settings.facts["scaling"])

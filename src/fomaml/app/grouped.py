@@ -11,7 +11,7 @@ from fomaml.app.images import KEPT
 from fomaml.app.settings import Decode, Settings
 from fomaml.app.wording import option as typed
 from fomaml.app.wording import with_shares
-from fomaml.data.arrays import Arrays
+from fomaml.data.arrays import Arrays, together
 from fomaml.data.folder import has_tasks, load_tasks
 from fomaml.data.groups import GroupSource, GroupSplit
 from fomaml.data.keys import few
@@ -133,12 +133,16 @@ def read(name: str, path: str, values: Mapping[str, Any]) -> GroupSource:
     return _read(name, path, stamp, tuple(options.items()))
 
 
+def separator_of(typed: str | None) -> str | None:
+    """What --separator says, which calls what cannot be seen by its name."""
+    return {"tab": "\t", "space": " "}.get(typed or "", typed)
+
+
 @functools.lru_cache(maxsize=2)
 def _read(name: str, path: str, stamp: int, options: tuple[tuple[str, Any], ...]) -> GroupSource:
     given = dict(options)
     if name == "table":
-        separators = {"tab": "\t", "space": " "}
-        given["separator"] = separators.get(given["separator"], given["separator"])
+        given["separator"] = separator_of(given["separator"])
         targets = given.pop("target")
         return GroupSource.from_table(
             path,
@@ -149,7 +153,7 @@ def _read(name: str, path: str, stamp: int, options: tuple[tuple[str, Any], ...]
             **given,
         )
     arrays = Arrays(path)
-    targets = _together(arrays, given["target"])
+    targets = together(arrays, given["target"])
     if name == "windows":
         if len(given["inputs"]) > 1:
             raise InputError(f"windows are cut out of one array, got --inputs {' '.join(given['inputs'])}")
@@ -164,7 +168,7 @@ def _read(name: str, path: str, stamp: int, options: tuple[tuple[str, Any], ...]
             leave_out_short=bool(given["skip_short"]),
             target_names=given["target"],
         )
-    inputs = _together(arrays, given["inputs"])
+    inputs = together(arrays, given["inputs"])
     if not isinstance(inputs, dict) and inputs.ndim == 1:
         inputs = inputs[:, None]  # networks take (examples, features)
     return GroupSource(
@@ -175,11 +179,6 @@ def _read(name: str, path: str, stamp: int, options: tuple[tuple[str, Any], ...]
         kind=given["kind"],
         target_names=given["target"],
     )
-
-
-def _together(arrays: Arrays, keys: tuple[str, ...]) -> Any:
-    """One array, or a dict of several."""
-    return arrays[keys[0]] if len(keys) == 1 else {key: arrays[key] for key in keys}
 
 
 def load(name: str, path: str, settings: Settings) -> Groups:

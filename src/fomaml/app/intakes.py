@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from fomaml.app.frozen import frozen_network, library_decoder
+from fomaml.app.group_tasks import scaling_of
+from fomaml.app.grouped import separator_of
 from fomaml.app.settings import Settings
 from fomaml.app.sources import split_name
-from fomaml.data.scaling import Scaling
 from fomaml.errors import InputError
 from fomaml.serve.intake import Intake
 from fomaml.serve.pictures import Embedded, Pictures
@@ -42,15 +43,14 @@ def _read_by(settings: Settings) -> Intake:
         "targets": list(settings.target),
         "kind": settings.kind,
         "task": settings.task,
-        "scaling": Scaling.from_dict(facts["scaling"]),
+        "scaling": scaling_of(settings),
     }
     if source == "table":
-        separators = {"tab": "\t", "space": " "}
         categories = facts["categories"] or {}
         return TableRows(
             [name for name in facts["inputs"] if name not in categories],
             categories=categories,
-            separator=separators.get(settings.separator or "", settings.separator),
+            separator=separator_of(settings.separator),
             decimal=settings.decimal or ".",
             drop_missing=settings.drop_missing,
             **shared,

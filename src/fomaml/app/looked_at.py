@@ -11,11 +11,11 @@ from torch import Tensor
 
 from fomaml.app.build import Data, for_test
 from fomaml.app.calibrate import Known, nearest
+from fomaml.app.group_tasks import scaling_of
 from fomaml.app.scores import headline
 from fomaml.app.settings import Settings
 from fomaml.app.sources import source_of
 from fomaml.data.rows import each
-from fomaml.data.scaling import Scaling
 from fomaml.engines import plan as make_plan
 from fomaml.episodes import copies_of
 from fomaml.errors import InputError
@@ -128,9 +128,8 @@ class _Parts:
     """What the tasks have given, task by task: names, classes, targets, and by point what was said."""
 
     def __init__(self, settings: Settings, regression: bool):
-        facts = settings.facts
         self.regression = regression
-        self.scaling = Scaling() if facts is None else Scaling.from_dict(facts["scaling"])
+        self.scaling = scaling_of(settings)
         self.names: list[str] = []
         self.classes: list[list[str] | None] = []
         self.targets: list[Tensor] = []

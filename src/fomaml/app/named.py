@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import hashlib
 import math
 import re
 import shlex
@@ -20,6 +19,7 @@ from fomaml.app.settings import Better, Settings
 from fomaml.app.wording import option as typed
 from fomaml.backbones import LIBRARIES, read_weights
 from fomaml.errors import InputError
+from fomaml.files import file_digest
 from fomaml.metrics import Metric, metric_for, name_of
 
 WEIGHTS = {"model": "model_weights", "features_of": "features_weights"}  # whose weights a file may hold
@@ -167,7 +167,7 @@ def _weights_record(weights: str | None) -> dict[str, Any] | None:
         return None
     path = Path(weights).expanduser()
     read_weights(path)
-    return {"name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    return {"name": path.name, "sha256": file_digest(path)}
 
 
 def is_own_metric(name: str) -> bool:

@@ -18,6 +18,7 @@ from fomaml.app import rundir
 from fomaml.app.algorithms import ALGORITHMS, ANY_WAYS
 from fomaml.app.build import for_test
 from fomaml.app.calibrate import CALIBRATION, Known, nearest, read_calibration
+from fomaml.app.group_tasks import scaling_of
 from fomaml.app.intakes import intake_of
 from fomaml.app.model_card import card
 from fomaml.app.named import named_again
@@ -27,7 +28,7 @@ from fomaml.app.settings import Settings, from_json, to_json
 from fomaml.checkpoint import load_weights, save_weights
 from fomaml.choices import check_choice
 from fomaml.data.keys import few
-from fomaml.data.scaling import Scaling
+from fomaml.data.scaling import scaled_by
 from fomaml.errors import InputError, whole
 from fomaml.files import file_digest, load_tensors, write_text
 from fomaml.learning.learner import MetaLearner
@@ -85,13 +86,13 @@ class Run:
         count = self._steps(steps, found)
         learner = for_test(self.settings, self.learner)
         module = learner.adapt(Examples(taken.inputs, targets), count, statistics).eval()
-        settings, facts = self.settings, self.settings.facts
+        settings = self.settings
         return AdaptedModel(
             module,
             self.intake,
             classes,
             None if classes is not None else _target_names(settings),
-            Scaling() if facts is None else Scaling.from_dict(facts["scaling"]),
+            scaling_of(settings),
             settings.output,
             1.0 if found is None else found.temperature_after(count),
             {
@@ -113,9 +114,7 @@ class Run:
         device = next(self.learner.model.parameters()).device
         if not isinstance(taken.labels, list):
             assert taken.labels is not None and facts is not None  # sources of functions have no intake
-            scaling = Scaling.from_dict(facts["scaling"])
-            standard = scaling.targets.get("")
-            scaled = taken.labels if standard is None else standard.scaled(taken.labels)
+            scaled = scaled_by(scaling_of(settings).targets)(taken.labels, "")
             return None, scaled.to(torch.get_default_dtype()).to(device)
         if settings.fixed_classes:
             assert facts is not None
@@ -217,14 +216,13 @@ def load_adapted(
     settings = dataclasses.replace(settings, device=device)
     module = _network(dataclasses.replace(settings, model_weights=None), facts["classes"])
     load_weights(root / WEIGHTS, module, facts)
-    scaling = Scaling() if settings.facts is None else Scaling.from_dict(settings.facts["scaling"])
     told = {
         key: value
         for key, value in facts.items()
         if key not in ("classes", "targets", "temperature", "settings")
     }
     return AdaptedModel(
-        module.eval(), intake_of(settings), facts["classes"], facts["targets"], scaling, settings.output,
+        module.eval(), intake_of(settings), facts["classes"], facts["targets"], scaling_of(settings), settings.output,
         facts["temperature"], told,
     )  # fmt: skip
 

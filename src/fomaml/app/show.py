@@ -13,7 +13,7 @@ import numpy as np
 
 from fomaml.app import pictures
 from fomaml.app.commands import given
-from fomaml.app.grouped import READ, Groups
+from fomaml.app.grouped import READ, Groups, separator_of
 from fomaml.app.images import KEPT
 from fomaml.app.report import align
 from fomaml.app.search import words_of
@@ -282,9 +282,7 @@ def _columns(name: str, path: str, options: ShowOptions) -> dict[str, Any]:
     """What a file holds of which nothing has been said."""
     facts: dict[str, Any] = {"what": "columns", "name": Path(path).name, "origin": path}
     if name == "table":
-        separators = {"tab": "\t", "space": " "}
-        separator = options.rows.separator
-        frame, _ = read_table(path, separators.get(separator or "", separator), options.rows.decimal or ".")
+        frame, _ = read_table(path, separator_of(options.rows.separator), options.rows.decimal or ".")
         facts["rows"] = len(frame)
         facts["columns"] = [
             {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,11 @@ class Arrays(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self._keys)
+
+
+def together(arrays: Mapping[str, Any], keys: Sequence[str]) -> Any:
+    """The array of the one key, or a dict of those of several."""
+    return arrays[keys[0]] if len(keys) == 1 else {key: arrays[key] for key in keys}
 
 
 def _why(error: Exception) -> str:

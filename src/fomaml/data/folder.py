@@ -19,6 +19,8 @@ from fomaml.errors import InputError, positive
 MODES = {"grey": "L", "rgb": "RGB"}
 PARTS = {"train": ("train",), "validation": ("val", "valid", "validation"), "test": ("test",)}
 
+NO_CLASSES = "found no directories, expected one per class with its images in it"
+
 
 class Folder(NamedTuple):
     """The classes of a folder of images in three parts, and where they come from.
@@ -145,6 +147,19 @@ def load_tasks(
     return source
 
 
+def classes_in(root: Path) -> dict[str, list[Path]]:
+    """The images of each directory right below `root`, by its name.
+
+    Raises:
+        InputError: no directories; one without images, or with directories of its own.
+    """
+    folders = _directories(root)
+    if not folders:
+        raise InputError(f"{root}: {NO_CLASSES}")
+    listing = _Listing(readable_suffixes())
+    return {folder.name: listing.paths(folder) for folder in folders}
+
+
 def few_listed(classes: Sequence[tuple[str, int]]) -> str:
     """The first few of some classes, each with its number of images: "cat 1, dog 3 and 7 more"."""
     return _listed([f"{name} {count}" for name, count in classes])
@@ -172,7 +187,7 @@ def _given_parts(root: Path) -> dict[str, Path] | None:
     """The directories of the parts, by part; None if those in `root` are classes."""
     folders = {folder.name: folder for folder in _directories(root)}
     if not folders:
-        raise InputError(f"{root}: found no directories, expected one per class with its images in it")
+        raise InputError(f"{root}: {NO_CLASSES}")
     found = {part: [folders[name] for name in names if name in folders] for part, names in PARTS.items()}
     known = {folder.name for each in found.values() for folder in each}
     alone = known == folders.keys() and (len(known) > 1 or any(map(_directories, folders.values())))

@@ -13,7 +13,7 @@ from torch import Tensor
 from fomaml.choices import check_choice, nearest_first
 from fomaml.data.keys import Kind, classes_of, few, key_of, kind_of, numbered, ranks
 from fomaml.data.rows import AT_ONCE, Rows, each, in_memory
-from fomaml.data.scaling import Scaling, Standard, fitted
+from fomaml.data.scaling import Scaling, Standard, fitted, scaled_by
 from fomaml.data.shares import parted
 from fomaml.data.table import read_columns
 from fomaml.data.windows import Windows
@@ -252,16 +252,13 @@ class GroupSource:
         Targets are int64 for classification; for regression those of one number a row are (rows, 1).
         """
         rows = self.rows[positions]
-        inputs = self._inputs.take(rows, self._scale(self.scaling.inputs))
+        inputs = self._inputs.take(rows, scaled_by(self.scaling.inputs))
         if self.decode is not None:
             inputs = self.decode(inputs)
         if self.classes is not None:
             return inputs, self._targets.take(rows)
-        targets = self._targets.take(rows, self._scale(self.scaling.targets))
+        targets = self._targets.take(rows, scaled_by(self.scaling.targets))
         return inputs, mapped(_with_columns, targets)
-
-    def _scale(self, known: Mapping[str, Any]) -> Callable[[Tensor, str], Tensor]:
-        return lambda drawn, place: known[place].scaled(drawn) if place in known else drawn
 
     # --- which tasks ------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -75,10 +75,7 @@ class Scaling:
     def scaled(self, inputs: Any) -> Any:
         """Inputs, nested tensors (rows, ...), as the model takes them."""
 
-        def leaf(values: Tensor, place: str) -> Tensor:
-            return self.inputs[place].scaled(values) if place in self.inputs else values
-
-        return each(inputs, leaf)
+        return each(inputs, scaled_by(self.inputs))
 
     def unscaled(self, targets: Any, axis: int = 1) -> Any:
         """Targets, or outputs that stand for them, in their own unit. axis: that of the targets' columns, 2 in a stack
@@ -105,6 +102,11 @@ class Scaling:
 
         judges_model = isinstance(metric.score, OfModel)
         return metric._replace(score=score) if self.targets and not judges_model else metric
+
+
+def scaled_by(known: Mapping[str, Standard]) -> Callable[[Tensor, str], Tensor]:
+    """(tensor, place) → the tensor scaled, where there is a scaling of this place."""
+    return lambda values, place: known[place].scaled(values) if place in known else values
 
 
 def fitted(parts: Iterable[Any]) -> dict[str, Standard]:

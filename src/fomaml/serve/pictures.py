@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fomaml.data.folder import classes_in
 from fomaml.data.images import Decoder, pillow, readable_suffixes
 from fomaml.data.keys import as_column, key_of
 from fomaml.data.source import ClassSource, pixels
@@ -60,7 +61,12 @@ class Pictures:
 
     def labelled(self, given: Any) -> Taken:
         if isinstance(given, str | os.PathLike):
-            given = self._classes(Path(given).expanduser())
+            root = Path(given).expanduser()
+            if not root.is_dir():
+                raise InputError(
+                    f"{root} is no folder, expected one with a directory of pictures for each class"
+                )
+            given = classes_in(root)
         if isinstance(given, Mapping):
             parts = {key_of(name): self.inputs(own) for name, own in given.items()}
             if not parts:
@@ -117,23 +123,6 @@ class Pictures:
                 yield from self._several(own)
         else:
             raise InputError(f"a picture is a path, an image or an array, got a {type(given).__name__}")
-
-    def _classes(self, root: Path) -> dict[str, list[Path]]:
-        """The pictures of each directory of a folder."""
-        if not root.is_dir():
-            raise InputError(f"{root} is no folder, expected one with a directory of pictures for each class")
-        folders = sorted(each for each in root.iterdir() if each.is_dir() and not each.name.startswith("."))
-        if not folders:
-            raise InputError(
-                f"{root}: found no directories, expected one for each class with its pictures in it"
-            )
-        for folder in folders:
-            if inner := sorted(each.name for each in folder.iterdir() if each.is_dir()):
-                raise InputError(
-                    f"{folder}: found the directory {inner[0]} in a class, expected pictures only; the classes must "
-                    "stand right below the given folder"
-                )
-        return {folder.name: list(self._several(folder)) for folder in folders}
 
 
 def _as_file(given: Any, name: str) -> BytesIO:

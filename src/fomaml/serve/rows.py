@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from fomaml.choices import nearest_first
-from fomaml.data.arrays import Arrays
+from fomaml.data.arrays import Arrays, together
 from fomaml.data.keys import Kind, as_column, key_of, numbered
 from fomaml.data.new_rows import known_columns
 from fomaml.data.rows import Rows
-from fomaml.data.scaling import Scaling
+from fomaml.data.scaling import Scaling, scaled_by
 from fomaml.data.table import read_table
 from fomaml.data.windows import Windows
 from fomaml.errors import InputError
@@ -86,12 +86,12 @@ class ArrayRows:
 
     def _read(self, given: Any, labelled: bool) -> Taken:
         arrays = _arrays(given)
-        inputs = _scaled(_of_keys(arrays, self.keys), self.scaling)
+        inputs = _scaled(together(arrays, self.keys), self.scaling)
         number = len(first(inputs))
         names = [f"row {row}" for row in range(number)]
         if not labelled:
             return Taken(inputs, names)
-        labels = _labels(_of_keys(arrays, self.targets), self.kind, number)
+        labels = _labels(together(arrays, self.targets), self.kind, number)
         return Taken(inputs, names, labels, _tasks(_if_there(arrays, self.task)))
 
 
@@ -130,7 +130,7 @@ class WindowRows:
         inputs = _scaled(cut, self.scaling)
         if not labelled:
             return Taken(inputs, names)
-        own = _labels(_of_keys(arrays, self.targets), self.kind, cut.number)
+        own = _labels(together(arrays, self.targets), self.kind, cut.number)
         labels: Any = [own[n] for n in cut.recordings] if isinstance(own, list) else own[cut.recordings]
         return Taken(inputs, names, labels, _tasks(_if_there(arrays, self.task)))
 
@@ -183,19 +183,10 @@ class _Named(dict[str, Any]):
         raise InputError(f"there is no array {key!r}; there are: {nearest_first(key, list(self))}")
 
 
-def _of_keys(arrays: Mapping[str, Any], keys: Sequence[str]) -> Any:
-    return arrays[keys[0]] if len(keys) == 1 else {key: arrays[key] for key in keys}
-
-
 def _scaled(inputs: Any, scaling: Scaling) -> Tree:
     """All rows of nested arrays, scaled as those of the training tasks."""
     rows = Rows(inputs, "inputs")
-    known = scaling.inputs
-
-    def change(drawn: Tensor, place: str) -> Tensor:
-        return known[place].scaled(drawn) if place in known else drawn
-
-    return rows.take(np.arange(len(rows)), change)
+    return rows.take(np.arange(len(rows)), scaled_by(scaling.inputs))
 
 
 def _labels(given: Any, kind: Kind, number: int | None = None) -> list[str] | Tensor:
