@@ -14,12 +14,13 @@ import fomaml
 from commands import refused
 from fomaml.app.build import open_data
 from fomaml.app.cli import main
+from fomaml.app.serving import save_model
 from fomaml.errors import InputError
 from fomaml.group_episodes import GroupEpisodes
 
 pytest.importorskip("pandas", reason="tables are read by pandas, of the extra tables")
 pytest.importorskip("timm", reason="some networks are timm's, of the extra backbones")
-from served import SOURCES, own_rows
+from served import QUICK, SOURCES, own_rows
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -134,6 +135,31 @@ def test_a_head_made_of_classes_takes_any_number(run_of, strangers, tmp_path):
         assert model.predict(symbols["class0"]).probabilities.shape == (6, number)
     with pytest.raises(InputError, match=r"a head for 2 classes, got 3; .*zero-head or proto-maml"):
         fomaml.load_run(run_of("grey")).adapt({name: symbols[name] for name in list(symbols)[:3]})
+
+
+def test_a_head_made_of_classes_has_those_of_the_examples(tmp_path):
+    rows = [
+        f"m{task},{task + 5 * state + place},{name}"
+        for task in range(9)
+        for state, name in enumerate(("broken", "good", "worn"))
+        for place in range(6)
+    ]
+    (tmp_path / "states.csv").write_text("\n".join(["machine,load,state", *rows]) + "\n")
+    own = [row.split(",", 1)[1] for row in rows if row.startswith("m8") and "worn" not in row]
+    (tmp_path / "own.csv").write_text("\n".join(["load,state", *own]) + "\n")
+    source = f"table:{tmp_path}/states.csv --task machine --target state --features load"
+    for algorithm, classes in (
+        ("proto-maml", ["broken", "good"]),
+        ("fomaml", ["broken", "good", "worn"]),
+    ):
+        run = tmp_path / algorithm
+        main([*f"train {source} --algorithm {algorithm} {QUICK} --out {run}".split()])
+        opened = fomaml.load_run(run)
+        model = opened.adapt(tmp_path / "own.csv")
+        saved = save_model(model, opened, tmp_path / f"{algorithm}-model")
+        found = fomaml.load_adapted(saved).predict(tmp_path / "own.csv")
+        assert model.classes == classes and found.probabilities.shape == (12, len(classes))
+        assert torch.equal(found.probabilities, model.predict(tmp_path / "own.csv").probabilities)
 
 
 def test_the_run_stays_as_it_is(run_of, strangers, tmp_path):

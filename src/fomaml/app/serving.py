@@ -116,25 +116,25 @@ class Run:
             assert taken.labels is not None and facts is not None  # sources of functions have no intake
             scaled = scaled_by(scaling_of(settings).targets)(taken.labels, "")
             return None, scaled.to(torch.get_default_dtype()).to(device)
+        present, any_ways = sorted(set(taken.labels)), ALGORITHMS[settings.algorithm].any_ways
         if settings.fixed_classes:
             assert facts is not None
-            classes = list(facts["classes"])
-            if unknown := [label for label in taken.labels if label not in classes]:
+            if unknown := [label for label in present if label not in facts["classes"]]:
                 raise InputError(
                     f"the class {unknown[0]!r} is none of the run's, which are the same in all tasks: "
-                    f"{', '.join(classes)}"
+                    f"{', '.join(facts['classes'])}"
                 )
+            # a head made of the classes knows nothing of one without an example
+            classes = [name for name in facts["classes"] if not any_ways or name in present]
         else:
-            classes = sorted(set(taken.labels))
-            if len(classes) < 2:
-                raise InputError(
-                    f"all examples are of the class {classes[0]!r}: two classes or more are needed"
-                )
-            if len(classes) > settings.ways and not ALGORITHMS[settings.algorithm].any_ways:
+            classes = present
+            if len(classes) > settings.ways and not any_ways:
                 raise InputError(
                     f"the run learned a head for {settings.ways} classes, got {len(classes)}; only a head made of the "
                     f"classes takes any number: train with --algorithm {' or '.join(ANY_WAYS)}"
                 )
+        if len(classes) < 2:
+            raise InputError(f"all examples are of the class {classes[0]!r}: two classes or more are needed")
         numbers = {name: number for number, name in enumerate(classes)}
         return classes, torch.tensor([numbers[label] for label in taken.labels], device=device)
 
