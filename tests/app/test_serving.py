@@ -177,8 +177,7 @@ def test_confidence_is_calibrated_on_validation_tasks(run_of, strangers, tmp_pat
     copied = tmp_path / "run"
     shutil.copytree(run_of("colour"), copied)
     own = own_rows("colour", strangers, tmp_path / "own")
-    said = refused(capsys, ["adapt", copied, "--support", own, "--out", tmp_path / "a", "--steps", "auto"])
-    assert "has no calibration.json, which fomaml calibrate writes" in said
+    (copied / "calibration.json").unlink()
     main(["calibrate", str(copied), "--tasks", "6", "--shots", "2", "4", "--ways", "2", "3"])
     assert "calibration error" in capsys.readouterr().out
     facts = json.loads((copied / "calibration.json").read_text())["calibrations"]
@@ -194,6 +193,36 @@ def test_confidence_is_calibrated_on_validation_tasks(run_of, strangers, tmp_pat
     logits = model.outputs(model.intake.inputs(own)).double()
     assert torch.allclose(model.predict(own).probabilities, (logits / model.temperature).softmax(1))
     assert "validation tasks of 2 ways and 4 shots" in (tmp_path / "model" / "README.md").read_text()
+
+
+def test_a_finished_training_has_calibrated_itself(run_of, strangers, tmp_path, capsys):
+    copied = tmp_path / "run"
+    shutil.copytree(run_of("grey"), copied)
+    of_training = json.loads((copied / "calibration.json").read_text())
+    (copied / "calibration.json").unlink()
+    main(["calibrate", str(copied), "--tasks", "4", "--shots", "2"])
+    assert json.loads((copied / "calibration.json").read_text()) == of_training
+    result = json.loads((copied / "result.json").read_text())
+    [row] = of_training["calibrations"]
+    assert result["calibration"] == {
+        "ways": 2, "shots": 2, "tasks": 4, "steps": 2, **row["by_steps"]["2"],
+    }  # fmt: skip
+    assert "calibration error" in (copied / "result.txt").read_text()
+
+
+def test_the_best_number_of_steps_is_that_of_validation(run_of, strangers, tmp_path):
+    copied = tmp_path / "run"
+    shutil.copytree(run_of("table"), copied)  # regression, which has no temperature
+    own = own_rows("table", strangers, tmp_path / "own")
+    result = json.loads((copied / "result.json").read_text())
+    for means, best in (({"0": 3.0, "2": 4.0}, 0), ({"0": 3.0, "2": 2.0}, 2), ({"0": 3.0, "2": 3.0}, 0)):
+        result["weights"]["by_steps"] = means  # errors, of which the least is best
+        (copied / "result.json").write_text(json.dumps(result))
+        assert fomaml.load_run(copied).adapt(own, steps="auto").facts["steps"] == best
+    del result["weights"]["by_steps"]
+    (copied / "result.json").write_text(json.dumps(result))
+    with pytest.raises(InputError, match="had no validation, and has no calibration"):
+        fomaml.load_run(copied).adapt(own, steps="auto")
 
 
 OWN_MODEL = """

@@ -101,7 +101,10 @@ def result_of(out):
     return result
 
 
-@pytest.mark.parametrize(("what", "calls"), [("fine_tune", 0), ("fine_tune", 1), ("nearest_centroid", 0)])
+@pytest.mark.parametrize(
+    ("what", "calls"),
+    [pytest.param("fine_tune", 0, marks=pytest.mark.long), ("fine_tune", 1), ("nearest_centroid", 0)],
+)
 def test_the_learner_has_its_result_before_the_baselines(
     what, calls, whole, images, tmp_path, monkeypatch, capsys
 ):

@@ -245,9 +245,20 @@ def describe(result: dict) -> str:
         lines += [f"by {other['metric']}: {verdict(other)}" for other in named]
     for other in result.get("by_statistics", {}).values():
         lines += ["", describe(other)]
+    if calibration := result.get("calibration"):
+        lines += ["", worth(calibration)]
     if "warning" in result:
         lines.append(f"warning: {result['warning']}")
     return "\n".join(lines).rstrip() + "\n"
+
+
+def worth(calibration: dict) -> str:
+    """What probabilities are worth, of what is kept of a `Known`."""
+    return (
+        f"probabilities of an adapted model: temperature {calibration['temperature']:.3g} of {calibration['ways']}-way "
+        f"{calibration['shots']}-shot validation tasks, calibration error {100 * calibration['error']:.1f} % "
+        f"({100 * calibration['error_before']:.1f} % without)"
+    )
 
 
 def told(protocol: dict) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -24,6 +23,7 @@ from fomaml.app.model_card import card
 from fomaml.app.named import named_again
 from fomaml.app.networks import build_model, head_of
 from fomaml.app.rundir import RESULT, weights_file
+from fomaml.app.scores import metric_in
 from fomaml.app.settings import Settings, from_json, to_json
 from fomaml.checkpoint import load_weights, save_weights
 from fomaml.choices import check_choice
@@ -62,14 +62,13 @@ class Run:
 
         support: what `intake.labelled` takes: a folder with a directory of pictures for each class, a table with the
             target, an .npz file, or a dict from class to pictures.
-        steps: inner steps; by default as many as the run's figure is of, "auto" those that were best in validation,
-            see `fomaml calibrate`.
+        steps: inner steps; by default as many as the run's figure is of, "auto" those that were best in validation.
         statistics: whose examples batch norms normalise by: "support", so that each input is judged alone; "own", by
             those that are judged together.
 
         Raises:
             InputError: examples that are none for the run; more classes than its head has outputs, or one class only;
-                "auto" without a calibration.
+                "auto" of a run without validation.
         """
         check_choice("statistics of an adapted model", statistics, Served)
         taken = self.intake.labelled(support)
@@ -142,12 +141,13 @@ class Run:
         if steps is None:
             return self.settings.test_steps[-1]
         if steps == "auto":
-            if found is None:
+            best = _best_steps(self.path) if found is None else found.best_steps
+            if best is None:
                 raise InputError(
-                    f"the best number of steps is not known: {self.path} has no {CALIBRATION}, which fomaml calibrate "
-                    "writes"
+                    f"the best number of steps is not known: {self.path} had no validation, and has no {CALIBRATION}, "
+                    "which fomaml calibrate writes"
                 )
-            return found.best_steps
+            return best
         return whole("steps", steps)
 
 
@@ -254,11 +254,27 @@ def _support(taken: Taken) -> dict[str, Any]:
     return found
 
 
+def _best_steps(run: Path) -> int | None:
+    """The number of steps with the best score in validation, of equal ones the fewest."""
+    result = _result(run)
+    means = (result or {}).get("weights", {}).get("by_steps")
+    if result is None or not means:
+        return None
+    direction = metric_in(result).direction
+    return max(map(int, means), key=lambda steps: (direction * means[str(steps)], -steps))
+
+
+def _result(run: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads((run / RESULT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
 def _figures(run: Path) -> dict[str, Any] | None:
     """The headline of the run's result, where it has one."""
-    try:
-        result: Mapping[str, Any] = json.loads((run / RESULT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    result = _result(run)
+    if result is None:
         return None
     metric = result.get("metric", "accuracy")
     wanted = (metric, "interval", "tasks", "name", "steps", "unit")

@@ -23,6 +23,7 @@ from fomaml.app.build import (
     with_data,
     with_precision,
 )
+from fomaml.app.calibrate import TASKS, fitted, write_calibration
 from fomaml.app.device import has_bfloat16
 from fomaml.app.judge import Scores, beside_baselines, describe, judge
 from fomaml.app.named import resume_line
@@ -31,6 +32,7 @@ from fomaml.app.rivals import estimators
 from fomaml.app.rundir import circumstances
 from fomaml.app.scores import headline
 from fomaml.app.settings import Settings, identity, to_json
+from fomaml.app.sources import source_of
 from fomaml.app.trial import try_own, try_targets
 from fomaml.app.validate import Best, is_due, validate, with_validation
 from fomaml.app.wording import spoken
@@ -203,7 +205,7 @@ class Session:
             save_weights(out / rundir.LAST, learner, self.identity)
             load_weights(out / rundir.WEIGHTS, learner, self.identity)
             best = self.best
-            facts = {"iteration": best.iteration, "accuracy": best.accuracy, "interval": best.interval}
+            facts = {name: value for name, value in dataclasses.asdict(best).items() if name != "waited"}
             weights = {"kept": "best by validation", **facts, "validation_tasks": settings.validation_tasks}
         else:
             save_weights(out / rundir.WEIGHTS, learner, self.identity)
@@ -217,11 +219,25 @@ class Session:
         result |= {"seed": settings.seed, **circumstances()}
         if settings.code:
             result["code"] = settings.code
+        if settings.validate_every and source_of(settings).kind == "classification":
+            result |= self._calibrated()
         if settings.baselines:
             result = self._beside_baselines(result, found)
         self._write(result)
         (out / rundir.STATE).unlink(missing_ok=True)
         return result
+
+    def _calibrated(self) -> dict:
+        """What the result says of its probabilities; the temperature goes into calibration.json."""
+        settings = self.settings
+        tasks = min(TASKS, settings.validation_tasks)
+        try:
+            found = fitted(settings, self.learner, self.data, tasks)
+        except InputError as error:
+            self.say(f"probabilities are not calibrated: {error}")
+            return {}
+        write_calibration(self.out, [found])
+        return {"calibration": found.told(settings.test_steps[-1])}
 
     def _beside_baselines(self, result: dict, scores: Scores) -> dict:
         """The result with the baselines. That of the learner is shown and on disk before they begin."""
@@ -337,11 +353,13 @@ class Session:
         own = self._noted("validation", "validating", self.data.validation, self.settings.validation_tasks)
         data = dataclasses.replace(self.data, validation=own)
         with self.clock.counting("validation"):
-            found = validate(self.settings, self.learner, data)
+            by_steps = validate(self.settings, self.learner, data)
         self.validated = self.done
-        self._log(validation=found.mean, interval=found.interval)
+        found = by_steps[self.settings.test_steps[-1]]
+        means = {str(steps): own.mean for steps, own in by_steps.items()}
+        self._log(validation=found.mean, interval=found.interval, by_steps=means)
         metric = headline(self.settings)
-        better = self.best.beaten_by(found, self.done, metric.direction)
+        better = self.best.beaten_by(found, self.done, metric.direction, means)
         if better:
             save_weights(self.out / rundir.WEIGHTS, self.learner, self.identity)
         text = f"{metric.text(*found, digits=2)} {metric.unit}".rstrip()
