@@ -70,8 +70,10 @@ def test_an_adapted_model_is_kept_loaded_and_asked(name, run_of, strangers, tmp_
     main(["adapt", str(run_of(name)), "--support", str(own), "--out", str(tmp_path / "model")])
     told = capsys.readouterr().out
     assert f"adapted to {len(targets)} examples in 2 steps" in told
-    assert ("not calibrated" in told) == (classes is not None)
     loaded = fomaml.load_adapted(tmp_path / "model")
+    assert (f"probabilities: temperature {loaded.temperature:.3g} of 2-way 2-shot" in told) == (
+        classes is not None
+    )
     found = loaded.predict(own)
     for key, value in loaded.module.state_dict().items():
         assert torch.equal(value, module.state_dict()[key])
@@ -81,7 +83,7 @@ def test_an_adapted_model_is_kept_loaded_and_asked(name, run_of, strangers, tmp_
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     assert [line["input"] for line in lines] == [row["input"] for row in rows] == found.names == taken.names
     if classes is not None:
-        expected = outputs[:, : len(classes)].double().softmax(1)
+        expected = (outputs[:, : len(classes)].double() / loaded.temperature).softmax(1)
         assert torch.allclose(found.probabilities, expected, atol=1e-6)
         assert [line["class"] for line in lines] == [classes[n] for n in expected.argmax(1).tolist()]
         assert [row["class"] for row in rows] == found.labels
@@ -208,6 +210,22 @@ def test_a_finished_training_has_calibrated_itself(run_of, strangers, tmp_path, 
         "ways": 2, "shots": 2, "tasks": 4, "steps": 2, **row["by_steps"]["2"],
     }  # fmt: skip
     assert "calibration error" in (copied / "result.txt").read_text()
+
+
+def test_pictures_of_a_folder_are_judged_alone_and_the_other_figure_is_named(run_of, capsys):
+    run = run_of("grey")
+    result = json.loads((run / "result.json").read_text())
+    assert result["protocol"]["statistics"] == "support" and not result["protocol"]["transductive"]
+    main(["evaluate", str(run), "--tasks", "4", "--json", "--statistics", "own"])
+    together = json.loads(capsys.readouterr().out)
+    assert together["protocol"]["transductive"] and "transductive" not in together
+    assert result["transductive"] == {"mean": together["accuracy"], "interval": together["interval"]}
+    main(["evaluate", str(run), "--tasks", "4"])
+    for text in ((run / "result.txt").read_text(), capsys.readouterr().out):
+        assert "query examples that inform each other (transductive), after 2 steps: " in text
+    for name in ("table", "of a library"):  # without batch norms, or with random ones of another's
+        found = json.loads((run_of(name) / "result.json").read_text())
+        assert ("transductive" in found) == (name != "table")
 
 
 def test_the_best_number_of_steps_is_that_of_validation(run_of, strangers, tmp_path):

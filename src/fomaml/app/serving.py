@@ -118,7 +118,7 @@ class Run:
         present, any_ways = sorted(set(taken.labels)), ALGORITHMS[settings.algorithm].any_ways
         if settings.fixed_classes:
             assert facts is not None
-            if unknown := [label for label in present if label not in facts["classes"]]:
+            if unknown := [label for label in taken.labels if label not in facts["classes"]]:
                 raise InputError(
                     f"the class {unknown[0]!r} is none of the run's, which are the same in all tasks: "
                     f"{', '.join(facts['classes'])}"
