@@ -25,6 +25,8 @@ from fomaml.app.build import (
 )
 from fomaml.app.calibrate import TASKS, fitted, write_calibration
 from fomaml.app.device import has_bfloat16
+from fomaml.app.interrupts import Interrupts, listening
+from fomaml.app.inventory import describe_directory
 from fomaml.app.judge import Scores, beside_baselines, describe, judge
 from fomaml.app.named import resume_line
 from fomaml.app.networks import build_model, check_model
@@ -45,6 +47,7 @@ from fomaml.train import Record, check_finite, check_width, train
 NO_LIMIT = 2**62
 Say = Callable[[str], None]
 Watch = Callable[[Record, float], None]
+Validated = Callable[[str], None]
 
 
 def train_run(
@@ -54,20 +57,23 @@ def train_run(
     say: Say = print,
     watch: Watch = lambda record, seconds: None,
     work: Progress = lambda what, done, total, left: None,
+    validated: Validated = lambda score: None,
     resume: bool = False,
 ) -> dict:
     """Train, evaluate and write the run directory `out`; returns the result, as in result.json.
 
     say: receives a line on the data, the engine and each validation. watch: receives each measured record and the
-    seconds of training so far. work: see `Progress`. resume: `out` holds a run of these settings that was killed; it
-    goes on from its last checkpoint, and ends bit for bit as it would have, unless it is limited by seconds. One that
-    was killed among its baselines is resumed too.
+    seconds of training so far. work: see `Progress`. validated: receives the score of each validation in words.
+    resume: `out` holds a run of these settings that was killed; it goes on from its last checkpoint, and ends bit for
+    bit as it would have, unless it is limited by seconds. One that was killed among its baselines is resumed too.
+
+    SIGINT and SIGTERM finish the outer step at hand and save it; then `Stopped`, a KeyboardInterrupt, is raised.
 
     Raises:
         InputError: bad data, device or settings, before anything is written; `out` holds a run, or, to
             resume, a finished one.
     """
-    with session(settings, out, say=say, watch=watch, work=work, resume=resume) as run:
+    with session(settings, out, say=say, watch=watch, work=work, validated=validated, resume=resume) as run:
         run.train()
         return run.finish()
 
@@ -80,19 +86,21 @@ def session(
     say: Say,
     watch: Watch = lambda record, seconds: None,
     work: Progress = lambda what, done, total, left: None,
+    validated: Validated = lambda score: None,
     resume: bool = False,
     allow_download: bool = True,
 ) -> Iterator[Session]:
     """A run that holds its directory while the block lasts; arguments and errors as of `train_run`."""
     if resume and rundir.is_finished(out):
         raise InputError(f"the run in {out} is finished; see {out / rundir.RESULT_TEXT}")
-    run = Session(settings, out, say, watch, work, allow_download)
+    run = Session(settings, out, say, watch, work, validated, allow_download)
     if not resume:
         rundir.claim(out)
-    with rundir.alone(out), torch.random.fork_rng(devices=[]):
+    with rundir.alone(out), torch.random.fork_rng(devices=[]), listening() as run.interrupts:
         torch.manual_seed(settings.seed)  # dropout draws from there
         if not resume or settings.code:  # a change of code that was accepted
             write_text(out / rundir.CONFIG, to_json(run.settings))
+            describe_directory(run.settings, run.data, out)
         yield run
 
 
@@ -124,12 +132,13 @@ class Session:
         say: Say,
         watch: Watch,
         work: Progress,
+        validated: Validated,
         allow_download: bool = True,
     ):
         self.data = open_data(settings, allow_download=allow_download)
         self.settings = with_precision(with_validation(with_data(settings, self.data), self.data))
         self.identity = identity(self.settings)
-        self.out, self.say, self.watch, self.work = out, say, watch, work
+        self.out, self.say, self.watch, self.work, self.tell_score = out, say, watch, work, validated
         self.agenda = Agenda(self.settings, estimators(self.settings, self.data))
         model = build_model(self.settings)
         check_model(self.settings, model, self.data.train)
@@ -145,6 +154,7 @@ class Session:
         self.best, self.clock = Best(), Clock()
         self.done = self.validated = 0
         self.scores: Mapping[int, Tensor] = {}
+        self.interrupts = Interrupts()
 
     def train(
         self, measure_every: int | None = None, after: Callable[[int], None] = lambda iteration: None
@@ -174,22 +184,25 @@ class Session:
                 plan=self.plan,
                 metric=headline(settings),
             )
-            with self.clock.counting("training"):
-                record = next(steps, None)
-                if record is not None:
-                    numbers = self._numbers(record)  # waits for the device
-            if record is None:
-                break
-            self.done = record.iteration
-            if record.after is not None:
-                self._log(**numbers)
-                self._tell()
-                self.watch(record, self.clock.training)
-            due = is_due(settings, self.done)
-            if due:
-                self._validate()
-            if due or self.done % settings.checkpoint_every == 0 or self.done == limit:
-                self._save()
+            with self.interrupts.finishing():
+                with self.clock.counting("training"):
+                    record = next(steps, None)
+                    if record is not None:
+                        numbers = self._numbers(record)  # waits for the device
+                if record is None:
+                    break
+                self.done = record.iteration
+                if record.after is not None:
+                    self._log(**numbers)
+                    self._tell()
+                    self.watch(record, self.clock.training)
+                due = is_due(settings, self.done)
+                if due:
+                    self._validate()
+                often = self.done % settings.checkpoint_every == 0
+                if due or often or self.done == limit or self.interrupts.asked is not None:
+                    self._save()
+            self.interrupts.raise_if_asked()
             after(self.done)
         if settings.seconds and settings.validate_every and self.validated < self.done:
             self._validate()
@@ -363,6 +376,7 @@ class Session:
         if better:
             save_weights(self.out / rundir.WEIGHTS, self.learner, self.identity)
         text = f"{metric.text(*found, digits=2)} {metric.unit}".rstrip()
+        self.tell_score(text)
         best = ", the best so far" if better else ""
         self.say(f"iteration {self.done}: validation {metric.name} {text}{best}")
 
