@@ -165,6 +165,7 @@ def portable(settings: Settings) -> Settings:
         out=None,
         data_root=None,
         features_in=None,
+        log=None,
         metric=None if settings.metric is None else tuple(map(_name, settings.metric)),
         code=code,
         **named,

@@ -25,6 +25,7 @@ from fomaml.app.build import (
 )
 from fomaml.app.device import has_bfloat16
 from fomaml.app.judge import Scores, beside_baselines, describe, judge
+from fomaml.app.logs import opened
 from fomaml.app.named import resume_line
 from fomaml.app.networks import build_model, check_model
 from fomaml.app.rivals import estimators
@@ -143,6 +144,7 @@ class Session:
         self.best, self.clock = Best(), Clock()
         self.done = self.validated = 0
         self.scores: Mapping[int, Tensor] = {}
+        self.tell_logs: Callable[[Mapping[str, float]], None] = lambda record: None
 
     def train(
         self, measure_every: int | None = None, after: Callable[[int], None] = lambda iteration: None
@@ -157,6 +159,11 @@ class Session:
         self._announce()
         self._resume()
         (self.out / rundir.METRICS).touch()
+        with opened(settings, self.out, self.done) as self.tell_logs:
+            self._train(limit, measure_every or max(1, settings.iterations // 100), after)
+
+    def _train(self, limit: int, measure_every: int, after: Callable[[int], None]) -> None:
+        settings = self.settings
         steps: Iterator[Record] | None = None
         while not self._is_over():
             steps = steps or train(
@@ -167,7 +174,7 @@ class Session:
                 meta_batch_size=settings.meta_batch_size,
                 start=self.done,
                 schedule=build_schedule(settings, lambda: self.clock.training),
-                measure_every=measure_every or max(1, settings.iterations // 100),
+                measure_every=measure_every,
                 clip=settings.clip,
                 plan=self.plan,
                 metric=headline(settings),
@@ -349,9 +356,10 @@ class Session:
         self.say(f"iteration {self.done}: validation {metric.name} {text}{best}")
 
     def _log(self, **facts) -> None:
-        line = json.dumps({"iteration": self.done, **facts, "seconds": self.clock.training})
+        record = {"iteration": self.done, **facts, "seconds": self.clock.training}
         with open(self.out / rundir.METRICS, "a", encoding="utf-8") as metrics:
-            metrics.write(line + "\n")
+            metrics.write(json.dumps(record) + "\n")
+        self.tell_logs(record)
 
     def _save(self) -> None:
         progress = {
