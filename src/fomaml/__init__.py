@@ -62,6 +62,8 @@ if TYPE_CHECKING:  # a checker of types is to know all modules, and no other nam
     from fomaml.app.estimators import FewShotRegressor as FewShotRegressor
     from fomaml.app.meta_estimators import MetaClassifier as MetaClassifier
     from fomaml.app.meta_estimators import MetaRegressor as MetaRegressor
+    from fomaml.app.serving import AdaptedModel as AdaptedModel
+    from fomaml.app.serving import Run as Run
     from fomaml.app.serving import load_adapted as load_adapted
     from fomaml.app.serving import load_run as load_run
 else:
@@ -70,6 +72,8 @@ else:
         "FewShotRegressor": ("app.estimators", "FewShotRegressor"),
         "MetaClassifier": ("app.meta_estimators", "MetaClassifier"),
         "MetaRegressor": ("app.meta_estimators", "MetaRegressor"),
+        "AdaptedModel": ("app.serving", "AdaptedModel"),
+        "Run": ("app.serving", "Run"),
         "load_adapted": ("app.serving", "load_adapted"),
         "load_run": ("app.serving", "load_run"),
     }

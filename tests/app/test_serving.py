@@ -158,7 +158,7 @@ def test_a_head_made_of_classes_has_those_of_the_examples(tmp_path):
         main([*f"train {source} --algorithm {algorithm} {QUICK} --out {run}".split()])
         opened = fomaml.load_run(run)
         model = opened.adapt(tmp_path / "own.csv")
-        saved = save_model(model, opened, tmp_path / f"{algorithm}-model")
+        saved = save_model(model, tmp_path / f"{algorithm}-model")
         found = fomaml.load_adapted(saved).predict(tmp_path / "own.csv")
         assert model.classes == classes and found.probabilities.shape == (12, len(classes))
         assert torch.equal(found.probabilities, model.predict(tmp_path / "own.csv").probabilities)

@@ -26,6 +26,7 @@ from fomaml.app.compare import describe as describe_comparison
 from fomaml.app.interrupts import Stopped
 from fomaml.app.inventory import README
 from fomaml.app.judge import describe, evaluate_run
+from fomaml.app.logs import logs_again
 from fomaml.app.named import AGAIN, named_again, resume_line, with_weights
 from fomaml.app.parser import parse_command
 from fomaml.app.presets import PRESETS
@@ -103,14 +104,16 @@ def _train(options: TrainOptions) -> None:
     asked = given(options)
     if options.resume is not None:
         again = {name: asked.pop(name, None) for name in AGAIN}
+        log = asked.pop("log", None)
         accept = asked.pop("accept_changed_code", False)
         if set(asked) != {"resume"}:
             raise InputError(
                 "--resume takes the settings of the run; no other option goes with it, but --model, --features-of, "
-                "--loss and --metric where they are your own code, and files of weights where they have moved"
+                "--loss, --metric and --log where they are your own code, and files of weights where they have moved"
             )
         out = options.resume
         settings = named_again(load_settings(out), out, **again, accept_changed_code=accept)
+        settings = logs_again(settings, out, log)
     else:
         dry_run = asked.pop("dry_run", False)
         if asked.pop("accept_changed_code", False):

@@ -81,6 +81,11 @@ class TrainOptions(RunOptions):
         "finish this run directory, with its own settings; no other option goes with it, but --model, --loss and "
         "--metric again where they are your own code"
     )
+    log: tuple[str, ...] | None = option(
+        "where measurements go beside metrics.jsonl: tensorboard (event files in the run directory), or FILE.py:NAME, "
+        "a class of your own that is made with (run directory, iterations done) and has write(record) and close()",
+        metavar="LOG",
+    )
     accept_changed_code: bool = option(
         "with --resume: go on with code of your own that is not what the run began with", False
     )

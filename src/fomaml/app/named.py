@@ -352,7 +352,10 @@ def resume_options(settings: Settings) -> str:
 
 def resume_line(settings: Settings, out: Path) -> str:
     """The command that finishes an interrupted run."""
-    return f"fomaml train --resume {shlex.quote(str(out))} {resume_options(settings)}".rstrip()
+    logs = settings.log or ()
+    log = shlex.join(["--log", *logs]) if any(map(is_own, logs)) else ""
+    words = ("fomaml train --resume", shlex.quote(str(out)), resume_options(settings), log)
+    return " ".join(filter(None, words))
 
 
 def read_loss(name: str) -> Own:

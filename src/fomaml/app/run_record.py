@@ -29,7 +29,7 @@ OF_READING = (  # how a file is read: without it nothing is settled
     "task", "target", "order", "features", "categorical", "inputs", "lengths", "window", "hop", "drop_missing",
     "skip_short", "separator", "image_size", "rgb",
 )  # fmt: skip
-FOUND_OUT = {"out"}  # the new run's own
+FOUND_OUT = {"out", "log"}  # the new run's own
 OF_OWN_CODE = (
     "model",
     "model_options",

@@ -24,7 +24,7 @@ def run_adapt(options: AdaptOptions) -> None:
         accept_changed_code=options.accept_changed_code,
     )  # fmt: skip
     model = run.adapt(options.support, steps=steps_of(options.steps), statistics=options.statistics)
-    out = save_model(model, run, options.out)
+    out = save_model(model, options.out)
     support = model.facts["support"]
     learned = (
         f"{len(model.classes)} classes, {', '.join(model.classes)}"

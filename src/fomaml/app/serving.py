@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections import Counter
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +19,14 @@ from fomaml.app.algorithms import ALGORITHMS, ANY_WAYS
 from fomaml.app.build import for_test
 from fomaml.app.calibrate import CALIBRATION, Known, nearest, read_calibration
 from fomaml.app.group_tasks import scaling_of
+from fomaml.app.hub import Pretrained, check_empty, portable
 from fomaml.app.intakes import intake_of
-from fomaml.app.model_card import card
+from fomaml.app.model_card import card, card_of_run, figures_of
 from fomaml.app.named import named_again
 from fomaml.app.networks import build_model, head_of
-from fomaml.app.rundir import RESULT, weights_file
-from fomaml.app.scores import metric_in
-from fomaml.app.settings import Settings, from_json, to_json
+from fomaml.app.run_record import read_record
+from fomaml.app.rundir import CONFIG, METRICS, RESULT, RESULT_TEXT, weights_file
+from fomaml.app.settings import Settings, Weights, from_json, identity, to_json
 from fomaml.checkpoint import load_weights, save_weights
 from fomaml.choices import check_choice
 from fomaml.data.keys import few
@@ -32,7 +34,7 @@ from fomaml.data.scaling import scaled_by
 from fomaml.errors import InputError, whole
 from fomaml.files import file_digest, load_tensors, write_text
 from fomaml.learning.learner import MetaLearner
-from fomaml.serve.adapted import AdaptedModel
+from fomaml.serve import adapted
 from fomaml.serve.export import signature
 from fomaml.serve.intake import Intake, Taken
 from fomaml.tasks import Examples
@@ -43,17 +45,78 @@ Served = Literal["support", "own"]
 
 
 @dataclass
-class Run:
+class AdaptedModel(adapted.AdaptedModel, Pretrained):
+    """An adapted model of a run. settings: of the run, which its folder keeps."""
+
+    settings: Settings
+    hub_files: ClassVar = (MODEL, WEIGHTS, CARD)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What model.json holds."""
+        return {
+            "format": FORMAT,
+            "classes": self.classes,
+            "targets": self.targets,
+            "temperature": self.temperature,
+            **self.facts,
+            "settings": json.loads(to_json(self.settings)),
+        }
+
+    def _write(self, folder: Path) -> None:
+        facts = self.facts | {"run": Path(self.facts["run"]).name}
+        dataclasses.replace(self, settings=portable(self.settings), facts=facts)._write_as_it_is(folder)
+
+    def _write_as_it_is(self, folder: Path) -> None:
+        facts = self.record
+        save_weights(folder / WEIGHTS, self.module, facts)
+        write_text(folder / MODEL, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+
+    def _card(self, license: str | None = None) -> str:
+        return card(self.record, self.settings, license)
+
+    @classmethod
+    def _read(cls, folder: Path, **options: Any) -> AdaptedModel:
+        return load_adapted(folder, **options)
+
+
+@dataclass
+class Run(Pretrained):
     """A trained run: its learner, its settings, and the way from raw inputs to what it takes.
 
     path: the run directory. settings: all of config.json. learner: with the run's weights. intake: reads pictures,
-    tables or arrays as the run has read its own.
+    tables or arrays as the run has read its own. weights: which ones the learner has.
     """
 
     path: Path
     settings: Settings
     learner: MetaLearner
     intake: Intake
+    weights: Weights = "best"
+    hub_files: ClassVar = (CONFIG, rundir.WEIGHTS, RESULT, RESULT_TEXT, METRICS, CALIBRATION, CARD)
+
+    def _write(self, folder: Path) -> None:
+        """A run directory of the weights that are loaded; those of another choice are left out."""
+        settings = portable(self.settings)
+        write_text(folder / CONFIG, to_json(settings))
+        save_weights(folder / rundir.WEIGHTS, self.learner, identity(settings))
+        for name in (RESULT_TEXT, METRICS, CALIBRATION):
+            if (self.path / name).exists():
+                shutil.copy(self.path / name, folder / name)
+        if (self.path / RESULT).exists():  # which names the files of one's own code too
+            result = json.loads((self.path / RESULT).read_text(encoding="utf-8"))
+            result["protocol"]["model"] = settings.model
+            if settings.code:
+                result["code"] = settings.code
+            write_text(folder / RESULT, json.dumps(result, indent=2) + "\n")
+
+    def _card(self, license: str | None = None) -> str:
+        record = read_record(self.path)
+        return card_of_run(portable(self.settings), record.result, record.calibrations, license)
+
+    @classmethod
+    def _read(cls, folder: Path, **options: Any) -> Run:
+        return load_run(folder, **options)
 
     def adapt(
         self, support: Any, *, steps: int | Literal["auto"] | None = None, statistics: Served = "support"
@@ -96,7 +159,7 @@ class Run:
             1.0 if found is None else found.temperature_after(count),
             {
                 "run": str(self.path),
-                "run_weights": file_digest(weights_file(self.path, "best")),
+                "run_weights": file_digest(weights_file(self.path, self.weights)),
                 "made": str(date.today()),
                 "steps": count,
                 "statistics": statistics,
@@ -105,6 +168,7 @@ class Run:
                 "calibration": None if found is None else found.told(count),
                 "figures": _figures(self.path),
             },
+            settings,
         )
 
     def _targets(self, taken: Taken) -> tuple[list[str] | None, Tensor]:
@@ -151,7 +215,7 @@ class Run:
         return whole("steps", steps)
 
 
-def load_run(run: str | Path, weights: Literal["best", "last"] = "best", **options: Any) -> Run:
+def load_run(run: str | Path, weights: Weights = "best", **options: Any) -> Run:
     """Load a run directory: its learner, its settings, and how it reads its inputs.
 
     weights: "best" by validation, or "last". options: `model=`, `loss=` for a run with code of one's own, by name or
@@ -162,39 +226,34 @@ def load_run(run: str | Path, weights: Literal["best", "last"] = "best", **optio
     """
     path = Path(run).expanduser()
     settings, learner = rundir.load_run(path, weights, **options)
-    return Run(path, settings, learner, intake_of(settings))
+    return Run(path, settings, learner, intake_of(settings), weights)
 
 
-def save_model(model: AdaptedModel, run: Run, out: str | Path) -> Path:
+def save_model(model: AdaptedModel, out: str | Path) -> Path:
     """Write a folder of the adapted model: weights.safetensors, model.json and README.md.
 
     Raises:
         InputError: the folder holds something already, or cannot be made.
     """
     path = Path(out).expanduser()
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise InputError(f"{path} already holds something; give another --out, or delete it")
-    facts = {
-        "format": FORMAT,
-        "classes": model.classes,
-        "targets": model.targets,
-        "temperature": model.temperature,
-        **model.facts,
-        "settings": json.loads(to_json(run.settings)),
-    }
-    save_weights(path / WEIGHTS, model.module, facts)
-    write_text(path / CARD, card(facts))
-    write_text(path / MODEL, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+    check_empty(path)
+    model._write_as_it_is(path)
+    write_text(path / CARD, model._card())
     return path
 
 
 def load_adapted(
-    path: str | Path, *, model: Any = None, device: str = "cpu", accept_changed_code: bool = False
+    path: str | Path,
+    *,
+    model: Any = None,
+    features_weights: str | None = None,
+    device: str = "cpu",
+    accept_changed_code: bool = False,
 ) -> AdaptedModel:
     """Load a folder that `fomaml adapt` has written.
 
     model: the network's class or function, or its name, where it is code of one's own: nothing is imported because a
-        file says so.
+        file says so. features_weights: the file of a frozen network's weights, where it has moved.
 
     Raises:
         InputError: no such folder, a damaged one; own code that is not named, or has changed.
@@ -211,19 +270,20 @@ def load_adapted(
     load_tensors(root / WEIGHTS, settings=facts)  # what has been edited is noticed before it is used
     recorded = from_json(json.dumps(facts["settings"]), str(root / MODEL))
     settings = named_again(
-        recorded, root, model=model, accept_changed_code=accept_changed_code, going_on=False
-    )
+        recorded, root, model=model, features_weights=features_weights, accept_changed_code=accept_changed_code,
+        going_on=False,
+    )  # fmt: skip
     settings = dataclasses.replace(settings, device=device)
     module = _network(dataclasses.replace(settings, model_weights=None), facts["classes"])
     load_weights(root / WEIGHTS, module, facts)
     told = {
         key: value
         for key, value in facts.items()
-        if key not in ("classes", "targets", "temperature", "settings")
+        if key not in ("format", "classes", "targets", "temperature", "settings")
     }
     return AdaptedModel(
         module.eval(), intake_of(settings), facts["classes"], facts["targets"], scaling_of(settings), settings.output,
-        facts["temperature"], told,
+        facts["temperature"], told, settings,
     )  # fmt: skip
 
 
@@ -256,26 +316,14 @@ def _support(taken: Taken) -> dict[str, Any]:
 
 def _best_steps(run: Path) -> int | None:
     """The number of steps with the best score in validation, of equal ones the fewest."""
-    result = _result(run)
-    means = (result or {}).get("weights", {}).get("by_steps")
-    if result is None or not means:
+    record = read_record(run)
+    means = (record.result or {}).get("weights", {}).get("by_steps")
+    if not means:
         return None
-    direction = metric_in(result).direction
-    return max(map(int, means), key=lambda steps: (direction * means[str(steps)], -steps))
-
-
-def _result(run: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads((run / RESULT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
+    return max(map(int, means), key=lambda steps: (record.metric.direction * means[str(steps)], -steps))
 
 
 def _figures(run: Path) -> dict[str, Any] | None:
-    """The headline of the run's result, where it has one."""
-    result = _result(run)
-    if result is None:
-        return None
-    metric = result.get("metric", "accuracy")
-    wanted = (metric, "interval", "tasks", "name", "steps", "unit")
-    return {"metric": metric, **{key: result[key] for key in wanted if key in result}}
+    """What a card says of the run's result, where it has one."""
+    result = read_record(run).result
+    return None if result is None else figures_of(result)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fomaml.app import rundir, sizing
-from fomaml.app.agenda import Agenda, Noted, Progress
+from fomaml.app.agenda import Agenda, Clock, Noted, Progress
 from fomaml.app.build import (
     build_learner,
     build_optimizer,
@@ -28,6 +27,7 @@ from fomaml.app.device import has_bfloat16
 from fomaml.app.interrupts import Interrupts, listening
 from fomaml.app.inventory import describe_directory
 from fomaml.app.judge import Scores, beside_baselines, describe, judge
+from fomaml.app.logs import opened
 from fomaml.app.named import resume_line
 from fomaml.app.networks import build_model, check_model
 from fomaml.app.rivals import estimators
@@ -104,20 +104,6 @@ def session(
         yield run
 
 
-@dataclasses.dataclass
-class Clock:
-    """The seconds spent on each thing, over all the processes that a run took."""
-
-    training: float = 0.0
-    validation: float = 0.0
-
-    @contextlib.contextmanager
-    def counting(self, what: str) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        setattr(self, what, getattr(self, what) + time.perf_counter() - began)
-
-
 class Session:
     """One run: what its settings stand for, and how far it has come.
 
@@ -155,6 +141,7 @@ class Session:
         self.done = self.validated = 0
         self.scores: Mapping[int, Tensor] = {}
         self.interrupts = Interrupts()
+        self.tell_logs: Callable[[Mapping[str, Any]], None] = lambda record: None
 
     def train(
         self, measure_every: int | None = None, after: Callable[[int], None] = lambda iteration: None
@@ -169,6 +156,11 @@ class Session:
         self._announce()
         self._resume()
         (self.out / rundir.METRICS).touch()
+        with opened(settings, self.out, self.done) as self.tell_logs:
+            self._train(limit, measure_every or max(1, settings.iterations // 100), after)
+
+    def _train(self, limit: int, measure_every: int, after: Callable[[int], None]) -> None:
+        settings = self.settings
         steps: Iterator[Record] | None = None
         while not self._is_over():
             steps = steps or train(
@@ -179,7 +171,7 @@ class Session:
                 meta_batch_size=settings.meta_batch_size,
                 start=self.done,
                 schedule=build_schedule(settings, lambda: self.clock.training),
-                measure_every=measure_every or max(1, settings.iterations // 100),
+                measure_every=measure_every,
                 clip=settings.clip,
                 plan=self.plan,
                 metric=headline(settings),
@@ -381,9 +373,10 @@ class Session:
         self.say(f"iteration {self.done}: validation {metric.name} {text}{best}")
 
     def _log(self, **facts) -> None:
-        line = json.dumps({"iteration": self.done, **facts, "seconds": self.clock.training})
+        record = {"iteration": self.done, **facts, "seconds": self.clock.training}
         with open(self.out / rundir.METRICS, "a", encoding="utf-8") as metrics:
-            metrics.write(line + "\n")
+            metrics.write(json.dumps(record) + "\n")
+        self.tell_logs(record)
 
     def _save(self) -> None:
         progress = {

@@ -157,6 +157,7 @@ class Settings:
     loss: str | None = None
     metric: tuple[str, ...] | None = None
     metric_direction: Better | None = None
+    log: tuple[str, ...] | None = None  # where measurements go beside metrics.jsonl
     # What is compared of the user's own files, by option, see own.py; and what was found there, which is never written:
     # a run that is read from its directory has it only where the user has named it again.
     code: dict[str, dict[str, Any]] | None = None
@@ -183,6 +184,7 @@ MAY_CHANGE = frozenset(
         "model_weights",
         "features_weights",
         "features_in",
+        "log",
         "code",
         "own",
     }

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from fomaml.app.algorithms import ALGORITHMS, ANY_WAYS
 from fomaml.app.defaults import DEFAULTS, FOLLOWING
 from fomaml.app.images import images_needed
+from fomaml.app.logs import with_logs
 from fomaml.app.named import LIBRARIES, OWN, foreign_model, is_foreign, is_own_metric, parsed, plain, with_own
 from fomaml.app.networks import NETWORKS
 from fomaml.app.presets import PRESETS
@@ -128,7 +129,7 @@ def settle_with_origins(given: Mapping[str, Any]) -> tuple[Settings, dict[str, s
     sized_to_it = values["validation_tasks"] is None
     settings = Settings(**{**values, "validation_tasks": 1} if sized_to_it else values)
     check(settings, given)
-    settings = with_own(settings)  # after all else, as it runs code
+    settings = with_logs(with_own(settings))  # after all else, as it runs code
     if sized_to_it:
         settings = dataclasses.replace(settings, validation_tasks=sized(settings).validation_tasks)
         origins["validation_tasks"] = "the length of the run"
