@@ -23,6 +23,7 @@ from fomaml.app.commands import (
 )
 from fomaml.app.compare import compare, expand
 from fomaml.app.compare import describe as describe_comparison
+from fomaml.app.compare_page import is_comparison, report_comparison
 from fomaml.app.judge import describe, evaluate_run
 from fomaml.app.logs import logs_again
 from fomaml.app.named import AGAIN, named_again, with_weights
@@ -238,6 +239,9 @@ def _tune(options: TuneOptions) -> None:
 
 
 def _report(options: ReportOptions) -> None:
+    if is_comparison(options.run):
+        print(f"saved {report_comparison(options)}")
+        return
     print(f"saved {report(options, say=lambda line: print(line, file=sys.stderr, flush=True))}")
 
 
