@@ -217,7 +217,7 @@ def test_a_function_has_its_name_and_more_of_it_is_better():
         (ACCURACY, 0.8534, 0.0061, 2, "85.34 ± 0.61"),
         (ACCURACY, -0.012, 0.004, None, "-1.2 ± 0.4"),
         (LOSS, 0.1234, 0.0042, None, "0.123 ± 0.004"),
-        (LOSS, 12.0, float("nan"), None, "12.000 ± nan"),
+        (LOSS, 12.0, float("nan"), None, "12.000"),
     ],
 )
 def test_a_mean_and_its_interval_as_text(metric, mean, interval, digits, text):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -43,9 +44,13 @@ class Metric(NamedTuple):
         return 100 if self.unit == "%" else 1
 
     def text(self, mean: float, interval: float, digits: int | None = None) -> str:
-        """A mean and its interval, the unit left out: "85.3 ± 0.6" in per cent or dB, else "0.123 ± 0.004"."""
+        """A mean and its interval, the unit left out: "85.3 ± 0.6" in per cent or dB, else "0.123 ± 0.004".
+
+        One value alone has no interval, and none is told.
+        """
         digits = (3 if self.unit == "" else 1) if digits is None else digits
-        return f"{self.scale * mean:.{digits}f} ± {self.scale * interval:.{digits}f}"
+        spread = "" if math.isnan(interval) else f" ± {self.scale * interval:.{digits}f}"
+        return f"{self.scale * mean:.{digits}f}{spread}"
 
 
 # (outputs, targets) of the query set of one task, (examples, ...) each → its score

@@ -46,8 +46,10 @@ def run(digits, tmp_path_factory):
 
 def test_a_run_directory_holds_all_of_it(run):
     assert sorted(path.name for path in run.iterdir()) == [
+        "README.txt",
         "config.json",
         "metrics.jsonl",
+        "parts.json",
         "result.json",
         "result.txt",
         "weights.safetensors",

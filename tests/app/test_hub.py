@@ -110,6 +110,15 @@ def test_a_folder_holds_no_pickle_and_no_place_of_this_machine(name, run_of, str
     assert str(strangers) in (run_of(name) / "config.json").read_text()  # as the run itself says it
 
 
+def test_the_card_warns_of_query_examples_that_inform_each_other(run_of, tmp_path):
+    shutil.copytree(run_of("grey"), tmp_path / "run")
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    result["protocol"] |= {"statistics": "own", "transductive": True}
+    (tmp_path / "run" / "result.json").write_text(json.dumps(result))
+    fomaml.load_run(tmp_path / "run").save_pretrained(tmp_path / "kept")
+    assert "transductive: the query" in hub.ModelCard.load(tmp_path / "kept" / "README.md").text
+
+
 @pytest.mark.parametrize("name", ["grey", "table"])
 def test_the_card_says_what_the_files_say(name, run_of, strangers, tmp_path):
     run = fomaml.load_run(run_of(name))
@@ -132,7 +141,7 @@ def test_the_card_says_what_the_files_say(name, run_of, strangers, tmp_path):
             assert row["label"] in card.text
             assert f"| {scale * row['mean']:.{1 if scale == 100 else 3}f} ± " in card.text
         assert "No baselines were measured" in card.text and "## Limits" in card.text
-        assert ("transductive: the query" in card.text) == (name == "grey")
+        assert "transductive: the query" not in card.text
     # the card of `fomaml adapt` is the same one
     from fomaml.app.serving import save_model
 

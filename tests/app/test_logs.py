@@ -90,7 +90,8 @@ def expected(out):
     found = {}
     for record in measurements(out):
         kind = "validation" if "validation" in record else "training"
-        for key, value in record.items():
+        by_steps = {f"after {steps} steps": score for steps, score in record.pop("by_steps", {}).items()}
+        for key, value in (record | by_steps).items():
             if key != "iteration":
                 tag = f"{kind}/{'score' if key == 'validation' else key}"
                 found.setdefault(tag, []).append((record["iteration"], float(np.float32(value))))

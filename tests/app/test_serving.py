@@ -14,12 +14,13 @@ import fomaml
 from commands import refused
 from fomaml.app.build import open_data
 from fomaml.app.cli import main
+from fomaml.app.serving import save_model
 from fomaml.errors import InputError
 from fomaml.group_episodes import GroupEpisodes
 
 pytest.importorskip("pandas", reason="tables are read by pandas, of the extra tables")
 pytest.importorskip("timm", reason="some networks are timm's, of the extra backbones")
-from served import SOURCES, own_rows
+from served import QUICK, SOURCES, own_rows
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -69,8 +70,10 @@ def test_an_adapted_model_is_kept_loaded_and_asked(name, run_of, strangers, tmp_
     main(["adapt", str(run_of(name)), "--support", str(own), "--out", str(tmp_path / "model")])
     told = capsys.readouterr().out
     assert f"adapted to {len(targets)} examples in 2 steps" in told
-    assert ("not calibrated" in told) == (classes is not None)
     loaded = fomaml.load_adapted(tmp_path / "model")
+    assert (f"probabilities: temperature {loaded.temperature:.3g} of 2-way 2-shot" in told) == (
+        classes is not None
+    )
     found = loaded.predict(own)
     for key, value in loaded.module.state_dict().items():
         assert torch.equal(value, module.state_dict()[key])
@@ -80,7 +83,7 @@ def test_an_adapted_model_is_kept_loaded_and_asked(name, run_of, strangers, tmp_
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     assert [line["input"] for line in lines] == [row["input"] for row in rows] == found.names == taken.names
     if classes is not None:
-        expected = outputs[:, : len(classes)].double().softmax(1)
+        expected = (outputs[:, : len(classes)].double() / loaded.temperature).softmax(1)
         assert torch.allclose(found.probabilities, expected, atol=1e-6)
         assert [line["class"] for line in lines] == [classes[n] for n in expected.argmax(1).tolist()]
         assert [row["class"] for row in rows] == found.labels
@@ -136,6 +139,31 @@ def test_a_head_made_of_classes_takes_any_number(run_of, strangers, tmp_path):
         fomaml.load_run(run_of("grey")).adapt({name: symbols[name] for name in list(symbols)[:3]})
 
 
+def test_a_head_made_of_classes_has_those_of_the_examples(tmp_path):
+    rows = [
+        f"m{task},{task + 5 * state + place},{name}"
+        for task in range(9)
+        for state, name in enumerate(("broken", "good", "worn"))
+        for place in range(6)
+    ]
+    (tmp_path / "states.csv").write_text("\n".join(["machine,load,state", *rows]) + "\n")
+    own = [row.split(",", 1)[1] for row in rows if row.startswith("m8") and "worn" not in row]
+    (tmp_path / "own.csv").write_text("\n".join(["load,state", *own]) + "\n")
+    source = f"table:{tmp_path}/states.csv --task machine --target state --features load"
+    for algorithm, classes in (
+        ("proto-maml", ["broken", "good"]),
+        ("fomaml", ["broken", "good", "worn"]),
+    ):
+        run = tmp_path / algorithm
+        main([*f"train {source} --algorithm {algorithm} {QUICK} --out {run}".split()])
+        opened = fomaml.load_run(run)
+        model = opened.adapt(tmp_path / "own.csv")
+        saved = save_model(model, tmp_path / f"{algorithm}-model")
+        found = fomaml.load_adapted(saved).predict(tmp_path / "own.csv")
+        assert model.classes == classes and found.probabilities.shape == (12, len(classes))
+        assert torch.equal(found.probabilities, model.predict(tmp_path / "own.csv").probabilities)
+
+
 def test_the_run_stays_as_it_is(run_of, strangers, tmp_path):
     opened = fomaml.load_run(run_of("grey"))
     before = {name: value.clone() for name, value in opened.learner.state_dict().items()}
@@ -151,8 +179,7 @@ def test_confidence_is_calibrated_on_validation_tasks(run_of, strangers, tmp_pat
     copied = tmp_path / "run"
     shutil.copytree(run_of("colour"), copied)
     own = own_rows("colour", strangers, tmp_path / "own")
-    said = refused(capsys, ["adapt", copied, "--support", own, "--out", tmp_path / "a", "--steps", "auto"])
-    assert "has no calibration.json, which fomaml calibrate writes" in said
+    (copied / "calibration.json").unlink()
     main(["calibrate", str(copied), "--tasks", "6", "--shots", "2", "4", "--ways", "2", "3"])
     assert "calibration error" in capsys.readouterr().out
     facts = json.loads((copied / "calibration.json").read_text())["calibrations"]
@@ -168,6 +195,52 @@ def test_confidence_is_calibrated_on_validation_tasks(run_of, strangers, tmp_pat
     logits = model.outputs(model.intake.inputs(own)).double()
     assert torch.allclose(model.predict(own).probabilities, (logits / model.temperature).softmax(1))
     assert "validation tasks of 2 ways and 4 shots" in (tmp_path / "model" / "README.md").read_text()
+
+
+def test_a_finished_training_has_calibrated_itself(run_of, strangers, tmp_path, capsys):
+    copied = tmp_path / "run"
+    shutil.copytree(run_of("grey"), copied)
+    of_training = json.loads((copied / "calibration.json").read_text())
+    (copied / "calibration.json").unlink()
+    main(["calibrate", str(copied), "--tasks", "4", "--shots", "2"])
+    assert json.loads((copied / "calibration.json").read_text()) == of_training
+    result = json.loads((copied / "result.json").read_text())
+    [row] = of_training["calibrations"]
+    assert result["calibration"] == {
+        "ways": 2, "shots": 2, "tasks": 4, "steps": 2, **row["by_steps"]["2"],
+    }  # fmt: skip
+    assert "calibration error" in (copied / "result.txt").read_text()
+
+
+def test_pictures_of_a_folder_are_judged_alone_and_the_other_figure_is_named(run_of, capsys):
+    run = run_of("grey")
+    result = json.loads((run / "result.json").read_text())
+    assert result["protocol"]["statistics"] == "support" and not result["protocol"]["transductive"]
+    main(["evaluate", str(run), "--tasks", "4", "--json", "--statistics", "own"])
+    together = json.loads(capsys.readouterr().out)
+    assert together["protocol"]["transductive"] and "transductive" not in together
+    assert result["transductive"] == {"mean": together["accuracy"], "interval": together["interval"]}
+    main(["evaluate", str(run), "--tasks", "4"])
+    for text in ((run / "result.txt").read_text(), capsys.readouterr().out):
+        assert "query examples that inform each other (transductive), after 2 steps: " in text
+    for name in ("table", "of a library"):  # without batch norms, or with random ones of another's
+        found = json.loads((run_of(name) / "result.json").read_text())
+        assert ("transductive" in found) == (name != "table")
+
+
+def test_the_best_number_of_steps_is_that_of_validation(run_of, strangers, tmp_path):
+    copied = tmp_path / "run"
+    shutil.copytree(run_of("table"), copied)  # regression, which has no temperature
+    own = own_rows("table", strangers, tmp_path / "own")
+    result = json.loads((copied / "result.json").read_text())
+    for means, best in (({"0": 3.0, "2": 4.0}, 0), ({"0": 3.0, "2": 2.0}, 2), ({"0": 3.0, "2": 3.0}, 0)):
+        result["weights"]["by_steps"] = means  # errors, of which the least is best
+        (copied / "result.json").write_text(json.dumps(result))
+        assert fomaml.load_run(copied).adapt(own, steps="auto").facts["steps"] == best
+    del result["weights"]["by_steps"]
+    (copied / "result.json").write_text(json.dumps(result))
+    with pytest.raises(InputError, match="had no validation, and has no calibration"):
+        fomaml.load_run(copied).adapt(own, steps="auto")
 
 
 OWN_MODEL = """

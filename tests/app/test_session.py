@@ -64,7 +64,7 @@ def test_compare_validates_as_train_does(tmp_path, monkeypatch):
 
 def test_a_run_by_seconds_says_that_it_cannot_be_repeated(tmp_path, capsys):
     out = tmp_path / "run"
-    base = ["sinusoid", "--seconds", "0.2", "--test-tasks", "4", "--test-steps", "0", "1"]
+    base = ["sinusoid", "--seconds", "0.2", "--test-tasks", "4", "--test-steps", "0", "1", "--no-baselines"]
     main(["train", *base, "--out", str(out)])
     assert "training for 0.2 s, which cannot be repeated bit for bit" in capsys.readouterr().out
     result = json.loads((out / "result.json").read_text())

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 
 import pytest
 
@@ -101,7 +102,10 @@ def result_of(out):
     return result
 
 
-@pytest.mark.parametrize(("what", "calls"), [("fine_tune", 0), ("fine_tune", 1), ("nearest_centroid", 0)])
+@pytest.mark.parametrize(
+    ("what", "calls"),
+    [pytest.param("fine_tune", 0, marks=pytest.mark.long), ("fine_tune", 1), ("nearest_centroid", 0)],
+)
 def test_the_learner_has_its_result_before_the_baselines(
     what, calls, whole, images, tmp_path, monkeypatch, capsys
 ):
@@ -230,3 +234,14 @@ def test_long_work_is_told_now_and_then():
         watch.work("testing", done, 400.0, 100.0 - second)
     watch.work("validating", 0.0, 400.0, 90.0)
     assert lines == ["testing: 1 min 40 s left", "testing: 50 %, 1 min 38 s left"]
+
+
+def test_the_bar_tells_all_that_a_person_wants_to_know(images, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    main(["train", f"folder:{images / 'even'}", *OPTIONS.split(), "--iterations", "8", "--no-baselines",
+          "--out", str(tmp_path / "run")])  # fmt: skip
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().out)
+    bar = r"meta-training .*iteration [5-8]/8  meta-loss \d\.\d+  query accuracy \d+ → \d+ %  \d+ tasks/s  "
+    assert re.search(bar + r"validation \d+\.\d+ ± \d+\.\d+ % .* left", shown), shown

@@ -54,7 +54,10 @@ def quiet(config, out, **options):
 
 def finds(monkeypatch, accuracies):
     """Let the validations find these accuracies, by iteration."""
-    found = lambda config, learner, data: Estimate(accuracies[learner.iteration + 1], 0.01)  # noqa: E731
+
+    def found(config, learner, data):
+        return dict.fromkeys(config.test_steps, Estimate(accuracies[learner.iteration + 1], 0.01))
+
     monkeypatch.setattr(session, "validate", found)
 
 
@@ -94,6 +97,7 @@ def test_the_best_weights_are_the_runs_and_the_last_are_kept_beside(root, tmp_pa
         "iteration": 4,
         "accuracy": 0.7,
         "interval": 0.01,
+        "by_steps": dict.fromkeys(map(str, settings(root).test_steps), 0.7),
         "validation_tasks": 5,
     }
     assert result["iterations"] == 8
@@ -137,6 +141,7 @@ def test_a_validation_is_an_evaluation_on_the_validation_classes(root, tmp_path,
         main(["evaluate", str(tmp_path / "a"), "--part", part, *options, "--tasks", "30", "--json"])
         result = json.loads(capsys.readouterr().out)
         assert ((result["accuracy"], result["interval"]) == (found["accuracy"], found["interval"])) == same
+        assert ([row["mean"] for row in result["rows"]] == list(found["by_steps"].values())) == same
         assert result["protocol"]["query_shots"] == 3 and result["part"] == part
 
 
@@ -179,7 +184,7 @@ def test_evaluate_says_where_it_took_the_balance_of_the_query_set_for_known(root
 def test_metrics_hold_the_validations_and_seconds_of_training_alone(root, tmp_path, monkeypatch):
     def slow(config, learner, data):
         time.sleep(0.5)
-        return Estimate(0.25, 0.125)
+        return dict.fromkeys(config.test_steps, Estimate(0.25, 0.125))
 
     monkeypatch.setattr(session, "validate", slow)
     began = time.perf_counter()
@@ -331,7 +336,11 @@ def test_a_run_that_was_stopped_early_does_not_go_on(root, tmp_path, monkeypatch
 
 
 def test_the_clock_goes_on_where_it_was(root, tmp_path, monkeypatch):
-    monkeypatch.setattr(session, "validate", lambda *_: (time.sleep(0.2), Estimate(0.5, 0.1))[1])
+    def slow(config, learner, data):
+        time.sleep(0.2)
+        return dict.fromkeys(config.test_steps, Estimate(0.5, 0.1))
+
+    monkeypatch.setattr(session, "validate", slow)
     config = settings(root, iterations=6)
 
     def die(record, seconds):

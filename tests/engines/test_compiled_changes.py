@@ -191,8 +191,19 @@ class Scaled(nn.Module):
         return self.function(inputs) * scale
 
 
-@pytest.mark.parametrize("engine", ["loop", "batched"])
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize(
+    ("change", "engine"),
+    [(change, "loop") for change in CHANGES]
+    + [
+        # what is compared is the same for both engines
+        pytest.param(
+            change,
+            "batched",
+            marks=[pytest.mark.long] * (change not in ("a policy", "a tensor", "a function")),
+        )
+        for change in CHANGES
+    ],
+)
 def test_a_changed_module_is_compiled_again(change, engine, monkeypatch):
     untouched(monkeypatch)
     layers = [

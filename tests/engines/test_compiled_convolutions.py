@@ -29,16 +29,13 @@ SOME = {
 
 
 # stacked they take twice as long to trace, and differ from the others in what both engines share
-LONG = {
-    "maml-nesterov", "maml-momentum", "maml-minibatch", "maml-decay", "meta-sgd", "by-name-second", "boil-second",
-    "zero-head-second", "proto-maml-second", "reptile-adam", "fomaml-adamw", "fomaml-nesterov",
-}  # fmt: skip
+SHORT = {"fomaml", "maml", "zero-head", "lslr", "by-name"}
 
 
 @pytest.mark.parametrize(
     ("algorithm", "engine"),
     [
-        pytest.param(name, engine, marks=[pytest.mark.long] * (engine == "batched" and name in LONG))
+        pytest.param(name, engine, marks=[pytest.mark.long] * (engine == "batched" and name not in SHORT))
         for name, row in ALGORITHMS.items()
         for engine in ("loop", "batched")
         if row.modules("conv4-strided")
@@ -71,9 +68,12 @@ CASES = [
 
 @pytest.mark.parametrize(
     ("module", "algorithm", "engine"),
-    [(*case, "loop") for case in CASES]
+    [
+        # each takes a second or two to trace: in second order and stacked most of them are for `make test-long`
+        pytest.param(*case, "loop", marks=[pytest.mark.long] * (case[1] == "maml" and case[0] not in FEW))
+        for case in CASES
+    ]
     + [
-        # stacked, most of them by `make test-long`: each takes a second or two to trace
         pytest.param(*case, "batched", marks=[pytest.mark.long] * (case[0] not in FEW))
         for case in CASES
         if case[1] == "fomaml" or case[0] in ("wide", "batch-norm")

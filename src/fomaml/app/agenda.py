@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from fomaml.app import sizing
@@ -92,6 +93,20 @@ class Agenda:
         if kind in IN_SECONDS:
             return 1.0
         return self._pace(LIKE[kind]) if kind in LIKE else math.nan
+
+
+@dataclasses.dataclass
+class Clock:
+    """The seconds spent on each thing, over all the processes that a run took."""
+
+    training: float = 0.0
+    validation: float = 0.0
+
+    @contextlib.contextmanager
+    def counting(self, what: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        setattr(self, what, getattr(self, what) + time.perf_counter() - began)
 
 
 class Noted:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,20 +13,23 @@ import torch
 from torch import Tensor
 
 from fomaml.app.algorithms import ALGORITHMS, ANY_WAYS
-from fomaml.app.build import for_test, open_data
+from fomaml.app.build import Data, for_test, open_data
 from fomaml.app.report import align
 from fomaml.app.settings import Settings
 from fomaml.app.sources import source_of
+from fomaml.engines import plan
 from fomaml.errors import InputError
 from fomaml.files import write_text
 from fomaml.learning.forward import called
 from fomaml.learning.learner import MetaLearner
 from fomaml.learning.mistakes import selected
 from fomaml.serve.calibration import calibrated
-from fomaml.tasks import one
+from fomaml.tasks import Batch, Examples, are_labels, one
 
 CALIBRATION = "calibration.json"
 FORMAT = 1
+TASKS = 100  # by default
+AT_ONCE = 20
 
 
 class Known(NamedTuple):
@@ -100,14 +103,14 @@ def calibrate(
     learner: MetaLearner,
     ways: Sequence[int] | None = None,
     shots: Sequence[int] | None = None,
-    tasks: int = 100,
+    tasks: int = TASKS,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[Known]:
     """Fit temperatures on validation tasks and write calibration.json; what it has of other ways and shots is kept.
 
     Raises:
         InputError: a run of regression, or without validation tasks; ways that its head does not allow; too few
-            examples for the shots.
+            examples for the shots; labels that are not one for each example.
     """
     if source_of(settings).kind == "regression":
         raise InputError("a temperature is for classes: this run predicts numbers")
@@ -125,42 +128,73 @@ def calibrate(
         for k in shots or sorted({settings.shots, 1, 5}):
             say(f"calibrating {n}-way {k}-shot on {tasks} validation tasks")
             try:
-                found[n, k] = _fitted(dataclasses.replace(settings, ways=n, shots=k), learner, tasks)
+                own = dataclasses.replace(settings, ways=n, shots=k)
+                found[n, k] = fitted(own, learner, open_data(own), tasks)
             except InputError as error:
                 if shots is not None or k == settings.shots:
                     raise
                 say(f"left out: {error}")
-    rows = [own._asdict() for own in sorted(found.values())]
-    write_text(run / CALIBRATION, json.dumps({"format": FORMAT, "calibrations": rows}, indent=2) + "\n")
+    write_calibration(run, found.values())
     return sorted(found.values())
 
 
-def _fitted(settings: Settings, learner: MetaLearner, tasks: int) -> Known:
-    data = open_data(settings)
+def write_calibration(run: Path, found: Iterable[Known]) -> None:
+    rows = [own._asdict() for own in sorted(found)]
+    write_text(run / CALIBRATION, json.dumps({"format": FORMAT, "calibrations": rows}, indent=2) + "\n")
+
+
+def fitted(settings: Settings, learner: MetaLearner, data: Data, tasks: int) -> Known:
+    """The calibration of the ways and shots of these settings, with the statistics that an adapted model has.
+
+    Raises:
+        InputError: data without validation tasks; labels that are not one for each example.
+    """
     if data.validation is None:
         raise InputError(f"{data.unvalidated}: temperatures are fitted on validation tasks")
     learner = for_test(settings, learner)
     logits: dict[int, list[Tensor]] = {steps: [] for steps in settings.test_steps}
     labels: list[Tensor] = []
-    for index in range(tasks):
-        support, query = one(data.validation.batch(index, 1), 0)
-        labels.append(query.targets.cpu())
-        for steps, own in logits.items():
-            module = learner.adapt(support, steps, "support").eval()
-            with torch.no_grad():
-                outputs = selected(called(module, module, query.inputs), settings.output)
-            own.append(outputs[:, : settings.ways].cpu())
+    for start in range(0, tasks, AT_ONCE):
+        batch = data.validation.batch(start, min(AT_ONCE, tasks - start))
+        adapted = _curve if learner.loss is None else _one_by_one
+        for query, outputs in adapted(learner, batch, settings.test_steps):
+            if not are_labels(query.targets) or query.targets.dim() != 1:
+                raise InputError(
+                    "a temperature is fitted on one label for each example, which these tasks lack"
+                )
+            labels.append(query.targets.cpu())
+            for own, found in zip(logits.values(), outputs):
+                own.append(found[:, : settings.ways].cpu())
     by_steps = {}
     for steps, own in logits.items():
-        fitted = calibrated(own, labels)
+        found = calibrated(own, labels)
         right = (torch.cat(own).argmax(1) == torch.cat(labels)).double().mean().item()
         by_steps[steps] = {
-            "temperature": fitted.temperature,
-            "error": fitted.error,
-            "error_before": fitted.error_before,
+            "temperature": found.temperature,
+            "error": found.error,
+            "error_before": found.error_before,
             "accuracy": right,
         }
     return Known(settings.ways, settings.shots, tasks, by_steps)
+
+
+def _curve(learner: MetaLearner, tasks: Batch, steps: Sequence[int]) -> Iterator[tuple[Examples, list]]:
+    """The query set of each task, and its outputs after each number of steps, that query examples do not inform."""
+    at = sorted(steps)
+    found = [
+        outputs for _, outputs in plan(learner, tasks).curve(tasks, [(count, "support") for count in at])
+    ]
+    for index in range(len(found[0])):
+        yield one(tasks, index).query, [found[at.index(count)][index] for count in steps]
+
+
+def _one_by_one(learner: MetaLearner, tasks: Batch, steps: Sequence[int]) -> Iterator[tuple[Examples, list]]:
+    """`_curve` with the adapted modules themselves, as for a loss, whose outputs may be of examples together."""
+    for index in range(len(tasks)):
+        support, query = one(tasks, index)
+        modules = [learner.adapt(support, count, "support").eval() for count in steps]
+        with torch.no_grad():
+            yield query, [selected(called(own, own, query.inputs), learner.output) for own in modules]
 
 
 def describe(found: Sequence[Known]) -> str:

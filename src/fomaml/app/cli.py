@@ -24,9 +24,11 @@ from fomaml.app.commands import (
 from fomaml.app.compare import compare, expand
 from fomaml.app.compare import describe as describe_comparison
 from fomaml.app.compare_page import is_comparison, report_comparison
+from fomaml.app.interrupts import Stopped
+from fomaml.app.inventory import README
 from fomaml.app.judge import describe, evaluate_run
 from fomaml.app.logs import logs_again
-from fomaml.app.named import AGAIN, named_again, with_weights
+from fomaml.app.named import AGAIN, named_again, resume_line, with_weights
 from fomaml.app.parser import parse_command
 from fomaml.app.presets import PRESETS
 from fomaml.app.progress import watching
@@ -122,11 +124,16 @@ def _train(options: TrainOptions) -> None:
             print(settled(settings, origins))
             return
         out = settings.out or default_out(settings)
-    with watching(settings, sys.stdout) as watch:
-        result = train_run(
-            settings, out, say=watch.say, watch=watch, work=watch.work, resume=options.resume is not None
-        )
-    print("\n" + describe(result) + f"\nrun directory: {out}")
+    try:
+        with watching(settings, sys.stdout) as watch:
+            result = train_run(
+                settings, out, say=watch.say, watch=watch, work=watch.work, validated=watch.validated,
+                resume=options.resume is not None,
+            )  # fmt: skip
+    except Stopped as stopped:
+        print(f"fomaml: interrupted; it goes on with\n{resume_line(settings, out)}", file=sys.stderr)
+        raise SystemExit(128 + stopped.number) from None
+    print("\n" + describe(result) + f"\nrun directory: {out} (see {README} there)")
 
 
 def settled(settings: Settings, origins: dict[str, str]) -> str:

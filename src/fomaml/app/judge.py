@@ -13,12 +13,12 @@ from fomaml.app.algorithms import ALGORITHMS
 from fomaml.app.build import Data, for_test, open_data
 from fomaml.app.group_tasks import of_units
 from fomaml.app.report import table, verdict
-from fomaml.app.scores import facts_of, headline, measured, metrics_of
+from fomaml.app.scores import facts_of, headline, measured, metric_in, metrics_of
 from fomaml.app.settings import Settings
-from fomaml.app.sources import source_of
+from fomaml.app.sources import source_of, split_name
 from fomaml.choices import Statistics
 from fomaml.errors import InputError
-from fomaml.evaluate import estimate, evaluate, evaluate_all
+from fomaml.evaluate import estimate, evaluate_all
 from fomaml.learning.learner import MetaLearner
 from fomaml.metrics import Metric
 from fomaml.models import NATIVE_BATCH_NORMS, BatchNorm, takes_statistics
@@ -31,16 +31,44 @@ Scores = Mapping[str, Mapping[int, Tensor]]
 def judge(settings: Settings, learner: MetaLearner, data: Data, say=lambda line: None) -> tuple[dict, Scores]:
     """Evaluate a trained learner on unseen tasks; returns the result, and the scores behind it."""
     say(f"evaluating on {settings.test_tasks} unseen tasks")
-    tasks = settings.test_tasks
-    found = evaluate(
-        for_test(settings, learner),
-        data.test,
-        tasks=tasks,
-        at_steps=settings.test_steps,
-        statistics=settings.statistics,
-        metric=list(metrics_of(settings)),
-    )
-    return summary(settings, learner, data, found, settings.statistics), found
+    kinds = (settings.statistics, *_beside(settings, learner))
+    found, *others = _scored(settings, for_test(settings, learner), data, kinds)
+    result = summary(settings, learner, data, found, settings.statistics)
+    return result | _other_way(settings, data, others), found
+
+
+def _beside(settings: Settings, learner: MetaLearner) -> tuple[Statistics, ...]:
+    """The statistics whose figure is named beside that of a folder of pictures, each of which is judged alone."""
+    own_pictures = split_name(settings.source)[0] == "folder" and settings.statistics == "support"
+    return ("own",) if own_pictures and _is_transductive(learner) else ()
+
+
+def _other_way(settings: Settings, data: Data, found: Sequence[Scores]) -> dict:
+    """Of the scores of `_beside`, what the result says."""
+    if not found:
+        return {}
+    scores = found[0][headline(settings).name]
+    return {"transductive": estimate(of_units(data.test, scores[max(scores)]))._asdict()}
+
+
+def _scored(
+    settings: Settings,
+    tested: MetaLearner,
+    data: Data,
+    kinds: Sequence[Statistics],
+    balanced: bool = False,
+) -> list[Scores]:
+    """The scores with each kind of statistics."""
+    points = [(steps, kind) for kind in kinds for steps in settings.test_steps]
+    asked = of_learner(tested, metrics_of(settings))
+    scores = evaluate_all(tested, data.test, points, settings.test_tasks, 100, "auto", balanced, asked)
+    return [
+        {
+            name: {steps: each for (steps, own), each in of_metric.items() if own == kind}
+            for name, of_metric in scores.items()
+        }
+        for kind in kinds
+    ]
 
 
 def beside_baselines(
@@ -175,21 +203,13 @@ def evaluate_run(
             raise InputError(f"{data.unvalidated}; take --part test")
         data = dataclasses.replace(data, test=data.validation)
 
+    beside = () if statistics else _beside(settings, learner)
     kinds = list(dict.fromkeys(statistics or [settings.statistics]))
-    points = [(steps, kind) for kind in kinds for steps in settings.test_steps]
-    tested = for_test(settings, learner)
-    asked = of_learner(tested, metrics_of(settings))
-    scores = evaluate_all(tested, data.test, points, settings.test_tasks, 100, "auto", balanced, asked)
-    found = [
-        {
-            name: {steps: each for (steps, own), each in of_metric.items() if own == kind}
-            for name, of_metric in scores.items()
-        }
-        for kind in kinds
-    ]
+    found = _scored(settings, for_test(settings, learner), data, [*kinds, *beside], balanced)
     result, *others = (
         summary(settings, learner, data, *each, balanced=balanced) for each in zip(found, kinds)
     )
+    result |= _other_way(settings, data, found[len(kinds) :])
     result |= {"part": part, "seed": settings.seed if seed is None else seed}
     if baselines:
         like = dataclasses.replace(settings, baselines=True, statistics=kinds[0])
@@ -245,9 +265,24 @@ def describe(result: dict) -> str:
         lines += [f"by {other['metric']}: {verdict(other)}" for other in named]
     for other in result.get("by_statistics", {}).values():
         lines += ["", describe(other)]
+    if "transductive" in result:
+        found = f"{metric_in(result).text(**result['transductive'])} {result['unit']}".rstrip()
+        how = f"query examples that inform each other (transductive), {_steps(result['steps'])}"
+        lines += ["", f"{how}: {found}"]
+    if calibration := result.get("calibration"):
+        lines += ["", worth(calibration)]
     if "warning" in result:
         lines.append(f"warning: {result['warning']}")
     return "\n".join(lines).rstrip() + "\n"
+
+
+def worth(calibration: dict) -> str:
+    """What probabilities are worth, of what is kept of a `Known`."""
+    return (
+        f"probabilities of an adapted model: temperature {calibration['temperature']:.3g} of {calibration['ways']}-way "
+        f"{calibration['shots']}-shot validation tasks, calibration error {100 * calibration['error']:.1f} % "
+        f"({100 * calibration['error_before']:.1f} % without)"
+    )
 
 
 def told(protocol: dict) -> str:

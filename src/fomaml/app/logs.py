@@ -23,8 +23,10 @@ class Log(Protocol):
     came after its last checkpoint, so that what a log has of later iterations is void.
     """
 
-    def write(self, record: Mapping[str, float]) -> None:
-        """A line of metrics.jsonl: iteration and seconds; meta_loss, before and after, or validation and interval."""
+    def write(self, record: Mapping[str, Any]) -> None:
+        """A line of metrics.jsonl: iteration and seconds; meta_loss, before and after, or validation, interval and
+        by_steps, the validation's scores by number of steps.
+        """
 
     def close(self) -> None:
         """No more will come: the training has ended, or was interrupted."""
@@ -33,19 +35,20 @@ class Log(Protocol):
 class TensorBoard:
     """Event files in the run directory, folder tensorboard, for `tensorboard --logdir`.
 
-    Tags are training/meta_loss, before, after and seconds, and validation/score, interval and seconds.
+    Tags are training/meta_loss, before, after and seconds, and validation/score, interval, seconds and after N steps.
     """
 
     def __init__(self, out: Path, done: int):
         # readers drop what was written of steps from purge_step on, also those that read at this time
         self.writer = _summary_writer()(str(out / FOLDER), purge_step=done + 1)
 
-    def write(self, record: Mapping[str, float]) -> None:
+    def write(self, record: Mapping[str, Any]) -> None:
         kind = "validation" if "validation" in record else "training"
-        for key, value in record.items():
-            if key != "iteration":
-                name = "score" if key == "validation" else key
-                self.writer.add_scalar(f"{kind}/{name}", value, int(record["iteration"]))
+        found = {name: value for name, value in record.items() if name not in ("iteration", "by_steps")}
+        found |= {f"after {steps} steps": score for steps, score in record.get("by_steps", {}).items()}
+        for key, value in found.items():
+            name = "score" if key == "validation" else key
+            self.writer.add_scalar(f"{kind}/{name}", value, int(record["iteration"]))
         self.writer.flush()  # as metrics.jsonl is: a run that is killed has lost nothing
 
     def close(self) -> None:
@@ -112,7 +115,7 @@ def _plain(name: str) -> str:
 
 
 @contextlib.contextmanager
-def opened(settings: Settings, out: Path, done: int) -> Iterator[Callable[[Mapping[str, float]], None]]:
+def opened(settings: Settings, out: Path, done: int) -> Iterator[Callable[[Mapping[str, Any]], None]]:
     """What tells a record to all logs of a run.
 
     Raises:
@@ -129,7 +132,7 @@ def opened(settings: Settings, out: Path, done: int) -> Iterator[Callable[[Mappi
             logs.append((name, path, log))
             stack.callback(_closed, name, path, log)
 
-        def write(record: Mapping[str, float]) -> None:
+        def write(record: Mapping[str, Any]) -> None:
             for name, path, log in logs:
                 with told(f"the log {name} failed", path):
                     log.write(dict(record))

@@ -51,6 +51,10 @@ class Watch:
         self.printed = 0
         self.left: float | None = None
         self.told = clock()
+        self.score = ""  # of the last validation
+
+    def validated(self, score: str) -> None:
+        self.score = f"  validation {score}"
 
     def work(self, what: str, done: float, total: float, left: float) -> None:
         """What is going on, how much of it is done, and the seconds that the whole run has left."""
@@ -82,7 +86,7 @@ class Watch:
             self.left = seconds * (total / max(1, done) - 1)
         unit = "second" if self.settings.seconds else "iteration"
         if self.bar is not None and self.task is not None:
-            shown = f"{unit} {done}/{total}  {figures}"
+            shown = f"{unit} {done}/{total}  {figures}{self.score}"
             self.bar.update(
                 self.task,
                 description="meta-training",

@@ -127,7 +127,9 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         try:
             own = json.loads(line)
-            if "iteration" not in own or not all(_is_number(value) for value in own.values()):
+            by_steps = own.get("by_steps", {})
+            numbers = [value for key, value in own.items() if key != "by_steps"] + list(by_steps.values())
+            if "iteration" not in own or not all(map(_is_number, numbers)):
                 raise ValueError
             found.append(own)
         except (ValueError, TypeError, AttributeError):

@@ -33,7 +33,7 @@ class AdaptOptions:
     support: Path = option("the labelled examples: a folder or a file", dataclasses.MISSING, metavar="PATH")
     out: Path = option("the folder to write", dataclasses.MISSING)
     steps: str | None = option(
-        "the inner steps, or auto: as many as were best in validation (see fomaml calibrate); default: as many as the "
+        "the inner steps, or auto: as many as were best in validation; default: as many as the "
         "run's figure is of",
         metavar="N",
     )

@@ -125,14 +125,13 @@ class Run(Pretrained):
 
         support: what `intake.labelled` takes: a folder with a directory of pictures for each class, a table with the
             target, an .npz file, or a dict from class to pictures.
-        steps: inner steps; by default as many as the run's figure is of, "auto" those that were best in validation,
-            see `fomaml calibrate`.
+        steps: inner steps; by default as many as the run's figure is of, "auto" those that were best in validation.
         statistics: whose examples batch norms normalise by: "support", so that each input is judged alone; "own", by
             those that are judged together.
 
         Raises:
             InputError: examples that are none for the run; more classes than its head has outputs, or one class only;
-                "auto" without a calibration.
+                "auto" of a run without validation.
         """
         check_choice("statistics of an adapted model", statistics, Served)
         taken = self.intake.labelled(support)
@@ -180,25 +179,25 @@ class Run(Pretrained):
             assert taken.labels is not None and facts is not None  # sources of functions have no intake
             scaled = scaled_by(scaling_of(settings).targets)(taken.labels, "")
             return None, scaled.to(torch.get_default_dtype()).to(device)
+        present, any_ways = sorted(set(taken.labels)), ALGORITHMS[settings.algorithm].any_ways
         if settings.fixed_classes:
             assert facts is not None
-            classes = list(facts["classes"])
-            if unknown := [label for label in taken.labels if label not in classes]:
+            if unknown := [label for label in taken.labels if label not in facts["classes"]]:
                 raise InputError(
                     f"the class {unknown[0]!r} is none of the run's, which are the same in all tasks: "
-                    f"{', '.join(classes)}"
+                    f"{', '.join(facts['classes'])}"
                 )
+            # a head made of the classes knows nothing of one without an example
+            classes = [name for name in facts["classes"] if not any_ways or name in present]
         else:
-            classes = sorted(set(taken.labels))
-            if len(classes) < 2:
-                raise InputError(
-                    f"all examples are of the class {classes[0]!r}: two classes or more are needed"
-                )
-            if len(classes) > settings.ways and not ALGORITHMS[settings.algorithm].any_ways:
+            classes = present
+            if len(classes) > settings.ways and not any_ways:
                 raise InputError(
                     f"the run learned a head for {settings.ways} classes, got {len(classes)}; only a head made of the "
                     f"classes takes any number: train with --algorithm {' or '.join(ANY_WAYS)}"
                 )
+        if len(classes) < 2:
+            raise InputError(f"all examples are of the class {classes[0]!r}: two classes or more are needed")
         numbers = {name: number for number, name in enumerate(classes)}
         return classes, torch.tensor([numbers[label] for label in taken.labels], device=device)
 
@@ -206,12 +205,13 @@ class Run(Pretrained):
         if steps is None:
             return self.settings.test_steps[-1]
         if steps == "auto":
-            if found is None:
+            best = _best_steps(self.path) if found is None else found.best_steps
+            if best is None:
                 raise InputError(
-                    f"the best number of steps is not known: {self.path} has no {CALIBRATION}, which fomaml calibrate "
-                    "writes"
+                    f"the best number of steps is not known: {self.path} had no validation, and has no {CALIBRATION}, "
+                    "which fomaml calibrate writes"
                 )
-            return found.best_steps
+            return best
         return whole("steps", steps)
 
 
@@ -312,6 +312,15 @@ def _support(taken: Taken) -> dict[str, Any]:
     if isinstance(taken.labels, list):
         found["by_class"] = dict(Counter(taken.labels))
     return found
+
+
+def _best_steps(run: Path) -> int | None:
+    """The number of steps with the best score in validation, of equal ones the fewest."""
+    record = read_record(run)
+    means = (record.result or {}).get("weights", {}).get("by_steps")
+    if not means:
+        return None
+    return max(map(int, means), key=lambda steps: (record.metric.direction * means[str(steps)], -steps))
 
 
 def _figures(run: Path) -> dict[str, Any] | None:

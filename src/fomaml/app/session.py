@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fomaml.app import rundir, sizing
-from fomaml.app.agenda import Agenda, Noted, Progress
+from fomaml.app.agenda import Agenda, Clock, Noted, Progress
 from fomaml.app.build import (
     build_learner,
     build_optimizer,
@@ -23,7 +22,10 @@ from fomaml.app.build import (
     with_data,
     with_precision,
 )
+from fomaml.app.calibrate import TASKS, fitted, write_calibration
 from fomaml.app.device import has_bfloat16
+from fomaml.app.interrupts import Interrupts, listening
+from fomaml.app.inventory import describe_directory
 from fomaml.app.judge import Scores, beside_baselines, describe, judge
 from fomaml.app.logs import opened
 from fomaml.app.named import resume_line
@@ -32,6 +34,7 @@ from fomaml.app.rivals import estimators
 from fomaml.app.rundir import circumstances
 from fomaml.app.scores import headline
 from fomaml.app.settings import Settings, identity, to_json
+from fomaml.app.sources import source_of
 from fomaml.app.trial import try_own, try_targets
 from fomaml.app.validate import Best, is_due, validate, with_validation
 from fomaml.app.wording import spoken
@@ -44,6 +47,7 @@ from fomaml.train import Record, check_finite, check_width, train
 NO_LIMIT = 2**62
 Say = Callable[[str], None]
 Watch = Callable[[Record, float], None]
+Validated = Callable[[str], None]
 
 
 def train_run(
@@ -53,20 +57,23 @@ def train_run(
     say: Say = print,
     watch: Watch = lambda record, seconds: None,
     work: Progress = lambda what, done, total, left: None,
+    validated: Validated = lambda score: None,
     resume: bool = False,
 ) -> dict:
     """Train, evaluate and write the run directory `out`; returns the result, as in result.json.
 
     say: receives a line on the data, the engine and each validation. watch: receives each measured record and the
-    seconds of training so far. work: see `Progress`. resume: `out` holds a run of these settings that was killed; it
-    goes on from its last checkpoint, and ends bit for bit as it would have, unless it is limited by seconds. One that
-    was killed among its baselines is resumed too.
+    seconds of training so far. work: see `Progress`. validated: receives the score of each validation in words.
+    resume: `out` holds a run of these settings that was killed; it goes on from its last checkpoint, and ends bit for
+    bit as it would have, unless it is limited by seconds. One that was killed among its baselines is resumed too.
+
+    SIGINT and SIGTERM finish the outer step at hand and save it; then `Stopped`, a KeyboardInterrupt, is raised.
 
     Raises:
         InputError: bad data, device or settings, before anything is written; `out` holds a run, or, to
             resume, a finished one.
     """
-    with session(settings, out, say=say, watch=watch, work=work, resume=resume) as run:
+    with session(settings, out, say=say, watch=watch, work=work, validated=validated, resume=resume) as run:
         run.train()
         return run.finish()
 
@@ -79,34 +86,22 @@ def session(
     say: Say,
     watch: Watch = lambda record, seconds: None,
     work: Progress = lambda what, done, total, left: None,
+    validated: Validated = lambda score: None,
     resume: bool = False,
     allow_download: bool = True,
 ) -> Iterator[Session]:
     """A run that holds its directory while the block lasts; arguments and errors as of `train_run`."""
     if resume and rundir.is_finished(out):
         raise InputError(f"the run in {out} is finished; see {out / rundir.RESULT_TEXT}")
-    run = Session(settings, out, say, watch, work, allow_download)
+    run = Session(settings, out, say, watch, work, validated, allow_download)
     if not resume:
         rundir.claim(out)
-    with rundir.alone(out), torch.random.fork_rng(devices=[]):
+    with rundir.alone(out), torch.random.fork_rng(devices=[]), listening() as run.interrupts:
         torch.manual_seed(settings.seed)  # dropout draws from there
         if not resume or settings.code:  # a change of code that was accepted
             write_text(out / rundir.CONFIG, to_json(run.settings))
+            describe_directory(run.settings, run.data, out)
         yield run
-
-
-@dataclasses.dataclass
-class Clock:
-    """The seconds spent on each thing, over all the processes that a run took."""
-
-    training: float = 0.0
-    validation: float = 0.0
-
-    @contextlib.contextmanager
-    def counting(self, what: str) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        setattr(self, what, getattr(self, what) + time.perf_counter() - began)
 
 
 class Session:
@@ -123,12 +118,13 @@ class Session:
         say: Say,
         watch: Watch,
         work: Progress,
+        validated: Validated,
         allow_download: bool = True,
     ):
         self.data = open_data(settings, allow_download=allow_download)
         self.settings = with_precision(with_validation(with_data(settings, self.data), self.data))
         self.identity = identity(self.settings)
-        self.out, self.say, self.watch, self.work = out, say, watch, work
+        self.out, self.say, self.watch, self.work, self.tell_score = out, say, watch, work, validated
         self.agenda = Agenda(self.settings, estimators(self.settings, self.data))
         model = build_model(self.settings)
         check_model(self.settings, model, self.data.train)
@@ -144,7 +140,8 @@ class Session:
         self.best, self.clock = Best(), Clock()
         self.done = self.validated = 0
         self.scores: Mapping[int, Tensor] = {}
-        self.tell_logs: Callable[[Mapping[str, float]], None] = lambda record: None
+        self.interrupts = Interrupts()
+        self.tell_logs: Callable[[Mapping[str, Any]], None] = lambda record: None
 
     def train(
         self, measure_every: int | None = None, after: Callable[[int], None] = lambda iteration: None
@@ -179,22 +176,25 @@ class Session:
                 plan=self.plan,
                 metric=headline(settings),
             )
-            with self.clock.counting("training"):
-                record = next(steps, None)
-                if record is not None:
-                    numbers = self._numbers(record)  # waits for the device
-            if record is None:
-                break
-            self.done = record.iteration
-            if record.after is not None:
-                self._log(**numbers)
-                self._tell()
-                self.watch(record, self.clock.training)
-            due = is_due(settings, self.done)
-            if due:
-                self._validate()
-            if due or self.done % settings.checkpoint_every == 0 or self.done == limit:
-                self._save()
+            with self.interrupts.finishing():
+                with self.clock.counting("training"):
+                    record = next(steps, None)
+                    if record is not None:
+                        numbers = self._numbers(record)  # waits for the device
+                if record is None:
+                    break
+                self.done = record.iteration
+                if record.after is not None:
+                    self._log(**numbers)
+                    self._tell()
+                    self.watch(record, self.clock.training)
+                due = is_due(settings, self.done)
+                if due:
+                    self._validate()
+                often = self.done % settings.checkpoint_every == 0
+                if due or often or self.done == limit or self.interrupts.asked is not None:
+                    self._save()
+            self.interrupts.raise_if_asked()
             after(self.done)
         if settings.seconds and settings.validate_every and self.validated < self.done:
             self._validate()
@@ -210,7 +210,7 @@ class Session:
             save_weights(out / rundir.LAST, learner, self.identity)
             load_weights(out / rundir.WEIGHTS, learner, self.identity)
             best = self.best
-            facts = {"iteration": best.iteration, "accuracy": best.accuracy, "interval": best.interval}
+            facts = {name: value for name, value in dataclasses.asdict(best).items() if name != "waited"}
             weights = {"kept": "best by validation", **facts, "validation_tasks": settings.validation_tasks}
         else:
             save_weights(out / rundir.WEIGHTS, learner, self.identity)
@@ -224,11 +224,25 @@ class Session:
         result |= {"seed": settings.seed, **circumstances()}
         if settings.code:
             result["code"] = settings.code
+        if settings.validate_every and source_of(settings).kind == "classification":
+            result |= self._calibrated()
         if settings.baselines:
             result = self._beside_baselines(result, found)
         self._write(result)
         (out / rundir.STATE).unlink(missing_ok=True)
         return result
+
+    def _calibrated(self) -> dict:
+        """What the result says of its probabilities; the temperature goes into calibration.json."""
+        settings = self.settings
+        tasks = min(TASKS, settings.validation_tasks)
+        try:
+            found = fitted(settings, self.learner, self.data, tasks)
+        except InputError as error:
+            self.say(f"probabilities are not calibrated: {error}")
+            return {}
+        write_calibration(self.out, [found])
+        return {"calibration": found.told(settings.test_steps[-1])}
 
     def _beside_baselines(self, result: dict, scores: Scores) -> dict:
         """The result with the baselines. That of the learner is shown and on disk before they begin."""
@@ -344,14 +358,17 @@ class Session:
         own = self._noted("validation", "validating", self.data.validation, self.settings.validation_tasks)
         data = dataclasses.replace(self.data, validation=own)
         with self.clock.counting("validation"):
-            found = validate(self.settings, self.learner, data)
+            by_steps = validate(self.settings, self.learner, data)
         self.validated = self.done
-        self._log(validation=found.mean, interval=found.interval)
+        found = by_steps[self.settings.test_steps[-1]]
+        means = {str(steps): own.mean for steps, own in by_steps.items()}
+        self._log(validation=found.mean, interval=found.interval, by_steps=means)
         metric = headline(self.settings)
-        better = self.best.beaten_by(found, self.done, metric.direction)
+        better = self.best.beaten_by(found, self.done, metric.direction, means)
         if better:
             save_weights(self.out / rundir.WEIGHTS, self.learner, self.identity)
         text = f"{metric.text(*found, digits=2)} {metric.unit}".rstrip()
+        self.tell_score(text)
         best = ", the best so far" if better else ""
         self.say(f"iteration {self.done}: validation {metric.name} {text}{best}")
 

@@ -117,6 +117,9 @@ def settle_with_origins(given: Mapping[str, Any]) -> tuple[Settings, dict[str, s
         random = values.get("model_weights") == "random"
         values["norm_policy"] = "batch" if random else "frozen"
         origins["norm_policy"] = "random weights" if random else "the statistics of model_weights"
+    if values.get("loss") is not None and "statistics" not in asked:
+        # a loss makes its own forward passes, which are told of no support set
+        values["statistics"], origins["statistics"] = "own", "a loss of one's own"
     if algorithm == "maml++" and values["multi_step_iterations"] is None:
         values["multi_step_iterations"] = max(1, values["iterations"] // 10)
         origins["multi_step_iterations"] = "a tenth of iterations"

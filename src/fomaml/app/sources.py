@@ -208,7 +208,18 @@ SOURCES: dict[str, Source] = {
         }
         | dict.fromkeys(("test_keys", "validation_keys", "split_seed"))
         | dict.fromkeys(("skip_small_groups", "fewer_classes", "query_all"), False),
-        defaults={"": {1: {"model": "conv4", "inner_lr": 0.05, "inner_steps": 5, "iterations": 2000}}},
+        defaults={
+            "": {
+                1: {
+                    "model": "conv4",
+                    "inner_lr": 0.05,
+                    "inner_steps": 5,
+                    "iterations": 2000,
+                    # as its adapted models are asked: one picture at a time
+                    "statistics": "support",
+                },
+            }
+        },
     ),
     "sinusoid": Source(
         load_sinusoids,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from fomaml.app.build import Data, for_test
 from fomaml.app.group_tasks import of_units
@@ -20,14 +21,18 @@ class Best:
     """The best of the validations so far; a run that was killed goes on with it, so it is all numbers.
 
     accuracy, interval: of the best one, whatever the metric, at `iteration`. waited: the validations since then.
+    by_steps: the means of the best one after each of the test's numbers of steps, which are text, as keys of JSON are.
     """
 
     accuracy: float = -1.0
     interval: float = 0.0
     iteration: int = 0
     waited: int = 0
+    by_steps: dict[str, float] = field(default_factory=dict)
 
-    def beaten_by(self, found: Estimate, iteration: int, direction: int = 1) -> bool:
+    def beaten_by(
+        self, found: Estimate, iteration: int, direction: int = 1, by_steps: Mapping[str, float] | None = None
+    ) -> bool:
         """Take note of a validation; whether it is the best so far. Ties keep the earlier one.
 
         direction: the metric's.
@@ -35,7 +40,7 @@ class Best:
         first = not self.iteration and not math.isnan(found.mean)
         if first or direction * found.mean > direction * self.accuracy:
             self.accuracy, self.interval = found
-            self.iteration, self.waited = iteration, 0
+            self.iteration, self.waited, self.by_steps = iteration, 0, dict(by_steps or {})
             return True
         self.waited += 1
         return False
@@ -63,16 +68,15 @@ def is_due(settings: Settings, iteration: int) -> bool:
     return every > 0 and (iteration % every == 0 or iteration == settings.iterations)
 
 
-def validate(settings: Settings, learner: MetaLearner, data: Data) -> Estimate:
-    """The score on the validation tasks after the last of the test's numbers of steps."""
+def validate(settings: Settings, learner: MetaLearner, data: Data) -> dict[int, Estimate]:
+    """The scores on the validation tasks after each of the test's numbers of steps; the last one's chooses weights."""
     assert data.validation is not None  # as `with_validation` has made sure
-    steps = settings.test_steps[-1]
     found = evaluate(
         for_test(settings, learner),
         data.validation,
         tasks=settings.validation_tasks,
-        at_steps=[steps],
+        at_steps=settings.test_steps,
         statistics=settings.statistics,
         metric=headline(settings),
     )
-    return estimate(of_units(data.validation, found[steps]))
+    return {steps: estimate(of_units(data.validation, scores)) for steps, scores in found.items()}

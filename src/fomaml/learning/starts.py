@@ -14,6 +14,8 @@ from torch import Tensor
 from fomaml.errors import InputError
 from fomaml.learning.contracts import InnerProblem
 
+UNREACHED = -1e4
+
 
 @dataclass(frozen=True)
 class ZeroHead:
@@ -40,6 +42,8 @@ class PrototypeHead:
     """Every task starts from the head of a prototypical network: weight 2 c_k, bias -‖c_k‖², with c_k the mean
     feature of the support examples of class k (Proto-MAML, Triantafillou et al. 2020, section 3.2).
 
+    A class without a support example, as one that a group lacks, has no prototype: it is never predicted.
+
     head: the name of the `nn.Linear` module that is the head; what goes into it are the features. It is
     never meta-learned; the gradient reaches the body through the prototypes too.
     """
@@ -51,9 +55,12 @@ class PrototypeHead:
         features = problem.support_features(self.head)  # (..., examples, features)
         classes = torch.arange(problem.ways, device=features.device)
         members = (problem.task.support.targets.unsqueeze(-1) == classes).to(features.dtype)
-        sizes = members.sum(-2).clamp(min=1).unsqueeze(-1)
-        prototypes = members.mT @ features / sizes  # (..., ways, features)
-        return {**start, weight: 2 * prototypes, bias: -prototypes.square().sum(-1)}
+        sizes = members.sum(-2)  # (..., ways)
+        prototypes = members.mT @ features / sizes.clamp(min=1).unsqueeze(-1)  # (..., ways, features)
+        lengths = prototypes.square().sum(-1)
+        # finite, so that the loss of a query example of such a class is, and out of reach of what features do
+        lacking = UNREACHED * (1 + lengths.detach().amax(-1, keepdim=True))
+        return {**start, weight: 2 * prototypes, bias: torch.where(sizes > 0, -lengths, lacking)}
 
 
 @dataclass(frozen=True)
