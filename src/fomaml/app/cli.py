@@ -23,6 +23,7 @@ from fomaml.app.commands import (
 )
 from fomaml.app.compare import compare, expand
 from fomaml.app.compare import describe as describe_comparison
+from fomaml.app.compare_page import is_comparison, report_comparison
 from fomaml.app.interrupts import Stopped
 from fomaml.app.inventory import README
 from fomaml.app.judge import describe, evaluate_run
@@ -245,6 +246,9 @@ def _tune(options: TuneOptions) -> None:
 
 
 def _report(options: ReportOptions) -> None:
+    if is_comparison(options.run):
+        print(f"saved {report_comparison(options)}")
+        return
     print(f"saved {report(options, say=lambda line: print(line, file=sys.stderr, flush=True))}")
 
 

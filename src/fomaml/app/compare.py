@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import multiprocessing
+import shlex
 import signal
 import tempfile
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from fomaml.app.networks import build_model
 from fomaml.app.report import align
 from fomaml.app.rundir import circumstances
 from fomaml.app.scores import facts_of, headline, measured, metric_in
+from fomaml.app.search import words_of
 from fomaml.app.session import NO_LIMIT, session
 from fomaml.app.settings import Settings
 from fomaml.app.settle import settle
@@ -41,6 +43,8 @@ from fomaml.learning.learner import MetaLearner
 from fomaml.learning.objectives import Implicit
 from fomaml.metrics import Metric
 from fomaml.tasks import Batch, Task, one
+
+COMPARISON = "compare.json"
 
 
 def expand(options: CompareOptions) -> list[Settings]:
@@ -87,6 +91,7 @@ def compare(options: CompareOptions, out: Path, *, say: Callable[[str], None] = 
         say(f"  {row['failed']}" if "failed" in row else f"  {row['iterations']} iterations, {_pace(row)}")
     cosines = found["fomaml"].pop("cosines", [])
     result = {
+        "command": shlex.join(["fomaml", "compare", *words_of(given(options), CompareOptions)]),
         "budget": {"seconds": first.seconds} if first.seconds else {"iterations": first.iterations},
         "protocol": facts,
         **facts_of(headline(first)),
@@ -99,7 +104,7 @@ def compare(options: CompareOptions, out: Path, *, say: Callable[[str], None] = 
         "device": first.device,
         **circumstances(),
     }
-    write_text(out / "compare.json", json.dumps(result, indent=2) + "\n")
+    write_text(out / COMPARISON, json.dumps(result, indent=2) + "\n")
     write_text(out / "compare.txt", describe(result))
     return result
 
@@ -293,7 +298,7 @@ def _summed(scores: torch.Tensor) -> dict:
     return {"mean": found.mean, "interval": found.interval}
 
 
-def _cell(found: dict | None, metric: Metric, signed: bool = False) -> str:
+def cell(found: dict | None, metric: Metric, signed: bool = False) -> str:
     if found is None:
         return ""
     if found["mean"] is None or abs(found["mean"]) > 1000:
@@ -301,14 +306,26 @@ def _cell(found: dict | None, metric: Metric, signed: bool = False) -> str:
     return ("+" if signed and found["mean"] > 0 else "") + metric.text(found["mean"], found["interval"])
 
 
+def introduced(result: dict) -> tuple[str, str]:
+    """What was trained, and what of it was measured how, in words."""
+    facts, budget, threads = result["protocol"], result["budget"], result["threads"]
+    ways = f"{facts['ways']}-way " if facts["ways"] else ""
+    each = f"{budget['seconds']:g} s" if "seconds" in budget else f"{budget['iterations']} iterations"
+    seen = f" ({facts['overlap']})" if facts.get("overlap") else ""
+    return (
+        f"{', '.join(filter(None, (facts['data'], facts['question'])))}, {ways}{facts['shots']}-shot, "
+        f"{facts['model']}: "
+        f"{each} of training each on {result['device']}"
+        + (f", {threads} thread{'s' * (threads > 1)}" if result["device"] == "cpu" else ""),
+        f"{result['measured']} on the same {result['tasks']} unseen tasks{seen}, {told(facts)}, ± 95 % interval over "
+        f"{'the groups' if 'groups' in facts else 'tasks'}; one training run "
+        f"each (seed {result['seed']})",
+    )
+
+
 def describe(result: dict) -> str:
     """The result as text: what was measured, the tables, the cosines."""
-    facts, metric = result["protocol"], metric_in(result)
-    ways = f"{facts['ways']}-way " if facts["ways"] else ""
-    budget, threads = result["budget"], result["threads"]
-    each = f"{budget['seconds']:g} s" if "seconds" in budget else f"{budget['iterations']} iterations"
-    what = result["measured"]
-    seen = f" ({facts['overlap']})" if facts.get("overlap") else ""
+    metric, what = metric_in(result), result["measured"]
     heading = ["", f"after {result['steps']} steps", "from FOMAML", "iterations", "seconds", "tasks/s"]
     lines = [[*heading, "peak MB", "gradients/task"]]
     good = [row for row in result["rows"] if "failed" not in row]
@@ -317,8 +334,8 @@ def describe(result: dict) -> str:
         lines.append(
             [
                 row["name"],
-                _cell(row, metric),
-                _cell(row.get("difference"), metric, signed=True),
+                cell(row, metric),
+                cell(row.get("difference"), metric, signed=True),
                 str(row["iterations"]),
                 f"{row['seconds']:.0f}",
                 f"{row['tasks_per_second']:.0f}",
@@ -326,19 +343,10 @@ def describe(result: dict) -> str:
                 f"{row['gradients_per_task']}" + (f" + {products} Hv" if products else ""),
             ]
         )
-    text = [
-        f"{', '.join(filter(None, (facts['data'], facts['question'])))}, {ways}{facts['shots']}-shot, "
-        f"{facts['model']}: "
-        f"{each} of training each on {result['device']}"
-        + (f", {threads} thread{'s' * (threads > 1)}" if result["device"] == "cpu" else ""),
-        f"{what} on the same {result['tasks']} unseen tasks{seen}, {told(facts)}, ± 95 % interval over "
-        f"{'the groups' if 'groups' in facts else 'tasks'}; one training run "
-        f"each (seed {result['seed']})",
-        "",
-    ]
+    text = [*introduced(result), ""]
     if good:
         curves = [[f"{what} by inner steps", *good[0]["curve"]]]
-        curves += [[row["name"], *(_cell(e, metric) for e in row["curve"].values())] for row in good]
+        curves += [[row["name"], *(cell(e, metric) for e in row["curve"].values())] for row in good]
         text += [
             align(lines),
             "",

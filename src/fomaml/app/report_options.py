@@ -16,14 +16,17 @@ RUN = "the directory of a run; one that still trains is shown as far as it is"
 class ReportOptions:
     """Write a page of a run: what it learned, some test tasks before and after adaptation, and how to repeat it.
 
+    Of a folder that `fomaml compare` has written: its methods beside each other.
+
     The page, report.html, needs no network and no other file; each plot stands beside it as PNG and SVG. The tasks are
     drawn anew from the run's data. Without the data, or the weights, the page says what is left out, and why.
 
     Example: fomaml report out/digits
+    Example: fomaml report out/comparison
     Example: fomaml report docs/results/omniglot_best --data-root my/omniglot --out out/omniglot
     """
 
-    run: Path = positional(RUN, metavar="RUN")
+    run: Path = positional(f"{RUN}; or the folder of a comparison", metavar="RUN")
     out: Path | None = option("the folder to write; default: RUN/report")
     tasks: int | None = option("the test tasks to look at (default: those of the run's test, at most 200)")
     shown: int = option(

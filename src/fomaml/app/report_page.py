@@ -56,13 +56,18 @@ class Page:
 
     def figure(self, name: str, draw: Callable[[], Any]) -> str:
         """A plot with its caption; nothing where there is nothing to draw."""
-        drawn = draw()
-        if drawn is None:
-            return ""
-        svg, told = plots.saved(name, self.folder, lambda: drawn)
-        svg = svg.replace("<svg", f'<svg role="img" aria-label="{text(told, 2000)}"', 1)
-        links = f'<a href="{name}.png">PNG</a> <a href="{name}.svg">SVG</a>'
-        return f"<figure>{svg}<figcaption>{text(told, 2000)} {links}</figcaption></figure>"
+        return figure(self.folder, name, draw)
+
+
+def figure(folder: Path, name: str, draw: Callable[[], Any]) -> str:
+    """A plot with its caption, kept in the folder; nothing where there is nothing to draw."""
+    drawn = draw()
+    if drawn is None:
+        return ""
+    svg, told = plots.saved(name, folder, lambda: drawn)
+    svg = svg.replace("<svg", f'<svg role="img" aria-label="{text(told, 2000)}"', 1)
+    links = f'<a href="{name}.png">PNG</a> <a href="{name}.svg">SVG</a>'
+    return f"<figure>{svg}<figcaption>{text(told, 2000)} {links}</figcaption></figure>"
 
 
 def report(options: ReportOptions, say: Callable[[str], None] = lambda line: None) -> Path:
@@ -124,7 +129,7 @@ def _page(made: Page) -> str:
 def _header(made: Page, name: str) -> str:
     result = made.record.result
     if result is None:
-        return f"<h1>{name}</h1>\n{_left_out(_unfinished(made))}"
+        return f"<h1>{name}</h1>\n{left_out(_unfinished(made))}"
     metric = metric_in(result)
     value = metric.text(result[metric.name], result["interval"])
     what = describe(result).splitlines()[0]
@@ -138,11 +143,11 @@ def _header(made: Page, name: str) -> str:
     if won := verdict(result):
         lines.append(f"<p><strong>{text(won, 500)}.</strong></p>")
     if "unfinished" in result:
-        lines.append(_left_out(result["unfinished"]))
+        lines.append(left_out(result["unfinished"]))
     return "\n".join(lines)
 
 
-def _left_out(why: str) -> str:
+def left_out(why: str) -> str:
     return f'<p class="left-out">{text(why[:1].upper() + why[1:], 1000)}.</p>'
 
 
@@ -153,7 +158,7 @@ def _unfinished(made: Page) -> str:
 def _bought(made: Page) -> str:
     result = made.record.result
     if result is None:
-        return _left_out(_unfinished(made))
+        return left_out(_unfinished(made))
     parts = [made.figure("steps", lambda: plots.steps(made.record))]
     for own in (result, *result.get("others", ())):
         metric = metric_in(own)
@@ -179,7 +184,7 @@ def _bought(made: Page) -> str:
 def _training(made: Page) -> str:
     record = made.record
     if not record.lines:
-        return _left_out("the run has no measurements: metrics.jsonl is empty or not there")
+        return left_out("the run has no measurements: metrics.jsonl is empty or not there")
     found = made.figure("training", lambda: plots.training(record))
     told = "Thin lines are what was measured on the training tasks, thick ones their running mean."
     if record.validations:
@@ -192,7 +197,7 @@ def _training(made: Page) -> str:
 def _tasks(made: Page) -> str:
     looked, settings = made.looked, made.record.settings
     if looked is None:
-        return _left_out(made.missing)
+        return left_out(made.missing)
     metric = looked.metric
     after = looked.scores[looked.steps]
     worst = looked.worst(1)[0] if after.min() < after.max() else None
@@ -220,7 +225,7 @@ def _score(made: Page, value: float) -> str:
 def _wrong(made: Page) -> str:
     looked = made.looked
     if looked is None:
-        return _left_out(made.missing)
+        return left_out(made.missing)
     parts = [made.figure("scores", lambda: plots.scores(looked))]
     after, direction = looked.scores[looked.steps], looked.metric.direction
     best = float((direction * after).max())
@@ -276,7 +281,7 @@ def _calibration(made: Page) -> str:
             f"<p>On {len(looked.names)} test tasks, batch norms by the support set, as an adapted model is used.</p>"
         )
     elif looked is None:
-        parts.append(_left_out(made.missing))
+        parts.append(left_out(made.missing))
     rows = [
         [
             f"{own.ways}-way {own.shots}-shot", str(steps), f"{100 * row['accuracy']:.1f}", f"{row['temperature']:.3f}",

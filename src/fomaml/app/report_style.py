@@ -35,7 +35,7 @@ th, td { text-align: left; padding: 0.3rem 0.9rem 0.3rem 0; border-bottom: 1px s
   vertical-align: middle; overflow-wrap: normal; }
 thead th { font-weight: 600; vertical-align: bottom; }
 tbody th { font-weight: 400; }
-.numbers td { font-variant-numeric: tabular-nums; text-align: right; }
+.numbers td { font-variant-numeric: tabular-nums; text-align: right; white-space: nowrap; }
 .numbers thead th:not(:first-child) { text-align: right; }
 td img, th img { margin: 2px 4px 2px 0; vertical-align: middle; border: 1px solid var(--line); }
 img.small { image-rendering: pixelated; }

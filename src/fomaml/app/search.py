@@ -87,10 +87,10 @@ def _range(name: str, bounds: tuple[float, float]) -> tuple[float, float]:
     return low, high
 
 
-def words_of(options: Mapping[str, Any]) -> list[str]:
-    """Options as they are typed, the source first; the folder to write is not among them."""
+def words_of(options: Mapping[str, Any], kind: type = TuneOptions) -> list[str]:
+    """Options as they are typed, the source first; the folder to write is not among them. kind: whose they are."""
     words = [str(options["source"])] if "source" in options else []
-    order = [name for names in headings(TuneOptions).values() for name in names]
+    order = [name for names in headings(kind).values() for name in names]
     for name in sorted(options, key=order.index):
         value = options[name]
         if name in ("source", "out"):
