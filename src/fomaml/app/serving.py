@@ -21,6 +21,7 @@ from fomaml.app.calibrate import CALIBRATION, Known, nearest, read_calibration
 from fomaml.app.group_tasks import scaling_of
 from fomaml.app.hub import Pretrained, check_empty, portable
 from fomaml.app.intakes import intake_of
+from fomaml.app.inventory import PARTS
 from fomaml.app.model_card import card, card_of_run, figures_of
 from fomaml.app.named import named_again
 from fomaml.app.networks import build_model, head_of
@@ -93,14 +94,14 @@ class Run(Pretrained):
     learner: MetaLearner
     intake: Intake
     weights: Weights = "best"
-    hub_files: ClassVar = (CONFIG, rundir.WEIGHTS, RESULT, RESULT_TEXT, METRICS, CALIBRATION, CARD)
+    hub_files: ClassVar = (CONFIG, rundir.WEIGHTS, RESULT, RESULT_TEXT, METRICS, CALIBRATION, PARTS, CARD)
 
     def _write(self, folder: Path) -> None:
         """A run directory of the weights that are loaded; those of another choice are left out."""
         settings = portable(self.settings)
         write_text(folder / CONFIG, to_json(settings))
         save_weights(folder / rundir.WEIGHTS, self.learner, identity(settings))
-        for name in (RESULT_TEXT, METRICS, CALIBRATION):
+        for name in (RESULT_TEXT, METRICS, CALIBRATION, PARTS):
             if (self.path / name).exists():
                 shutil.copy(self.path / name, folder / name)
         if (self.path / RESULT).exists():  # which names the files of one's own code too
@@ -111,8 +112,9 @@ class Run(Pretrained):
             write_text(folder / RESULT, json.dumps(result, indent=2) + "\n")
 
     def _card(self, license: str | None = None) -> str:
-        record = read_record(self.path)
-        return card_of_run(portable(self.settings), record.result, record.calibrations, license)
+        record, parts = read_record(self.path), self.path / PARTS
+        named = json.loads(parts.read_text(encoding="utf-8")) if parts.exists() else {}
+        return card_of_run(portable(self.settings), record.result, record.calibrations, named, license)
 
     @classmethod
     def _read(cls, folder: Path, **options: Any) -> Run:
