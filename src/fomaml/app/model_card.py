@@ -62,6 +62,11 @@ def card(facts: Mapping[str, Any], settings: Settings, license: str | None = Non
         *_origin(settings),
         f"- the weights it started from: SHA-256 {facts['run_weights']}",
     ]
+    if base := facts.get("base"):
+        lines.append(
+            f"- tensors that adaptation left as they were are not in this folder: they are read from the run "
+            f"{said(base['run'])}, whose weights have the digest {base['sha256']}"
+        )
     if calibration:
         lines.append(
             f"- probabilities: temperature {facts['temperature']:.3g}, fitted on {calibration['tasks']} validation "

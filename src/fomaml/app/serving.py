@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from fomaml.app import rundir
+from fomaml.app import changes, rundir
 from fomaml.app.algorithms import ALGORITHMS, ANY_WAYS
 from fomaml.app.build import for_test
 from fomaml.app.calibrate import CALIBRATION, Known, nearest, read_calibration
@@ -28,12 +28,12 @@ from fomaml.app.networks import build_model, head_of
 from fomaml.app.run_record import read_record
 from fomaml.app.rundir import CONFIG, METRICS, RESULT, RESULT_TEXT, weights_file
 from fomaml.app.settings import Settings, Weights, from_json, identity, to_json
-from fomaml.checkpoint import load_weights, save_weights
+from fomaml.checkpoint import fill, save_weights
 from fomaml.choices import check_choice
 from fomaml.data.keys import few
 from fomaml.data.scaling import scaled_by
 from fomaml.errors import InputError, whole
-from fomaml.files import file_digest, load_tensors, write_text
+from fomaml.files import file_digest, load_tensors, save_tensors, write_text
 from fomaml.learning.learner import MetaLearner
 from fomaml.serve import adapted
 from fomaml.serve.export import signature
@@ -68,10 +68,14 @@ class AdaptedModel(adapted.AdaptedModel, Pretrained):
         facts = self.facts | {"run": Path(self.facts["run"]).name}
         dataclasses.replace(self, settings=portable(self.settings), facts=facts)._write_as_it_is(folder)
 
-    def _write_as_it_is(self, folder: Path) -> None:
-        facts = self.record
-        save_weights(folder / WEIGHTS, self.module, facts)
+    def _write_as_it_is(self, folder: Path, change_from: Run | None = None) -> dict[str, Any]:
+        """Returns what model.json holds."""
+        facts, tensors = self.record, self.module.state_dict()
+        if change_from is not None:
+            tensors, facts["base"] = changes.change_from(self.module, change_from.path, change_from.weights)
+        save_tensors(folder / WEIGHTS, tensors, settings=facts)
         write_text(folder / MODEL, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+        return facts
 
     def _card(self, license: str | None = None) -> str:
         return card(self.record, self.settings, license)
@@ -231,16 +235,19 @@ def load_run(run: str | Path, weights: Weights = "best", **options: Any) -> Run:
     return Run(path, settings, learner, intake_of(settings), weights)
 
 
-def save_model(model: AdaptedModel, out: str | Path) -> Path:
+def save_model(model: AdaptedModel, out: str | Path, *, change_from: Run | None = None) -> Path:
     """Write a folder of the adapted model: weights.safetensors, model.json and README.md.
+
+    change_from: the run that it was made of, to keep only the tensors that adaptation has changed; loading then needs
+        the run.
 
     Raises:
         InputError: the folder holds something already, or cannot be made.
     """
     path = Path(out).expanduser()
     check_empty(path)
-    model._write_as_it_is(path)
-    write_text(path / CARD, model._card())
+    facts = model._write_as_it_is(path, change_from)
+    write_text(path / CARD, card(facts, model.settings))
     return path
 
 
@@ -249,16 +256,19 @@ def load_adapted(
     *,
     model: Any = None,
     features_weights: str | None = None,
+    run: str | Path | None = None,
     device: str = "cpu",
     accept_changed_code: bool = False,
 ) -> AdaptedModel:
     """Load a folder that `fomaml adapt` has written.
 
     model: the network's class or function, or its name, where it is code of one's own: nothing is imported because a
-        file says so. features_weights: the file of a frozen network's weights, where it has moved.
+        file says so. features_weights: the file of a frozen network's weights, where it has moved. run: the
+        run, where it has moved, of a model that holds only what differs from it.
 
     Raises:
-        InputError: no such folder, a damaged one; own code that is not named, or has changed.
+        InputError: no such folder, a damaged one; own code that is not named, or has changed; a run that is needed and
+            is not there, or another.
     """
     root = Path(path).expanduser()
     try:
@@ -269,7 +279,11 @@ def load_adapted(
         raise InputError(f"{root / MODEL} is damaged: it holds no JSON") from None
     if not isinstance(facts, dict) or facts.get("format") != FORMAT:
         raise InputError(f"{root / MODEL} is of a format that this version does not read")
-    load_tensors(root / WEIGHTS, settings=facts)  # what has been edited is noticed before it is used
+    # what has been edited is noticed before it is used
+    tensors, _ = load_tensors(root / WEIGHTS, settings=facts)
+    base = facts.get("base")
+    if run is not None and base is None:
+        raise InputError(f"{root} holds the whole model, which needs no run: give no --run")
     recorded = from_json(json.dumps(facts["settings"]), str(root / MODEL))
     settings = named_again(
         recorded, root, model=model, features_weights=features_weights, accept_changed_code=accept_changed_code,
@@ -277,11 +291,13 @@ def load_adapted(
     )  # fmt: skip
     settings = dataclasses.replace(settings, device=device)
     module = _network(dataclasses.replace(settings, model_weights=None), facts["classes"])
-    load_weights(root / WEIGHTS, module, facts)
+    if base is not None:
+        tensors = changes.completed(tensors, module, base, root, run)
+    fill(module, tensors, root / WEIGHTS)
     told = {
         key: value
         for key, value in facts.items()
-        if key not in ("format", "classes", "targets", "temperature", "settings")
+        if key not in ("format", "classes", "targets", "temperature", "settings", "base")
     }
     return AdaptedModel(
         module.eval(), intake_of(settings), facts["classes"], facts["targets"], scaling_of(settings), settings.output,
