@@ -201,7 +201,7 @@ def test_code_of_ones_own_is_not_taken_from_the_hub(strangers, tmp_path, pretend
     run.push_to_hub("me/run")
     for file in (pretend[0] / "me/run").iterdir():
         assert str(tmp_path).encode() not in file.read_bytes()
-    with pytest.raises(InputError, match=r"imported only where it is named again: add --model own\.py:Own"):
+    with pytest.raises(InputError, match=r"imported only where it is named again: add model='own\.py:Own'"):
         fomaml.Run.from_pretrained("me/run")
     again = fomaml.Run.from_pretrained("me/run", model=name)
     assert torch.equal(said_of(again.adapt(own), own), said_of(run.adapt(own), own))

@@ -9,7 +9,7 @@ import pytest
 import fomaml.app
 from characters import settings
 from commands import refused
-from fomaml.app.wording import NAMES, option, spoken
+from fomaml.app.wording import NAMES, in_python, option, spoken
 
 QUICK = "--iterations 2 --meta-batch-size 2 --test-tasks 2 --no-baselines"
 ARGUMENT = re.compile(r"(?<![\w-])[a-z_]+=\S|\w\((?!\w*\))")  # `name=value`, `call(arguments`
@@ -94,6 +94,20 @@ def test_a_wrong_command_is_answered_in_options(command, images, tmp_path, capsy
 )  # fmt: skip
 def test_arguments_become_options(message, expected):
     assert spoken(message) == expected == spoken(expected)
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("named again: add --model own.py:Net", "named again: add model='own.py:Net'"),
+        ("add --loss losses.burgers:residual", "add loss='losses.burgers:residual'"),
+        ("or give --accept-changed-code", "or give accept_changed_code=True"),
+        ("give --model FILE.py:NAME, or another", "give model='FILE.py:NAME', or another"),
+        ("/a--model/b is damaged", "/a--model/b is damaged"),
+    ],
+)  # fmt: skip
+def test_options_become_arguments(message, expected):
+    assert in_python(message) == expected == in_python(expected)
 
 
 def raised():

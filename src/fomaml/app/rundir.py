@@ -26,6 +26,7 @@ from fomaml.app.named import named_again, with_metrics
 from fomaml.app.networks import build_model
 from fomaml.app.settings import Better, Settings, from_json, identity
 from fomaml.app.settle import check_classless
+from fomaml.app.sources import source_of
 from fomaml.checkpoint import load_weights
 from fomaml.errors import InputError
 from fomaml.files import write_text
@@ -141,6 +142,8 @@ def load_run(
     )  # fmt: skip
     trained = with_metrics(trained, run, metric, metric_direction, accept_changed_code)
     settings = dataclasses.replace(trained, **{k: v for k, v in changes.items() if v is not None})
+    if settings.ways != trained.ways and source_of(trained).kind == "regression":
+        raise InputError(f"the run in {run} predicts numbers, of which there are no ways: give no --ways")
     if settings.ways != trained.ways and not ALGORITHMS[trained.algorithm].any_ways:
         raise InputError(
             f"the run in {run} learned a head for {trained.ways} ways, got --ways {settings.ways}; only a head made "

@@ -10,7 +10,7 @@ from fomaml.app import calibrate as calibrating
 from fomaml.app import rundir
 from fomaml.app.report import align
 from fomaml.app.serve_options import AdaptOptions, CalibrateOptions, ExportOptions, PredictOptions
-from fomaml.app.serving import MODEL, load_adapted, load_run, save_model
+from fomaml.app.serving import MODEL, open_adapted, open_run, save_model
 from fomaml.errors import InputError, positive
 from fomaml.serve.adapted import Predictions
 from fomaml.serve.export import SUFFIXES, export
@@ -19,7 +19,7 @@ WIDE = 6  # the classes whose probabilities fit beside each other
 
 
 def run_adapt(options: AdaptOptions) -> None:
-    run = load_run(
+    run = open_run(
         options.run, options.weights, model=options.model, loss=options.loss, device=options.device,
         accept_changed_code=options.accept_changed_code,
     )  # fmt: skip
@@ -61,7 +61,7 @@ def steps_of(text: str | None) -> Any:
 def run_predict(options: PredictOptions) -> None:
     if options.json and options.csv:
         raise InputError("--json and --csv are two ways to print: give one of them")
-    model = load_adapted(
+    model = open_adapted(
         options.model_folder, model=options.model, run=options.moved_run, device=options.device,
         accept_changed_code=options.accept_changed_code,
     )  # fmt: skip
@@ -109,7 +109,7 @@ def run_calibrate(options: CalibrateOptions) -> None:
 
 
 def run_export(options: ExportOptions) -> None:
-    model = load_adapted(
+    model = open_adapted(
         options.model_folder,
         model=options.model,
         run=options.moved_run,
@@ -136,7 +136,7 @@ def evaluate_adapted(path: Path, query: Path | None, as_json: bool, **options: A
         raise InputError(
             f"{path} holds an adapted model: give the labelled inputs to judge it on, --query PATH"
         )
-    found = load_adapted(path, **options).score(query)
+    found = open_adapted(path, **options).score(query)
     mean, interval = found.value
     scale, unit = (100, " %") if found.metric == "accuracy" else (1, "")
     if as_json:

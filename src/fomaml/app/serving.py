@@ -28,6 +28,7 @@ from fomaml.app.networks import build_model, head_of
 from fomaml.app.run_record import read_record
 from fomaml.app.rundir import CONFIG, METRICS, RESULT, RESULT_TEXT, weights_file
 from fomaml.app.settings import Settings, Weights, from_json, identity, to_json
+from fomaml.app.wording import in_words_of_python
 from fomaml.checkpoint import fill, save_weights
 from fomaml.choices import check_choice
 from fomaml.data.keys import few
@@ -221,6 +222,7 @@ class Run(Pretrained):
         return whole("steps", steps)
 
 
+@in_words_of_python
 def load_run(run: str | Path, weights: Weights = "best", **options: Any) -> Run:
     """Load a run directory: its learner, its settings, and how it reads its inputs.
 
@@ -230,6 +232,11 @@ def load_run(run: str | Path, weights: Weights = "best", **options: Any) -> Run:
     Raises:
         InputError: no finished run, or a damaged one; own code that is not named, or has changed.
     """
+    return open_run(run, weights, **options)
+
+
+def open_run(run: str | Path, weights: Weights = "best", **options: Any) -> Run:
+    """`load_run`, whose errors speak of options."""
     path = Path(run).expanduser()
     settings, learner = rundir.load_run(path, weights, **options)
     return Run(path, settings, learner, intake_of(settings), weights)
@@ -251,7 +258,22 @@ def save_model(model: AdaptedModel, out: str | Path, *, change_from: Run | None 
     return path
 
 
-def load_adapted(
+@in_words_of_python
+def load_adapted(path: str | Path, **options: Any) -> AdaptedModel:
+    """Load a folder that `fomaml adapt` has written.
+
+    options: `model=`, the network's class or function, or its name, where it is code of one's own: nothing is imported
+    because a file says so; `features_weights=`, the file of a frozen network's weights, where it has moved; `run=`, the
+    run, where it has moved, of a model that holds only what differs from it; `device=`; `accept_changed_code=`.
+
+    Raises:
+        InputError: no such folder, a damaged one; own code that is not named, or has changed; a run that is needed and
+            is not there, or another.
+    """
+    return open_adapted(path, **options)
+
+
+def open_adapted(
     path: str | Path,
     *,
     model: Any = None,
@@ -260,16 +282,7 @@ def load_adapted(
     device: str = "cpu",
     accept_changed_code: bool = False,
 ) -> AdaptedModel:
-    """Load a folder that `fomaml adapt` has written.
-
-    model: the network's class or function, or its name, where it is code of one's own: nothing is imported because a
-        file says so. features_weights: the file of a frozen network's weights, where it has moved. run: the
-        run, where it has moved, of a model that holds only what differs from it.
-
-    Raises:
-        InputError: no such folder, a damaged one; own code that is not named, or has changed; a run that is needed and
-            is not there, or another.
-    """
+    """`load_adapted`, whose errors speak of options."""
     root = Path(path).expanduser()
     try:
         facts = json.loads((root / MODEL).read_text(encoding="utf-8"))

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
+from typing import ParamSpec, TypeVar
 
 from fomaml.app.settings import Settings
+from fomaml.errors import InputError
 
+P = ParamSpec("P")
+T = TypeVar("T")
 NAMES = [field.name for field in dataclasses.fields(Settings)]
 _ANY = "|".join(sorted(NAMES, key=len, reverse=True))
 _LONG = "|".join(sorted((name for name in NAMES if "_" in name), key=len, reverse=True))
@@ -50,6 +55,33 @@ def spoken(message: str) -> str:
     for pattern, words in PHRASES:
         message = re.sub(pattern, partial(_typed, words), message)
     return message
+
+
+def in_python(message: str) -> str:
+    """A message about options for who calls a function: `--model own.py:Net` becomes `model='own.py:Net'`."""
+
+    def argument(found: re.Match) -> str:
+        name, value = found[1].replace("-", "_"), found[2]
+        if name == "accept_changed_code":
+            return f"{name}=True"
+        return f"{name}={value.strip()!r}" if value else f"{name}="
+
+    return re.sub(
+        r"(?<![\w-])--([a-z][a-z-]*[a-z])( (?:[^\s,;:]+\.py|[\w.]+):\w+| (?:FILE|RUN)\b)?", argument, message
+    )
+
+
+def in_words_of_python(function: Callable[P, T]) -> Callable[P, T]:
+    """The function, whose errors are told by `in_python`."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return function(*args, **kwargs)
+        except InputError as error:
+            raise InputError(in_python(str(error))) from error
+
+    return call
 
 
 def with_shares(message: str, shares: tuple[float, ...] | None, phrases: Iterable[tuple[str, str]]) -> str:
