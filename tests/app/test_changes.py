@@ -73,7 +73,7 @@ def test_the_run_is_found_where_it_has_moved(anil, strangers, tmp_path, monkeypa
     (tmp_path / "run").rename(tmp_path / "moved")
     said = refused(capsys, ["predict", tmp_path / "model", own])
     assert said.endswith("run, which is not there: bring it back, or say where it is by now, --run RUN")
-    with pytest.raises(InputError, match="say where it is by now, run='RUN'$"):
+    with pytest.raises(InputError, match=r"say where it is by now, run='RUN'$"):
         fomaml.load_adapted(tmp_path / "model")
     moved = fomaml.load_adapted(tmp_path / "model", run=tmp_path / "moved")
     assert torch.equal(moved.predict(own).probabilities, expected)
