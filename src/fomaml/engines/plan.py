@@ -37,7 +37,7 @@ from fomaml.engines.probes import explain, flops, is_convolutional, takers, try_
 from fomaml.errors import InputError, not_negative, positive
 from fomaml.learning.adapt import ordinary_modes
 from fomaml.learning.learner import MetaLearner
-from fomaml.learning.turns import in_turn
+from fomaml.learning.turns import turn_of
 from fomaml.tasks import Batch, Task, as_batch, chunks, count, count_of, device_of, one, shape_of
 from fomaml.trees import Tree, leaves
 
@@ -195,15 +195,14 @@ class Plan:
     def tasks_at_once(self) -> int:
         return self.choice.tasks_at_once
 
-    @in_turn
     def __call__(self, tasks: Batch) -> MetaGradient:
         """The gradient of the meta-loss, averaged over a batch of tasks; see `meta_gradient`."""
-        if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
-            return self._compute(self._looked_at(tasks))
-        with ordinary_modes():
-            return self._compute(self._looked_at(tasks))
+        with turn_of(self.learner.model):
+            if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+                return self._compute(self._looked_at(tasks))
+            with ordinary_modes():
+                return self._compute(self._looked_at(tasks))
 
-    @in_turn
     def curve(
         self,
         tasks: Batch,
@@ -217,7 +216,7 @@ class Plan:
         measured: True for the outputs of a learner with a `loss` too, see `Problem`; or a function (the model at φ,
             query examples) → a number, whose values (tasks,) are given in place of outputs, task by task.
         """
-        with ordinary_modes():
+        with turn_of(self.learner.model), ordinary_modes():
             return self._curve(self._looked_at(tasks), points, measured)
 
     def _curve(
@@ -350,7 +349,6 @@ def check_weights(given: TaskWeights) -> None:
         check_choice("task_weights", given, ("equal", "examples"))
 
 
-@in_turn
 def plan(
     learner: MetaLearner,
     tasks: Batch,
@@ -380,7 +378,7 @@ def plan(
         InputError: an unknown engine, or tasks_at_once that is no positive whole number.
     """
     check_weights(task_weights)
-    with ordinary_modes():
+    with turn_of(learner.model), ordinary_modes():
         tasks = as_batch(tasks, learner.model)
         own = choice(learner, tasks, engine, tasks_at_once, compile)
         return Plan(learner, own, compile, autocast, task_weights)

@@ -13,12 +13,11 @@ from fomaml.engines.common import Measure, MetaGradient
 from fomaml.engines.plan import Choice, Plan, TaskWeights, check_weights, choice
 from fomaml.learning.adapt import ordinary_modes
 from fomaml.learning.learner import MetaLearner
-from fomaml.learning.turns import in_turn
+from fomaml.learning.turns import turn_of
 from fomaml.tasks import Batch, Task, as_batch, shape_of
 from fomaml.trees import Tree
 
 
-@in_turn
 def meta_gradient(
     learner: MetaLearner,
     tasks: Batch,
@@ -39,7 +38,7 @@ def meta_gradient(
             the number of classes.
     """
     check_weights(task_weights)
-    with ordinary_modes():
+    with turn_of(learner.model), ordinary_modes():
         tasks = as_batch(tasks, learner.model)
         known, key = _known(learner, tasks, engine, tasks_at_once, compile, autocast)
         kept = known.get(key)
@@ -70,7 +69,6 @@ def curve(
     return curve_at(learner, tasks, [(steps, statistics) for steps in at_steps], engine, tasks_at_once)
 
 
-@in_turn
 def curve_at(
     learner: MetaLearner,
     tasks: Batch,
@@ -83,7 +81,7 @@ def curve_at(
 
     measured: see `Plan.curve`.
     """
-    with ordinary_modes():
+    with turn_of(learner.model), ordinary_modes():
         tasks = as_batch(tasks, learner.model)
         known, key = _known(learner, tasks, engine, tasks_at_once)
         own = Plan(learner, known.get(key) or choice(learner, tasks, engine, tasks_at_once, compile=False))

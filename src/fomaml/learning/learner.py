@@ -38,7 +38,7 @@ from fomaml.learning.moments import SecondMoments
 from fomaml.learning.objectives import QueryLoss
 from fomaml.learning.problem import Problem
 from fomaml.learning.replica import original
-from fomaml.learning.turns import in_turn
+from fomaml.learning.turns import turn_of
 from fomaml.models import BatchNorm, Seen, normalising, refuse_native, warn_of_unmoved
 from fomaml.tasks import Batch, Examples, Task, as_batch, as_examples, count, one
 from fomaml.trees import call, mapped
@@ -183,12 +183,12 @@ class MetaLearner(nn.Module):
                 "use SGD inside, or first_order=True"
             )
 
-    @in_turn
     def meta_parameters(self) -> dict[str, nn.Parameter]:
         """What the outer loop learns: the model's parameters by name, learned rates as "inner_lr.NAME", and those of a
         criterion or loss that is a module as "criterion.NAME" or "loss.NAME".
         """
-        own = dict(self.model.named_parameters())
+        with turn_of(self.model):
+            own = dict(self.model.named_parameters())
         learned = {f"inner_lr.{name}": rate for name, rate in self.inner_lr.learned().items()}
         kind = "criterion" if self.loss is None else "loss"
         judge = module_of(getattr(self, kind))
@@ -199,23 +199,22 @@ class MetaLearner(nn.Module):
                     learned[f"{kind}.{name}"] = parameter
         return {name: own[name] for name in self.meta_learned} | learned
 
-    @in_turn
     def forward(self, tasks: Batch) -> Tensor:
         """The meta-loss of a batch of tasks, a scalar to call `backward()` on, one task after the other.
 
         tasks: tensors of shape (tasks, examples, ...), or a list of single tasks. `fomaml.meta_gradient` computes the
         same gradient with less memory and, mostly, faster.
         """
-        tasks = as_batch(tasks, self.model)
-        number = count(tasks)
-        first = one(tasks, 0).map(torch.clone)
-        problems = (Problem(self, one(tasks, index)) for index in range(number))
-        outcomes = (self.objective(checked(problem)) for problem in problems)
-        total = reduce(torch.add, (outcome.scalar for outcome in outcomes)) / number
-        refuse_written(first, one(tasks, 0))
-        return total
+        with turn_of(self.model):
+            tasks = as_batch(tasks, self.model)
+            number = count(tasks)
+            first = one(tasks, 0).map(torch.clone)
+            problems = (Problem(self, one(tasks, index)) for index in range(number))
+            outcomes = (self.objective(checked(problem)) for problem in problems)
+            total = reduce(torch.add, (outcome.scalar for outcome in outcomes)) / number
+            refuse_written(first, one(tasks, 0))
+            return total
 
-    @in_turn
     def adapt(self, support: Examples, steps: int | None = None, statistics: Statistics = "own") -> nn.Module:
         """Adapt to one task; returns an ordinary, independent module in the model's own mode.
 
@@ -236,7 +235,7 @@ class MetaLearner(nn.Module):
         check_choice("statistics of an adapted module", statistics, ("own", "support"))
         steps = self.inner_steps if steps is None else whole("steps", steps)
         warn_of_unmoved(self.model)
-        with ordinary_modes():
+        with turn_of(self.model), ordinary_modes():
             given = as_examples(support, self.model)
             support = mapped(torch.clone, given)
             problem = checked(Problem(self, Task(support, support), evaluating=True))
@@ -261,38 +260,38 @@ class MetaLearner(nn.Module):
         """Whether a `BatchNorm` of the model has the policy "support"."""
         return any(m.policy == "support" for m in self.model.modules() if isinstance(m, BatchNorm))
 
-    @in_turn
     @torch.no_grad()
     def update_statistics(self, tasks: Batch, momentum: float = 0.1) -> None:
         """Move the running statistics of "running" and "per-step" `BatchNorm` layers towards those of the
         batches that the first of `tasks` meets on its way from θ to φ_K; the outer loop calls it once a step.
         """
-        layers = [m for m in self.model.modules() if isinstance(m, BatchNorm)]
-        if not any(layer.policy in ("running", "per-step") for layer in layers):
-            return
-        problem = Problem(self, one(as_batch(tasks, self.model), 0))
-        seen: list[Seen] = []
-        with normalising(record=seen):
-            adapted = problem.start
-            for adapted, _ in islice(problem.path(first_order=True), self.inner_steps):
-                pass
-            problem.query(adapted)
-        for layer, step, mean, variance in seen:
-            original(layer).update(step, mean, variance, momentum)
+        with turn_of(self.model):
+            layers = [m for m in self.model.modules() if isinstance(m, BatchNorm)]
+            if not any(layer.policy in ("running", "per-step") for layer in layers):
+                return
+            problem = Problem(self, one(as_batch(tasks, self.model), 0))
+            seen: list[Seen] = []
+            with normalising(record=seen):
+                adapted = problem.start
+                for adapted, _ in islice(problem.path(first_order=True), self.inner_steps):
+                    pass
+                problem.query(adapted)
+            for layer, step, mean, variance in seen:
+                original(layer).update(step, mean, variance, momentum)
 
-    @in_turn
     @torch.no_grad()
     def carry_moments(self, tasks: Batch) -> None:
         """Keep, for the next tasks, the second moments with which a carried `Adam` ends the first of `tasks`; the outer
         loop calls it before each of its steps.
         """
-        if not self.moments.names:
-            return
-        problem = Problem(self, one(as_batch(tasks, self.model), 0))
-        state = self.moments.state(problem.start)
-        for _ in islice(problem.path(first_order=True, state=state), self.inner_steps):
-            pass
-        self.moments.keep(state)
+        with turn_of(self.model):
+            if not self.moments.names:
+                return
+            problem = Problem(self, one(as_batch(tasks, self.model), 0))
+            state = self.moments.state(problem.start)
+            for _ in islice(problem.path(first_order=True, state=state), self.inner_steps):
+                pass
+            self.moments.keep(state)
 
 
 def checked(problem: Problem) -> Problem:
