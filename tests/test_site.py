@@ -17,7 +17,7 @@ from pages import ROOT, read
 
 DOCS = ROOT / "docs"
 REFERENCE = "".join(path.read_text(encoding="utf-8") for path in sorted(DOCS.glob("reference/*.rst")))
-# What is behind these is no interface: a package with an `__all__` speaks for its modules, and so does the command line.
+# What is behind these is no interface: a package with an `__all__` speaks for its modules; so does the command line.
 INTERNAL = (
     "fomaml.engines.",
     "fomaml.app",
