@@ -33,6 +33,15 @@ def load_weights(path: str | Path, module: nn.Module, settings: Mapping[str, Any
             module's.
     """
     tensors, _ = load_tensors(path, settings=settings)
+    return fill(module, tensors, path)
+
+
+def fill(module: nn.Module, tensors: Mapping[str, Tensor], path: str | Path) -> nn.Module:
+    """Set a module's parameters and buffers, in place; returns it. path: where they were read, for the message.
+
+    Raises:
+        InputError: names or shapes that are not the module's.
+    """
     try:
         module.load_state_dict(tensors)
     except RuntimeError as error:

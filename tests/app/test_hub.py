@@ -142,6 +142,8 @@ def test_the_card_says_what_the_files_say(name, run_of, strangers, tmp_path):
             assert f"| {scale * row['mean']:.{1 if scale == 100 else 3}f} ± " in card.text
         assert "No baselines were measured" in card.text and "## Limits" in card.text
         assert "transductive: the query" not in card.text
+    assert "- classes or groups: " in cards["run"].text
+    assert (tmp_path / "run" / "parts.json").read_bytes() == (run_of(name) / "parts.json").read_bytes()
     # the card of `fomaml adapt` is the same one
     from fomaml.app.serving import save_model
 
@@ -157,7 +159,7 @@ def test_the_card_has_the_baselines(tmp_path):
     words = [word for name, value in small.items() for word in (f"--{name}", str(value))]
     main(["train", "sinusoid", "--test-steps", "0", "1", *words, "--out", str(tmp_path / "run")])
     record = read_record(tmp_path / "run")
-    told = card_of_run(record.settings, record.result, record.calibrations)
+    told = card_of_run(record.settings, record.result, record.calibrations, {})
     assert len(record.result["differences"]) > 2
     for row in record.result["differences"]:
         assert row["to"] in told and f"| {row['mean']:.3f} ± {row['interval']:.3f} |" in told

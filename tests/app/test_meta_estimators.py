@@ -51,22 +51,37 @@ def sides():
     return inputs, np.where(signs * inputs[:, 0] > 0, "on", "off")
 
 
+def waves():
+    """Tasks that differ in a phase, of which a few rows tell something."""
+    random = np.random.default_rng(7)
+    groups = np.repeat([f"task {number:02}" for number in range(24)], 20)
+    phases = np.repeat(random.uniform(0, 3, 24), 20)
+    inputs = random.uniform(-3, 3, (480, 1))
+    return inputs, 100 * np.sin(inputs[:, 0] + phases), groups
+
+
 def test_regression_of_a_new_task_from_a_few_rows():
-    inputs, targets = lines()
-    old = GROUPS < "task 08"
-    model = Regressor(inner_lr=0.01, iterations=400, random_state=0).fit(
-        inputs[old], targets[old], groups=GROUPS[old]
-    )
-    alone = Regressor(inner_lr=0.01, iterations=400, random_state=0).fit(inputs[old], targets[old])
+    """With the settings as they are by default, which were chosen on other tasks."""
+    inputs, targets, groups = waves()
+    old = groups < "task 16"
+    model = Regressor(random_state=0).fit(inputs[old], targets[old], groups=groups[old])
+    alone = Regressor(iterations=100, random_state=0).fit(inputs[old], targets[old])
     scores, without = [], []
-    for name in np.unique(GROUPS[~old]):
-        own_inputs, own = inputs[name == GROUPS], targets[name == GROUPS]
+    for name in np.unique(groups[~old]):
+        own_inputs, own = inputs[name == groups], targets[name == groups]
         scores.append(model.adapt(own_inputs[:5], own[:5]).score(own_inputs[5:], own[5:]))
         without.append(alone.adapt(own_inputs[:5], own[:5]).score(own_inputs[5:], own[5:]))
-    assert np.mean(scores) > 0.8
-    assert (
-        np.mean(scores) > np.mean(without) + 0.1
-    )  # tasks of all rows teach nothing of what differs between tasks
+    assert np.median(scores) > 0.8
+    # tasks of all rows teach nothing of what differs between tasks
+    assert np.median(scores) > np.median(without) + 0.1
+
+
+def test_both_orders_are_there():
+    for kind, data, usual in ((Classifier, sides, True), (Regressor, lines, False)):
+        inputs, targets = data()
+        for asked in (None, True, False):
+            model = kind(**QUICK | {"iterations": 2}, first_order=asked).fit(inputs, targets, groups=GROUPS)
+            assert model.learner_.first_order == (usual if asked is None else asked)
 
 
 def test_classification_of_a_new_task_from_a_few_rows():

@@ -244,3 +244,12 @@ def test_files_that_are_there_are_kept(data, tmp_path, capsys):
     out = ["--out", str(tmp_path / "out")]
     shown(data, "sinusoid", capsys, *out)
     assert "already holds data.json; give another --out" in refused(capsys, ["data", "sinusoid", *out])
+
+
+def test_a_task_of_many_classes_is_one_short_line(tmp_path, capsys):
+    rows = [f"t{task},{row},c{row % 40 if task else row % 5}" for task in range(8) for row in range(60)]
+    (tmp_path / "own.csv").write_text("\n".join(["task,x,y", *rows]) + "\n")
+    main(["data", f"table:{tmp_path}/own.csv", "--task", "task", "--target", "y", "--features", "x"])
+    said = capsys.readouterr().out
+    assert " t1: 60 (40 of 40 classes, of 1 to 2)\n" in said
+    assert " t0: 60 (5 of 40 classes, of 12 to 12)\n" in said

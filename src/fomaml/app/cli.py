@@ -155,6 +155,8 @@ def _evaluate(options: EvaluateOptions) -> None:
     if is_adapted(options.run):
         _evaluate_adapted(options)
         return
+    if options.moved_run is not None:
+        raise InputError(f"--run is of an adapted model, and {options.run} is a run: give no --run")
     if options.query is not None:
         raise InputError(
             f"--query judges an adapted model, and {options.run} is a run: fomaml adapt makes one of it"
@@ -214,7 +216,13 @@ def _evaluate(options: EvaluateOptions) -> None:
 
 def _evaluate_adapted(options: EvaluateOptions) -> None:
     asked = given(options)
-    kept = {name: asked.pop(name) for name in ("model", "device", "accept_changed_code") if name in asked}
+    names = {
+        "model": "model",
+        "moved_run": "run",
+        "device": "device",
+        "accept_changed_code": "accept_changed_code",
+    }
+    kept = {names[name]: asked.pop(name) for name in names if name in asked}
     path, query, as_json = asked.pop("run"), asked.pop("query", None), asked.pop("json", False)
     if asked:
         raise InputError(f"{path} holds an adapted model, which takes no {typed(next(iter(asked)))}")

@@ -75,6 +75,11 @@ class EvaluateOptions:
     query: Path | None = option(
         "the labelled inputs to judge an adapted model on, as `fomaml adapt --support`"
     )
+    moved_run: Path | None = option(
+        "the run, where it has moved, of an adapted model that holds only what differs from it",
+        metavar="RUN",
+        name="run",
+    )
     model: str | None = option(
         "the run's model again, where it is your own: nothing is imported unless you name it"
     )

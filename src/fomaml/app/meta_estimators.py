@@ -1,4 +1,4 @@
-"""Estimators of scikit-learn that meta-train: `fit(X, y, groups=task)` learns how tasks are learned, by FOMAML."""
+"""Estimators of scikit-learn that meta-train: `fit(X, y, groups=task)` learns how tasks are learned."""
 
 from __future__ import annotations
 
@@ -48,6 +48,7 @@ class _Meta(BaseEstimator):
         meta_batch_size: int = 4,
         shots: int | None = None,
         query_shots: int | None = None,
+        first_order: bool | None = None,
         random_state: Any = None,
     ):
         self.hidden = hidden
@@ -58,6 +59,7 @@ class _Meta(BaseEstimator):
         self.meta_batch_size = meta_batch_size
         self.shots = shots
         self.query_shots = query_shots
+        self.first_order = first_order
         self.random_state = random_state
 
     def _meta_train(self, X: np.ndarray, y: Any, groups: Any, classes: list[str] | None) -> None:
@@ -83,7 +85,9 @@ class _Meta(BaseEstimator):
         targets = scaling.targets.get("")
         model = _Standardised(network, scaling.inputs[""], targets)
         criterion = F.cross_entropy if targets is None else _StandardisedError(targets)
-        learner = FOMAML(model, self.inner_lr, self.inner_steps, criterion)
+        # of squared errors first order overshoots on some new tasks, a hundred times their variance and more
+        first_order = targets is None if self.first_order is None else bool(self.first_order)
+        learner = FOMAML(model, self.inner_lr, self.inner_steps, criterion, first_order=first_order)
         iterations = positive("iterations", self.iterations, integer=True)
         optimizer = torch.optim.Adam(learner.parameters(), lr=positive("meta_lr", self.meta_lr))
         records = train(
@@ -148,6 +152,8 @@ class MetaClassifier(ClassifierMixin, _Meta):
     shots, query_shots : int, default=None
         Rows of each class that a task adapts to, and is judged by. By default half of the smallest class of a group, at
         most 5; and as many.
+    first_order : bool, default=None
+        Whether to leave out second derivatives: by default yes, by FOMAML.
     random_state : int, RandomState instance or None, default=None
         Decides the weights that training starts from, and the tasks.
 
@@ -212,7 +218,7 @@ class MetaClassifier(ClassifierMixin, _Meta):
 
 
 class MetaRegressor(RegressorMixin, _Meta):
-    """A multi-layer perceptron that `fit` meta-trains by FOMAML, so that a few rows of a new task suffice.
+    """A multi-layer perceptron that `fit` meta-trains by MAML, so that a few rows of a new task suffice.
 
     Tasks are groups of rows; without groups they are random rows of all. `predict` is of the network adapted to all
     rows of `fit`; `adapt` gives an estimator of a new task.
@@ -227,6 +233,8 @@ class MetaRegressor(RegressorMixin, _Meta):
         Of the outer loop: Adam's step size, which ends at 0 along a cosine; its steps, and the tasks of each.
     shots, query_shots : int, default=None
         Rows that a task adapts to, and is judged by. By default half of the smallest group, at most 10; and as many.
+    first_order : bool, default=None
+        Whether to leave out second derivatives: by default no, as the squared error needs them.
     random_state : int, RandomState instance or None, default=None
         Decides the weights that training starts from, and the tasks.
 

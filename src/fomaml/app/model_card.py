@@ -62,6 +62,11 @@ def card(facts: Mapping[str, Any], settings: Settings, license: str | None = Non
         *_origin(settings),
         f"- the weights it started from: SHA-256 {facts['run_weights']}",
     ]
+    if base := facts.get("base"):
+        lines.append(
+            f"- tensors that adaptation left as they were are not in this folder: they are read from the run "
+            f"{said(base['run'])}, whose weights have the digest {base['sha256']}"
+        )
     if calibration:
         lines.append(
             f"- probabilities: temperature {facts['temperature']:.3g}, fitted on {calibration['tasks']} validation "
@@ -87,9 +92,13 @@ def card(facts: Mapping[str, Any], settings: Settings, license: str | None = Non
 
 
 def card_of_run(
-    settings: Settings, result: Mapping[str, Any] | None, known: Sequence[Known], license: str | None = None
+    settings: Settings,
+    result: Mapping[str, Any] | None,
+    known: Sequence[Known],
+    parts: Mapping[str, Sequence[str]],
+    license: str | None = None,
 ) -> str:
-    """The card of a run, in markdown. result: of result.json. known: its calibrations."""
+    """The card of a run, in markdown. result: of result.json. known: its calibrations. parts: of parts.json."""
     figures = None if result is None else figures_of(result)
     title = ALGORITHMS[settings.algorithm].title
     lines = [
@@ -113,14 +122,12 @@ def card_of_run(
         "",
         *_origin(settings),
     ]
-    if facts := settings.facts:
-        split = {part: len(facts["split"][part]) for part in ("train", "validation", "test")} if (
-            isinstance(facts.get("split"), dict)
-        ) else {}  # fmt: skip
-        if split:
-            lines.append(f"- tasks: {', '.join(f'{number} of {part}' for part, number in split.items())}")
-        if facts.get("targets"):
-            lines.append(f"- targets: {_listed(facts['targets'])}")
+    if parts:
+        lines.append(
+            f"- classes or groups: {', '.join(f'{len(names)} of {part}' for part, names in parts.items())}"
+        )
+    if settings.facts and settings.facts.get("targets"):
+        lines.append(f"- targets: {_listed(settings.facts['targets'])}")
     lines += ["", "Trained by", "", "```sh", command(settings), "```", "", "## Figures", ""]
     lines += _figures(figures)
     if known:

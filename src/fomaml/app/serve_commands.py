@@ -24,7 +24,7 @@ def run_adapt(options: AdaptOptions) -> None:
         accept_changed_code=options.accept_changed_code,
     )  # fmt: skip
     model = run.adapt(options.support, steps=steps_of(options.steps), statistics=options.statistics)
-    out = save_model(model, options.out)
+    out = save_model(model, options.out, change_from=run if options.change_only else None)
     support = model.facts["support"]
     learned = (
         f"{len(model.classes)} classes, {', '.join(model.classes)}"
@@ -34,6 +34,8 @@ def run_adapt(options: AdaptOptions) -> None:
     print(f"adapted to {support['examples']} examples in {model.facts['steps']} steps: {learned}")
     if model.classes is not None:
         print(told(model.facts["calibration"], model.temperature, options.run))
+    if options.change_only:
+        print(f"only what has changed is kept: the model needs {options.run} where it is used")
     print(f"saved in {out}\n\nfomaml predict {out} INPUT")
 
 
@@ -60,7 +62,7 @@ def run_predict(options: PredictOptions) -> None:
     if options.json and options.csv:
         raise InputError("--json and --csv are two ways to print: give one of them")
     model = open_adapted(
-        options.model_folder, model=options.model, device=options.device,
+        options.model_folder, model=options.model, run=options.moved_run, device=options.device,
         accept_changed_code=options.accept_changed_code,
     )  # fmt: skip
     inputs: Any = list(options.inputs) if len(options.inputs) > 1 else options.inputs[0]
@@ -108,7 +110,10 @@ def run_calibrate(options: CalibrateOptions) -> None:
 
 def run_export(options: ExportOptions) -> None:
     model = open_adapted(
-        options.model_folder, model=options.model, accept_changed_code=options.accept_changed_code
+        options.model_folder,
+        model=options.model,
+        run=options.moved_run,
+        accept_changed_code=options.accept_changed_code,
     )
     out = options.out or options.model_folder / f"model{SUFFIXES[options.to]}"
     apart = export(model, options.to, out)

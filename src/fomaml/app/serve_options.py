@@ -14,6 +14,7 @@ from fomaml.serve.export import Form
 RUN = "the directory of a finished run"
 OWN_MODEL = "the model again, where it is code of your own: FILE.py:NAME or package.module:NAME"
 CHANGED = "take code of your own that is not what the run was made with"
+MOVED_RUN = "the run, where it has moved, of a model that holds only what differs from it"
 DEVICE = "cpu (default), cuda, cuda:N or mps"
 
 
@@ -42,6 +43,10 @@ class AdaptOptions:
         "default), or own (the inputs that are judged together)",
         "support",
     )
+    change_only: bool = option(
+        "keep only the tensors that adaptation has changed: the model then needs the run where it is used",
+        False,
+    )
     weights: Weights = option("best by validation (default), or last", "best")
     model: str | None = option(OWN_MODEL)
     loss: str | None = option("the loss again, where it is code of your own")
@@ -63,6 +68,7 @@ class PredictOptions:
     )
     json: bool = option("print one JSON object a line", False)
     csv: bool = option("print comma-separated values", False)
+    moved_run: Path | None = option(MOVED_RUN, metavar="RUN", name="run")
     model: str | None = option(OWN_MODEL)
     accept_changed_code: bool = option(CHANGED, False)
     device: str = option(DEVICE, "cpu")
@@ -84,6 +90,7 @@ class ExportOptions:
         dataclasses.MISSING,
     )
     out: Path | None = option("the file to write; default: MODEL/model with the form's suffix")
+    moved_run: Path | None = option(MOVED_RUN, metavar="RUN", name="run")
     model: str | None = option(OWN_MODEL)
     accept_changed_code: bool = option(CHANGED, False)
 

@@ -14,13 +14,14 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from fomaml.app import rundir
+from fomaml.app import changes, rundir
 from fomaml.app.algorithms import ALGORITHMS, ANY_WAYS
 from fomaml.app.build import for_test
 from fomaml.app.calibrate import CALIBRATION, Known, nearest, read_calibration
 from fomaml.app.group_tasks import scaling_of
 from fomaml.app.hub import Pretrained, check_empty, portable
 from fomaml.app.intakes import intake_of
+from fomaml.app.inventory import PARTS
 from fomaml.app.model_card import card, card_of_run, figures_of
 from fomaml.app.named import named_again
 from fomaml.app.networks import build_model, head_of
@@ -28,12 +29,12 @@ from fomaml.app.run_record import read_record
 from fomaml.app.rundir import CONFIG, METRICS, RESULT, RESULT_TEXT, weights_file
 from fomaml.app.settings import Settings, Weights, from_json, identity, to_json
 from fomaml.app.wording import in_words_of_python
-from fomaml.checkpoint import load_weights, save_weights
+from fomaml.checkpoint import fill, save_weights
 from fomaml.choices import check_choice
 from fomaml.data.keys import few
 from fomaml.data.scaling import scaled_by
 from fomaml.errors import InputError, whole
-from fomaml.files import file_digest, load_tensors, write_text
+from fomaml.files import file_digest, load_tensors, save_tensors, write_text
 from fomaml.learning.learner import MetaLearner
 from fomaml.serve import adapted
 from fomaml.serve.export import signature
@@ -68,10 +69,14 @@ class AdaptedModel(adapted.AdaptedModel, Pretrained):
         facts = self.facts | {"run": Path(self.facts["run"]).name}
         dataclasses.replace(self, settings=portable(self.settings), facts=facts)._write_as_it_is(folder)
 
-    def _write_as_it_is(self, folder: Path) -> None:
-        facts = self.record
-        save_weights(folder / WEIGHTS, self.module, facts)
+    def _write_as_it_is(self, folder: Path, change_from: Run | None = None) -> dict[str, Any]:
+        """Returns what model.json holds."""
+        facts, tensors = self.record, self.module.state_dict()
+        if change_from is not None:
+            tensors, facts["base"] = changes.change_from(self.module, change_from.path, change_from.weights)
+        save_tensors(folder / WEIGHTS, tensors, settings=facts)
         write_text(folder / MODEL, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+        return facts
 
     def _card(self, license: str | None = None) -> str:
         return card(self.record, self.settings, license)
@@ -94,14 +99,14 @@ class Run(Pretrained):
     learner: MetaLearner
     intake: Intake
     weights: Weights = "best"
-    hub_files: ClassVar = (CONFIG, rundir.WEIGHTS, RESULT, RESULT_TEXT, METRICS, CALIBRATION, CARD)
+    hub_files: ClassVar = (CONFIG, rundir.WEIGHTS, RESULT, RESULT_TEXT, METRICS, CALIBRATION, PARTS, CARD)
 
     def _write(self, folder: Path) -> None:
         """A run directory of the weights that are loaded; those of another choice are left out."""
         settings = portable(self.settings)
         write_text(folder / CONFIG, to_json(settings))
         save_weights(folder / rundir.WEIGHTS, self.learner, identity(settings))
-        for name in (RESULT_TEXT, METRICS, CALIBRATION):
+        for name in (RESULT_TEXT, METRICS, CALIBRATION, PARTS):
             if (self.path / name).exists():
                 shutil.copy(self.path / name, folder / name)
         if (self.path / RESULT).exists():  # which names the files of one's own code too
@@ -112,8 +117,9 @@ class Run(Pretrained):
             write_text(folder / RESULT, json.dumps(result, indent=2) + "\n")
 
     def _card(self, license: str | None = None) -> str:
-        record = read_record(self.path)
-        return card_of_run(portable(self.settings), record.result, record.calibrations, license)
+        record, parts = read_record(self.path), self.path / PARTS
+        named = json.loads(parts.read_text(encoding="utf-8")) if parts.exists() else {}
+        return card_of_run(portable(self.settings), record.result, record.calibrations, named, license)
 
     @classmethod
     def _read(cls, folder: Path, **options: Any) -> Run:
@@ -236,16 +242,19 @@ def open_run(run: str | Path, weights: Weights = "best", **options: Any) -> Run:
     return Run(path, settings, learner, intake_of(settings), weights)
 
 
-def save_model(model: AdaptedModel, out: str | Path) -> Path:
+def save_model(model: AdaptedModel, out: str | Path, *, change_from: Run | None = None) -> Path:
     """Write a folder of the adapted model: weights.safetensors, model.json and README.md.
+
+    change_from: the run that it was made of, to keep only the tensors that adaptation has changed; loading then needs
+        the run.
 
     Raises:
         InputError: the folder holds something already, or cannot be made.
     """
     path = Path(out).expanduser()
     check_empty(path)
-    model._write_as_it_is(path)
-    write_text(path / CARD, model._card())
+    facts = model._write_as_it_is(path, change_from)
+    write_text(path / CARD, card(facts, model.settings))
     return path
 
 
@@ -254,11 +263,12 @@ def load_adapted(path: str | Path, **options: Any) -> AdaptedModel:
     """Load a folder that `fomaml adapt` has written.
 
     options: `model=`, the network's class or function, or its name, where it is code of one's own: nothing is imported
-    because a file says so; `features_weights=`, the file of a frozen network's weights, where it has moved; `device=`;
-    `accept_changed_code=`.
+    because a file says so; `features_weights=`, the file of a frozen network's weights, where it has moved; `run=`, the
+    run, where it has moved, of a model that holds only what differs from it; `device=`; `accept_changed_code=`.
 
     Raises:
-        InputError: no such folder, a damaged one; own code that is not named, or has changed.
+        InputError: no such folder, a damaged one; own code that is not named, or has changed; a run that is needed and
+            is not there, or another.
     """
     return open_adapted(path, **options)
 
@@ -268,6 +278,7 @@ def open_adapted(
     *,
     model: Any = None,
     features_weights: str | None = None,
+    run: str | Path | None = None,
     device: str = "cpu",
     accept_changed_code: bool = False,
 ) -> AdaptedModel:
@@ -281,7 +292,11 @@ def open_adapted(
         raise InputError(f"{root / MODEL} is damaged: it holds no JSON") from None
     if not isinstance(facts, dict) or facts.get("format") != FORMAT:
         raise InputError(f"{root / MODEL} is of a format that this version does not read")
-    load_tensors(root / WEIGHTS, settings=facts)  # what has been edited is noticed before it is used
+    # what has been edited is noticed before it is used
+    tensors, _ = load_tensors(root / WEIGHTS, settings=facts)
+    base = facts.get("base")
+    if run is not None and base is None:
+        raise InputError(f"{root} holds the whole model, which needs no run: give no --run")
     recorded = from_json(json.dumps(facts["settings"]), str(root / MODEL))
     settings = named_again(
         recorded, root, model=model, features_weights=features_weights, accept_changed_code=accept_changed_code,
@@ -289,11 +304,13 @@ def open_adapted(
     )  # fmt: skip
     settings = dataclasses.replace(settings, device=device)
     module = _network(dataclasses.replace(settings, model_weights=None), facts["classes"])
-    load_weights(root / WEIGHTS, module, facts)
+    if base is not None:
+        tensors = changes.completed(tensors, module, base, root, run)
+    fill(module, tensors, root / WEIGHTS)
     told = {
         key: value
         for key, value in facts.items()
-        if key not in ("format", "classes", "targets", "temperature", "settings")
+        if key not in ("format", "classes", "targets", "temperature", "settings", "base")
     }
     return AdaptedModel(
         module.eval(), intake_of(settings), facts["classes"], facts["targets"], scaling_of(settings), settings.output,

@@ -31,6 +31,7 @@ from fomaml.group_episodes import FEWEST_CLASSES
 
 JSON, TEXT = "data.json", "data.txt"
 LISTED = 20  # tasks or classes that are listed one by one
+FEW_CLASSES = 6  # of a task, whose examples are counted one by one
 SHOWN = 3  # examples whose numbers are shown
 FEW_SMALL = 0.1  # of the tasks may be too small for the settings that fit
 FEW_NUMBERS = 12  # in an example, beyond which its shape is shown alone
@@ -365,12 +366,20 @@ def _of_columns(facts: Mapping[str, Any]) -> Iterator[list[str]]:
 def _listed(facts: Mapping[str, Any], unit: str) -> Iterator[str]:
     """The first tasks or classes one by one."""
     for own in facts["units"][:LISTED]:
-        classes = own.get("classes")
-        of = f" ({', '.join(f'{name} {count}' for name, count in classes.items())})" if classes else ""
-        yield f"{own['part']} {own['name']}: {own['examples']}{of}"
+        yield f"{own['part']} {own['name']}: {own['examples']}{_of_classes_told(own.get('classes'))}"
     if len(facts["units"]) > LISTED:
         yield f"and {len(facts['units']) - LISTED} more {unit}"
     yield ""
+
+
+def _of_classes_told(counts: Mapping[str, int] | None) -> str:
+    """How many examples each class has; of many classes how many there are, and of how many examples."""
+    if not counts:
+        return ""
+    if len(counts) <= FEW_CLASSES:
+        return f" ({', '.join(f'{name} {count}' for name, count in counts.items())})"
+    there = [count for count in counts.values() if count]
+    return f" ({len(there)} of {len(counts)} classes, of {min(there)} to {max(there)})"
 
 
 def _shape(inputs: Mapping[str, Any]) -> str:

@@ -67,7 +67,7 @@ def in_python(message: str) -> str:
         return f"{name}={value.strip()!r}" if value else f"{name}="
 
     return re.sub(
-        r"(?<![\w-])--([a-z][a-z-]*[a-z])( (?:[^\s,;:]+\.py|[\w.]+):\w+| FILE\b)?", argument, message
+        r"(?<![\w-])--([a-z][a-z-]*[a-z])( (?:[^\s,;:]+\.py|[\w.]+):\w+| (?:FILE|RUN)\b)?", argument, message
     )
 
 

@@ -37,6 +37,7 @@ from fomaml.engines.probes import explain, flops, is_convolutional, takers, try_
 from fomaml.errors import InputError, not_negative, positive
 from fomaml.learning.adapt import ordinary_modes
 from fomaml.learning.learner import MetaLearner
+from fomaml.learning.turns import in_turn
 from fomaml.tasks import Batch, Task, as_batch, chunks, count, count_of, device_of, one, shape_of
 from fomaml.trees import Tree, leaves
 
@@ -194,6 +195,7 @@ class Plan:
     def tasks_at_once(self) -> int:
         return self.choice.tasks_at_once
 
+    @in_turn
     def __call__(self, tasks: Batch) -> MetaGradient:
         """The gradient of the meta-loss, averaged over a batch of tasks; see `meta_gradient`."""
         if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
@@ -201,6 +203,7 @@ class Plan:
         with ordinary_modes():
             return self._compute(self._looked_at(tasks))
 
+    @in_turn
     def curve(
         self,
         tasks: Batch,
@@ -347,6 +350,7 @@ def check_weights(given: TaskWeights) -> None:
         check_choice("task_weights", given, ("equal", "examples"))
 
 
+@in_turn
 def plan(
     learner: MetaLearner,
     tasks: Batch,

@@ -13,10 +13,12 @@ from fomaml.engines.common import Measure, MetaGradient
 from fomaml.engines.plan import Choice, Plan, TaskWeights, check_weights, choice
 from fomaml.learning.adapt import ordinary_modes
 from fomaml.learning.learner import MetaLearner
+from fomaml.learning.turns import in_turn
 from fomaml.tasks import Batch, Task, as_batch, shape_of
 from fomaml.trees import Tree
 
 
+@in_turn
 def meta_gradient(
     learner: MetaLearner,
     tasks: Batch,
@@ -68,6 +70,7 @@ def curve(
     return curve_at(learner, tasks, [(steps, statistics) for steps in at_steps], engine, tasks_at_once)
 
 
+@in_turn
 def curve_at(
     learner: MetaLearner,
     tasks: Batch,

@@ -38,6 +38,7 @@ from fomaml.learning.moments import SecondMoments
 from fomaml.learning.objectives import QueryLoss
 from fomaml.learning.problem import Problem
 from fomaml.learning.replica import original
+from fomaml.learning.turns import in_turn
 from fomaml.models import BatchNorm, Seen, normalising, refuse_native, warn_of_unmoved
 from fomaml.tasks import Batch, Examples, Task, as_batch, as_examples, count, one
 from fomaml.trees import call, mapped
@@ -182,6 +183,7 @@ class MetaLearner(nn.Module):
                 "use SGD inside, or first_order=True"
             )
 
+    @in_turn
     def meta_parameters(self) -> dict[str, nn.Parameter]:
         """What the outer loop learns: the model's parameters by name, learned rates as "inner_lr.NAME", and those of a
         criterion or loss that is a module as "criterion.NAME" or "loss.NAME".
@@ -197,6 +199,7 @@ class MetaLearner(nn.Module):
                     learned[f"{kind}.{name}"] = parameter
         return {name: own[name] for name in self.meta_learned} | learned
 
+    @in_turn
     def forward(self, tasks: Batch) -> Tensor:
         """The meta-loss of a batch of tasks, a scalar to call `backward()` on, one task after the other.
 
@@ -212,6 +215,7 @@ class MetaLearner(nn.Module):
         refuse_written(first, one(tasks, 0))
         return total
 
+    @in_turn
     def adapt(self, support: Examples, steps: int | None = None, statistics: Statistics = "own") -> nn.Module:
         """Adapt to one task; returns an ordinary, independent module in the model's own mode.
 
@@ -257,6 +261,7 @@ class MetaLearner(nn.Module):
         """Whether a `BatchNorm` of the model has the policy "support"."""
         return any(m.policy == "support" for m in self.model.modules() if isinstance(m, BatchNorm))
 
+    @in_turn
     @torch.no_grad()
     def update_statistics(self, tasks: Batch, momentum: float = 0.1) -> None:
         """Move the running statistics of "running" and "per-step" `BatchNorm` layers towards those of the
@@ -275,6 +280,7 @@ class MetaLearner(nn.Module):
         for layer, step, mean, variance in seen:
             original(layer).update(step, mean, variance, momentum)
 
+    @in_turn
     @torch.no_grad()
     def carry_moments(self, tasks: Batch) -> None:
         """Keep, for the next tasks, the second moments with which a carried `Adam` ends the first of `tasks`; the outer
