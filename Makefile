@@ -1,5 +1,6 @@
 # `make train` runs the main job, `make test` the tests (`make test-long` those that are left out of it), `make lint` the
-# style and the types, `make bench` the benchmarks, `make docs` the site in out/docs, `make notebooks` the notebooks; all set up .venv first.
+# style and the types, `make bench` the benchmarks, `make docs` makes the site in out/docs, `make notebooks` the notebooks;
+# all set up .venv first.
 .PHONY: train test test-long bench lint docs notebooks clean
 
 PYTHON ?= python3

@@ -23,8 +23,6 @@ html_theme = "furo"
 html_title = "fomaml"
 html_show_sourcelink = False
 html_copy_source = False
-html_static_path = ["_static"]
-html_css_files = ["site.css"]
 
 default_role = "py:obj"  # `name` in a docstring is a link where there is such a name, else code
 autodoc_default_options = {"members": True, "exclude-members": "set_fit_request, set_score_request"}

@@ -78,20 +78,14 @@ tell("untrained", untrained)
 # %% [markdown]
 # ## One call
 #
-# `fomaml_train` draws the tasks itself, out of any labelled dataset. Each outer step is the mean over 16 tasks of
-# the gradient *at the adapted weights, on the query set*. The step sizes are larger than a tutorial's 0.01 and 0.001, with
-# which a hundred steps hardly move the network.
+# `fomaml_train` draws the tasks itself, out of any labelled dataset. Each outer step is the mean over 16 tasks of the
+# gradient *at the adapted weights, on the query set*. The step sizes are larger than a tutorial's 0.01 and 0.001: with
+# these a hundred steps hardly move the network.
 
 # %%
 model = MLP()
 losses = fomaml.fomaml_train(
-    model,
-    digits.train,
-    num_iterations=100,
-    num_inner_updates=5,
-    inner_lr=0.05,
-    meta_lr=0.3,
-    meta_batch_size=8,
+    model, digits.train, num_iterations=100, num_inner_updates=5, inner_lr=0.05, meta_lr=0.3
 )
 trained = accuracies(model)
 tell("fomaml_train", trained)

@@ -16,9 +16,9 @@
 # From a folder of pictures to a saved model of classes that it was never trained on: train, adapt, predict, save, load.
 # The pictures are drawn here, so that it runs anywhere. Everything goes into the folder `own_pictures_out`.
 #
-# **To use your own**, leave out the cell that draws. Set `PHOTOS` to a folder with a directory for each class, 15 or more,
-# each with at least 8 pictures of any size; `EXAMPLES` to one with a directory for each class that you care about; and
-# `NEW` to other pictures of these, again with a directory for each.
+# **To use your own**, leave out the cell that draws. Set `PHOTOS` to a folder with a directory for each class, 15 or
+# more, each with at least 8 pictures of any size; `EXAMPLES` to one with a directory for each class that you care
+# about; and `NEW` to other pictures of these, again with a directory for each.
 
 # %%
 import shutil
