@@ -61,7 +61,7 @@ class Run:
         """The model that these labelled examples make of the run's.
 
         support: what `intake.labelled` takes: a folder with a directory of pictures for each class, a table with the
-            target, an .npz file, or a dict from class to pictures.
+            target, an .npz file, or a dict from class to pictures; or the `Taken` that it gives.
         steps: inner steps; by default as many as the run's figure is of, "auto" those that were best in validation,
             see `fomaml calibrate`.
         statistics: whose examples batch norms normalise by: "support", so that each input is judged alone; "own", by
@@ -72,7 +72,7 @@ class Run:
                 "auto" without a calibration.
         """
         check_choice("statistics of an adapted model", statistics, Served)
-        taken = self.intake.labelled(support)
+        taken = support if isinstance(support, Taken) else self.intake.labelled(support)
         if taken.tasks is not None and len(taken.tasks) > 1:
             raise InputError(
                 f"the labelled examples are of {len(taken.tasks)} tasks, {few(taken.tasks)}: give those of one"
