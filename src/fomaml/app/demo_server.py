@@ -14,7 +14,7 @@ from html import escape
 from importlib import resources
 from typing import Any
 
-from fomaml.app.demo import Demo
+from fomaml.app.demo import BODY, Demo
 from fomaml.app.serve_commands import steps_of
 from fomaml.app.serve_options import DemoOptions
 from fomaml.app.serving import load_run
@@ -22,7 +22,6 @@ from fomaml.errors import InputError, whole
 
 ADDRESS = "127.0.0.1"
 HOSTS = (ADDRESS, "localhost")
-BODY = 64 * 2**20  # bytes of a request
 REQUESTS = 16  # at a time
 GRACE = 3  # seconds for what runs when the server ends
 

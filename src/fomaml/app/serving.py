@@ -83,7 +83,7 @@ class Run:
         if classes is not None:
             shots = max(1, round(len(taken.names) / len(classes)))
             found = nearest(known, len(classes), shots)
-        count = self._steps(steps, found)
+        count = self.steps_of(steps, found)
         learner = for_test(self.settings, self.learner)
         module = learner.adapt(Examples(taken.inputs, targets), count, statistics).eval()
         settings = self.settings
@@ -138,7 +138,8 @@ class Run:
         numbers = {name: number for number, name in enumerate(classes)}
         return classes, torch.tensor([numbers[label] for label in taken.labels], device=device)
 
-    def _steps(self, steps: int | Literal["auto"] | None, found: Known | None) -> int:
+    def steps_of(self, steps: int | Literal["auto"] | None, found: Known | None) -> int:
+        """The number of inner steps that is meant, see `adapt`. found: the calibration that "auto" goes by."""
         if steps is None:
             return self.settings.test_steps[-1]
         if steps == "auto":

@@ -26,13 +26,7 @@ function paint(context, side, strokes) {
 function picture(strokes) {
   const side = drawn.side;
   const canvas = make("canvas", { width: side, height: side });
-  const context = canvas.getContext("2d", { willReadFrequently: true });
-  paint(context, side, strokes);
-  if (drawn.crisp) {
-    const pixels = context.getImageData(0, 0, side, side);
-    for (let i = 0; i < pixels.data.length; i += 4) pixels.data.fill(pixels.data[i] < 128 ? 0 : 255, i, i + 3);
-    context.putImageData(pixels, 0, 0);
-  }
+  paint(canvas.getContext("2d"), side, strokes);
   return canvas.toDataURL("image/png");
 }
 

@@ -22,7 +22,6 @@ function files(text, multiple, take) {
         reader.readAsDataURL(file);
       });
       if (reader.error) fail(`${file.name} cannot be read`);
-      // an empty file has no data, and is no picture
       else take(reader.result, file.name);
     }
   });
@@ -48,13 +47,13 @@ function addClass(fixed) {
   own.pad = new Pad(() => `a pad to draw ${own.name()} on`, stale, keep);
   own.add = (url, what) => {
     own.pictures.push(url);
-    const image = make("img", { src: url, alt: "" });
+    const image = make("img", { src: url, alt: what, title: what });
     const item = make("li", {}, button(image, () => {
       own.pictures.splice(own.pictures.indexOf(url), 1);
       item.remove();
       stale();
       own.pad.canvas.focus();
-    }, { title: "remove" }));
+    }));
     item.firstChild.setAttribute("aria-label", `remove this ${what} of ${own.name()}`);
     kept.append(item);
     stale();
@@ -90,8 +89,11 @@ function count() {
 
 async function ask(what, body) {
   let answer;
+  const text = JSON.stringify(body);
+  // the server would not read it: the connection would end, and nobody could say why
+  if (text.length > facts.most_bytes) throw new Error(`more than ${facts.most_bytes / 2 ** 20} MiB of pictures: give fewer or smaller ones`);
   try {
-    answer = await fetch(what, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) });
+    answer = await fetch(what, { method: "POST", headers: { "Content-Type": "application/json" }, body: text });
   } catch {
     throw new Error("the server does not answer: does fomaml demo still run?");
   }
