@@ -22,22 +22,10 @@ from fomaml.evaluate import Estimate
 pytestmark = pytest.mark.usefixtures("small")
 
 OPTIONS = {
-    "source": "omniglot",
-    "model": "conv4-strided",
-    "channels": (4,),
-    "ways": 3,
-    "query_shots": 2,
-    "inner_steps": 1,
-    "meta_batch_size": 2,
-    "iterations": 8,
-    "schedule": "constant",
-    "validate_every": 2,
-    "validation_tasks": 5,
-    "checkpoint_every": 3,
-    "test_tasks": 4,
-    "test_steps": (0, 1),
-    "baselines": False,
-}
+    "source": "omniglot", "model": "conv4-strided", "channels": (4,), "ways": 3, "query_shots": 2, "inner_steps": 1,
+    "meta_batch_size": 2, "iterations": 8, "schedule": "constant", "validate_every": 2, "validation_tasks": 5,
+    "checkpoint_every": 3, "test_tasks": 4, "test_steps": (0, 1), "baselines": False,
+}  # fmt: skip
 
 
 class Killed(BaseException):

@@ -24,6 +24,7 @@ from fomaml.app.commands import (
 from fomaml.app.compare import compare, expand
 from fomaml.app.compare import describe as describe_comparison
 from fomaml.app.compare_page import is_comparison, report_comparison
+from fomaml.app.demo_server import run_demo
 from fomaml.app.interrupts import Stopped
 from fomaml.app.inventory import README
 from fomaml.app.judge import describe, evaluate_run
@@ -46,7 +47,13 @@ from fomaml.app.serve_commands import (
     run_export,
     run_predict,
 )
-from fomaml.app.serve_options import AdaptOptions, CalibrateOptions, ExportOptions, PredictOptions
+from fomaml.app.serve_options import (
+    AdaptOptions,
+    CalibrateOptions,
+    DemoOptions,
+    ExportOptions,
+    PredictOptions,
+)
 from fomaml.app.session import train_run
 from fomaml.app.settings import BaselineSize, Part, Settings, TestAugmentation, Weights
 from fomaml.app.settle import check_below, check_seed, check_steps, settle_with_origins
@@ -304,6 +311,7 @@ COMMANDS = {
     "evaluate": Command(EvaluateOptions, _evaluate),
     "adapt": Command(AdaptOptions, run_adapt),
     "predict": Command(PredictOptions, run_predict),
+    "demo": Command(DemoOptions, run_demo),
     "export": Command(ExportOptions, run_export),
     "calibrate": Command(CalibrateOptions, run_calibrate),
     "show": Command(ShowRunOptions, _show),

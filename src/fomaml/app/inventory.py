@@ -88,4 +88,6 @@ def commands(settings: Settings, out: Path) -> list[list[str]]:
             [of("adapt", f"--support {support} --out MODEL"), "learns from labelled examples of your own"],
             ["fomaml predict MODEL INPUT", "says what the adapted model takes an input for"],
         ]
+    if pictures:
+        found.append([of("demo"), "a page to draw or upload pictures on, and see it learn them"])
     return found

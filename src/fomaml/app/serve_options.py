@@ -114,3 +114,27 @@ class CalibrateOptions:
     loss: str | None = option("the loss again, where it is code of your own")
     accept_changed_code: bool = option(CHANGED, False)
     device: str | None = option(DEVICE)
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """Show a run of pictures at work: a page for this machine alone, to draw on.
+
+    Draw a few examples of each of your own symbols, or add pictures, press Adapt, and see what the run makes of another
+    one before and after it has learned yours.
+
+    Example: fomaml demo docs/results/omniglot_best
+    Example: fomaml demo out/photos --save my/models
+    """
+
+    run: Path = positional(RUN, metavar="RUN")
+    port: int = option("on 127.0.0.1 (default: 8765); 0 takes a free one", 8765)
+    save: Path | None = option(
+        "a folder to keep adapted models in, which the page then offers", metavar="FOLDER"
+    )
+    steps: str | None = option("as in `fomaml adapt`", metavar="N")
+    weights: Weights = option("best by validation (default), or last", "best")
+    model: str | None = option(OWN_MODEL)
+    loss: str | None = option("the loss again, where it is code of your own")
+    accept_changed_code: bool = option(CHANGED, False)
+    device: str | None = option(DEVICE)

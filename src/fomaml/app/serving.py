@@ -131,7 +131,7 @@ class Run(Pretrained):
         """The model that these labelled examples make of the run's.
 
         support: what `intake.labelled` takes: a folder with a directory of pictures for each class, a table with the
-            target, an .npz file, or a dict from class to pictures.
+            target, an .npz file, or a dict from class to pictures; or the `Taken` that it gives.
         steps: inner steps; by default as many as the run's figure is of, "auto" those that were best in validation.
         statistics: whose examples batch norms normalise by: "support", so that each input is judged alone; "own", by
             those that are judged together.
@@ -141,7 +141,7 @@ class Run(Pretrained):
                 "auto" of a run without validation.
         """
         check_choice("statistics of an adapted model", statistics, Served)
-        taken = self.intake.labelled(support)
+        taken = support if isinstance(support, Taken) else self.intake.labelled(support)
         if taken.tasks is not None and len(taken.tasks) > 1:
             raise InputError(
                 f"the labelled examples are of {len(taken.tasks)} tasks, {few(taken.tasks)}: give those of one"
@@ -152,7 +152,7 @@ class Run(Pretrained):
         if classes is not None:
             shots = max(1, round(len(taken.names) / len(classes)))
             found = nearest(known, len(classes), shots)
-        count = self._steps(steps, found)
+        count = self.steps_of(steps, found)
         learner = for_test(self.settings, self.learner)
         module = learner.adapt(Examples(taken.inputs, targets), count, statistics).eval()
         settings = self.settings
@@ -208,7 +208,8 @@ class Run(Pretrained):
         numbers = {name: number for number, name in enumerate(classes)}
         return classes, torch.tensor([numbers[label] for label in taken.labels], device=device)
 
-    def _steps(self, steps: int | Literal["auto"] | None, found: Known | None) -> int:
+    def steps_of(self, steps: int | Literal["auto"] | None, found: Known | None) -> int:
+        """The number of inner steps that is meant, see `adapt`. found: the calibration that "auto" goes by."""
         if steps is None:
             return self.settings.test_steps[-1]
         if steps == "auto":

@@ -103,12 +103,13 @@ class AdaptedModel:
     facts: dict[str, Any]
 
     def predict(self, inputs: Any) -> Predictions:
-        """What it says of inputs as the run's `Intake` takes them: paths, pictures, a table, arrays.
+        """What it says of inputs as the run's `Intake` takes them: paths, pictures, a table, arrays; or a `Taken`, what
+        it has made of them.
 
         Raises:
             InputError: inputs that are none for this run.
         """
-        return self._predictions(self.intake.inputs(inputs))
+        return self._predictions(inputs if isinstance(inputs, Taken) else self.intake.inputs(inputs))
 
     def score(self, labelled: Any) -> Score:
         """How good it is on labelled inputs: the accuracy, or the root of the mean squared error of each target.

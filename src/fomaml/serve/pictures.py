@@ -31,10 +31,10 @@ class Pictures:
     mean, std: of the scaling, (x / 255 - mean) / std; or decode does it. inverted: dark ink on light paper becomes 255
     on 0, as of Omniglot. filter: of Pillow, to resize with.
 
-    Inputs are a path or several, of files and of folders, which are searched; images of Pillow; arrays (height,
-    width), (height, width, 3) or several of them; or tensors (examples, channels, height, width) that the model takes,
-    of uint8 before the scaling. Labelled ones are a folder with a directory for each class, a dict from class to such
-    inputs, or a pair (inputs, labels).
+    Inputs are a path or several, of files and of folders, which are searched; the bytes of a file; images of Pillow;
+    arrays (height, width), (height, width, 3) or several of them; or tensors (examples, channels, height, width) that
+    the model takes, of uint8 before the scaling. Labelled ones are a folder with a directory for each class, a dict
+    from class to such inputs, or a pair (inputs, labels).
     """
 
     channels: int
@@ -97,7 +97,7 @@ class Pictures:
         return (self.decode or pixels(self.mean, self.std))(images)
 
     def _several(self, given: Any) -> Iterator[Any]:
-        """One picture after the other: a path, an image of Pillow or an array."""
+        """One picture after the other: a path, the bytes of a file, an image of Pillow or an array."""
         if isinstance(given, str | os.PathLike):
             path = Path(given).expanduser()
             if path.is_dir():
@@ -116,7 +116,7 @@ class Pictures:
                     f"a picture is an array (height, width) or (height, width, 3), got {given.shape}"
                 )
             yield from [given] if one else given
-        elif isinstance(given, pillow().Image):
+        elif isinstance(given, bytes | pillow().Image):
             yield given
         elif isinstance(given, Iterable):
             for own in given:
@@ -126,7 +126,9 @@ class Pictures:
 
 
 def _as_file(given: Any, name: str) -> BytesIO:
-    """An image of Pillow, or an array of whole numbers up to 255, as a file of the same pixels."""
+    """The bytes of a file, or an image of Pillow or an array of whole numbers up to 255 as one of the same pixels."""
+    if isinstance(given, bytes):
+        return BytesIO(given)
     if isinstance(given, np.ndarray):
         given = given.astype(np.uint8) * 255 if given.dtype == bool else given
         if given.dtype != np.uint8:
