@@ -175,7 +175,7 @@ def test_both_statistics_are_reported_side_by_side(digits, tmp_path, capsys):
     assert [said.count(f"per class, {kind}\n") for kind in kinds] == [1, 1, 1]
 
 
-@pytest.mark.parametrize("statistics", ["support", "with-query"])
+@pytest.mark.parametrize("statistics", [pytest.param("support", marks=pytest.mark.long), "with-query"])
 def test_a_run_is_tested_by_the_statistics_it_asks_for(statistics, digits, tmp_path, capsys, quick_baselines):
     quick = [*QUICK, *SMALL, "--data-root", str(digits), "--statistics", statistics]
     main(["train", "mnist", *quick, "--out", str(tmp_path / "r")])

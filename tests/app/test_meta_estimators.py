@@ -60,18 +60,23 @@ def waves():
     return inputs, 100 * np.sin(inputs[:, 0] + phases), groups
 
 
-def test_regression_of_a_new_task_from_a_few_rows():
-    """With the settings as they are by default, which were chosen on other tasks."""
+@pytest.mark.parametrize(
+    ("settings", "least"),
+    # the default settings were chosen on other tasks
+    [pytest.param({}, 0.8, marks=pytest.mark.long), ({"iterations": 150}, 0.6)],
+    ids=["default", "short"],
+)
+def test_regression_of_a_new_task_from_a_few_rows(settings, least):
     inputs, targets, groups = waves()
     old = groups < "task 16"
-    model = Regressor(random_state=0).fit(inputs[old], targets[old], groups=groups[old])
+    model = Regressor(**settings, random_state=0).fit(inputs[old], targets[old], groups=groups[old])
     alone = Regressor(iterations=100, random_state=0).fit(inputs[old], targets[old])
     scores, without = [], []
     for name in np.unique(groups[~old]):
         own_inputs, own = inputs[name == groups], targets[name == groups]
         scores.append(model.adapt(own_inputs[:5], own[:5]).score(own_inputs[5:], own[5:]))
         without.append(alone.adapt(own_inputs[:5], own[:5]).score(own_inputs[5:], own[5:]))
-    assert np.median(scores) > 0.8
+    assert np.median(scores) > least
     # tasks of all rows teach nothing of what differs between tasks
     assert np.median(scores) > np.median(without) + 0.1
 

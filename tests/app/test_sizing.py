@@ -104,7 +104,11 @@ def result_of(out):
 
 @pytest.mark.parametrize(
     ("what", "calls"),
-    [pytest.param("fine_tune", 0, marks=pytest.mark.long), ("fine_tune", 1), ("nearest_centroid", 0)],
+    [
+        pytest.param("fine_tune", 0, marks=pytest.mark.long),
+        pytest.param("fine_tune", 1, marks=pytest.mark.long),
+        ("nearest_centroid", 0),
+    ],
 )
 def test_the_learner_has_its_result_before_the_baselines(
     what, calls, whole, images, tmp_path, monkeypatch, capsys

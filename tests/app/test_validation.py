@@ -248,7 +248,12 @@ RESUMED = {
 }
 
 
-@pytest.mark.parametrize("case", RESUMED)
+QUICK = ("learned rates, all options", "running statistics", "proto")
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.long] * (case not in QUICK)) for case in RESUMED]
+)
 def test_a_killed_run_ends_bit_for_bit_as_the_uninterrupted_one(case, root, tmp_path):
     config = settings(root, **RESUMED[case])
     quiet(config, tmp_path / "whole")

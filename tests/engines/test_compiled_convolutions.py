@@ -30,12 +30,20 @@ SOME = {
 
 # stacked they take twice as long to trace, and differ from the others in what both engines share
 SHORT = {"fomaml", "maml", "zero-head", "lslr", "by-name"}
+# inner optimisers, whose arithmetic is the same whatever the network: test_products.py has them
+LONG = {
+    "maml-nesterov", "maml-momentum", "maml-minibatch", "maml-decay", "reptile-adam", "fomaml-adamw", "fomaml-nesterov",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("algorithm", "engine"),
     [
-        pytest.param(name, engine, marks=[pytest.mark.long] * (engine == "batched" and name not in SHORT))
+        pytest.param(
+            name,
+            engine,
+            marks=[pytest.mark.long] * (name in LONG or (engine == "batched" and name not in SHORT)),
+        )
         for name, row in ALGORITHMS.items()
         for engine in ("loop", "batched")
         if row.modules("conv4-strided")

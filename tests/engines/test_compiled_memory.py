@@ -67,7 +67,7 @@ POOLED, STRIDED = partial(Conv4, image=(2, 16, 16)), partial(Conv4Strided, in_ch
     [
         (POOLED, FOMAML),
         (POOLED, MAML),
-        (STRIDED, FOMAML),
+        pytest.param(STRIDED, FOMAML, marks=pytest.mark.long),
         pytest.param(STRIDED, MAML, marks=pytest.mark.long),  # POOLED shows that growth would be seen
     ],
 )

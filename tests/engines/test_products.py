@@ -149,7 +149,11 @@ def test_conjugate_gradients(engine, monkeypatch):
 
 @pytest.mark.parametrize(
     ("algorithm", "module", "engine"),
-    [("fomaml", "regression", "batched"), ("fomaml", "mlp", "factored"), ("maml", "no-bias", "batched")],
+    [
+        pytest.param("fomaml", "regression", "batched", marks=pytest.mark.long),  # each takes several seconds
+        ("fomaml", "mlp", "factored"),
+        pytest.param("maml", "no-bias", "batched", marks=pytest.mark.long),
+    ],
 )
 def test_through_the_inductor(algorithm, module, engine, monkeypatch):
     monkeypatch.setattr(family, "STEPS", 1)

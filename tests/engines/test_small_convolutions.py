@@ -68,7 +68,7 @@ def test_convolutions_agree_with_torch(images, window, stride, padding, channels
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="names of x86-64 processors")
-@pytest.mark.parametrize("processor", ["x86-64-v2", "x86-64-v3"])
+@pytest.mark.parametrize("processor", [pytest.param("x86-64-v2", marks=pytest.mark.long), "x86-64-v3"])
 def test_narrower_vectors_agree_too(fresh, monkeypatch, processor):
     if processor == "x86-64-v3" and not {"avx2", "fma"} <= set(build._processor().split()):
         pytest.skip("this processor has no AVX2")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -38,10 +39,10 @@ def run_demo(options: DemoOptions) -> None:
         demo = Demo(run, steps_of(options.steps), options.save and options.save.expanduser())
         served = server(demo)
         print(f"{address(listener)} shows {options.run} (Ctrl-C ends it)", flush=True)
-        try:
+        # uvicorn ends in good order; whether asyncio then raises what ended it is a race
+        with contextlib.suppress(KeyboardInterrupt):
             served.run(sockets=[listener])
-        except KeyboardInterrupt:
-            print("the demo has ended")
+        print("the demo has ended")
 
 
 def check_server() -> None:
