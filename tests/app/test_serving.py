@@ -13,6 +13,7 @@ from PIL import Image
 import fomaml
 from commands import refused
 from fomaml.app.build import open_data
+from fomaml.app.calibrate import AT_ONCE, fitted
 from fomaml.app.cli import main
 from fomaml.app.serving import save_model
 from fomaml.errors import InputError
@@ -210,6 +211,20 @@ def test_a_finished_training_has_calibrated_itself(run_of, strangers, tmp_path, 
         "ways": 2, "shots": 2, "tasks": 4, "steps": 2, **row["by_steps"]["2"],
     }  # fmt: skip
     assert "calibration error" in (copied / "result.txt").read_text()
+
+
+def test_a_loss_of_ones_own_is_calibrated_on_the_same_tasks(run_of):
+    opened = fomaml.load_run(run_of("states"))
+    settings, data = opened.settings, open_data(opened.settings)
+
+    def loss(forward, examples):
+        return torch.nn.functional.cross_entropy(forward(examples.inputs), examples.targets)
+
+    with_loss = fomaml.FOMAML(opened.learner.model, settings.inner_lr, settings.inner_steps, loss=loss)
+    tasks = AT_ONCE + 3
+    expected, found = (fitted(settings, own, data, tasks) for own in (opened.learner, with_loss))
+    for steps, row in expected.by_steps.items():
+        assert found.by_steps[steps] == pytest.approx(row, rel=1e-3)
 
 
 def test_pictures_of_a_folder_are_judged_alone_and_the_other_figure_is_named(run_of, capsys):

@@ -24,7 +24,7 @@ from fomaml.learning.forward import called
 from fomaml.learning.learner import MetaLearner
 from fomaml.learning.mistakes import selected
 from fomaml.serve.calibration import calibrated
-from fomaml.tasks import Batch, Examples, are_labels, one
+from fomaml.tasks import Batch, Examples, are_labels, count, one
 
 CALIBRATION = "calibration.json"
 FORMAT = 1
@@ -179,20 +179,20 @@ def fitted(settings: Settings, learner: MetaLearner, data: Data, tasks: int) -> 
 
 
 def _curve(learner: MetaLearner, tasks: Batch, steps: Sequence[int]) -> Iterator[tuple[Examples, list]]:
-    """The query set of each task, and its outputs after each number of steps, that query examples do not inform."""
-    at = sorted(steps)
-    found = [
-        outputs for _, outputs in plan(learner, tasks).curve(tasks, [(count, "support") for count in at])
-    ]
-    for index in range(len(found[0])):
-        yield one(tasks, index).query, [found[at.index(count)][index] for count in steps]
+    """The query set of each task, and its outputs after each number of steps, that query examples do not inform.
+
+    steps: ascending.
+    """
+    found = plan(learner, tasks).curve(tasks, [(number, "support") for number in steps])
+    for index in range(count(tasks)):
+        yield one(tasks, index).query, [outputs[index] for _, outputs in found]
 
 
 def _one_by_one(learner: MetaLearner, tasks: Batch, steps: Sequence[int]) -> Iterator[tuple[Examples, list]]:
     """`_curve` with the adapted modules themselves, as for a loss, whose outputs may be of examples together."""
-    for index in range(len(tasks)):
+    for index in range(count(tasks)):
         support, query = one(tasks, index)
-        modules = [learner.adapt(support, count, "support").eval() for count in steps]
+        modules = [learner.adapt(support, number, "support").eval() for number in steps]
         with torch.no_grad():
             yield query, [selected(called(own, own, query.inputs), learner.output) for own in modules]
 
