@@ -1,5 +1,7 @@
 """Commands of the command line, run in this process."""
 
+import builtins
+
 import pytest
 
 from fomaml.app.cli import main
@@ -14,3 +16,15 @@ def refused(capsys, arguments):
     error = capsys.readouterr().err
     assert error.startswith("fomaml: error: ") and error.count("\n") == 1 and "Traceback" not in error
     return error.removeprefix("fomaml: error: ").rstrip("\n")
+
+
+def without(monkeypatch, library):
+    """Let a library, or a module of one, be one that is not installed."""
+    real = builtins.__import__
+
+    def lacking(name, *arguments, **options):
+        if name == library or name.startswith(f"{library}."):
+            raise ImportError(name)
+        return real(name, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "__import__", lacking)

@@ -1,6 +1,5 @@
 """The page of a comparison: whole, of itself, and true to compare.json."""
 
-import builtins
 import json
 import re
 import shutil
@@ -9,7 +8,7 @@ from itertools import pairwise
 import pytest
 from PIL import Image
 
-from commands import refused
+from commands import refused, without
 from fomaml.app import compare
 from fomaml.app.algorithms import ALGORITHMS
 from fomaml.app.cli import main
@@ -211,12 +210,5 @@ def test_what_cannot_be_done_is_one_line(folders, tmp_path, capsys, monkeypatch)
         own, tmp_path / "own", lambda facts: facts["rows"][1]["curve"].update({"3": {"mean": "<b>"}})
     )
     assert "compare.json is damaged" in refused(capsys, ["report", own])
-    real = builtins.__import__
-
-    def without(name, *arguments, **options):
-        if name.partition(".")[0] == "matplotlib":
-            raise ImportError(name)
-        return real(name, *arguments, **options)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    without(monkeypatch, "matplotlib")
     assert "pip install 'fomaml[plots]'" in refused(capsys, ["report", folders["functions"]])

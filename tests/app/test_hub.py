@@ -1,6 +1,5 @@
 """Runs and adapted models as folders of the Hugging Face hub. The hub is a folder here, and no network is used."""
 
-import builtins
 import json
 import shutil
 from pathlib import Path
@@ -9,6 +8,7 @@ import pytest
 import torch
 
 import fomaml
+from commands import without
 from fomaml.app.cli import main
 from fomaml.app.model_card import quoted, said
 from fomaml.errors import InputError
@@ -226,15 +226,8 @@ def test_what_cannot_be_done_is_one_line(run_of, strangers, tmp_path, monkeypatc
 
 
 def test_without_the_library_all_else_works(run_of, strangers, tmp_path, monkeypatch):
-    real = builtins.__import__
-
-    def without(name, *arguments, **options):
-        if name.partition(".")[0] == "huggingface_hub":
-            raise ImportError(name)
-        return real(name, *arguments, **options)
-
     own = own_rows("grey", strangers, tmp_path / "own")
-    monkeypatch.setattr(builtins, "__import__", without)
+    without(monkeypatch, "huggingface_hub")
     run = fomaml.load_run(run_of("grey"))
     model = run.adapt(own)
     for call in (

@@ -1,12 +1,11 @@
 """What goes where measurements are told beside metrics.jsonl: the same numbers, once each, whatever was interrupted."""
 
-import builtins
 import json
 
 import numpy as np
 import pytest
 
-from commands import refused
+from commands import refused, without
 from fomaml.app import logs, rundir, session
 from fomaml.app.cli import main
 from fomaml.app.run_record import command, read_record
@@ -174,14 +173,7 @@ def test_a_resumed_run_takes_no_other_log(images, own, monkeypatch, capsys):
 
 
 def test_without_tensorboard_the_extra_is_named_before_anything_is_written(images, own, monkeypatch, capsys):
-    real = builtins.__import__
-
-    def without(name, *arguments, **options):
-        if name == "torch.utils.tensorboard":
-            raise ImportError(name)
-        return real(name, *arguments, **options)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    without(monkeypatch, "torch.utils.tensorboard")
     arguments = ["train", f"folder:{images}/even", *WORDS.split(), "--out", "run", "--log", "tensorboard"]
     assert refused(capsys, arguments) == "--log tensorboard needs it: pip install 'fomaml[tensorboard]'"
     assert not (own / "run").exists()

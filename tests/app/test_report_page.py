@@ -1,6 +1,5 @@
 """The page of a run: whole, of itself, and true to the run's files."""
 
-import builtins
 import json
 import re
 import shutil
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from commands import refused
+from commands import refused, without
 from fomaml.app.cli import main
 from fomaml.app.scores import metric_in
 from html_pages import Page
@@ -233,13 +232,6 @@ def test_what_cannot_be_done_is_one_line(run, tmp_path, capsys, monkeypatch):
     assert "shown" in refused(capsys, ["report", own, "--shown", -1])
     (tmp_path / "file").write_text("")
     refused(capsys, ["report", own, "--out", tmp_path / "file"])
-    real = builtins.__import__
-
-    def without(name, *arguments, **options):
-        if name.partition(".")[0] == "matplotlib":
-            raise ImportError(name)
-        return real(name, *arguments, **options)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    without(monkeypatch, "matplotlib")
     for arguments in (["report", own], ["show", own, "--png", tmp_path / "plots"]):
         assert "pip install 'fomaml[plots]'" in refused(capsys, arguments)

@@ -1,13 +1,12 @@
 """`fomaml data`: what a source holds, what would be left out, and a line that trains with settings that fit."""
 
-import builtins
 import json
 import shlex
 
 import numpy as np
 import pytest
 
-from commands import refused
+from commands import refused, without
 from fomaml.app.build import open_data
 from fomaml.app.cli import main
 from fomaml.app.commands import TrainOptions, given
@@ -202,15 +201,8 @@ def test_a_sheet_of_images(data, tmp_path, capsys):
 
 @pytest.mark.parametrize("text", [WINDOWS, "sinusoid"])
 def test_a_plot_of_series(text, data, tmp_path, capsys, monkeypatch):
-    real = builtins.__import__
-
-    def without(name, *rest, **more):
-        if name.startswith("matplotlib"):
-            raise ImportError(name)
-        return real(name, *rest, **more)
-
     with monkeypatch.context() as lacking:
-        lacking.setattr(builtins, "__import__", without)
+        without(lacking, "matplotlib")
         said = shown(data, text, capsys, "--out", str(tmp_path / "none"))
     assert "no picture: a plot needs matplotlib, pip install 'fomaml[plots]'" in said
     assert sorted(path.name for path in (tmp_path / "none").iterdir()) == ["data.json", "data.txt"]
