@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fomaml.app.checking import check_module
+from fomaml.app.checks import check_below, check_seed, check_steps
 from fomaml.app.commands import (
     CheckOptions,
     CompareOptions,
@@ -56,7 +57,7 @@ from fomaml.app.serve_options import (
 )
 from fomaml.app.session import train_run
 from fomaml.app.settings import BaselineSize, Part, Settings, TestAugmentation, Weights
-from fomaml.app.settle import check_below, check_seed, check_steps, settle_with_origins
+from fomaml.app.settle import settle_with_origins
 from fomaml.app.show import describe as describe_data
 from fomaml.app.show import show
 from fomaml.app.show_options import ShowOptions
