@@ -24,6 +24,7 @@ from fomaml.app.build import (
 )
 from fomaml.app.calibrate import TASKS, fitted, write_calibration
 from fomaml.app.device import has_bfloat16
+from fomaml.app.fits import check_training_fits
 from fomaml.app.interrupts import Interrupts, listening
 from fomaml.app.inventory import describe_directory
 from fomaml.app.judge import Scores, beside_baselines, describe, judge
@@ -121,6 +122,7 @@ class Session:
         validated: Validated,
         allow_download: bool = True,
     ):
+        check_training_fits(settings)
         self.data = open_data(settings, allow_download=allow_download)
         self.settings = with_precision(with_validation(with_data(settings, self.data), self.data))
         self.identity = identity(self.settings)

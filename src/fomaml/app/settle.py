@@ -10,6 +10,7 @@ from fomaml.app.algorithms import ALGORITHMS
 from fomaml.app.check_settings import check_settings
 from fomaml.app.checks import CHOICES, OF_SOURCES, check_source, within
 from fomaml.app.defaults import DEFAULTS, FOLLOWING
+from fomaml.app.fits import check_image_fits, check_training_fits
 from fomaml.app.images import images_needed
 from fomaml.app.logs import with_logs
 from fomaml.app.named import LIBRARIES, parsed, plain, with_own
@@ -56,6 +57,8 @@ def settle_with_origins(given: Mapping[str, Any]) -> tuple[Settings, dict[str, s
     check_source(asked["source"])
     name, path = split_name(asked["source"])
     source = SOURCES[name]
+    if asked.get("image_size"):
+        check_image_fits(asked["image_size"], bool(asked.get("rgb")))
     for option in OF_SOURCES:
         if option in asked and asked[option] != OF_SOURCES[option] and option not in source.options:
             raise InputError(f"the source {name} takes no {typed(option)}, got {asked[option]!r}")
@@ -103,6 +106,7 @@ def settle_with_origins(given: Mapping[str, Any]) -> tuple[Settings, dict[str, s
     sized_to_it = values["validation_tasks"] is None
     settings = Settings(**{**values, "validation_tasks": 1} if sized_to_it else values)
     check_settings(settings, given=given)
+    check_training_fits(settings)
     settings = with_logs(with_own(settings))  # after all else, as it runs code
     if sized_to_it:
         settings = dataclasses.replace(settings, validation_tasks=sized(settings).validation_tasks)
