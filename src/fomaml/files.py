@@ -8,8 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -42,6 +43,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
     Raises:
         InputError: the path is a folder, or its folder cannot be made or written to.
+        OSError: the system refuses to write it, as on a full disk; it names the path, and nothing is left behind.
     """
     path = _file(path)
     try:
@@ -53,12 +55,24 @@ def replacing(path: str | Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield temporary
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        refused = _refused(error, path)
+        if refused is None:
+            raise
+        raise refused from error
+
+
+def _refused(error: BaseException, path: Path) -> OSError | None:
+    """What the operating system refused while a file was written, as an error that names the file."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return OSError(error.errno, error.strerror, str(path))
+    found = re.search(r"\(os error (\d+)\)", str(error)) if isinstance(error, SafetensorError) else None
+    return OSError(int(found[1]), os.strerror(int(found[1])), str(path)) if found else None
 
 
 def _file(path: str | Path) -> Path:
