@@ -24,6 +24,7 @@ from fomaml.app.build import (
 )
 from fomaml.app.calibrate import calibrated_result
 from fomaml.app.data_identity import with_identity
+from fomaml.app.fits import check_training_fits
 from fomaml.app.interrupts import Interrupts, listening
 from fomaml.app.inventory import describe_directory
 from fomaml.app.judge import Scores, beside_baselines, describe, judge
@@ -121,6 +122,7 @@ class Session:
         validated: Validated,
         allow_download: bool = True,
     ):
+        check_training_fits(settings)
         self.data = open_data(settings, allow_download=allow_download)
         settings = with_identity(settings, self.data)
         self.settings = with_precision(with_validation(with_data(settings, self.data), self.data))
