@@ -15,7 +15,7 @@ LAYERS = [
     {"models", "episodes", "group_episodes", "streams", "backbones"},
     {"learning"},
     {"engines"},
-    {"features", "scoring", "train", "evaluate", "tuning", "baselines", "checkpoint"},
+    {"ranks", "outer", "features", "scoring", "train", "evaluate", "tuning", "baselines", "checkpoint"},
     {"check", "serve"},
     {"app"},
     {"__init__", "__main__"},

@@ -13,21 +13,16 @@ from torch import Tensor
 
 from fomaml.data.source import ClassSource
 from fomaml.engines import Plan, check_outputs
-from fomaml.engines import plan as make_plan
 from fomaml.engines.plan import TaskWeights
 from fomaml.episodes import Episodes, TaskSequence
 from fomaml.errors import InputError, plain, positive, whole
 from fomaml.learning.algorithms import FOMAML
 from fomaml.learning.learner import MetaLearner
-from fomaml.metrics import Asked, check_ignored, ignored_label, scores
+from fomaml.metrics import Asked, check_ignored, ignored_label
 from fomaml.models import warn_of_unmoved
-from fomaml.scoring import (
-    measured_for,
-    metrics_of,
-    query_targets,
-    score_at,
-    weighted_mean,
-)
+from fomaml.outer import Outer, SharedOuter
+from fomaml.ranks import Ranks, as_ranks, digest_of
+from fomaml.scoring import metrics_of
 from fomaml.streams import TaskStream, as_sequence, batch_of
 from fomaml.tasks import Batch, Task, check_finite_tasks, singles
 
@@ -63,6 +58,7 @@ def train(
     plan: Plan | None = None,
     metric: Asked = None,
     task_weights: TaskWeights = "equal",
+    group: Any = None,
 ) -> Iterator[Record]:
     """Meta-train `learner` in place on episodes start · meta_batch_size … (Finn et al. 2017, algorithm 1).
 
@@ -80,6 +76,9 @@ def train(
         its continuation begin with.
     metric: what records score by, as in `evaluate`; the mean over the tasks, whatever their weights. Of a learner with
         a `loss` a metric other than the loss is computed in evaluation mode.
+    group: of torch.distributed, such as `torch.distributed.group.WORLD`, whose processes all make this call and take
+        all records; or `fomaml.ranks.Ranks`, which can have the same bits for any number of processes. Each computes
+        its share of a meta-batch, and begins with rank 0's parameters. Records are the same on all of them.
 
     Raises:
         InputError: at the call, counts that are not positive, a start beyond the iterations, outputs narrower than the
@@ -89,86 +88,105 @@ def train(
     Warns: an optimiser that does not hold all meta-parameters; batch norms that normalise by statistics which nothing
     has ever moved.
     """
-    iterations = positive("iterations", iterations, integer=True)
-    meta_batch_size = positive("meta_batch_size", meta_batch_size, integer=True)
-    measure_every = positive("measure_every", measure_every, integer=True)
-    if clip is not None:
-        clip = positive("clip", clip)
-    start = whole("start", start)
-    if start > iterations:
-        raise InputError(f"start is iteration {start} of {iterations}: it must not lie beyond them")
-    asked: dict[str, Any] = {
-        "engine": engine,
-        "tasks_at_once": tasks_at_once,
-        "compile": compile,
-        "autocast": autocast,
-        "task_weights": task_weights,
-    }
-    if plan is not None:
-        check_plan(plan, learner, asked)
-    [score] = metrics_of(learner, [metric])
-    measured_by = measured_for(learner, score)
-    check_optimizer(optimizer, learner)
-    if schedule is not None and not callable(schedule):
-        raise InputError(
-            f"schedule is a function of the iteration, from 0, to a factor of the step size; got a "
-            f"{type(schedule).__name__}: a scheduler of torch is stepped beside the records"
+    ranks = as_ranks(group)
+    with ranks.agreeing():
+        iterations = positive("iterations", iterations, integer=True)
+        meta_batch_size = positive("meta_batch_size", meta_batch_size, integer=True)
+        measure_every = positive("measure_every", measure_every, integer=True)
+        if clip is not None:
+            clip = positive("clip", clip)
+        start = whole("start", start)
+        if start > iterations:
+            raise InputError(f"start is iteration {start} of {iterations}: it must not lie beyond them")
+        asked: dict[str, Any] = {
+            "engine": engine,
+            "tasks_at_once": tasks_at_once,
+            "compile": compile,
+            "autocast": autocast,
+            "task_weights": task_weights,
+        }
+        if plan is not None:
+            check_plan(plan, learner, asked)
+        [score] = metrics_of(learner, [metric])
+        check_optimizer(optimizer, learner)
+        if schedule is not None and not callable(schedule):
+            raise InputError(
+                f"schedule is a function of the iteration, from 0, to a factor of the step size; got a "
+                f"{type(schedule).__name__}: a scheduler of torch is stepped beside the records"
+            )
+        warn_of_unmoved(learner.model)
+        episodes = as_sequence(episodes, learner.model, start)
+        check_width(learner, episodes)
+    parts = learner, episodes, meta_batch_size, score, plan, asked
+    if group is not None:
+        own = learner.meta_parameters().items()
+        numbers = (
+            start,
+            iterations,
+            meta_batch_size,
+            measure_every,
+            clip,
+            ranks.same_bits,
+            ranks.threads,
+            ranks.piece,
         )
-    warn_of_unmoved(learner.model)
-    episodes = as_sequence(episodes, learner.model, start)
-    check_width(learner, episodes)
+        plain_ones = [value for value in asked.values() if not callable(value)]
+        ranks.check_same(
+            {
+                "the learner": [(name, p.shape, p.dtype, p.requires_grad) for name, p in own],
+                "the optimiser": (type(optimizer).__name__, digest_of(optimizer.state_dict())),
+                "what train is told": (
+                    *numbers,
+                    *plain_ones,
+                    plan and (plan.choice, plan.compile, plan.autocast),
+                ),
+            }
+        )
+    outer = Outer(*parts) if group is None else SharedOuter(ranks, *parts)
 
     def steps() -> Iterator[Record]:
-        own, checked = plan, start
+        checked = start
         optimizer.zero_grad()  # what an earlier backward pass has left is none of this
         for iteration in range(start, iterations):
             learner.iteration = iteration
-            tasks = batch_of(episodes, iteration * meta_batch_size, meta_batch_size, learner.model)
             measured = (iteration + 1) % measure_every == 0 or iteration + 1 == iterations
-            own = own or make_plan(learner, tasks, **asked)
-            before = score_at(own, tasks, score, 0) if measured else None
-            # where the meta-gradient gives no outputs to score
-            adapted = score_at(own, tasks, score, learner.inner_steps) if measured and measured_by else None
-            result = own(tasks)
+            step = outer.step(iteration, measured)
             if schedule is not None:
                 set_rates(optimizer, schedule(iteration), iteration)
-            result.apply_to(learner)
+            step.apply_to(learner)
             if clip is not None:
                 torch.nn.utils.clip_grad_norm_(learner.meta_parameters().values(), clip)
-            learner.carry_moments(tasks)
+            outer.carry_moments(step, iteration)
             optimizer.step()
             optimizer.zero_grad()
-            learner.update_statistics(tasks)
-            meta_loss = weighted_mean(result.query_losses, own.weights(tasks))
+            outer.update_statistics(step, iteration)
             after = None
-            if measured:
-                seen = meta_loss.isfinite() & result.support_losses.isfinite().all()
-                if not seen.item():
+            if step.after is not None:
+                if not (step.meta_loss.isfinite() & step.sound).item():
                     indices = range(
                         checked * meta_batch_size, (iteration + 1) * meta_batch_size, meta_batch_size
                     )
                     check_data(learner, episodes, indices, meta_batch_size)
-                check_finite(meta_loss.item(), iteration + 1)
-                after = adapted
-                if after is None:
-                    losses, outputs = result.query_losses, result.query_outputs
-                    after = scores(score, outputs, query_targets(tasks), losses).mean()
+                check_finite(step.meta_loss.item(), iteration + 1)
+                after = step.after()
                 checked = iteration + 1
-            yield Record(iteration + 1, meta_loss, before, after)
+            yield Record(iteration + 1, step.meta_loss, step.before, after)
 
-    return _Training(steps())
+    return _Training(steps(), ranks)
 
 
 class _Training(Iterator[Record]):
     """The records of a training, which runs while they are taken; that none was taken is a warning."""
 
-    def __init__(self, records: Iterator[Record]):
+    def __init__(self, records: Iterator[Record], ranks: Ranks):
         self._records = records
+        self._ranks = ranks
         self._begun = False
 
     def __next__(self) -> Record:
         self._begun = True
-        return next(self._records)
+        with self._ranks.computing():
+            return next(self._records)
 
     def __del__(self):
         if not getattr(self, "_begun", True):
