@@ -178,7 +178,7 @@ def test_a_run_by_its_callers_plan_is_that_by_the_same_options(engine):
         if given:
             options = {"plan": plan(meta, episodes().batch(0, 4), **options)}
         records = run(meta, torch.optim.SGD(meta.parameters(), lr=0.1), **options)
-        found.append([*bits(meta), *(tensor for record in records for tensor in record[1:])])
+        found.append([*bits(meta), *(tensor for record in records for tensor in record[1:4])])
     assert same(*found)
 
 
@@ -300,7 +300,9 @@ def test_counts_must_be_positive(name, value):
 
 def test_a_meta_loss_that_is_not_finite_stops_the_run():
     meta = FOMAML(learner().model, 1e38, 3)
-    with pytest.raises(InputError, match="the meta-loss is nan at iteration 1: try a smaller"):
+    with pytest.raises(
+        InputError, match=r"is nan at iteration 1, task 0: the inner loop diverges.* try a smaller"
+    ):
         run(meta, torch.optim.SGD(meta.parameters(), lr=0.1))
 
 

@@ -16,7 +16,7 @@ from fomaml.episodes import TaskSequence
 from fomaml.learning.learner import MetaLearner
 from fomaml.metrics import Metric, scores
 from fomaml.models import BatchNorm
-from fomaml.ranks import OTHERS, Ranks
+from fomaml.ranks import OTHERS, Ranks, as_ranks, digest_of
 from fomaml.scoring import measured_for, query_targets, scores_at, weighted_mean
 from fomaml.streams import batch_of
 from fomaml.tasks import Batch
@@ -25,17 +25,17 @@ from fomaml.tasks import Batch
 class Step(NamedTuple):
     """What an outer step is made of. gradients: by name, the mean over the tasks of the meta-batch.
 
-    meta_loss: (). sound: (), bool, whether the losses of the inner loops are finite. before: () the mean score at θ,
-    and after: what gives the one at φ_K; None where the step is not measured. tasks: those that this process has, the
-    first of the meta-batch among them where it is rank 0.
+    meta_loss: (). before: () the mean score at θ, and after: what gives the one at φ_K; None where the step is not
+    measured. tasks: those that this process has, the first of the meta-batch among them where it is rank 0. random: the
+    state of torch's random numbers on the CPU before the meta-gradient.
     """
 
     gradients: dict[str, Tensor]
     meta_loss: Tensor
-    sound: Tensor
     before: Tensor | None
     after: Callable[[], Tensor] | None
     tasks: Batch | None
+    random: Tensor
 
     def apply_to(self, learner: MetaLearner) -> None:
         """Set `.grad` of the learner's meta-parameters, for any `torch.optim` optimiser to step on."""
@@ -67,15 +67,21 @@ class Outer:
         plan = self.plan = self.plan or make_plan(self.learner, tasks, **self.asked)
         before = self._scores(plan, tasks, 0).mean() if measured else None
         adapted = self._adapted(plan, tasks, measured)
+        random = torch.get_rng_state()
         result = plan(tasks)
         return Step(
             result.gradients,
             weighted_mean(result.query_losses, plan.weights(tasks)),
-            result.support_losses.isfinite().all(),
             before,
             (lambda: self._after(tasks, result, adapted).mean()) if measured else None,
             tasks,
+            random,
         )
+
+    def all_tasks(self, step: Step, iteration: int) -> Batch:
+        """Those of the whole meta-batch."""
+        assert step.tasks is not None
+        return step.tasks
 
     def carry_moments(self, step: Step, iteration: int) -> None:
         """See `MetaLearner.carry_moments`."""
@@ -177,15 +183,18 @@ class SharedOuter(Outer):
                 parts.append(Part(piece, tasks, result, before, adapted))
         except Exception as raised:  # whatever a module raises
             error, parts = raised, []
-        gradient, losses, sound = self._added_up(parts, len(pieces), error, plan, known, at_once)
+        gradient, losses = self._added_up(parts, len(pieces), error, plan, known, at_once)
         return Step(
             gradient,
             weighted_mean(losses, weights),
-            sound,
             self._collected([(part.piece, part.before) for part in parts]).mean() if measured else None,
             (lambda: self._scored(parts)) if measured else None,
             parts[0].tasks if parts else None,
+            torch.get_rng_state(),
         )
+
+    def all_tasks(self, step: Step, iteration: int) -> Batch:
+        return self.batch(iteration * self.meta_batch_size, self.meta_batch_size)
 
     def carry_moments(self, step: Step, iteration: int) -> None:
         if self.learner.moments.names:
@@ -235,27 +244,26 @@ class SharedOuter(Outer):
         plan: Plan,
         known: set[str],
         at_once: int,
-    ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """The meta-gradient, the query losses (tasks,) and whether those of the inner loops are finite, of all ranks.
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """The meta-gradient and the query losses (tasks,), of all ranks.
 
         Raises this rank's error, or what another rank's has become, on all of them.
         """
         ranks = self.ranks
         flat = [torch.cat([g.to_dense().reshape(-1) for g in p.result.gradients.values()]) for p in parts]
         flat = [each.to(self.nothing) for each in flat]
-        losses, unsound = self.nothing.new_zeros(self.meta_batch_size), self.nothing.new_zeros(1)
+        losses = self.nothing.new_zeros(self.meta_batch_size)
         for part in parts:
             losses[part.piece.start : part.piece.stop] = part.result.query_losses
-            unsound += ~part.result.support_losses.isfinite().all()
         changed = plan.seen != known or plan.tasks_at_once != at_once
         told = [float(error is not None), float(changed), *map(float, ranks.notes())]
-        facts = torch.cat([losses, unsound, self.nothing.new_tensor(told)])
+        facts = torch.cat([losses, self.nothing.new_tensor(told)])
         if ranks.same_bits:
             facts = ranks.sum(facts)
         else:
             flat_and_facts = ranks.sum(torch.cat([flat[0] if flat else self.nothing, facts]))
             whole, facts = flat_and_facts.split([len(self.nothing), len(facts)])
-        losses, unsound, rest = facts.split([len(losses), 1, len(told)])
+        losses, rest = facts.split([len(losses), len(told)])
         failed, any_changed, *ranks.noted = rest.tolist()
         if failed:
             ranks.fail(error)
@@ -269,7 +277,7 @@ class SharedOuter(Outer):
             name: each.reshape(shape).to(dtype, copy=True)
             for each, (name, (shape, dtype)) in zip(split, self.like.items())
         }
-        return gradients, losses, unsound[0] == 0
+        return gradients, losses
 
     def _collected(self, found: Iterable[tuple[range, Tensor | None]]) -> Tensor:
         """(tasks,) float64 values of all ranks, of this one's in their places."""
@@ -284,3 +292,35 @@ class SharedOuter(Outer):
         with self.ranks.agreeing():
             found = [(part.piece, self._after(part.tasks, part.result, part.adapted)) for part in parts]
         return self._collected(found).mean()
+
+
+def outer_steps(
+    group: Any,
+    learner: MetaLearner,
+    episodes: TaskSequence,
+    meta_batch_size: int,
+    metric: Metric,
+    plan: Plan | None,
+    asked: Mapping[str, Any],
+    optimizer: torch.optim.Optimizer,
+    told: tuple,
+) -> Outer:
+    """The outer steps of this process, or of a group, whose processes have all been given the same. group: of `train`.
+
+    told: what else they must have in common.
+    """
+    parts = learner, episodes, meta_batch_size, metric, plan, asked
+    if group is None:
+        return Outer(*parts)
+    ranks = as_ranks(group)
+    shapes = [(name, p.shape, p.dtype, p.requires_grad) for name, p in learner.meta_parameters().items()]
+    plain = [value for value in asked.values() if not callable(value)]
+    numbers = ranks.same_bits, ranks.threads, ranks.piece, meta_batch_size, *told
+    ranks.check_same(
+        {
+            "the learner": shapes,
+            "the optimiser": (type(optimizer).__name__, digest_of(optimizer.state_dict())),
+            "what train is told": (numbers, plain, plan and (plan.choice, plan.compile, plan.autocast)),
+        }
+    )
+    return SharedOuter(ranks, *parts)

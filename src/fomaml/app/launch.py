@@ -18,7 +18,6 @@ import torch
 from torch import distributed
 
 from fomaml.errors import InputError, in_one_line
-from fomaml.ranks import Ranks
 
 NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 PATIENCE = timedelta(hours=2)  # that one process waits for another: to read data may take long
@@ -134,13 +133,10 @@ class Launch:
         return f"cuda:{self.local_rank}"
 
     @contextlib.contextmanager
-    def joined(
-        self, device: str, same_bits: bool, threads: int, piece: int | None, notes: Callable[[], list[float]]
-    ) -> Iterator[Ranks]:
-        """Within it the processes are a group; see `Ranks`."""
-        told = {"same_bits": same_bits, "threads": threads, "piece": piece, "notes": notes}
+    def joined(self, device: str) -> Iterator[Any]:
+        """Within it the processes are a group of torch.distributed, which is given; None of one process alone."""
         if not self.many:
-            yield Ranks(None, **told)
+            yield None
             return
         if device.startswith("cuda"):
             torch.cuda.set_device(torch.device(device))
@@ -152,7 +148,7 @@ class Launch:
             world_size=self.size,
         )
         try:
-            yield Ranks(distributed.group.WORLD, **told)
+            yield distributed.group.WORLD
         finally:
             distributed.destroy_process_group()
 

@@ -13,6 +13,7 @@ from fomaml.app.settle import settle
 from fomaml.app.tune_options import TRIALS, TuneOptions
 from fomaml.app.wording import option as typed
 from fomaml.errors import InputError, positive, whole
+from fomaml.sealed import sealed, unsealed
 from fomaml.tuning import LogUniform, Space
 
 SEARCH = "tune.json"
@@ -119,7 +120,7 @@ def resumed(options: TuneOptions) -> Search:
         )
     path = folder / SEARCH
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
+        kept = unsealed(path.read_text(encoding="utf-8"))
         settings = from_json(json.dumps(kept["settings"]), str(path))
         space = {name: tuple(bounds) for name, bounds in kept["space"].items()}
         found = Search(settings, kept["words"], space, kept["trials"], kept["iterations"], kept["seed"])
@@ -136,4 +137,4 @@ def resumed(options: TuneOptions) -> Search:
 
 def as_json(search: Search) -> str:
     kept = search._asdict() | {"format": FORMAT, "settings": json.loads(to_json(search.settings))}
-    return json.dumps(kept, indent=2) + "\n"
+    return sealed(kept)

@@ -32,7 +32,7 @@ COUNTS = [
     if hint in (int, int | None) and name not in ("seed", "validate_every", "gap", "split_seed")
 ]
 SEEDS = 2**60
-SIZES = ("inner_lr", "meta_lr", "rates_lr", "clip", "seconds")
+SIZES = ("inner_lr", "meta_lr", "rates_lr", "clip", "seconds", "checkpoint_seconds")
 BELOW = {"inner_momentum": 1, "weight_decay": math.inf, "jitter": 1, "test_jitter": 1}
 # The options that only some sources take, with their values for all others.
 OF_SOURCES: dict[str, Any] = {
