@@ -126,6 +126,8 @@ def settle_with_origins(given: Mapping[str, Any]) -> tuple[Settings, dict[str, s
     if values["skip_small_classes"]:
         needed = (values[name] for name in ("train_shots", "query_shots", "shots", "test_query_shots"))
         values["skip_small_classes"] = max(images_needed(*needed))
+    if values["same_bits"] and values["threads"] is None:
+        values["threads"], origins["threads"] = 1, "same_bits"
     sized_to_it = values["validation_tasks"] is None
     settings = Settings(**{**values, "validation_tasks": 1} if sized_to_it else values)
     check(settings, given)
@@ -168,6 +170,10 @@ def check(settings: Settings, given: Mapping[str, Any] = {}) -> None:
     if settings.seconds is not None and "iterations" in given:
         raise InputError(
             f"the budget is --iterations {settings.iterations} or --seconds {settings.seconds:g}, not both"
+        )
+    if settings.threads is not None and not settings.same_bits:
+        raise InputError(
+            "--threads is of --same-bits, whose bits depend on it: give both, or OMP_NUM_THREADS"
         )
     check_steps("--test-steps", settings.test_steps)
     check_seed(settings.seed)
