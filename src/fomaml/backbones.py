@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from fomaml import regular
 from fomaml.choices import Policy
 from fomaml.errors import InputError, in_one_line, whole
 from fomaml.files import load_tensors
@@ -258,9 +259,9 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         InputError: it is not there, damaged, or a pickle; the message has the lines that convert one.
     """
     path = Path(path).expanduser()
-    if not path.is_file():
+    if not path.exists():
         raise InputError(f"there is no file {path}; give the path of a .safetensors file")
-    with open(path, "rb") as file:
+    with regular.opened(path) as file:
         start = file.read(9)  # of a safetensors file a length, whose first byte may be any, and a brace
     pickled = start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and start[8:] != b"{")
     if path.suffix in PICKLES or pickled:

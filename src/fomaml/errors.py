@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import re
 import textwrap
 from typing import Any, Literal, overload
 
@@ -61,6 +62,11 @@ def whole(name: str, value: float, least: float = 0, below: float = math.inf, ra
         range = range or (f" of {least} or more" if least > -math.inf else "")
         raise InputError(f"{name} must be a whole number{range}, got {shown(number)}")
     return number
+
+
+def escaped(text: str) -> str:
+    """A text with its line breaks, control characters and surrogates as escapes: names of files may have any."""
+    return re.sub("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", lambda found: ascii(found[0])[1:-1], text)
 
 
 def shown(value: Any) -> str:

@@ -20,9 +20,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fomaml import regular
 from fomaml.errors import InputError
 from fomaml.sealed import DIGEST, sealed, settings_digest
 
+UNWRITABLE = "backslashreplace"  # of surrogates, which in JSON is their escape
 AT_ONCE = 256  # rows of what is read a part at a time
 STALE = 3600.0  # seconds after which a temporary file, whose process is gone, was a killed one's
 
@@ -33,9 +35,9 @@ def user_cache() -> Path:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text file atomically."""
+    """Write a text file atomically; what is no text, as in names of files, is escaped."""
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors=UNWRITABLE)
 
 
 @contextmanager
@@ -166,12 +168,15 @@ def load_tensors(
     """
     path = _file(path)
     try:
+        regular.check_regular(path)
         with safe_open(str(path), framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             header = file.metadata() or {}
         entry = json.loads(header.get("fomaml", "{}"))
     except FileNotFoundError:
         raise InputError(f"no file {path}: was the run finished?") from None
+    except InputError:
+        raise
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{path} is damaged or not a safetensors file ({error})") from None
     if header and header.keys() not in ({"fomaml"}, {"format"}):  # of this project, or of others

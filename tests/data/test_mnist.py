@@ -72,7 +72,7 @@ BAD = {
     "truncated": (TRAIN_IMAGES, CONTENT[TRAIN_IMAGES][:-1],
                   "found 23535 bytes, expected 23536 after its header"),
     "too long": (TEST_LABELS, CONTENT[TEST_LABELS] + b"\0",
-                 "found 29 bytes, expected 28 after its header"),
+                 "found more than 28 bytes, expected 28 after its header"),
     "no images": (TRAIN_IMAGES, idx(NO_IMAGES), "found no images, expected some of each digit"),
     "no labels": (TRAIN_LABELS, idx(NO_IMAGES[:, 0, 0]),
                   "found no labels, expected some of each digit"),
@@ -133,7 +133,7 @@ def test_unreadable_folders_are_named(tmp_path):
     (raw / TRAIN_LABELS).mkdir()
     with pytest.raises(InputError) as error:
         load_mnist(tmp_path)
-    message = f"{raw / TRAIN_LABELS}: Is a directory, expected MNIST's labels{CURE}"
+    message = f"{raw / TRAIN_LABELS} is a folder, expected an ordinary file; give the path of one"
     assert str(error.value) == message
 
 

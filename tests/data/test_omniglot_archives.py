@@ -1,11 +1,11 @@
 """An archive or folder of Omniglot that is not whole is named in one line."""
 
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+from fomaml import regular
 from fomaml.data.omniglot import load_omniglot
 from fomaml.errors import InputError
 from omniglot_files import (
@@ -48,7 +48,7 @@ BAD = {
                            f"found {BACKGROUND}/Greek/a.png, "
                            f"expected {BACKGROUND}/ALPHABET/characterNN/NAME.png"),
     "an empty image": (archive({**FILES, FIRST: b""}.items()),
-                       f"found {FIRST} damaged (cannot identify image file"),
+                       f"found {FIRST} damaged (it is of none of the formats PNG)"),
     "half an image": (archive({**FILES, FIRST: CUT}.items()), f"found {FIRST} damaged ("),
     "not PNG": (archive({**FILES, FIRST: b"GIF89a"}.items()), f"found {FIRST} damaged ("),
     "another size": (archive({**FILES, FIRST: png(np.zeros((20, 22), np.uint8))}.items()),
@@ -120,10 +120,10 @@ def test_a_missing_half_is_named(tmp_path, root):
 
 
 def test_an_archive_that_cannot_be_read_is_named(root, monkeypatch):
-    def refuse(path):
+    def refuse(path, most):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(regular, "read_bytes", refuse)
     message = f"{root / BACKGROUND}.zip: Permission denied, expected a part of Omniglot{CURE}"
     assert error_of(root) == message
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fomaml import regular
 from fomaml.app.algorithms import ALGORITHMS, ANY_WAYS
 from fomaml.app.build import Data, for_test, open_data
 from fomaml.app.report import align
@@ -75,15 +76,15 @@ def read_calibration(run: Path, checked: bool = False) -> list[Known]:
     """
     path = run / CALIBRATION
     try:
-        text = path.read_text(encoding="utf-8")
-    except OSError:
-        return []
-    try:
-        rows = unsealed(text, required=checked)["calibrations"]
+        rows = unsealed(regular.read_text(path), required=checked)["calibrations"]
         return [
             Known(row["ways"], row["shots"], row["tasks"], {int(k): v for k, v in row["by_steps"].items()})
             for row in rows
         ]
+    except InputError:
+        raise
+    except OSError:
+        return []
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise InputError(f"{path} is damaged; delete it, and run fomaml calibrate again") from None
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fomaml import regular
 from fomaml.app import compare_plots as plots
 from fomaml.app.commands import given
 from fomaml.app.compare import COMPARISON, SETTINGS, cell, introduced
@@ -67,7 +68,7 @@ def report_comparison(options: ReportOptions) -> Path:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found = unsealed(path.read_text(encoding="utf-8"))
+        found = unsealed(regular.read_text(path))
         introduced(found)
         for row in found["rows"]:
             if "failed" not in row:
@@ -78,6 +79,8 @@ def _read(path: Path) -> dict[str, Any]:
                     for name in ("iterations", "seconds", "tasks_per_second", "peak_memory_mb", "settings")
                 ]
         [(point["iteration"] + 0, point["cosine"] + 0) for point in found["cosines"]]
+    except InputError:
+        raise
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError, IndexError, AttributeError):

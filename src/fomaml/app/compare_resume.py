@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from fomaml import regular
 from fomaml.app import rundir
 from fomaml.app.commands import CompareOptions, given
 from fomaml.app.parser import parse_command
@@ -46,9 +47,11 @@ def begun(options: CompareOptions) -> CompareOptions:
     if set(given(options)) != {"resume"}:
         raise InputError("--resume takes the options of the comparison: give no others")
     try:
-        words = unsealed((folder / BEGUN).read_text(encoding="utf-8"), required=True)["words"]
+        words = unsealed(regular.read_text(folder / BEGUN), required=True)["words"]
         if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
             raise TypeError
+    except InputError:
+        raise
     except OSError:
         raise InputError(f"{folder} holds no comparison that was begun (no {BEGUN})") from None
     except (ValueError, KeyError, TypeError):
@@ -74,8 +77,10 @@ def costs_of(out: Path) -> dict[str, Any] | None:
         return None
     path = costs_file(out)
     try:
-        found = unsealed(path.read_text(encoding="utf-8"), required=True)
+        found = unsealed(regular.read_text(path), required=True)
         found["scores"] = {int(steps): scores for steps, scores in found["scores"].items()}
         return found
+    except InputError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"{path} is damaged: delete {out}, to have it trained again") from None

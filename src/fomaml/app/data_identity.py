@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from fomaml import regular
 from fomaml.app.build import Data
 from fomaml.app.settings import Settings
 from fomaml.app.sources import source_of, split_name
@@ -104,7 +105,7 @@ def _of_file(path: Path) -> dict[str, Any]:
 
 
 def _file_digest(path: Path, size: int) -> str:
-    with open(path, "rb") as file:
+    with regular.opened(path) as file:
         if size <= WHOLE:
             found = hashlib.sha256()
             while part := file.read(BLOCK):
@@ -141,7 +142,7 @@ class _Kept:
         self.path = user_cache() / CACHE
         self.known: dict[str, Any] = {}
         with contextlib.suppress(OSError, ValueError):  # a cache that is not there, or damaged
-            self.known = unsealed(self.path.read_text(encoding="utf-8"), required=True)
+            self.known = unsealed(regular.read_text(self.path), required=True)
         self.new = False
 
     def digest(self, path: Path, told: os.stat_result) -> str:

@@ -6,7 +6,6 @@ import base64
 import binascii
 import itertools
 import time
-import warnings
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -22,7 +21,7 @@ from fomaml.app.calibrate import nearest
 from fomaml.app.serve_commands import told
 from fomaml.app.serving import AdaptedModel, Run, save_model
 from fomaml.app.sources import split_name
-from fomaml.data.images import pillow
+from fomaml.data.images import TooManyPixels, opened_image, readable_formats
 from fomaml.errors import InputError, shown
 from fomaml.serve.pictures import Embedded, Pictures
 
@@ -232,15 +231,11 @@ class Demo:
 
     def _read(self, data: bytes, name: str) -> Tensor:
         """One picture as the run takes it, once its header has been looked at. (1, channels, height, width)"""
-        Image = pillow()
-        Image.init()
-        known = [each for each in FORMATS if each in Image.OPEN]
+        known = [each for each in readable_formats() if each in FORMATS]
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error", Image.DecompressionBombWarning)
-                with Image.open(BytesIO(data), formats=known) as image:
-                    width, height = image.size
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+            with opened_image(BytesIO(data), formats=known) as image:
+                width, height = image.size
+        except TooManyPixels:
             raise InputError(f"{name} has more than {PIXELS // 1_000_000} million pixels") from None
         except Exception:  # each of Pillow's plugins has its own
             raise InputError(

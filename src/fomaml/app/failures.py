@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 
 from fomaml.app.wording import spoken
 from fomaml.engines.common import out_of_memory
-from fomaml.errors import InputError, in_one_line
+from fomaml.errors import InputError, escaped, in_one_line
 from fomaml.ranks import RankError
 
 BAD_INPUT = 2
@@ -130,11 +130,8 @@ def told(error: BaseException) -> str | None:
 
 
 def one_line(text: str) -> str:
-    """A text with its line breaks, control characters and surrogates as escapes: names of files may have any. Words
-    that are no words, such as thousands of digits, are cut.
-    """
-    text = re.sub(rf"(\S{{{LONG // 2}}})\S{{{LONG},}}(\S{{{LONG // 4}}})", r"\1…\2", text)
-    return re.sub("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", lambda found: ascii(found[0])[1:-1], text)
+    """A text without line breaks, see `escaped`. Words that are no words, such as thousands of digits, are cut."""
+    return escaped(re.sub(rf"(\S{{{LONG // 2}}})\S{{{LONG},}}(\S{{{LONG // 4}}})", r"\1…\2", text))
 
 
 def _told_by_system(error: OSError) -> str:

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fomaml import regular
 from fomaml.errors import InputError, in_one_line
 
 INSTALLED = {"site-packages", "dist-packages"}
@@ -119,7 +120,7 @@ def of_object(value: Any) -> Own:
     kind = value if inspect.isclass(value) or inspect.isroutine(value) else type(value)
     try:
         path = Path(inspect.getsourcefile(kind) or "").resolve(strict=True)
-        data = path.read_bytes()
+        data = regular.read_bytes(path)
     except (TypeError, OSError):
         raise InputError(
             f"{getattr(kind, '__name__', kind)} stands in no file that could be compared with that of the run; "
@@ -213,12 +214,12 @@ def _import(source: str) -> tuple[ModuleType, Path, str]:
     if file is None:
         raise InputError(f"{source} stands in no file of its own; name a module that does")
     path = Path(file).resolve()
-    return namespace, path, _seen(path, path.read_bytes())
+    return namespace, path, _seen(path, regular.read_bytes(path, regular.LOG))  # it may be a compiled one
 
 
 def _run(path: Path, what: str) -> tuple[ModuleType, Path, str]:
     """Run a file as a module. It is read once, so that the digest is of what ran."""
-    data = path.read_bytes()
+    data = regular.read_bytes(path)
     sha256 = _sha256(data)
     name = f"_own_{path.stem}_{_sha256(f'{path.resolve()} {sha256}'.encode())[:12]}"
     if name in sys.modules:  # a loss may stand beside the model that it knows
@@ -248,7 +249,7 @@ def _beside(path: Path) -> dict[str, str]:
     waiting = [(path, _package(path))]
     while waiting:
         file, package = waiting.pop()
-        data = file.read_bytes()
+        data = regular.read_bytes(file)
         found[file] = _sha256(data) if file == path else _seen(file, data)
         for name in _imported(data, package):
             module = sys.modules.get(name)

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from fomaml import regular
 from fomaml.app.calibrate import Known, read_calibration
 from fomaml.app.checks import OF_SOURCES
 from fomaml.app.commands import TrainOptions, headings
@@ -128,7 +129,7 @@ def read_record(run: Path) -> Record:
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     try:
-        data = path.read_bytes()
+        data = regular.read_bytes(path, regular.LOG)
     except OSError:
         return []
     found = []
@@ -149,7 +150,7 @@ def read_result(run: Path, checked: bool = False) -> dict[str, Any] | None:
     """
     path = run / RESULT
     try:
-        found = unsealed(path.read_text(encoding="utf-8"), required=checked)
+        found = unsealed(regular.read_text(path), required=checked)
         if not found["rows"] or not found["protocol"] or not isinstance(found["differences"], list):
             raise KeyError
         found["tasks"], found["steps"], found["name"]
@@ -159,12 +160,14 @@ def read_result(run: Path, checked: bool = False) -> dict[str, Any] | None:
             if not isinstance(row.get("label", row.get("to")), str):
                 raise TypeError
         metric_in(found)
+    except InputError:
+        raise
     except OSError:
         return None
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
         raise InputError(f"{path} is damaged: it is not the result of a run") from None
     text, told = run / RESULT_TEXT, found.pop("text_crc32", None)
-    if told is not None and text.exists() and checksum(text.read_text("utf-8", "replace")) != told:
+    if told is not None and text.exists() and checksum(regular.read_text(text, errors="replace")) != told:
         raise InputError(f"{text} is not what was written beside {RESULT}: delete it, or bring it back")
     return found
 

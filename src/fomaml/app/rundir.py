@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from fomaml import regular
 from fomaml.app.algorithms import ALGORITHMS, ANY_WAYS
 from fomaml.app.build import build_learner
 from fomaml.app.check_settings import read_settings
@@ -32,7 +33,7 @@ from fomaml.app.settings import DIGESTS, Better, Settings, identity
 from fomaml.app.sources import source_of
 from fomaml.checkpoint import load_weights
 from fomaml.errors import InputError
-from fomaml.files import sweep, write_text
+from fomaml.files import UNWRITABLE, sweep, write_text
 from fomaml.learning.learner import MetaLearner
 from fomaml.sealed import finite, unsealed
 
@@ -106,7 +107,7 @@ def keep_metrics(path: Path, iterations: int, validated: int) -> int:
 
     The last line of a killed run may be half a line, which is no damage.
     """
-    data = path.read_bytes() if path.exists() else b""
+    data = regular.read_bytes(path, regular.LOG) if path.exists() else b""
     kept, damaged = [], 0
     for line in data.splitlines(keepends=True):
         found = parsed_line(line)
@@ -142,6 +143,8 @@ def checked_line(line: bytes | str) -> dict[str, Any]:
 def parsed_line(line: bytes) -> dict[str, Any] | None:
     """The record of a line of metrics.jsonl; None of one that is damaged, or is not whole."""
     try:
+        if len(line) > regular.LINE:
+            return None
         kept = checked_line(line)
         found: dict[str, Any] = {key: math.nan if value is None else value for key, value in kept.items()}
         by_steps = found.get("by_steps", {})
@@ -159,7 +162,7 @@ def is_number(value: Any) -> bool:
 
 def checksum(text: str) -> str:
     """The CRC-32 of a text, in hexadecimal digits."""
-    return f"{zlib.crc32(text.encode()):08x}"
+    return f"{zlib.crc32(text.encode(errors=UNWRITABLE)):08x}"
 
 
 def begun_before(settings: Settings, out: Path) -> str:
@@ -171,7 +174,7 @@ def begun_before(settings: Settings, out: Path) -> str:
 
 def read_result(out: Path) -> dict:
     """What result.json says."""
-    return json.loads((out / RESULT).read_text(encoding="utf-8"))
+    return json.loads(regular.read_text(out / RESULT))
 
 
 def is_finished(out: Path) -> bool:
@@ -181,9 +184,11 @@ def is_finished(out: Path) -> bool:
         InputError: it has a damaged one.
     """
     try:
-        return "unfinished" not in unsealed((out / RESULT).read_text(encoding="utf-8"))
+        return "unfinished" not in unsealed(regular.read_text(out / RESULT))
     except OSError:
         return False
+    except InputError:
+        raise
     except ValueError as error:
         raise InputError(
             f"{out / RESULT} is damaged ({error}); fomaml evaluate judges the run again"
@@ -198,7 +203,7 @@ def load_settings(run: Path) -> Settings:
     """
     path = run / CONFIG
     try:
-        text = path.read_text(encoding="utf-8")
+        text = regular.read_text(path)
     except UnicodeDecodeError:
         raise InputError(f"{path} is damaged: it is not text") from None
     except OSError:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from fomaml import regular
 from fomaml.app.check_settings import read_settings
 from fomaml.app.commands import given, headings
 from fomaml.app.named import AGAIN, named_again
@@ -121,7 +122,7 @@ def resumed(options: TuneOptions) -> Search:
         )
     path = folder / SEARCH
     try:
-        kept = unsealed(path.read_text(encoding="utf-8"))
+        kept = unsealed(regular.read_text(path))
         settings = read_settings(json.dumps(kept["settings"]), str(path))
         space = {name: tuple(bounds) for name, bounds in kept["space"].items()}
         found = Search(settings, kept["words"], space, kept["trials"], kept["iterations"], kept["seed"])

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from fomaml import tuning
+from fomaml import regular, tuning
 from fomaml.app import rundir
 from fomaml.app.algorithms import ALGORITHMS
 from fomaml.app.build import (
@@ -227,7 +227,7 @@ class _Record:
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    text = regular.read_text(path, regular.LOG) if path.exists() else ""
     for number, line in enumerate(text.splitlines(), 1):
         try:
             found = rundir.checked_line(line)

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
+from fomaml import regular
 from fomaml.errors import InputError
 
 log = logging.getLogger(__name__)
 
+# Of Pillow's formats those of pixels alone. Others start programs (EPS), or hold files of several kinds.
+FORMATS = (
+    "PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "JPEG2000", "AVIF", "PPM", "TGA", "PCX", "SGI",
+)  # fmt: skip
 WIDE = ("I", "F")  # more than 8 bits a pixel, which Pillow's conversion clips to white
 IN_MEMORY = (
     2 * 2**30
@@ -30,10 +37,55 @@ def pillow():
     return Image
 
 
-def readable_suffixes() -> set[str]:
-    """The suffixes, in lower case, of the formats that this Pillow can open."""
+def readable_formats() -> list[str]:
+    """Those of `FORMATS` that this Pillow can open."""
     Image = pillow()
-    return {suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN}
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def readable_suffixes() -> set[str]:
+    """The suffixes, in lower case, of the formats that are read."""
+    known = readable_formats()
+    return {suffix for suffix, name in pillow().registered_extensions().items() if name in known}
+
+
+@contextlib.contextmanager
+def opened_image(
+    file: str | Path | IO[bytes], pixels: int = regular.PIXELS, formats: Sequence[str] | None = None
+) -> Iterator[Any]:
+    """An image of Pillow of which the header alone has been read; of a file's path, or of its bytes.
+
+    pixels: how many it may say that it has. formats: Pillow's names of them; those of `FORMATS` by default.
+
+    Raises:
+        InputError: it is no ordinary file, of none of these formats, or too large; without the file's name.
+        Exception: Pillow's plugins have their own for what is damaged.
+    """
+    Image = pillow()
+    with contextlib.ExitStack() as stack:
+        if isinstance(file, str | Path):
+            regular.check_regular(file, regular.IMAGE)
+            file = stack.enter_context(regular.opened(file))
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the check is below
+                image = stack.enter_context(Image.open(file, formats=formats or readable_formats()))
+        except Image.DecompressionBombError:
+            raise _too_many(pixels) from None
+        except Image.UnidentifiedImageError:
+            raise InputError(f"it is of none of the formats {', '.join(formats or FORMATS)}") from None
+        if image.width * image.height > pixels:
+            raise _too_many(pixels)
+        yield image
+
+
+class TooManyPixels(InputError):
+    """An image that says that it has more pixels than are decoded."""
+
+
+def _too_many(pixels: int) -> TooManyPixels:
+    return TooManyPixels(f"it has more than {pixels / 1e6:.3g} million pixels")
 
 
 class Decoder:
@@ -75,10 +127,9 @@ class Decoder:
 
     def _opened(self, path: Path, function: Callable[[Any], Any], bytes: Any = None) -> Any:
         """What `function` gives of an image with 8 bits a channel."""
-        Image = pillow()
         found = None
         try:
-            with Image.open(bytes or path) as file:
+            with opened_image(bytes or path) as file:
                 mode = file.mode
                 if not mode.startswith(WIDE):
                     found = function(file)

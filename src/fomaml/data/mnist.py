@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import logging
 import math
 import os
 import struct
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fomaml import regular
 from fomaml.data.download import downloading
 from fomaml.data.source import ClassSource, pixels
 from fomaml.errors import InputError
@@ -97,22 +100,33 @@ def _read_folder(root: Path, origin: str, cure: str) -> MNIST:
 def _read_idx(path: Path, shape: tuple[int, ...], cure: str) -> Tensor:
     """The IDX file of bytes at `path`, images or labels of this shape: uint8 (items, *shape)."""
     kind = "images" if shape else "labels"
+    magic, head = bytes([0, 0, 8, 1 + len(shape)]), 8 + 4 * len(shape)
     try:
-        data = path.read_bytes()
-        data = gzip.decompress(data) if path.suffix == ".gz" else data
+        with _unpacked(path) as file:
+            data = file.read(head)
+            start = f"the first bytes {data[:4].hex(' ')}" if data else "an empty file"
+            _check(data[:4] == magic, path, start, f"{magic.hex(' ')}, those of MNIST's {kind}", cure)
+            _check(len(data) == head, path, f"{len(data)} bytes", f"a header of {head}", cure)
+            items, *rest = struct.unpack(f">{1 + len(shape)}I", data[4:])
+            size = head + items * math.prod(rest)
+            most = regular.IDX
+            _check(size <= most, path, f"a header of {size} bytes", f"{most} at the most", cure)
+            data += file.read(size - head + 1)  # to its end, where a checksum may stand
     except (OSError, EOFError, zlib.error) as error:
         why = getattr(error, "strerror", None) or error
         raise InputError(f"{path}: {why}, expected MNIST's {kind}; {cure}") from None
-    magic, head = bytes([0, 0, 8, 1 + len(shape)]), 8 + 4 * len(shape)
-    start = f"the first bytes {data[:4].hex(' ')}" if data else "an empty file"
-    _check(data[:4] == magic, path, start, f"{magic.hex(' ')}, those of MNIST's {kind}", cure)
-    _check(len(data) >= head, path, f"{len(data)} bytes", f"a header of {head}", cure)
-    items, *rest = struct.unpack(f">{1 + len(shape)}I", data[4:head])
-    size = head + items * math.prod(rest)
-    _check(len(data) == size, path, f"{len(data)} bytes", f"{size} after its header", cure)
+    found = f"{len(data)} bytes" if len(data) <= size else f"more than {size} bytes"
+    _check(len(data) == size, path, found, f"{size} after its header", cure)
     _check(items > 0, path, f"no {kind}", "some of each digit", cure)
     _check(tuple(rest) == shape, path, f"images of shape {tuple(rest)}", f"{shape}", cure)
     return torch.frombuffer(bytearray(data), dtype=torch.uint8, offset=head).view(items, *shape)
+
+
+@contextlib.contextmanager
+def _unpacked(path: Path) -> Iterator[IO[bytes]]:
+    """The bytes of a file, of a gzipped one those in it."""
+    with regular.opened(path) as file:
+        yield gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file  # type: ignore[misc]
 
 
 def _check(right: bool, path: Path, found: str, expected: str, cure: str) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,10 +11,10 @@ import numpy as np
 
 from fomaml.choices import check_choice, nearest_first
 from fomaml.data.keys import Kind, key_of
+from fomaml.data.table_files import read_file
 from fomaml.errors import InputError, in_one_line, shown
 
 MOST_CLASSES = 20  # whole numbers of more different values are quantities
-SEPARATORS = {"\t": "tabs", ";": "';'", "|": "'|'", ",": "','", " ": "spaces"}
 
 
 class Columns(NamedTuple):
@@ -113,7 +111,7 @@ def read_table(table: Any, separator: str | None = None, decimal: str = ".") -> 
     pd = pandas()
     if isinstance(table, str | Path):
         path = Path(table).expanduser()
-        frame, origin = _read_file(pd, path, separator, decimal), str(path)
+        frame, origin = read_file(pd, path, separator, decimal), str(path)
     else:
         frame = table.to_pandas() if type(table).__module__.partition(".")[0] == "polars" else table
         origin = "the table"
@@ -126,57 +124,6 @@ def read_table(table: Any, separator: str | None = None, decimal: str = ".") -> 
     if not len(frame):
         raise InputError(f"{origin} has no rows")
     return frame, origin
-
-
-def _read_file(pd: Any, path: Path, separator: str | None, decimal: str) -> Any:
-    """A file by its suffix."""
-    if decimal not in (".", ","):
-        raise InputError(f"decimal must be '.' or ',', got {shown(decimal)}")
-    suffix = path.suffix.lower()
-    if path.is_dir() or not path.exists():
-        raise InputError(f"{path} is a folder, expected a table" if path.is_dir() else f"no file {path}")
-    try:
-        if suffix in (".parquet", ".pq"):
-            return pd.read_parquet(path)
-        if suffix not in (".csv", ".tsv", ".txt"):
-            raise InputError(f"{path} ends in {suffix!r}, expected .csv, .tsv or .parquet")
-        separator = separator or ("\t" if suffix == ".tsv" else ",")
-        _check_header(path, separator)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", pd.errors.ParserWarning)
-            frame = pd.read_csv(path, sep=separator, decimal=decimal, encoding="utf-8-sig", low_memory=False)
-    except InputError:
-        raise
-    except ImportError:
-        raise InputError("no pyarrow, which reads parquet; pip install 'fomaml[tables]'") from None
-    except Exception as error:  # pandas and pyarrow have their own for each fault
-        why = getattr(error, "strerror", None) or in_one_line(error)
-        if "C error: " in str(error):
-            why = str(error).split("C error: ")[-1].strip()
-        raise InputError(f"{path} cannot be read as a table ({why}); mend it") from None
-    if not isinstance(frame.index, pd.RangeIndex):
-        raise InputError(
-            f"{path} has rows with more values than the {len(frame.columns)} names of its first line"
-        )
-    return frame
-
-
-def _check_header(path: Path, separator: str) -> None:
-    """Raise `InputError` for a first line that names no columns, two alike, or one where another separator stands."""
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        names = next(csv.reader(file, delimiter=separator), [])
-    if not any(name.strip() for name in names):
-        raise InputError(f"{path} is empty, expected a line of column names and rows below it")
-    twice = [name for name, number in Counter(names).items() if number > 1 and name]
-    if twice:
-        raise InputError(f"{path} has two columns {twice[0]!r}; rename one")
-    if len(names) == 1:
-        other = next((own for own in SEPARATORS if own != separator and own in names[0]), None)
-        cure = f"; it seems to be separated by {SEPARATORS[other]}: give separator={other!r}" if other else ""
-        own = SEPARATORS.get(separator, repr(separator))
-        raise InputError(
-            f"{path} has one column, {shown(names[0])}, where columns are separated by {own}{cure}"
-        )
 
 
 # --- which columns --------------------------------------------------------------------------------
