@@ -233,3 +233,8 @@ class Pole:
 def test_a_function_that_is_not_finite_is_not_blamed_on_the_step_size():
     with pytest.raises(InputError, match="the function of task 7 is not finite for some inputs"):
         RegressionEpisodes(Pole(), shots=2, query_shots=2).batch(7, 2)
+
+
+def test_the_message_is_one_line_whatever_the_names_in_it():
+    assert str(InputError("no file a\nb\x00\udcff\u2028é")) == r"no file a\nb\x00\udcff\u2028é"
+    assert InputError(3).args == (3,)

@@ -12,8 +12,12 @@ from typing import Any, Literal, overload
 class InputError(ValueError):
     """Bad input: an option, a data file, a module or a run directory. The message is one line.
 
-    The library raises it, the command line prints the same text and exits with status 2.
+    The library raises it, the command line prints the same text and exits with status 2. What breaks lines, or is no
+    text, as in names of files, is escaped.
     """
+
+    def __init__(self, *told: Any):
+        super().__init__(*(escaped(part) if isinstance(part, str) else part for part in told))
 
 
 def plain(value: Any) -> Any:

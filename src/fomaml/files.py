@@ -177,7 +177,7 @@ def load_tensors(
         raise InputError(f"no file {path}: was the run finished?") from None
     except InputError:
         raise
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is damaged or not a safetensors file ({error})") from None
     if header and header.keys() not in ({"fomaml"}, {"format"}):  # of this project, or of others
         raise InputError(f"{path} is damaged: its header has the entries {', '.join(sorted(header))}")

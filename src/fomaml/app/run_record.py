@@ -15,6 +15,7 @@ from fomaml.app.calibrate import Known, read_calibration
 from fomaml.app.checks import OF_SOURCES
 from fomaml.app.commands import TrainOptions, headings
 from fomaml.app.defaults import DEFAULTS, FOLLOWING
+from fomaml.app.judge import describe
 from fomaml.app.named import foreign_model
 from fomaml.app.rundir import (
     METRICS,
@@ -160,6 +161,7 @@ def read_result(run: Path, checked: bool = False) -> dict[str, Any] | None:
             if not isinstance(row.get("label", row.get("to")), str):
                 raise TypeError
         metric_in(found)
+        describe(found)  # which looks at the rest
     except InputError:
         raise
     except OSError:

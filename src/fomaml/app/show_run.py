@@ -65,6 +65,8 @@ def chart(name: str, points: list[tuple[float, float]], unit: str = "") -> str:
         columns[min(int(place * len(columns)), len(columns) - 1)].append(value)
     heights = [math.fsum(own) / len(own) if own else math.nan for own in columns]
     known = [height for height in heights if not math.isnan(height)]
+    if not known:
+        return f"{name}: no finite numbers"
     low, high = min(known), max(known)
     eighths = [
         0
