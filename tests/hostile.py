@@ -122,7 +122,7 @@ def of_run(name, change, *commands, run="run"):
         path = place / run / name
         shutil.copytree(base / run, place / run)
         path.write_bytes(change(path.read_bytes(), random))
-        return [str(place / run) if word == "RUN" else word for word in random.choice(commands)]
+        return [word.replace("RUN", str(place / run)) for word in random.choice(commands)]
 
     return case
 
@@ -253,6 +253,9 @@ CASES = {
     "weights.safetensors": of_run("weights.safetensors", spoiled_tensors, ["evaluate", "RUN", "--tasks", "2"]),
     "metrics.jsonl": of_run("metrics.jsonl", spoiled_lines, ["show", "RUN"]),
     "result.json": of_run("result.json", spoiled_json, ["show", "RUN"]),
+    "a report": of_run(
+        "result.json", spoiled_json, ["report", "RUN", "--out", "RUN/page"], ["show", "RUN", "--png", "RUN/page"]
+    ),
     "calibration.json": of_run("calibration.json", spoiled_json, ["show", "RUN"], ["calibrate", "RUN",
     "--tasks", "2"]),
     "parts.json": of_run("parts.json", spoiled_json, *COMMANDS),
@@ -317,6 +320,13 @@ def outcome(kind: str, base: Path, place: Path, random) -> str:
     for path in place.rglob(".*"):
         if re.fullmatch(r"\..+\.\d+", path.name):
             return f"{shown}: left {path.name}"
+    for path in place.rglob("*"):
+        if (
+            path.is_file()
+            and path.suffix in (".txt", ".csv", ".html")
+            and not (base / "files" / path.name).exists()
+        ):
+            path.read_bytes().decode()
     if (place / "out" / "config.json").exists():
         load_settings(place / "out")
     return found

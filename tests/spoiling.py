@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import json
 import re
@@ -71,7 +72,7 @@ def spoiled_values(values, random):
                 elif kind == 1 and isinstance(place, dict):
                     place[random.choice(["x", "", "format", "@long@", "\n"])] = place.pop(key)
                 else:
-                    place[key] = random.choice(VALUES)
+                    place[key] = copy.deepcopy(random.choice(VALUES))
                 break
             place = place[key]
     return values

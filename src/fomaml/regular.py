@@ -41,7 +41,7 @@ def opened(path: str | Path) -> BinaryIO:
         InputError: it is a folder, a named pipe, a socket or a device; nothing of it was touched.
         OSError: it is not there, or may not be read.
     """
-    path = Path(path).expanduser()
+    path = _path(path)
     _check_kind(path, path.stat())
     # it may have been replaced meanwhile: to open a pipe must not wait for who writes to it
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
@@ -55,7 +55,7 @@ def opened(path: str | Path) -> BinaryIO:
 
 def check_regular(path: str | Path, most: int | None = None) -> int:
     """The size of an file that another library is to open; errors as of `opened`, and for more than `most`."""
-    path = Path(path).expanduser()
+    path = _path(path)
     found = path.stat()
     _check_kind(path, found)
     if most is not None and found.st_size > most:
@@ -94,6 +94,12 @@ def check_unpacked(name: str, unpacked: int, packed: int) -> None:
             f"{name} would become {unpacked} bytes of the {packed} that are there, more than {RATIO} times as many, as "
             "files do that are made to fill the memory; where you trust it, write it anew without compression"
         )
+
+
+def _path(path: str | Path) -> Path:
+    if "\0" in str(path):
+        raise InputError(f"{path} is no path of a file: it has a character of number 0")
+    return Path(path).expanduser()
 
 
 def _check_kind(path: Path, found: os.stat_result) -> None:

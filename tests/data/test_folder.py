@@ -1,4 +1,5 @@
 import io
+import os
 import random
 import sys
 from itertools import combinations
@@ -376,3 +377,14 @@ def test_without_pillow_the_extra_is_named(tmp_path, monkeypatch):
     for name in [name for name in sys.modules if name.partition(".")[0] == "PIL"]:
         monkeypatch.setitem(sys.modules, name, None)
     assert error_of(tmp_path) == 'no Pillow, which reads images; pip install "fomaml[images]"'
+
+
+def test_names_that_are_no_text_or_break_lines_are_escaped(tmp_path):
+    for name in (b"a\nb", b"a\xffb", b"c"):
+        folder = os.path.join(os.fsencode(tmp_path), name)
+        os.mkdir(folder)
+        Image.new("L", (4, 4)).save(os.path.join(os.fsdecode(folder), "0.png"))
+    found = load_folder(tmp_path, shares=(0.34, 0.33, 0.33))
+    names = [*found.train.names, *found.validation.names, *found.test.names]
+    assert sorted(names) == sorted([r"a\nb", r"a\udcffb", "c"])
+    "".join([*names, found.origin]).encode()

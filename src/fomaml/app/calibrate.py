@@ -15,6 +15,7 @@ from fomaml import regular
 from fomaml.app.algorithms import ALGORITHMS, ANY_WAYS
 from fomaml.app.build import Data, for_test, open_data
 from fomaml.app.report import align
+from fomaml.app.rundir import is_number
 from fomaml.app.settings import DIGESTS, Settings
 from fomaml.app.sources import source_of
 from fomaml.engines import plan
@@ -31,6 +32,7 @@ CALIBRATION = "calibration.json"
 FORMAT = 1
 TASKS = 100  # by default
 AT_ONCE = 20
+OF_STEPS = ("temperature", "error", "error_before", "accuracy")
 
 
 class Known(NamedTuple):
@@ -77,16 +79,33 @@ def read_calibration(run: Path, checked: bool = False) -> list[Known]:
     path = run / CALIBRATION
     try:
         rows = unsealed(regular.read_text(path), required=checked)["calibrations"]
-        return [
-            Known(row["ways"], row["shots"], row["tasks"], {int(k): v for k, v in row["by_steps"].items()})
-            for row in rows
-        ]
+        return [_known(row) for row in rows]
     except InputError:
         raise
     except OSError:
         return []
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise InputError(f"{path} is damaged; delete it, and run fomaml calibrate again") from None
+
+
+def _known(row: dict[str, Any]) -> Known:
+    """A calibration as it is kept; what was not finite is null there.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: it is none.
+    """
+    counts = [row[name] for name in ("ways", "shots", "tasks")]
+    by_steps = {
+        int(steps): {name: math.nan if own[name] is None else own[name] for name in OF_STEPS}
+        for steps, own in row["by_steps"].items()
+    }
+    numbers = [value for own in by_steps.values() for value in own.values()]
+    if not by_steps or not all(map(is_number, [*counts, *numbers])) or min(counts) < 1:
+        raise ValueError
+    if not all(own["temperature"] > 0 for own in by_steps.values()):
+        raise ValueError
+    ways, shots, tasks = counts
+    return Known(ways, shots, tasks, by_steps)
 
 
 def nearest(known: Sequence[Known], ways: int, shots: int) -> Known | None:

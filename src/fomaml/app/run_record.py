@@ -160,6 +160,15 @@ def read_result(run: Path, checked: bool = False) -> dict[str, Any] | None:
             row |= {name: _number(row[name]) for name in ("mean", "interval")}
             if not isinstance(row.get("label", row.get("to")), str):
                 raise TypeError
+            _number(row.get("steps", 0))
+        for name in ("name", "measured", "unit"):
+            if not isinstance(found.get(name, ""), str):
+                raise TypeError
+        for name, value in found.items():
+            if name.endswith("_seconds") and not is_number(value):
+                raise TypeError
+        if weights := found.get("weights"):
+            weights["kept"], weights["iteration"]
         metric_in(found)
         describe(found)  # which looks at the rest
     except InputError:

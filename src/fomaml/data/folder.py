@@ -14,7 +14,7 @@ from fomaml.data.groups import GroupSource
 from fomaml.data.images import Decoder, fit_in_memory, images_of, readable_suffixes
 from fomaml.data.shares import SHARES, check_shares, dealt
 from fomaml.data.source import ClassSource, pixels
-from fomaml.errors import InputError, positive
+from fomaml.errors import InputError, escaped, positive
 
 MODES = {"grey": "L", "rgb": "RGB"}
 PARTS = {"train": ("train",), "validation": ("val", "valid", "validation"), "test": ("test",)}
@@ -64,10 +64,11 @@ def load_folder(
         in_memory: decode all images now, and keep them; or each one whenever it is drawn, to the same bits, after a
             look at the headers of all. By default in memory, unless they would take more than 2 GiB, which is logged.
 
-    Every format that Pillow reads; of an animation the first frame. Photographs are turned as their EXIF
-    tag says, what is transparent becomes white. Files that are hidden, or whose suffix is not one of
-    Pillow's, are passed over; `origin` counts the latter. Directories that are there are used as they are;
-    where one class is in more than one of them, `origin` says so.
+    PNG, JPEG, WebP, GIF, BMP, TIFF, JPEG 2000, AVIF, PPM, TGA, PCX and SGI, as far as this Pillow reads them; of an
+    animation the first frame. Photographs are turned as their EXIF tag says, what is transparent becomes white. Files
+    that are hidden, or of another suffix, are passed over; `origin` counts the latter. Names of classes that are no
+    text, or break lines, are escaped. Directories that are there are used as they are; where one class is in more than
+    one of them, `origin` says so.
 
     Raises:
         InputError: no classes, a class without images, an image that cannot be read (the message names
@@ -99,7 +100,7 @@ def load_folder(
         sources["train"],
         sources.get("validation"),
         sources["test"],
-        f"the folder {root}, {split}",
+        escaped(f"the folder {root}, {split}"),
         own is not None,
         tuple(listing.left_out),
     )
@@ -134,8 +135,8 @@ def load_tasks(
         for folder in classes:
             own = listing.paths(folder)
             paths += own
-            labels += [folder.name] * len(own)
-            tasks += [task.name] * len(own)
+            labels += [escaped(folder.name)] * len(own)
+            tasks += [escaped(task.name)] * len(own)
     if not paths:
         raise InputError(f"{root}: found no directories, expected one per task with its classes in it")
     decoder = Decoder(size, MODES[colour])
@@ -157,7 +158,7 @@ def classes_in(root: Path) -> dict[str, list[Path]]:
     if not folders:
         raise InputError(f"{root}: {NO_CLASSES}")
     listing = _Listing(readable_suffixes())
-    return {folder.name: listing.paths(folder) for folder in folders}
+    return {escaped(folder.name): listing.paths(folder) for folder in folders}
 
 
 def few_listed(classes: Sequence[tuple[str, int]]) -> str:
@@ -180,7 +181,7 @@ def _source(folders: list[Path], paths: list[list[Path]], decoder: Decoder, in_m
     """A part, of its classes' directories and the images of each."""
     labels = torch.arange(len(folders)).repeat_interleave(torch.tensor([len(own) for own in paths]))
     images = images_of([path for own in paths for path in own], decoder, in_memory)
-    return ClassSource(images, labels, [folder.name for folder in folders], pixels())
+    return ClassSource(images, labels, [escaped(folder.name) for folder in folders], pixels())
 
 
 def _given_parts(root: Path) -> dict[str, Path] | None:
@@ -261,7 +262,7 @@ class _Listing:
         if self.min_images == 1:
             return folders
         counts = {folder: len(self._images(folder)[0]) for folder in folders}
-        self.left_out += [(folder.name, n) for folder, n in counts.items() if n < self.min_images]
+        self.left_out += [(escaped(folder.name), n) for folder, n in counts.items() if n < self.min_images]
         return [folder for folder, n in counts.items() if n >= self.min_images]
 
     def small(self) -> str:

@@ -17,7 +17,7 @@ from fomaml.data.folder import classes_in
 from fomaml.data.images import Decoder, pillow, readable_suffixes
 from fomaml.data.keys import as_column, key_of
 from fomaml.data.source import ClassSource, pixels
-from fomaml.errors import InputError
+from fomaml.errors import InputError, escaped
 from fomaml.features import embed
 from fomaml.serve.intake import Intake, Taken
 
@@ -52,9 +52,9 @@ class Pictures:
         decoder = Decoder((self.height, self.width), "L" if self.channels == 1 else "RGB", self.filter)
         names, images = [], []
         for number, own in enumerate(self._several(given)):
-            names.append(str(own) if isinstance(own, Path) else f"picture {number}")
+            names.append(escaped(str(own)) if isinstance(own, Path) else f"picture {number}")
             file = None if isinstance(own, Path) else _as_file(own, names[-1])
-            images.append(decoder.image(Path(names[-1]), file))
+            images.append(decoder.image(own if isinstance(own, Path) else Path(names[-1]), file))
         if not images:
             raise InputError("no pictures given")
         return Taken(self.ready(torch.from_numpy(np.stack(images))), names)
