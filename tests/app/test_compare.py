@@ -114,7 +114,7 @@ def test_head_is_the_last_linear_layer(name):
         ({"algorithm": "zero-head"}, "zero-head needs classes"),
         (
             {"algorithm": "mamal"},
-            "unknown algorithm 'mamal', did you mean maml? There are: fomaml, maml, reptile, anil",
+            "unknown algorithm 'mamal', did you mean maml",
         ),
         ({"source": "mnist", "algorithm": "cavia", "model": "conv4"}, "cavia goes with the model mlp"),
     ],
@@ -140,7 +140,7 @@ def test_fomaml_is_first_and_each_algorithm_once():
     [
         (
             {"algorithms": ("fomaml", "anli")},
-            "unknown algorithm 'anli', did you mean anil? There are: fomaml, maml",
+            "unknown algorithm 'anli', did you mean anil",
         ),
         ({"algorithms": ("proto-maml",)}, "proto-maml needs classes"),
         ({"seconds": 0.0, "iterations": None}, "seconds must be a positive finite number, got 0.0"),
