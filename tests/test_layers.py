@@ -10,12 +10,23 @@ import fomaml.errors
 ROOT = Path(fomaml.errors.__file__).parent
 # A layer is a folder, or a few files that stand for one step of the way from examples to a result.
 LAYERS = [
-    {"errors", "choices", "files", "trees", "tasks", "measures", "memory", "metrics", "submodules"},
+    {"errors", "choices", "sealed", "files", "trees", "tasks", "measures", "memory", "metrics", "submodules"},
     {"data"},
     {"models", "episodes", "group_episodes", "streams", "backbones"},
     {"learning"},
     {"engines"},
-    {"features", "scoring", "train", "evaluate", "tuning", "baselines", "checkpoint"},
+    {
+        "ranks",
+        "outer",
+        "features",
+        "scoring",
+        "finite",
+        "train",
+        "evaluate",
+        "tuning",
+        "baselines",
+        "checkpoint",
+    },
     {"check", "serve"},
     {"app"},
     {"__init__", "__main__"},

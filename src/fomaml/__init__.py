@@ -53,6 +53,8 @@ if TYPE_CHECKING:  # a checker of types is to know all modules, and no other nam
     from fomaml import memory as memory
     from fomaml import metrics as metrics
     from fomaml import models as models
+    from fomaml import outer as outer
+    from fomaml import ranks as ranks
     from fomaml import scoring as scoring
     from fomaml import serve as serve
     from fomaml import streams as streams

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fomaml.errors import InputError, plain, whole
 from fomaml.files import load_tensors, save_tensors
+from fomaml.finite import not_finite
 
 
 def save_weights(path: str | Path, module: nn.Module, settings: Mapping[str, Any] | None = None) -> None:
@@ -25,14 +26,18 @@ def save_weights(path: str | Path, module: nn.Module, settings: Mapping[str, Any
     save_tensors(path, module.state_dict(), settings=settings)
 
 
-def load_weights(path: str | Path, module: nn.Module, settings: Mapping[str, Any] | None = None) -> nn.Module:
+def load_weights(
+    path: str | Path, module: nn.Module, settings: Mapping[str, Any] | None = None, checked: bool = False
+) -> nn.Module:
     """Read parameters and buffers into a module, in place; returns it.
 
+    checked: refuse a file without digests, see `load_tensors`.
+
     Raises:
-        InputError: a damaged file, one that was written for other settings, or names or shapes that are not the
-            module's.
+        InputError: a damaged file, one that was written for other settings, names, shapes or dtypes that are not the
+            module's, or numbers that are not finite where the module's own are.
     """
-    tensors, _ = load_tensors(path, settings=settings)
+    tensors, _ = load_tensors(path, settings=settings, checked=checked)
     return fill(module, tensors, path)
 
 
@@ -40,8 +45,17 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], path: str | Path) -> 
     """Set a module's parameters and buffers, in place; returns it. path: where they were read, for the message.
 
     Raises:
-        InputError: names or shapes that are not the module's.
+        InputError: names, shapes or dtypes that are not the module's, or numbers that are not finite where the module's
+            own are.
     """
+    own = module.state_dict()
+    for name in own.keys() & tensors.keys():
+        if tensors[name].dtype != own[name].dtype:
+            raise InputError(
+                f"{path} does not fit the model: {name} is {tensors[name].dtype}, expected {own[name].dtype}"
+            )
+    if bad := not_finite(tensors) - not_finite(own):  # a mask may be infinite
+        raise InputError(f"{path} holds numbers that are not finite, in {min(bad)}: use other weights")
     try:
         module.load_state_dict(tensors)
     except RuntimeError as error:
@@ -63,6 +77,9 @@ def save_state(
 
     progress: further JSON-able facts, for `load_progress`.
     settings: JSON-able; the file keeps their digest, for `load_state` to compare.
+
+    Raises:
+        InputError: a path that no file can be written to.
     """
     state = optimizer.state_dict()
     tensors = {f"module/{name}": t for name, t in module.state_dict().items()}
@@ -88,20 +105,23 @@ def load_state(
     module: nn.Module,
     optimizer: torch.optim.Optimizer,
     settings: Mapping[str, Any] | None = None,
+    checked: bool = False,
 ) -> int:
     """Read a file of `save_state` into a module and its optimiser, in place; returns the iteration.
+
+    checked: refuse a file without digests, see `load_tensors`.
 
     Raises:
         InputError: a damaged file, one that was written for other settings, or one of another module or optimiser.
     """
-    tensors, facts = load_tensors(path, settings=settings)
+    tensors, facts = load_tensors(path, settings=settings, checked=checked)
     own = {n.removeprefix("module/"): t for n, t in tensors.items() if n.startswith("module/")}
-    state: dict[int, dict] = {int(i): dict(v) for i, v in facts.get("numbers", {}).items()}
-    for name, tensor in tensors.items():
-        if name.startswith("optimizer/"):
-            _, index, key = name.split("/")
-            state.setdefault(int(index), {})[key] = tensor
     try:
+        state: dict[int, dict] = {int(i): dict(v) for i, v in facts.get("numbers", {}).items()}
+        for name, tensor in tensors.items():
+            if name.startswith("optimizer/"):
+                _, index, key = name.split("/")
+                state.setdefault(int(index), {})[key] = tensor
         for group, saved in zip(optimizer.param_groups, facts["groups"]):
             if missing := group.keys() - saved.keys() - {"initial_lr"}:
                 raise ValueError(f"it holds no {sorted(missing)[0]!r} of {type(optimizer).__name__}")
@@ -113,11 +133,11 @@ def load_state(
             }
             for group, saved in zip(optimizer.param_groups, facts["groups"], strict=True)
         ]
-        module.load_state_dict(own)
+        fill(module, own, path)
         optimizer.load_state_dict({"state": state, "param_groups": groups})
         torch.set_rng_state(tensors["random"])
-        return facts["iteration"]
-    except (RuntimeError, ValueError, KeyError) as error:
+        return whole("iteration", facts["iteration"])
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{path} is no state of this run: {reason}") from None
 

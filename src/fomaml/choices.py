@@ -14,6 +14,8 @@ from fomaml.errors import InputError, shown
 Statistics = Literal["own", "support", "with-query"]
 # What a `BatchNorm` normalises by when nothing else is asked for.
 Policy = Literal["batch", "support", "running", "per-step", "frozen"]
+# What becomes of an outer step whose numbers are not finite.
+OnNonfinite = Literal["stop", "skip"]
 LearnRates = Literal["elementwise", "per-step"]
 
 

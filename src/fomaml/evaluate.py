@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple, overload
 
 import torch
@@ -19,12 +20,14 @@ from fomaml.errors import InputError, plain, whole
 from fomaml.learning.learner import MetaLearner
 from fomaml.metrics import LOSS, Asked, Metric, scores
 from fomaml.models import warn_of_unmoved
+from fomaml.ranks import as_ranks
 from fomaml.scoring import measured_for, metrics_of, query_targets
 from fomaml.streams import batch_of
-from fomaml.tasks import Batch, check_finite_tasks
+from fomaml.tasks import Batch, check_finite_tasks, device_of
 from fomaml.train import check_labels, check_width
 from fomaml.trees import Tree, leaves
 
+EVALUATED = 0  # the seed of what a model draws while it is evaluated by a group
 SCALINGS = 200  # of rows and columns each; after 100 one of 13 500 images of Omniglot still changed its class
 
 
@@ -54,6 +57,7 @@ def evaluate(
     tasks_at_once: int = 100,
     engine: str = "auto",
     metric: Asked = None,
+    group: Any = None,
 ) -> dict[int, Tensor]: ...
 @overload
 def evaluate(
@@ -67,6 +71,7 @@ def evaluate(
     tasks_at_once: int = 100,
     engine: str = "auto",
     metric: list[Asked],
+    group: Any = None,
 ) -> dict[str, dict[int, Tensor]]: ...
 def evaluate(
     learner: MetaLearner,
@@ -79,6 +84,7 @@ def evaluate(
     tasks_at_once: int = 100,
     engine: str = "auto",
     metric: Asked | list[Asked] = None,
+    group: Any = None,
 ) -> dict[int, Tensor] | dict[str, dict[int, Tensor]]:
     """Adapt to the first `tasks` episodes; per number of inner steps the (tasks,) float64 scores.
 
@@ -95,6 +101,7 @@ def evaluate(
         is called for the query set of each task, (examples, ...) each; more counts as better, unless it is given as
         a `fomaml.metrics.Metric`. For a learner with a `loss` a function is called with (forward, examples) instead, as
         the loss is. Of a list of metrics all are computed, and the result is by name, and then by number of steps.
+    group: as of `train`: each process of it adapts to its share of the tasks, and all have the scores of all of them.
 
     Raises:
         InputError: outputs narrower than the classes of a cross-entropy, or labels that are below 0 or all ignored; an
@@ -109,7 +116,7 @@ def evaluate(
     if not points:
         raise InputError("at_steps is empty: it says after how many inner steps to score")
     own = metrics_of(learner, metric if isinstance(metric, list) else [metric])
-    found = evaluate_all(learner, episodes, points, tasks, tasks_at_once, engine, balanced, own)
+    found = evaluate_all(learner, episodes, points, tasks, tasks_at_once, engine, balanced, own, group)
     by_name = {name: {steps: s for (steps, _), s in each.items()} for name, each in found.items()}
     return by_name if isinstance(metric, list) else by_name[own[0].name]
 
@@ -123,10 +130,12 @@ def evaluate_at(
     engine: str = "auto",
     balanced: bool = False,
     metric: Asked = None,
+    group: Any = None,
 ) -> dict[tuple[int, Statistics], Tensor]:
     """`evaluate` at pairs of steps and statistics: tasks are adapted once for all of them."""
+    own = metrics_of(learner, [metric])
     [found] = evaluate_all(
-        learner, episodes, points, tasks, tasks_at_once, engine, balanced, metrics_of(learner, [metric])
+        learner, episodes, points, tasks, tasks_at_once, engine, balanced, own, group
     ).values()
     return found
 
@@ -140,33 +149,63 @@ def evaluate_all(
     engine: str,
     balanced: bool,
     metrics: Sequence[Metric],
+    group: Any = None,
 ) -> dict[str, dict[tuple[int, Statistics], Tensor]]:
     """`evaluate_at` by each of several metrics, by name."""
-    tasks_at_once = whole("tasks_at_once", tasks_at_once, 1)
-    check_width(learner, episodes)
+    ranks = as_ranks(group)
     points = sorted(dict.fromkeys(points), key=lambda point: point[0])
-    parts: dict[str, list[list[Tensor]]] = {metric.name: [[] for _ in points] for metric in metrics}
-    plan: Plan | None = None
-    spoiled = False
-    for batch in batches(episodes, tasks, max(1, tasks_at_once // copies_of(episodes)), learner.model):
-        check_labels(learner, batch)
-        plan = plan or make_plan(learner, batch, engine=engine)
-        targets = query_targets(batch)
-        curves: dict[Any, list] = {}
-        for metric in metrics:
-            kind = measured_for(learner, metric)
-            if kind not in curves:
-                curves[kind] = plan.curve(batch, points, kind)
-            for part, (losses, outputs) in zip(parts[metric.name], curves[kind]):
-                own = judged(episodes, metric, outputs, targets, losses, balanced)
-                # a score that is no number speaks for itself
-                if not spoiled and own.isfinite().all() and _holds_nan((losses, outputs)):
-                    spoiled = True
-                    check_finite_tasks(batch)
-                    text = "outputs or losses of some tasks are no numbers, and count as wrong: try a smaller inner_lr"
-                    warnings.warn(text, RuntimeWarning, stacklevel=4)
-                part.append(own.double().cpu())
-    return {name: dict(zip(points, map(torch.cat, own))) for name, own in parts.items()}
+    with ranks.agreeing(), ranks.computing():
+        tasks, at_once = whole("tasks", tasks, 1), whole("tasks_at_once", tasks_at_once, 1)
+        check_width(learner, episodes)
+        at_once = max(1, at_once // copies_of(episodes))
+        pieces = ranks.portions(tasks, at_once)
+        plan: Plan | None = None
+        scores = torch.zeros(len(metrics), len(points), tasks, dtype=torch.float64)
+        spoiled = False
+        for index in ranks.share(len(pieces)):
+            piece = pieces[index]
+            batch = batch_of(episodes, piece.start, len(piece), learner.model)
+            check_labels(learner, batch)
+            if plan is None:
+                first = batch if group is None else batch_of(episodes, 0, len(pieces[0]), learner.model)
+                plan = make_plan(learner, first, engine=engine)
+            with ranks.drawing(EVALUATED, index, 0, device_of(batch)) if group is not None else nullcontext():
+                found, nan = _scored(plan, batch, points, metrics, episodes, balanced, spoiled)
+            scores[:, :, piece.start : piece.stop] = found
+            spoiled = spoiled or nan
+    told = ranks.sum(torch.cat([scores.flatten(), torch.tensor([float(spoiled)], dtype=torch.float64)]))
+    if told[-1]:
+        text = "outputs or losses of some tasks are no numbers, and count as wrong: try a smaller inner_lr"
+        warnings.warn(text, RuntimeWarning, stacklevel=3)
+    scores = told[:-1].reshape(scores.shape)
+    return {metric.name: dict(zip(points, own)) for metric, own in zip(metrics, scores)}
+
+
+def _scored(
+    plan: Plan,
+    batch: Batch,
+    points: Sequence[tuple[int, Statistics]],
+    metrics: Sequence[Metric],
+    episodes: TaskSequence,
+    balanced: bool,
+    spoiled: bool,
+) -> tuple[Tensor, bool]:
+    """(metrics, points, tasks) scores, and whether outputs or losses behind them hold what is no number."""
+    targets = query_targets(batch)
+    curves: dict[Any, list] = {}
+    found, nan = [], spoiled
+    for metric in metrics:
+        kind = measured_for(plan.learner, metric)
+        if kind not in curves:
+            curves[kind] = plan.curve(batch, points, kind)
+        for losses, outputs in curves[kind]:
+            own = judged(episodes, metric, outputs, targets, losses, balanced)
+            # a score that is no number speaks for itself
+            if not nan and own.isfinite().all() and _holds_nan((losses, outputs)):
+                nan = True
+                check_finite_tasks(batch)
+            found.append(own.double().cpu())
+    return torch.stack(found).unflatten(0, (len(metrics), len(points))), nan
 
 
 def _holds_nan(tree: Tree) -> bool:

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from fomaml.data.groups import GroupSource
 from fomaml.data.source import ClassSource
 from fomaml.errors import InputError, in_one_line, positive
-from fomaml.files import digest_of, load_tensors, save_tensors, settings_digest
+from fomaml.files import digest_of, load_tensors, save_tensors
 from fomaml.learning.contracts import Output
 from fomaml.learning.forward import called
 from fomaml.learning.mistakes import selected
 from fomaml.models import warn_of_unmoved
+from fomaml.sealed import settings_digest
 from fomaml.trees import Tree, mapped
 from fomaml.trees import named as by_place
 

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,8 +21,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fomaml.errors import InputError
+from fomaml.sealed import DIGEST, sealed, settings_digest
 
 AT_ONCE = 256  # rows of what is read a part at a time
+STALE = 3600.0  # seconds after which a temporary file, whose process is gone, was a killed one's
 
 
 def user_cache() -> Path:
@@ -52,11 +55,15 @@ def replacing(path: str | Path) -> Iterator[Path]:
         raise InputError(f"the folder of {path} cannot be made ({error.strerror}); give another") from None
     if not os.access(path.parent, os.W_OK):
         raise InputError(f"the folder {path.parent} cannot be written to; give another")
+    sweep(path.parent, path.name, STALE)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        temporary.touch()
+        ordinary = temporary.stat().st_mode  # of new files in this folder; what writes it may set another
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
+        temporary.chmod(ordinary)
         os.replace(temporary, path)
     except BaseException as error:
         with suppress(OSError):
@@ -73,6 +80,41 @@ def _refused(error: BaseException, path: Path) -> OSError | None:
         return OSError(error.errno, error.strerror, str(path))
     found = re.search(r"\(os error (\d+)\)", str(error)) if isinstance(error, SafetensorError) else None
     return OSError(int(found[1]), os.strerror(int(found[1])), str(path)) if found else None
+
+
+def sweep(folder: Path, name: str | None = None, older: float = 0.0) -> None:
+    """Delete what killed processes have left of `replacing` in a folder.
+
+    name: of the file that was to be replaced; all files by default. older: leave those that are no so many seconds old.
+    """
+    for path in folder.iterdir():
+        of, _, process = path.name.removeprefix(".").rpartition(".")
+        if not (path.name.startswith(".") and of and process.isascii() and process.isdecimal()):
+            continue
+        with suppress(OSError):  # another process may sweep too
+            if (
+                name in (None, of)
+                and time.time() - path.stat().st_mtime >= older
+                and not _lives(int(process))
+            ):
+                path.unlink()
+
+
+def _lives(process: int) -> bool:
+    if process == os.getpid() or os.name == "nt":  # where asking would end it
+        return process == os.getpid()
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # another user's
+        return True
+    return True
+
+
+def write_json(path: str | Path, values: Mapping[str, Any]) -> None:
+    """Write `sealed` atomically."""
+    write_text(path, sealed(values))
 
 
 def _file(path: str | Path) -> Path:
@@ -103,15 +145,21 @@ def save_tensors(
     entry: dict[str, Any] = {"facts": dict(facts or {})}
     if settings is not None:
         entry["settings"] = settings_digest(settings)
-    entry["digest"] = digest_of(own, entry)
+    entry[DIGEST] = digest_of(own, entry)
     with replacing(path) as temporary:
         save_file(own, temporary, {"fomaml": json.dumps(entry)})  # one entry: of several the order is chance
 
 
 def load_tensors(
-    path: str | Path, device: str | torch.device = "cpu", settings: Mapping[str, Any] | None = None
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    settings: Mapping[str, Any] | None = None,
+    checked: bool = False,
 ) -> tuple[dict[str, Tensor], dict]:
-    """Read a file of `save_tensors`: the tensors by name, and the facts. Earlier files, without a digest, are read too.
+    """Read a file of `save_tensors`: the tensors by name, and the facts.
+
+    checked: refuse a file without a digest, as earlier versions and other libraries write it; and, where there are
+        settings, one without a digest of these.
 
     Raises:
         InputError: the file is not there or damaged, or it was written for other settings.
@@ -128,6 +176,10 @@ def load_tensors(
         raise InputError(f"{path} is damaged or not a safetensors file ({error})") from None
     if header and header.keys() not in ({"fomaml"}, {"format"}):  # of this project, or of others
         raise InputError(f"{path} is damaged: its header has the entries {', '.join(sorted(header))}")
+    if not isinstance(entry, dict):
+        raise InputError(f"{path} is damaged: its header holds no object")
+    if checked and not entry.keys() >= {DIGEST, "facts", *(() if settings is None else ("settings",))}:
+        raise InputError(f"{path} is damaged: it has no digest, which it was written with")
     if not entry.keys() & {"facts", "digest"}:
         facts = entry
     elif not {"facts", "digest"} <= entry.keys() <= {"facts", "settings", "digest"}:
@@ -146,11 +198,6 @@ def load_tensors(
 def file_digest(path: str | Path) -> str:
     """The SHA-256 digest of a file's bytes."""
     return hashlib.sha256(_file(path).read_bytes()).hexdigest()
-
-
-def settings_digest(settings: Mapping[str, Any]) -> str:
-    """The SHA-256 digest of JSON-able settings, whatever the order of their names."""
-    return hashlib.sha256(json.dumps(dict(settings), sort_keys=True).encode()).hexdigest()
 
 
 class InParts(Protocol):

@@ -15,10 +15,10 @@ from fomaml.tasks import Batch, Task
 from fomaml.trees import Tree
 
 
-def score_at(plan: Plan, tasks: Batch, metric: Metric, steps: int) -> Tensor:
-    """The mean score of the query sets after so many inner steps."""
+def scores_at(plan: Plan, tasks: Batch, metric: Metric, steps: int) -> Tensor:
+    """(tasks,) the scores of the query sets after so many inner steps."""
     [(losses, outputs)] = plan.curve(tasks, [(steps, "own")], measured_for(plan.learner, metric))
-    return scores(metric, outputs, query_targets(tasks), losses).mean()
+    return scores(metric, outputs, query_targets(tasks), losses)
 
 
 def query_targets(tasks: Batch) -> Tree | list[Tree]:

@@ -11,23 +11,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fomaml.choices import OnNonfinite, check_choice
 from fomaml.data.source import ClassSource
 from fomaml.engines import Plan, check_outputs
-from fomaml.engines import plan as make_plan
 from fomaml.engines.plan import TaskWeights
 from fomaml.episodes import Episodes, TaskSequence
 from fomaml.errors import InputError, plain, positive, whole
+from fomaml.finite import IN_A_ROW, are_finite, as_drawn, cause, of_outer_step, unsound
 from fomaml.learning.algorithms import FOMAML
 from fomaml.learning.learner import MetaLearner
-from fomaml.metrics import Asked, check_ignored, ignored_label, scores
+from fomaml.metrics import Asked, check_ignored, ignored_label
 from fomaml.models import warn_of_unmoved
-from fomaml.scoring import (
-    measured_for,
-    metrics_of,
-    query_targets,
-    score_at,
-    weighted_mean,
-)
+from fomaml.outer import outer_steps
+from fomaml.ranks import Ranks, as_ranks
+from fomaml.scoring import metrics_of
 from fomaml.streams import TaskStream, as_sequence, batch_of
 from fomaml.tasks import Batch, Task, check_finite_tasks, singles
 
@@ -37,12 +34,17 @@ class Record(NamedTuple):
 
     before, after: () the mean score of the query sets, see `train`'s metric, at θ and at φ_K, both before this outer
     step moves θ; None unless asked for by `measure_every`.
+    skipped: whether the outer step was skipped, as its meta-loss or meta-gradient was not finite.
+    first_bad: (), int64 on the device: the first iteration so far whose meta-loss or meta-gradient was not finite, 0
+    while there is none; None where each one is checked before it is taken.
     """
 
     iteration: int
     meta_loss: Tensor
     before: Tensor | None
     after: Tensor | None
+    skipped: bool = False
+    first_bad: Tensor | None = None
 
 
 def train(
@@ -63,6 +65,9 @@ def train(
     plan: Plan | None = None,
     metric: Asked = None,
     task_weights: TaskWeights = "equal",
+    on_nonfinite: OnNonfinite = "stop",
+    check_each: bool | None = None,
+    group: Any = None,
 ) -> Iterator[Record]:
     """Meta-train `learner` in place on episodes start · meta_batch_size … (Finn et al. 2017, algorithm 1).
 
@@ -80,95 +85,119 @@ def train(
         its continuation begin with.
     metric: what records score by, as in `evaluate`; the mean over the tasks, whatever their weights. Of a learner with
         a `loss` a metric other than the loss is computed in evaluation mode.
+    on_nonfinite: "stop" raises an error where a meta-loss or a meta-gradient is not finite; "skip" leaves out that
+        outer step, and raises it after 100 in a row.
+    check_each: whether each meta-loss and meta-gradient is checked before its outer step, so that the meta-parameters
+        never take up a number that is not finite. By default on a CPU and to skip; elsewhere, where that would wait for
+        the device each time, at measured iterations, see `Record.first_bad`.
+    group: of torch.distributed, such as `torch.distributed.group.WORLD`, whose processes all make this call and take
+        all records; or `fomaml.ranks.Ranks`, which can have the same bits for any number of processes. Each computes
+        its share of a meta-batch, and begins with rank 0's parameters. Records are the same on all of them.
 
     Raises:
         InputError: at the call, counts that are not positive, a start beyond the iterations, outputs narrower than the
             number of ways, an optimiser of other parameters, or a plan and what would make one, or one for another
-            learner; later, a meta-loss that is no longer finite.
+            learner; later, as `fomaml.finite.NotFiniteError`, numbers that are no longer finite, and what made them so.
 
     Warns: an optimiser that does not hold all meta-parameters; batch norms that normalise by statistics which nothing
     has ever moved.
     """
-    iterations = positive("iterations", iterations, integer=True)
-    meta_batch_size = positive("meta_batch_size", meta_batch_size, integer=True)
-    measure_every = positive("measure_every", measure_every, integer=True)
-    if clip is not None:
-        clip = positive("clip", clip)
-    start = whole("start", start)
-    if start > iterations:
-        raise InputError(f"start is iteration {start} of {iterations}: it must not lie beyond them")
-    asked: dict[str, Any] = {
-        "engine": engine,
-        "tasks_at_once": tasks_at_once,
-        "compile": compile,
-        "autocast": autocast,
-        "task_weights": task_weights,
-    }
-    if plan is not None:
-        check_plan(plan, learner, asked)
-    [score] = metrics_of(learner, [metric])
-    measured_by = measured_for(learner, score)
-    check_optimizer(optimizer, learner)
-    if schedule is not None and not callable(schedule):
-        raise InputError(
-            f"schedule is a function of the iteration, from 0, to a factor of the step size; got a "
-            f"{type(schedule).__name__}: a scheduler of torch is stepped beside the records"
-        )
-    warn_of_unmoved(learner.model)
-    episodes = as_sequence(episodes, learner.model, start)
-    check_width(learner, episodes)
+    ranks = as_ranks(group)
+    with ranks.agreeing():
+        iterations = positive("iterations", iterations, integer=True)
+        meta_batch_size = positive("meta_batch_size", meta_batch_size, integer=True)
+        measure_every = positive("measure_every", measure_every, integer=True)
+        if clip is not None:
+            clip = positive("clip", clip)
+        start = whole("start", start)
+        check_choice("on_nonfinite", on_nonfinite, OnNonfinite)
+        if start > iterations:
+            raise InputError(f"start is iteration {start} of {iterations}: it must not lie beyond them")
+        asked: dict[str, Any] = {
+            "engine": engine,
+            "tasks_at_once": tasks_at_once,
+            "compile": compile,
+            "autocast": autocast,
+            "task_weights": task_weights,
+        }
+        if plan is not None:
+            check_plan(plan, learner, asked)
+        [score] = metrics_of(learner, [metric])
+        check_optimizer(optimizer, learner)
+        if schedule is not None and not callable(schedule):
+            raise InputError(
+                f"schedule is a function of the iteration, from 0, to a factor of the step size; got a "
+                f"{type(schedule).__name__}: a scheduler of torch is stepped beside the records"
+            )
+        warn_of_unmoved(learner.model)
+        episodes = as_sequence(episodes, learner.model, start)
+        check_width(learner, episodes)
+    told = start, iterations, measure_every, clip, on_nonfinite, check_each
+    outer = outer_steps(group, learner, episodes, meta_batch_size, score, plan, asked, optimizer, told)
+    meta_parameters = learner.meta_parameters()
+    on_cpu = all(parameter.device.type == "cpu" for parameter in meta_parameters.values())
+    check_each = on_nonfinite == "skip" or (on_cpu if check_each is None else check_each)
 
     def steps() -> Iterator[Record]:
-        own, checked = plan, start
+        checked, skipped = start, 0
+        first_bad: Tensor | None = None
         optimizer.zero_grad()  # what an earlier backward pass has left is none of this
         for iteration in range(start, iterations):
             learner.iteration = iteration
-            tasks = batch_of(episodes, iteration * meta_batch_size, meta_batch_size, learner.model)
             measured = (iteration + 1) % measure_every == 0 or iteration + 1 == iterations
-            own = own or make_plan(learner, tasks, **asked)
-            before = score_at(own, tasks, score, 0) if measured else None
-            # where the meta-gradient gives no outputs to score
-            adapted = score_at(own, tasks, score, learner.inner_steps) if measured and measured_by else None
-            result = own(tasks)
+            step = outer.step(iteration, measured)
+            good = are_finite([step.meta_loss, *step.gradients.values()])
+            if not check_each:
+                if first_bad is None:
+                    first_bad = torch.zeros((), dtype=torch.int64, device=step.meta_loss.device)
+                first_bad = torch.where((first_bad == 0) & ~good, iteration + 1, first_bad)
+            elif not good:
+                number = None if isinstance(episodes, TaskStream) else iteration * meta_batch_size
+                skipped += 1
+                if on_nonfinite == "stop" or skipped == IN_A_ROW:
+                    with as_drawn(step.random):
+                        raise cause(learner, outer.all_tasks(step, iteration), number, iteration + 1)
+                yield Record(iteration + 1, step.meta_loss, None, None, skipped=True)
+                continue
+            skipped = 0
             if schedule is not None:
                 set_rates(optimizer, schedule(iteration), iteration)
-            result.apply_to(learner)
+            step.apply_to(learner)
             if clip is not None:
-                torch.nn.utils.clip_grad_norm_(learner.meta_parameters().values(), clip)
-            learner.carry_moments(tasks)
+                torch.nn.utils.clip_grad_norm_(meta_parameters.values(), clip)
+            outer.carry_moments(step, iteration)
             optimizer.step()
             optimizer.zero_grad()
-            learner.update_statistics(tasks)
-            meta_loss = weighted_mean(result.query_losses, own.weights(tasks))
+            outer.update_statistics(step, iteration)
+            if check_each and not are_finite(meta_parameters.values()):
+                raise of_outer_step(learner, iteration + 1)
             after = None
-            if measured:
-                seen = meta_loss.isfinite() & result.support_losses.isfinite().all()
-                if not seen.item():
+            if step.after is not None:
+                if first_bad is not None and first_bad.item():
                     indices = range(
                         checked * meta_batch_size, (iteration + 1) * meta_batch_size, meta_batch_size
                     )
                     check_data(learner, episodes, indices, meta_batch_size)
-                check_finite(meta_loss.item(), iteration + 1)
-                after = adapted
-                if after is None:
-                    losses, outputs = result.query_losses, result.query_outputs
-                    after = scores(score, outputs, query_targets(tasks), losses).mean()
+                    raise unsound(int(first_bad.item()))
+                after = step.after()
                 checked = iteration + 1
-            yield Record(iteration + 1, meta_loss, before, after)
+            yield Record(iteration + 1, step.meta_loss, step.before, after, first_bad=first_bad)
 
-    return _Training(steps())
+    return _Training(steps(), ranks)
 
 
 class _Training(Iterator[Record]):
     """The records of a training, which runs while they are taken; that none was taken is a warning."""
 
-    def __init__(self, records: Iterator[Record]):
+    def __init__(self, records: Iterator[Record], ranks: Ranks):
         self._records = records
+        self._ranks = ranks
         self._begun = False
 
     def __next__(self) -> Record:
         self._begun = True
-        return next(self._records)
+        with self._ranks.computing():
+            return next(self._records)
 
     def __del__(self):
         if not getattr(self, "_begun", True):
@@ -272,14 +301,6 @@ def check_labels(learner: MetaLearner, tasks: Batch) -> None:
         for name, (_, targets) in zip(Task._fields, batch):
             if isinstance(targets, Tensor):
                 check_ignored(name, targets, ignored)
-
-
-def check_finite(meta_loss: float, iteration: int) -> None:
-    """Raise `InputError` where a meta-loss is no longer finite."""
-    if not math.isfinite(meta_loss):
-        raise InputError(
-            f"the meta-loss is {meta_loss} at iteration {iteration}: try a smaller inner_lr or meta_lr"
-        )
 
 
 def check_plan(plan: Plan, learner: MetaLearner, asked: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 from commands import refused
 from fomaml.app import pretrained, rivals
 from fomaml.app.cli import main
-from fomaml.app.rundir import load_run
+from fomaml.app.rundir import load_run, parsed_line
 
 QUICK = ["--iterations", "4", "--test-tasks", "20", "--meta-batch-size", "2", "--query-shots", "3"]
 SMALL = ["--model", "conv4-strided", "--channels", "8", "--test-steps", "0", "1", "3"]
@@ -333,8 +333,8 @@ def test_a_killed_run_goes_on_and_ends_bit_for_bit_the_same(
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
     lines = [
         [
-            {**json.loads(line), "seconds": 0}
-            for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()
+            {**parsed_line(line), "seconds": 0}
+            for line in (tmp_path / run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
         ]
         for run in ("whole", "killed")
     ]
@@ -349,7 +349,7 @@ def test_resume_refuses_what_cannot_go_on(run, tmp_path, capsys):
     assert refused(capsys, ["train", "--resume", tmp_path]) == f"{tmp_path} holds no run (no config.json)"
     said = refused(capsys, ["train", "--resume", run, "--shots", "3"])
     assert said.startswith(
-        "--resume takes the settings of the run; no other option goes with it, but --model"
+        "--resume takes the settings of the run, and no --shots; what may be another is --iterations, --device"
     )
 
 

@@ -1,6 +1,5 @@
 """The page of a comparison: whole, of itself, and true to compare.json."""
 
-import json
 import re
 import shutil
 from itertools import pairwise
@@ -15,7 +14,9 @@ from fomaml.app.cli import main
 from fomaml.app.compare import introduced
 from fomaml.app.compare_plots import verdict
 from fomaml.app.scores import metric_in
+from fomaml.files import write_json
 from fomaml.metrics import METRICS
+from fomaml.sealed import unsealed
 from html_pages import Page
 
 pytest.importorskip("matplotlib", reason="plots are drawn by matplotlib, of the extra plots")
@@ -48,7 +49,7 @@ def pages(folders):
 
 
 def saved(folder):
-    return json.loads((folder / "compare.json").read_text())
+    return unsealed((folder / "compare.json").read_text())
 
 
 def changed(folder, to, change):
@@ -56,7 +57,7 @@ def changed(folder, to, change):
     shutil.copytree(folder, to, ignore=shutil.ignore_patterns("report"))
     facts = saved(folder)
     change(facts)
-    (to / "compare.json").write_text(json.dumps(facts))
+    write_json(to / "compare.json", facts)
     return to
 
 
@@ -176,7 +177,7 @@ def test_what_failed_or_diverged_says_so(folders, tmp_path):
     (tmp_path / "none").mkdir()
     facts = saved(own)
     facts["rows"] = [{**facts["rows"][1], "algorithm": row["algorithm"]} for row in facts["rows"]]
-    (tmp_path / "none" / "compare.json").write_text(json.dumps(facts | {"cosines": []}))
+    write_json(tmp_path / "none" / "compare.json", facts | {"cosines": []})
     main(["report", str(tmp_path / "none")])
     read = Page((tmp_path / "none" / "report" / "report.html").read_text())
     assert "No method was trained to its end" in read.text and not read.all("svg")
@@ -186,7 +187,7 @@ def test_without_the_runs_the_page_is_made_all_the_same(folders, tmp_path):
     (tmp_path / "own").mkdir()
     facts = saved(folders["pictures"])
     del facts["command"]  # as of an earlier version
-    (tmp_path / "own" / "compare.json").write_text(json.dumps(facts))
+    write_json(tmp_path / "own" / "compare.json", facts)
     before = (tmp_path / "own" / "compare.json").read_bytes()
     main(["report", str(tmp_path / "own"), "--out", str(tmp_path / "page")])
     read = Page((tmp_path / "page" / "report.html").read_text())

@@ -12,6 +12,8 @@ from commands import without
 from fomaml.app.cli import main
 from fomaml.app.model_card import quoted, said
 from fomaml.errors import InputError
+from fomaml.files import write_json
+from fomaml.sealed import unsealed
 
 hub = pytest.importorskip("huggingface_hub", reason="the hub is reached by huggingface_hub, of the extra hub")
 yaml = pytest.importorskip("yaml")
@@ -112,9 +114,9 @@ def test_a_folder_holds_no_pickle_and_no_place_of_this_machine(name, run_of, str
 
 def test_the_card_warns_of_query_examples_that_inform_each_other(run_of, tmp_path):
     shutil.copytree(run_of("grey"), tmp_path / "run")
-    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    result = unsealed((tmp_path / "run" / "result.json").read_text())
     result["protocol"] |= {"statistics": "own", "transductive": True}
-    (tmp_path / "run" / "result.json").write_text(json.dumps(result))
+    write_json(tmp_path / "run" / "result.json", result)
     fomaml.load_run(tmp_path / "run").save_pretrained(tmp_path / "kept")
     assert "transductive: the query" in hub.ModelCard.load(tmp_path / "kept" / "README.md").text
 

@@ -1,6 +1,5 @@
 """A run that is asked to stop: the step at hand is finished, nothing is lost, and it says how to go on."""
 
-import json
 import os
 import signal
 import subprocess
@@ -14,6 +13,7 @@ import fomaml
 from fomaml.app import session
 from fomaml.app.cli import main
 from fomaml.app.interrupts import SIGNALS, Stopped, listening
+from fomaml.app.rundir import parsed_line
 
 TRAIN = "train sinusoid --iterations 30 --meta-batch-size 2 --test-tasks 4 --test-steps 0 1 --no-baselines"
 
@@ -48,14 +48,17 @@ def test_the_step_is_finished_and_saved(number, whole, tmp_path, monkeypatch, ca
             main([*TRAIN.split(), "--checkpoint-every", "10", "--out", str(out)])
     assert stop.value.code == 128 + number
     said = capsys.readouterr()
-    assert said.err == f"fomaml: interrupted; it goes on with\nfomaml train --resume {out}\n"
+    assert said.err == f"fomaml: interrupted\nresume with: fomaml train --resume {out}\n"
     assert [signal.getsignal(own) for own in SIGNALS] == before
     main(["train", "--resume", str(out)])
     assert "resuming after iteration 17 of 30" in capsys.readouterr().out  # not after 10
     for name in ("weights.safetensors", "metrics.jsonl"):
         lines = [(run / name).read_bytes() for run in (whole, out)]
         if name == "metrics.jsonl":
-            lines = [[{**json.loads(line), "seconds": 0} for line in own.splitlines()] for own in lines]
+            lines = [
+                [{**parsed_line(line), "seconds": 0} for line in own.splitlines(keepends=True)]
+                for own in lines
+            ]
         else:
             lines = [fomaml.checkpoint.load_tensors(run / name)[0] for run in (whole, out)]
             lines = [{key: value.tolist() for key, value in own.items()} for own in lines]

@@ -1,12 +1,12 @@
 """What a run directory says of itself."""
 
-import json
 import shlex
 
 import pytest
 
 from fomaml.app.cli import main
 from fomaml.app.inventory import FILES
+from fomaml.sealed import unsealed
 
 pytest.importorskip("pandas", reason="tables are read by pandas, of the extra tables")
 pytest.importorskip("timm", reason="some networks are timm's, of the extra backbones")
@@ -15,7 +15,7 @@ pytest.importorskip("timm", reason="some networks are timm's, of the extra backb
 @pytest.mark.parametrize("name", ["grey", "table", "states"])
 def test_each_file_and_the_names_of_each_part_are_told(name, run_of):
     run = run_of(name)
-    text, parts = (run / "README.txt").read_text(), json.loads((run / "parts.json").read_text())
+    text, parts = (run / "README.txt").read_text(), unsealed((run / "parts.json").read_text())
     there = {path.name for path in run.iterdir()} - {"README.txt", "report"}
     told = {line.split()[0] for line in text.splitlines() if line.split()[:1] and line.split()[0] in FILES}
     assert told == there | {"state.safetensors"}  # which is there while it trains

@@ -9,6 +9,7 @@ from commands import refused, without
 from fomaml.app import logs, rundir, session
 from fomaml.app.cli import main
 from fomaml.app.run_record import command, read_record
+from fomaml.app.rundir import parsed_line
 
 # validated, so that records of both kinds are written; sinusoids have no validation tasks
 WORDS = "--iterations 6 --meta-batch-size 2 --test-tasks 2 --test-steps 0 1 --no-baselines --ways 2 --shots 1"
@@ -71,7 +72,7 @@ def killed(images, out, monkeypatch, *words, after=3):
 
 
 def measurements(out):
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [parsed_line(line) for line in (out / "metrics.jsonl").read_bytes().splitlines(keepends=True)]
 
 
 def told(out):

@@ -17,7 +17,9 @@ from fomaml.app.calibrate import AT_ONCE, fitted
 from fomaml.app.cli import main
 from fomaml.app.serving import save_model
 from fomaml.errors import InputError
+from fomaml.files import write_json
 from fomaml.group_episodes import GroupEpisodes
+from fomaml.sealed import unsealed
 
 pytest.importorskip("pandas", reason="tables are read by pandas, of the extra tables")
 pytest.importorskip("timm", reason="some networks are timm's, of the extra backbones")
@@ -205,7 +207,7 @@ def test_a_finished_training_has_calibrated_itself(run_of, strangers, tmp_path, 
     (copied / "calibration.json").unlink()
     main(["calibrate", str(copied), "--tasks", "4", "--shots", "2"])
     assert json.loads((copied / "calibration.json").read_text()) == of_training
-    result = json.loads((copied / "result.json").read_text())
+    result = unsealed((copied / "result.json").read_text())
     [row] = of_training["calibrations"]
     assert result["calibration"] == {
         "ways": 2, "shots": 2, "tasks": 4, "steps": 2, **row["by_steps"]["2"],
@@ -247,13 +249,13 @@ def test_the_best_number_of_steps_is_that_of_validation(run_of, strangers, tmp_p
     copied = tmp_path / "run"
     shutil.copytree(run_of("table"), copied)  # regression, which has no temperature
     own = own_rows("table", strangers, tmp_path / "own")
-    result = json.loads((copied / "result.json").read_text())
+    result = unsealed((copied / "result.json").read_text())
     for means, best in (({"0": 3.0, "2": 4.0}, 0), ({"0": 3.0, "2": 2.0}, 2), ({"0": 3.0, "2": 3.0}, 0)):
         result["weights"]["by_steps"] = means  # errors, of which the least is best
-        (copied / "result.json").write_text(json.dumps(result))
+        write_json(copied / "result.json", result)
         assert fomaml.load_run(copied).adapt(own, steps="auto").facts["steps"] == best
     del result["weights"]["by_steps"]
-    (copied / "result.json").write_text(json.dumps(result))
+    write_json(copied / "result.json", result)
     with pytest.raises(InputError, match="had no validation, and has no calibration"):
         fomaml.load_run(copied).adapt(own, steps="auto")
 

@@ -1,5 +1,6 @@
 """Settings: which options are refused, what an older run's settings mean, where each value comes from."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -8,9 +9,10 @@ import pytest
 
 from characters import settings
 from fomaml.app.cli import main
-from fomaml.app.settings import from_json, to_json
+from fomaml.app.settings import from_json, identity, to_json
 from fomaml.app.settle import settle_with_origins
 from fomaml.errors import InputError
+from fomaml.sealed import sealed, unsealed
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 
@@ -76,7 +78,9 @@ def test_the_settings_of_an_older_run_are_what_they_were():
     added = ("format", "seconds", "train_ways", "test_query_shots", "inner_loss", "preset", "validate_every")
     for name in (*added, "statistics", "norm_policy"):
         del old[name]
-    assert from_json(json.dumps(old), "here") == expected
+    del old["digest"]
+    loaded = from_json(json.dumps(old), "here")
+    assert loaded == dataclasses.replace(expected, format=0)
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*/config.json")), ids=lambda path: path.parent.name)
@@ -91,13 +95,27 @@ def test_kept_runs_have_format_0_and_load(path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 99}, "format 99 is newer than this version, which reads up to 1"),
+        ({"format": 99}, "format 99 is newer than this version, which reads up to 2"),
         ({"shots_": 3}, "there is no setting 'shots_', did you mean 'shots'"),
     ],
 )
 def test_settings_of_another_format_are_refused(change, message):
     with pytest.raises(InputError, match=message):
-        from_json(json.dumps({**json.loads(to_json(settings())), **change}), "here")
+        from_json(sealed({**unsealed(to_json(settings())), **change}), "here")
+
+
+@pytest.mark.parametrize("name", ["seed", "inner_lr", "algorithm", "meta_batch_size", "format", "digest"])
+def test_settings_that_were_edited_are_refused(name):
+    """Also where the digest is taken away; the files of the run say that there was one."""
+    values = json.loads(to_json(settings()))
+    assert from_json(json.dumps(values), "here") == settings()
+    edited = {"format": 1, "digest": "0" * 64, "algorithm": "maml"}
+    with pytest.raises(InputError, match="it holds something else than what was written"):
+        from_json(json.dumps(values | {name: edited.get(name, 7)}), "here")
+    del values["digest"]
+    with pytest.raises(InputError, match="it has no digest, which it was written with"):
+        from_json(json.dumps(values), "here")
+    assert identity(from_json(json.dumps(values | {"format": 1}), "here")) != identity(settings())
 
 
 def test_a_dry_run_says_where_each_setting_comes_from(tmp_path, capsys):

@@ -10,9 +10,9 @@ import torch
 import characters
 from commands import refused
 from fomaml import checkpoint
-from fomaml.app import session
+from fomaml.app import session, states
 from fomaml.app.cli import main
-from fomaml.app.rundir import load_settings
+from fomaml.app.rundir import load_settings, parsed_line
 from fomaml.app.session import train_run
 from fomaml.app.settle import settle
 from fomaml.app.validate import Best
@@ -55,7 +55,7 @@ def weights(path):
 
 
 def records(out):
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [parsed_line(line) for line in (out / "metrics.jsonl").read_bytes().splitlines(keepends=True)]
 
 
 def assert_same_run(a, b):
@@ -69,7 +69,7 @@ def assert_same_run(a, b):
     assert one == other
     one, other = (json.loads((out / "result.json").read_text()) for out in (a, b))
     for result in (one, other):
-        for name in ("training_seconds", "validation_seconds", "date", "commit"):
+        for name in ("training_seconds", "validation_seconds", "date", "commit", "digest"):
             del result[name]
     assert one == other
 
@@ -271,12 +271,13 @@ def test_a_killed_run_ends_bit_for_bit_as_the_uninterrupted_one(case, root, tmp_
 
 
 WHERE = {  # and in which of the calls
-    "as the best weights are written": ("save_weights", (1, 2)),
-    "as the last weights are written": ("save_weights", (3,)),
-    "between the best weights and the checkpoint": ("save_state", (1, 3)),
-    "in a validation": ("validate", (1, 2, 5)),
-    "in the last evaluation": ("judge", (1,)),
-    "before the result was written": ("circumstances", (1,)),
+    "as the best weights are written": (states, "save_weights", (1, 2)),
+    "as the last weights are written": (session, "save_weights", (1,)),
+    "before a validation": (states, "save_state", (1, 5)),
+    "between the best weights and the checkpoint": (states, "save_state", (2, 4)),
+    "in a validation": (session, "validate", (1, 2, 5)),
+    "in the last evaluation": (session, "judge", (1,)),
+    "before the result was written": (session, "circumstances", (1,)),
 }
 
 
@@ -296,12 +297,13 @@ def whole(root, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("name", "nth"), [pytest.param(n, i, id=f"{w} {i}") for w, (n, each) in WHERE.items() for i in each]
+    ("module", "name", "nth"),
+    [pytest.param(m, n, i, id=f"{w} {i}") for w, (m, n, each) in WHERE.items() for i in each],
 )
-def test_it_does_not_matter_where_it_was_killed(name, nth, whole, root, tmp_path, monkeypatch):
+def test_it_does_not_matter_where_it_was_killed(module, name, nth, whole, root, tmp_path, monkeypatch):
     finds(monkeypatch, STOPPED)
     config = settings(root, iterations=12, patience=3)
-    real, calls = getattr(session, name), []
+    real, calls = getattr(module, name), []
 
     def die(*args, **options):
         calls.append(1)
@@ -310,7 +312,7 @@ def test_it_does_not_matter_where_it_was_killed(name, nth, whole, root, tmp_path
         return real(*args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(session, name, die)
+        patch.setattr(module, name, die)
         with pytest.raises(Killed):
             quiet(config, tmp_path / "killed")
     quiet(load_settings(tmp_path / "killed"), tmp_path / "killed", resume=True)
@@ -353,10 +355,9 @@ def test_the_clock_goes_on_where_it_was(root, tmp_path, monkeypatch):
 def test_a_finished_run_cannot_be_resumed_or_trained_over(root, tmp_path):
     quiet(settings(root, iterations=2), tmp_path / "a")
     before = {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()}
-    with pytest.raises(InputError, match="is finished; see "):
-        quiet(settings(root, iterations=2), tmp_path / "a", resume=True)
-    with pytest.raises(InputError, match="already holds a run"):
-        quiet(settings(root, iterations=2), tmp_path / "a")
+    for resume, message in ((True, "is finished; see "), (False, "already holds a run")):
+        with pytest.raises(InputError, match=message):
+            quiet(settings(root, iterations=2), tmp_path / "a", resume=resume)
     assert {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()} == before
 
 
@@ -366,9 +367,8 @@ def test_no_second_process_trains_in_a_run_directory(root, tmp_path):
     def intrude(record, seconds):
         with pytest.raises(InputError) as error:
             quiet(config, tmp_path / "a", resume=True)
-        assert (
-            str(error.value) == f"another process trains in {tmp_path / 'a'}; wait for it, or stop it first"
-        )
+        said = f"another process trains in {tmp_path / 'a'}; wait for it, or stop it first"
+        assert str(error.value) == said
 
     quiet(config, tmp_path / "a", watch=intrude)
     quiet(config, tmp_path / "b")

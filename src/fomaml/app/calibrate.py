@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -15,14 +14,15 @@ from torch import Tensor
 from fomaml.app.algorithms import ALGORITHMS, ANY_WAYS
 from fomaml.app.build import Data, for_test, open_data
 from fomaml.app.report import align
-from fomaml.app.settings import Settings
+from fomaml.app.settings import DIGESTS, Settings
 from fomaml.app.sources import source_of
 from fomaml.engines import plan
 from fomaml.errors import InputError
-from fomaml.files import write_text
+from fomaml.files import write_json
 from fomaml.learning.forward import called
 from fomaml.learning.learner import MetaLearner
 from fomaml.learning.mistakes import selected
+from fomaml.sealed import unsealed
 from fomaml.serve.calibration import calibrated
 from fomaml.tasks import Batch, Examples, are_labels, count, one
 
@@ -67,8 +67,8 @@ class Known(NamedTuple):
         }
 
 
-def read_calibration(run: Path) -> list[Known]:
-    """The calibrations of a run directory; none where there is no file.
+def read_calibration(run: Path, checked: bool = False) -> list[Known]:
+    """The calibrations of a run directory; none where there is no file. checked: it must have a digest.
 
     Raises:
         InputError: a damaged file.
@@ -79,12 +79,12 @@ def read_calibration(run: Path) -> list[Known]:
     except OSError:
         return []
     try:
-        rows = json.loads(text)["calibrations"]
+        rows = unsealed(text, required=checked)["calibrations"]
         return [
             Known(row["ways"], row["shots"], row["tasks"], {int(k): v for k, v in row["by_steps"].items()})
             for row in rows
         ]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise InputError(f"{path} is damaged; delete it, and run fomaml calibrate again") from None
 
 
@@ -123,7 +123,8 @@ def calibrate(
             f"the run learned a head for {settings.ways} ways; only a head made of classes takes any number "
             f"({', '.join(ANY_WAYS)})"
         )
-    found = {(own.ways, own.shots): own for own in read_calibration(run)}
+    known = read_calibration(run, settings.format >= DIGESTS)
+    found = {(own.ways, own.shots): own for own in known}
     for n in ways or (settings.ways,):
         for k in shots or sorted({settings.shots, 1, 5}):
             say(f"calibrating {n}-way {k}-shot on {tasks} validation tasks")
@@ -140,7 +141,20 @@ def calibrate(
 
 def write_calibration(run: Path, found: Iterable[Known]) -> None:
     rows = [own._asdict() for own in sorted(found)]
-    write_text(run / CALIBRATION, json.dumps({"format": FORMAT, "calibrations": rows}, indent=2) + "\n")
+    write_json(run / CALIBRATION, {"format": FORMAT, "calibrations": rows})
+
+
+def calibrated_result(
+    settings: Settings, learner: MetaLearner, data: Data, run: Path, say: Callable[[str], None]
+) -> dict:
+    """What the result of a training says of its probabilities; the temperature goes into calibration.json."""
+    try:
+        found = fitted(settings, learner, data, min(TASKS, settings.validation_tasks))
+    except InputError as error:
+        say(f"probabilities are not calibrated: {error}")
+        return {}
+    write_calibration(run, [found])
+    return {"calibration": found.told(settings.test_steps[-1])}
 
 
 def fitted(settings: Settings, learner: MetaLearner, data: Data, tasks: int) -> Known:

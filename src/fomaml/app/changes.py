@@ -58,7 +58,7 @@ def completed(
 
 def _read(file: Path) -> tuple[dict[str, Tensor], str]:
     """The network's tensors in a run's file, by their names in it, and the digest of all that the file holds."""
-    tensors, _ = load_tensors(file)
+    tensors, _ = load_tensors(file, checked=True)
     own = {name.removeprefix(MODEL): tensor for name, tensor in tensors.items() if name.startswith(MODEL)}
     return own, digest_of(tensors, {})
 

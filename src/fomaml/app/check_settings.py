@@ -75,6 +75,9 @@ def check_settings(settings: Settings, origin: str = "", given: Mapping[str, Any
         _check_code(settings)
         if settings.facts is not None:
             _check_facts(settings.facts)
+        for change in settings.changed or ():
+            if change.keys() != {"iteration", "setting", "from", "to"} or change["setting"] not in HINTS:
+                raise InputError(f"changed must be what `changed_settings` records, got {shown(change)}")
     except InputError as error:
         if not origin:
             raise

@@ -27,13 +27,13 @@ HINTS = get_type_hints(Settings)
 COUNTS = [
     name
     for name, hint in HINTS.items()
-    if hint in (int, int | None) and name not in ("seed", "validate_every", "gap", "split_seed")
+    if hint in (int, int | None) and name not in ("seed", "validate_every", "gap", "split_seed", "format")
 ]
 SEEDS = 2**60
 MOST = 10**15  # of anything that is counted: float64 and int64 hold it, and its products with other counts
 MOST_STEPS = 10**6  # of one task
 LARGEST = float(torch.finfo(torch.float32).max)  # what a weight can be moved by
-SIZES = ("inner_lr", "meta_lr", "rates_lr", "clip", "seconds")
+SIZES = ("inner_lr", "meta_lr", "rates_lr", "clip", "seconds", "checkpoint_seconds")
 BELOW = {"inner_momentum": 1, "weight_decay": math.inf, "jitter": 1, "test_jitter": 1}
 # The options that only some sources take, with their values for all others.
 OF_SOURCES: dict[str, Any] = {
@@ -83,7 +83,7 @@ def check(settings: Settings, given: Mapping[str, Any] = {}) -> None:
         within("each number of image", length)
     if settings.validate_every:
         within("--validate-every", settings.validate_every)
-    for name in ("gap", "split_seed"):
+    for name in ("gap", "split_seed", "format"):
         if getattr(settings, name) is not None:
             whole(typed(name), getattr(settings, name), 0, SEEDS, f" from 0 to {SEEDS - 1}")
     if "test_jitter" in given and settings.test_copies == 1:

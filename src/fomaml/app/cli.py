@@ -30,15 +30,15 @@ from fomaml.app.failures import told_in_one_line
 from fomaml.app.interrupts import Stopped
 from fomaml.app.inventory import README
 from fomaml.app.judge import describe, evaluate_run
-from fomaml.app.logs import logs_again
-from fomaml.app.named import AGAIN, named_again, resume_line, with_weights
+from fomaml.app.named import resume_line, with_weights
 from fomaml.app.parser import parse_command
 from fomaml.app.presets import PRESETS
 from fomaml.app.progress import watching
 from fomaml.app.report import align
 from fomaml.app.report_options import ReportOptions, ShowRunOptions
 from fomaml.app.report_page import report
-from fomaml.app.rundir import load_run, load_settings
+from fomaml.app.resume import resumed_settings
+from fomaml.app.rundir import load_run
 from fomaml.app.search import asked as asked_search
 from fomaml.app.search import resumed
 from fomaml.app.serve_commands import (
@@ -70,6 +70,7 @@ from fomaml.app.tune_options import TuneOptions
 from fomaml.app.wording import option as typed
 from fomaml.choices import Statistics, check_choice
 from fomaml.errors import InputError, positive
+from fomaml.sealed import finite
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -104,17 +105,8 @@ def log_shown() -> Iterator[None]:
 def _train(options: TrainOptions) -> None:
     asked = given(options)
     if options.resume is not None:
-        again = {name: asked.pop(name, None) for name in AGAIN}
-        log = asked.pop("log", None)
-        accept = asked.pop("accept_changed_code", False)
-        if set(asked) != {"resume"}:
-            raise InputError(
-                "--resume takes the settings of the run; no other option goes with it, but --model, --features-of, "
-                "--loss, --metric and --log where they are your own code, and files of weights where they have moved"
-            )
-        out = options.resume
-        settings = named_again(load_settings(out), out, **again, accept_changed_code=accept)
-        settings = logs_again(settings, out, log)
+        out = asked.pop("resume")
+        settings = resumed_settings(out, asked)
     else:
         dry_run = asked.pop("dry_run", False)
         if asked.pop("accept_changed_code", False):
@@ -131,7 +123,7 @@ def _train(options: TrainOptions) -> None:
                 resume=options.resume is not None,
             )  # fmt: skip
     except Stopped as stopped:
-        print(f"fomaml: interrupted; it goes on with\n{resume_line(settings, out)}", file=sys.stderr)
+        print(f"fomaml: interrupted\nresume with: {resume_line(settings, out)}", file=sys.stderr)
         raise SystemExit(128 + stopped.number) from None
     print("\n" + describe(result) + f"\nrun directory: {out} (see {README} there)")
 
@@ -211,7 +203,7 @@ def _evaluate(options: EvaluateOptions) -> None:
         settings, learner, options.statistics, options.seed, options.part, options.balanced, options.baselines,
         say=lambda line: print(line, file=sys.stderr, flush=True),
     )  # fmt: skip
-    print(json.dumps(result, indent=2) if options.json else describe(result).rstrip())
+    print(json.dumps(finite(result), indent=2) if options.json else describe(result).rstrip())
 
 
 def _evaluate_adapted(options: EvaluateOptions) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import multiprocessing
 import shlex
 import signal
@@ -37,7 +36,7 @@ from fomaml.checkpoint import load_weights, save_weights
 from fomaml.engines import meta_gradient, plan
 from fomaml.errors import InputError, positive
 from fomaml.evaluate import estimate
-from fomaml.files import write_text
+from fomaml.files import write_json, write_text
 from fomaml.learning.algorithms import FOMAML, MAML
 from fomaml.learning.learner import MetaLearner
 from fomaml.learning.objectives import Implicit
@@ -104,7 +103,7 @@ def compare(options: CompareOptions, out: Path, *, say: Callable[[str], None] = 
         "device": first.device,
         **circumstances(),
     }
-    write_text(out / COMPARISON, json.dumps(result, indent=2) + "\n")
+    write_json(out / COMPARISON, result)
     write_text(out / "compare.txt", describe(result))
     return result
 

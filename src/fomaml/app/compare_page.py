@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from fomaml.app.scores import metric_in
 from fomaml.app.wording import option as typed
 from fomaml.errors import InputError
 from fomaml.files import write_text
+from fomaml.sealed import unsealed
 
 
 @dataclass
@@ -67,7 +67,7 @@ def report_comparison(options: ReportOptions) -> Path:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = unsealed(path.read_text(encoding="utf-8"))
         introduced(found)
         for row in found["rows"]:
             if "failed" not in row:

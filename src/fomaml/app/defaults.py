@@ -39,6 +39,8 @@ DEFAULTS: dict[str, Any] = {
     "validation_tasks": None,  # sized to the run: sizing.py
     "patience": None,
     "checkpoint_every": 500,
+    "checkpoint_seconds": 60.0,
+    "on_nonfinite": "stop",
     "test_tasks": 1000,
     "test_steps": (0, 1, 5, 10, 20),
     "statistics": "own",

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fomaml.app.algorithms import ALGORITHMS
-from fomaml.app.calibrate import nearest, read_calibration
+from fomaml.app.calibrate import nearest
 from fomaml.app.serve_commands import told
 from fomaml.app.serving import AdaptedModel, Run, save_model
 from fomaml.app.sources import split_name
@@ -112,7 +112,7 @@ class Demo:
     def __post_init__(self) -> None:
         self.reader = reader_of(self.run)
         settings = self.run.settings
-        found = nearest(read_calibration(self.run.path), settings.ways, settings.shots)
+        found = nearest(self.run.calibrations(), settings.ways, settings.shots)
         self.run.steps_of(self.steps, found)  # what does not go is said before anyone draws
         if self.save is not None and self.save.exists() and not self.save.is_dir():
             raise InputError(f"--save {self.save} is a file, expected a folder")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from fomaml.app.named import resume_line, resume_options
 from fomaml.app.report import align
 from fomaml.app.settings import Settings
 from fomaml.app.sources import source_of, split_name
-from fomaml.files import write_text
+from fomaml.files import write_json, write_text
 
 README, PARTS = "README.txt", "parts.json"
 FILES = {
@@ -34,7 +33,7 @@ def describe_directory(settings: Settings, data: Data, out: Path) -> None:
     """Write README.txt and, of data that are not made by a formula, parts.json into a run directory."""
     parts = parts_of(data)
     if parts:
-        write_text(out / PARTS, json.dumps(parts, indent=2, ensure_ascii=False) + "\n")
+        write_json(out / PARTS, parts)
     lacking = set() if parts else {PARTS}
     lacking |= set() if settings.validate_every else {rundir.LAST, CALIBRATION}
     lacking |= {CALIBRATION} if source_of(settings).kind == "regression" else set()

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from fomaml.app import rivals
 from fomaml.app.algorithms import ALGORITHMS
 from fomaml.app.build import Data, for_test, open_data
+from fomaml.app.data_identity import other_data
 from fomaml.app.group_tasks import of_units
 from fomaml.app.report import table, verdict
 from fomaml.app.scores import facts_of, headline, measured, metric_in, metrics_of
-from fomaml.app.settings import Settings
+from fomaml.app.settings import DIGESTS, Settings
 from fomaml.app.sources import source_of, split_name
 from fomaml.choices import Statistics
 from fomaml.errors import InputError
@@ -198,6 +199,11 @@ def evaluate_run(
     if baselines and balanced:
         raise InputError("--balanced scales the outputs of the learner alone: give no --baselines beside it")
     data = open_data(settings, test_seed=seed)
+    if settings.format < DIGESTS:
+        say(
+            "the run is of an earlier version: its files are not all checked for damage, nor its data compared"
+        )
+    told = other_data(settings, data)
     if part == "validation":
         if data.validation is None:
             raise InputError(f"{data.unvalidated}; take --part test")
@@ -210,6 +216,8 @@ def evaluate_run(
         summary(settings, learner, data, *each, balanced=balanced) for each in zip(found, kinds)
     )
     result |= _other_way(settings, data, found[len(kinds) :])
+    if told:
+        result["other_data"] = told
     result |= {"part": part, "seed": settings.seed if seed is None else seed}
     if baselines:
         like = dataclasses.replace(settings, baselines=True, statistics=kinds[0])
@@ -271,6 +279,8 @@ def describe(result: dict) -> str:
         lines += ["", f"{how}: {found}"]
     if calibration := result.get("calibration"):
         lines += ["", worth(calibration)]
+    if "other_data" in result:
+        lines += ["", f"note: {result['other_data']}"]
     if "warning" in result:
         lines.append(f"warning: {result['warning']}")
     return "\n".join(lines).rstrip() + "\n"

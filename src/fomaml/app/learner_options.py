@@ -15,6 +15,7 @@ from fomaml.app.settings import (
     NormPolicy,
     Schedule,
 )
+from fomaml.choices import OnNonfinite
 
 MODEL_WEIGHTS = (
     "the weights to begin with of a model of your own, or of timm or torchvision: a .safetensors file; for these two "
@@ -132,4 +133,11 @@ class OuterOptions:
     patience: int | None = option("stop after so many validations without a better one; default: never")
     checkpoint_every: int | None = option(
         "the outer steps between two checkpoints, from which a killed run goes on (default: 500)"
+    )
+    checkpoint_seconds: float | None = option(
+        "the seconds between two checkpoints, where these come first (default: 60)"
+    )
+    on_nonfinite: OnNonfinite | None = option(
+        "what becomes of an outer step whose meta-loss or meta-gradient is not finite: stop (default), with the cause, "
+        "or skip it; a hundred skipped in a row stop too"
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import shlex
 from dataclasses import dataclass
@@ -16,15 +15,24 @@ from fomaml.app.checks import OF_SOURCES
 from fomaml.app.commands import TrainOptions, headings
 from fomaml.app.defaults import DEFAULTS, FOLLOWING
 from fomaml.app.named import foreign_model
-from fomaml.app.rundir import METRICS, RESULT, load_settings
+from fomaml.app.rundir import (
+    METRICS,
+    RESULT,
+    RESULT_TEXT,
+    checksum,
+    is_number,
+    load_settings,
+    parsed_line,
+)
 from fomaml.app.scores import measured, metric_in
 from fomaml.app.search import words_of
-from fomaml.app.settings import Settings
+from fomaml.app.settings import DIGESTS, Settings
 from fomaml.app.settle import ASKED, settle
 from fomaml.app.sources import source_of
 from fomaml.errors import InputError
 from fomaml.metrics import LOSS, Metric
 from fomaml.metrics import METRICS as KNOWN
+from fomaml.sealed import unsealed
 
 OF_READING = (  # how a file is read: without it nothing is settled
     "task", "target", "order", "features", "categorical", "inputs", "lengths", "window", "hop", "drop_missing",
@@ -109,7 +117,10 @@ def read_record(run: Path) -> Record:
     """
     run = run.expanduser()
     settings = load_settings(run)
-    record = Record(run, settings, _lines(run / METRICS), _result(run / RESULT), read_calibration(run))
+    checked = settings.format >= DIGESTS
+    record = Record(
+        run, settings, _lines(run / METRICS), read_result(run, checked), read_calibration(run, checked)
+    )
     if record.result is not None:
         record.result.setdefault("measured", measured(settings, record.metric))  # results of earlier versions
     return record
@@ -117,50 +128,53 @@ def read_record(run: Path) -> Record:
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     try:
-        text = path.read_text(encoding="utf-8")
+        data = path.read_bytes()
     except OSError:
         return []
-    except ValueError:
-        raise InputError(f"{path} is damaged: it is not text; expected a JSON object a line") from None
     found = []
-    whole = text.endswith("\n")
-    lines = text.splitlines()
-    for number, line in enumerate(lines, 1):
-        try:
-            own = json.loads(line)
-            by_steps = own.get("by_steps", {})
-            numbers = [value for key, value in own.items() if key != "by_steps"] + list(by_steps.values())
-            if "iteration" not in own or not all(map(_is_number, numbers)):
-                raise ValueError
+    for number, line in enumerate(data.splitlines(keepends=True), 1):
+        own = parsed_line(line)
+        if own is not None:
             found.append(own)
-        except (ValueError, TypeError, AttributeError):
-            if number == len(lines) and not whole:  # a run that is being written, or was killed
-                break
-            raise InputError(f"{path} is damaged: line {number} is no line of a run's metrics") from None
+        elif line.endswith(b"\n"):  # else the end of a run that is being written, or was killed
+            raise InputError(f"{path} is damaged: line {number} is no line of a run's metrics")
     return found
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def read_result(run: Path, checked: bool = False) -> dict[str, Any] | None:
+    """What result.json holds, nan where it has null; None where there is none. checked: it must have a digest.
 
-
-def _result(path: Path) -> dict[str, Any] | None:
+    Raises:
+        InputError: it is damaged, or result.txt is not the text that was written beside it.
+    """
+    path = run / RESULT
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = unsealed(path.read_text(encoding="utf-8"), required=checked)
         if not found["rows"] or not found["protocol"] or not isinstance(found["differences"], list):
             raise KeyError
-        found[found["metric"]], found["interval"], found["tasks"], found["steps"], found["name"]
-        for row in found["rows"]:
-            if not (
-                _is_number(row["mean"]) and _is_number(row["interval"]) and isinstance(row["label"], str)
-            ):
+        found["tasks"], found["steps"], found["name"]
+        found |= {name: _number(found[name]) for name in (found["metric"], "interval")}
+        for row in [*found["rows"], *found["differences"]]:
+            row |= {name: _number(row[name]) for name in ("mean", "interval")}
+            if not isinstance(row.get("label", row.get("to")), str):
                 raise TypeError
         metric_in(found)
     except OSError:
         return None
-    except (ValueError, KeyError, TypeError, IndexError):
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
         raise InputError(f"{path} is damaged: it is not the result of a run") from None
+    text, told = run / RESULT_TEXT, found.pop("text_crc32", None)
+    if told is not None and text.exists() and checksum(text.read_text("utf-8", "replace")) != told:
+        raise InputError(f"{text} is not what was written beside {RESULT}: delete it, or bring it back")
     return found
+
+
+def _number(value: Any) -> float:
+    if value is None:  # what was not finite
+        return math.nan
+    if not is_number(value):
+        raise TypeError
+    return value
 
 
 # --- how to repeat it -----------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 It holds config.json, metrics.jsonl, weights.safetensors, result.json and result.txt; where the run was validated,
 weights.safetensors are the best ones and last.safetensors the last. While it is trained, state.safetensors holds what
-it goes on from when it was killed.
+it goes on from when it was killed, and before.safetensors the state before that, should the newest be damaged.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import platform
 import subprocess
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -26,30 +28,47 @@ from fomaml.app.check_settings import read_settings
 from fomaml.app.checks import check_classless
 from fomaml.app.named import named_again, with_metrics
 from fomaml.app.networks import build_model
-from fomaml.app.settings import Better, Settings, identity
+from fomaml.app.settings import DIGESTS, Better, Settings, identity
 from fomaml.app.sources import source_of
 from fomaml.checkpoint import load_weights
 from fomaml.errors import InputError
-from fomaml.files import write_text
+from fomaml.files import sweep, write_text
 from fomaml.learning.learner import MetaLearner
+from fomaml.sealed import finite, unsealed
 
-CONFIG, METRICS, STATE = "config.json", "metrics.jsonl", "state.safetensors"
+CONFIG, METRICS = "config.json", "metrics.jsonl"
+STATE, STATE_BEFORE = "state.safetensors", "before.safetensors"
 WEIGHTS, LAST = "weights.safetensors", "last.safetensors"
 RESULT, RESULT_TEXT = "result.json", "result.txt"
+CHECKSUM = "crc32"
 
 
-def claim(out: Path) -> None:
-    """Make the run directory.
+OF_A_RUN = (CONFIG, STATE, STATE_BEFORE, WEIGHTS, LAST, METRICS, RESULT, RESULT_TEXT, "calibration.json")
+
+
+@contextlib.contextmanager
+def claimed(out: Path) -> Iterator[None]:
+    """Makes a run directory and holds it, see `alone`; one that is still empty after an error is deleted again.
 
     Raises:
-        InputError: it holds a run already, or cannot be made.
+        InputError: it holds a run or what is left of one, another process holds it, or it cannot be made.
     """
-    if (out / CONFIG).exists():
-        raise InputError(f"{out} already holds a run; give another --out, or delete it")
+    new = not out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot make the run directory {out}: {error.strerror}") from None
+    try:
+        with alone(out):
+            if left := [name for name in OF_A_RUN if (out / name).exists()]:
+                what = "a run" if CONFIG in left else f"what is left of a run, {', '.join(left)}"
+                raise InputError(f"{out} already holds {what}; give another --out, or delete it")
+            yield
+    except BaseException:
+        if new:
+            with contextlib.suppress(OSError):  # it is not empty
+                out.rmdir()
+        raise
 
 
 @contextlib.contextmanager
@@ -75,28 +94,88 @@ def alone(out: Path) -> Iterator[None]:
             raise InputError(f"another process trains in {out}; wait for it, or stop it first") from None
         except OSError:  # a file system without locks
             pass
+        sweep(out)
         yield
     finally:
         os.close(handle)
 
 
-def keep_metrics(path: Path, iterations: int) -> None:
-    """Drop the lines after `iterations`, which will be written again."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    kept = []
-    for line in lines:
-        with contextlib.suppress(ValueError):  # the last line of a killed run may be half a line
-            if json.loads(line)["iteration"] <= iterations:
-                kept.append(line)
-    write_text(path, "".join(line + "\n" for line in kept))
+def keep_metrics(path: Path, iterations: int, validated: int) -> int:
+    """Drop what will be written again, measurements after `iterations` and validations after `validated`, and damaged
+    lines, whose number is returned.
+
+    The last line of a killed run may be half a line, which is no damage.
+    """
+    data = path.read_bytes() if path.exists() else b""
+    kept, damaged = [], 0
+    for line in data.splitlines(keepends=True):
+        found = parsed_line(line)
+        if found is None:
+            damaged += line.endswith(b"\n")
+        elif found["iteration"] <= (validated if "validation" in found else iterations):
+            kept.append(line.decode())
+    write_text(path, "".join(kept))
+    return damaged
+
+
+def written_line(record: Mapping[str, Any]) -> str:
+    """A line of metrics.jsonl: the record, and a checksum of it."""
+    text = json.dumps(finite(record))
+    return f'{text[:-1]}, "{CHECKSUM}": "{checksum(text)}"}}\n'
+
+
+def checked_line(line: bytes | str) -> dict[str, Any]:
+    """The record of a line of `written_line`; of earlier versions, unchecked.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    found = json.loads(line)
+    if not isinstance(found, dict):
+        raise ValueError("expected an object")
+    told = found.pop(CHECKSUM, None)
+    if told not in (None, checksum(json.dumps(found))):
+        raise ValueError("it holds something else than what was written")
+    return found
+
+
+def parsed_line(line: bytes) -> dict[str, Any] | None:
+    """The record of a line of metrics.jsonl; None of one that is damaged, or is not whole."""
+    try:
+        kept = checked_line(line)
+        found: dict[str, Any] = {key: math.nan if value is None else value for key, value in kept.items()}
+        by_steps = found.get("by_steps", {})
+        numbers = [value for key, value in found.items() if key != "by_steps"]
+        numbers += [value for value in by_steps.values() if value is not None]
+        good = "iteration" in found and all(map(is_number, numbers))
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return None
+    return found if good and line.endswith(b"\n") else None
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def checksum(text: str) -> str:
+    """The CRC-32 of a text, in hexadecimal digits."""
+    return f"{zlib.crc32(text.encode()):08x}"
 
 
 def is_finished(out: Path) -> bool:
-    """Whether the directory has a whole result. One whose baselines are to come has an unfinished one."""
+    """Whether the directory has a whole result. One whose baselines are to come has an unfinished one.
+
+    Raises:
+        InputError: it has a damaged one.
+    """
     try:
-        return "unfinished" not in json.loads((out / RESULT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return "unfinished" not in unsealed((out / RESULT).read_text(encoding="utf-8"))
+    except OSError:
         return False
+    except ValueError as error:
+        raise InputError(
+            f"{out / RESULT} is damaged ({error}); fomaml evaluate judges the run again"
+        ) from None
 
 
 def load_settings(run: Path) -> Settings:
@@ -158,7 +237,7 @@ def load_run(
         trained, device=settings.device, model_weights=None
     )  # the network as it was trained, whatever the tasks
     learner = build_learner(like, build_model(like))
-    load_weights(weights_file(run, weights), learner, identity(recorded))
+    load_weights(weights_file(run, weights), learner, identity(recorded), recorded.format >= DIGESTS)
     return settings, learner
 
 

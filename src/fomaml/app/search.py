@@ -14,6 +14,7 @@ from fomaml.app.settle import settle
 from fomaml.app.tune_options import TRIALS, TuneOptions
 from fomaml.app.wording import option as typed
 from fomaml.errors import InputError, positive, whole
+from fomaml.sealed import sealed, unsealed
 from fomaml.tuning import LogUniform, Space
 
 SEARCH = "tune.json"
@@ -120,7 +121,7 @@ def resumed(options: TuneOptions) -> Search:
         )
     path = folder / SEARCH
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
+        kept = unsealed(path.read_text(encoding="utf-8"))
         settings = read_settings(json.dumps(kept["settings"]), str(path))
         space = {name: tuple(bounds) for name, bounds in kept["space"].items()}
         found = Search(settings, kept["words"], space, kept["trials"], kept["iterations"], kept["seed"])
@@ -137,4 +138,4 @@ def resumed(options: TuneOptions) -> Search:
 
 def as_json(search: Search) -> str:
     kept = search._asdict() | {"format": FORMAT, "settings": json.loads(to_json(search.settings))}
-    return json.dumps(kept, indent=2) + "\n"
+    return sealed(kept)

@@ -12,6 +12,7 @@ from fomaml.app.report import align
 from fomaml.app.serve_options import AdaptOptions, CalibrateOptions, ExportOptions, PredictOptions
 from fomaml.app.serving import MODEL, open_adapted, open_run, save_model
 from fomaml.errors import InputError, positive
+from fomaml.sealed import finite
 from fomaml.serve.adapted import Predictions
 from fomaml.serve.export import SUFFIXES, export
 
@@ -146,7 +147,7 @@ def evaluate_adapted(path: Path, query: Path | None, as_json: bool, **options: A
             "interval": interval,
             "examples": len(found.truth),
         }
-        print(json.dumps(facts, indent=2))
+        print(json.dumps(finite(facts), indent=2))
     else:
         print(
             f"{found.metric} {scale * mean:.4g} ± {scale * interval:.2g}{unit} on {len(found.truth)} examples (95 % "

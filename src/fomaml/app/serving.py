@@ -28,15 +28,16 @@ from fomaml.app.named import named_again
 from fomaml.app.networks import build_model, head_of
 from fomaml.app.run_record import read_record
 from fomaml.app.rundir import CONFIG, METRICS, RESULT, RESULT_TEXT, weights_file
-from fomaml.app.settings import Settings, Weights, identity, to_json
+from fomaml.app.settings import DIGESTS, Settings, Weights, identity, to_json
 from fomaml.app.wording import in_words_of_python
 from fomaml.checkpoint import fill, save_weights
 from fomaml.choices import check_choice
 from fomaml.data.keys import few
 from fomaml.data.scaling import scaled_by
 from fomaml.errors import InputError, whole
-from fomaml.files import file_digest, load_tensors, save_tensors, write_text
+from fomaml.files import file_digest, load_tensors, save_tensors, write_json, write_text
 from fomaml.learning.learner import MetaLearner
+from fomaml.sealed import unsealed
 from fomaml.serve import adapted
 from fomaml.serve.export import signature
 from fomaml.serve.intake import Intake, Taken
@@ -111,15 +112,19 @@ class Run(Pretrained):
             if (self.path / name).exists():
                 shutil.copy(self.path / name, folder / name)
         if (self.path / RESULT).exists():  # which names the files of one's own code too
-            result = json.loads((self.path / RESULT).read_text(encoding="utf-8"))
+            result = unsealed((self.path / RESULT).read_text(encoding="utf-8"))
             result["protocol"]["model"] = settings.model
             if settings.code:
                 result["code"] = settings.code
-            write_text(folder / RESULT, json.dumps(result, indent=2) + "\n")
+            write_json(folder / RESULT, result)
+
+    def calibrations(self) -> list[Known]:
+        """Those of the run directory, as they are now."""
+        return read_calibration(self.path, self.settings.format >= DIGESTS)
 
     def _card(self, license: str | None = None) -> str:
         record, parts = read_record(self.path), self.path / PARTS
-        named = json.loads(parts.read_text(encoding="utf-8")) if parts.exists() else {}
+        named = unsealed(parts.read_text(encoding="utf-8")) if parts.exists() else {}
         return card_of_run(portable(self.settings), record.result, record.calibrations, named, license)
 
     @classmethod
@@ -148,7 +153,7 @@ class Run(Pretrained):
                 f"the labelled examples are of {len(taken.tasks)} tasks, {few(taken.tasks)}: give those of one"
             )
         classes, targets = self._targets(taken)
-        known = read_calibration(self.path)
+        known = self.calibrations()
         found = None
         if classes is not None:
             shots = max(1, round(len(taken.names) / len(classes)))
@@ -295,7 +300,7 @@ def open_adapted(
     if not isinstance(facts, dict) or facts.get("format") != FORMAT:
         raise InputError(f"{root / MODEL} is of a format that this version does not read")
     # what has been edited is noticed before it is used
-    tensors, _ = load_tensors(root / WEIGHTS, settings=facts)
+    tensors, _ = load_tensors(root / WEIGHTS, settings=facts, checked=True)
     base = facts.get("base")
     if run is not None and base is None:
         raise InputError(f"{root} holds the whole model, which needs no run: give no --run")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fomaml.app import rundir, sizing
+from fomaml.app import rundir
 from fomaml.app.agenda import Agenda, Clock, Noted, Progress
+from fomaml.app.announced import announced
 from fomaml.app.build import (
     build_learner,
     build_optimizer,
@@ -22,8 +22,8 @@ from fomaml.app.build import (
     with_data,
     with_precision,
 )
-from fomaml.app.calibrate import TASKS, fitted, write_calibration
-from fomaml.app.device import has_bfloat16
+from fomaml.app.calibrate import calibrated_result
+from fomaml.app.data_identity import with_identity
 from fomaml.app.fits import check_training_fits
 from fomaml.app.interrupts import Interrupts, listening
 from fomaml.app.inventory import describe_directory
@@ -34,16 +34,17 @@ from fomaml.app.networks import build_model, check_model
 from fomaml.app.rivals import estimators
 from fomaml.app.rundir import circumstances
 from fomaml.app.scores import headline
-from fomaml.app.settings import Settings, identity, to_json
+from fomaml.app.settings import Settings, to_json
 from fomaml.app.sources import source_of
+from fomaml.app.states import States
 from fomaml.app.trial import try_own, try_targets
 from fomaml.app.validate import Best, is_due, validate, with_validation
-from fomaml.app.wording import spoken
-from fomaml.checkpoint import load_progress, load_state, load_weights, save_state, save_weights
+from fomaml.checkpoint import save_weights
 from fomaml.engines import Plan, plan
 from fomaml.errors import InputError
-from fomaml.files import write_text
-from fomaml.train import Record, check_finite, check_width, train
+from fomaml.files import write_json, write_text
+from fomaml.finite import NotFiniteError
+from fomaml.train import Record, check_width, train
 
 NO_LIMIT = 2**62
 Say = Callable[[str], None]
@@ -95,11 +96,10 @@ def session(
     if resume and rundir.is_finished(out):
         raise InputError(f"the run in {out} is finished; see {out / rundir.RESULT_TEXT}")
     run = Session(settings, out, say, watch, work, validated, allow_download)
-    if not resume:
-        rundir.claim(out)
-    with rundir.alone(out), torch.random.fork_rng(devices=[]), listening() as run.interrupts:
+    held = rundir.alone if resume else rundir.claimed
+    with held(out), torch.random.fork_rng(devices=[]), listening() as run.interrupts:
         torch.manual_seed(settings.seed)  # dropout draws from there
-        if not resume or settings.code:  # a change of code that was accepted
+        if not resume or settings.code or settings.changed:  # a change that was accepted
             write_text(out / rundir.CONFIG, to_json(run.settings))
             describe_directory(run.settings, run.data, out)
         yield run
@@ -124,8 +124,8 @@ class Session:
     ):
         check_training_fits(settings)
         self.data = open_data(settings, allow_download=allow_download)
+        settings = with_identity(settings, self.data)
         self.settings = with_precision(with_validation(with_data(settings, self.data), self.data))
-        self.identity = identity(self.settings)
         self.out, self.say, self.watch, self.work, self.tell_score = out, say, watch, work, validated
         self.agenda = Agenda(self.settings, estimators(self.settings, self.data))
         model = build_model(self.settings)
@@ -139,8 +139,9 @@ class Session:
         check_width(self.learner, self.data.test)
         self.optimizer = build_optimizer(self.settings, self.learner)
         self.plan = self._plan(self.settings.tasks_at_once)
+        self.states = States(out, self.settings, self.learner, self.optimizer, say)
         self.best, self.clock = Best(), Clock()
-        self.done = self.validated = 0
+        self.done = self.validated = self.skipped = 0
         self.scores: Mapping[int, Tensor] = {}
         self.interrupts = Interrupts()
         self.tell_logs: Callable[[Mapping[str, Any]], None] = lambda record: None
@@ -155,15 +156,37 @@ class Session:
         time not counted.
         """
         settings, limit = self.settings, NO_LIMIT if self.settings.seconds else self.settings.iterations
-        self._announce()
+        for line in announced(settings, self.data, self.plan):
+            self.say(line)
         self._resume()
         (self.out / rundir.METRICS).touch()
+        every = measure_every or max(1, settings.iterations // 100)
         with opened(settings, self.out, self.done) as self.tell_logs:
-            self._train(limit, measure_every or max(1, settings.iterations // 100), after)
+            try:
+                self._train(limit, every, after)
+            except NotFiniteError as error:
+                if error.found:
+                    raise
+                self._go_back()
+                self._train(limit, every, after, check_each=True)  # again, up to the same iteration
+                raise
 
-    def _train(self, limit: int, measure_every: int, after: Callable[[int], None]) -> None:
+    def _go_back(self) -> None:
+        """To the last good state, or the beginning."""
+        if not (self.out / rundir.STATE).exists():
+            torch.manual_seed(self.settings.seed)
+            self.learner = build_learner(self.settings, build_model(self.settings))
+            self.optimizer = build_optimizer(self.settings, self.learner)
+            self.plan = self._plan(self.settings.tasks_at_once)
+            self.states = States(self.out, self.settings, self.learner, self.optimizer, self.say)
+        self._resume()
+
+    def _train(
+        self, limit: int, measure_every: int, after: Callable[[int], None], check_each: bool | None = None
+    ) -> None:
         settings = self.settings
         steps: Iterator[Record] | None = None
+        self._validate_if_due()  # a run that was stopped before the validation of its last state
         while not self._is_over():
             steps = steps or train(
                 self.learner,
@@ -177,6 +200,8 @@ class Session:
                 clip=settings.clip,
                 plan=self.plan,
                 metric=headline(settings),
+                on_nonfinite=settings.on_nonfinite,
+                check_each=check_each,
             )
             with self.interrupts.finishing():
                 with self.clock.counting("training"):
@@ -186,36 +211,53 @@ class Session:
                 if record is None:
                     break
                 self.done = record.iteration
+                self.skipped += record.skipped
+                if record.skipped:
+                    self.say(f"iteration {self.done}: skipped, as its numbers are not finite")
                 if record.after is not None:
                     self._log(**numbers)
                     self._tell()
                     self.watch(record, self.clock.training)
                 due = is_due(settings, self.done)
-                if due:
-                    self._validate()
-                often = self.done % settings.checkpoint_every == 0
+                often = self.done % settings.checkpoint_every == 0 or self.states.is_time()
                 if due or often or self.done == limit or self.interrupts.asked is not None:
+                    self.states.check(self.done, record.first_bad)
                     self._save()
             self.interrupts.raise_if_asked()
+            self._validate_if_due()
             after(self.done)
         if settings.seconds and settings.validate_every and self.validated < self.done:
             self._validate()
 
+    def _validate_if_due(self) -> None:
+        """Validate, and save what came of it; an interruption goes on from the state that is validated."""
+        if self.done and self.validated < self.done and is_due(self.settings, self.done):
+            self._validate()
+            with self.interrupts.finishing():
+                self._save()
+            self.interrupts.raise_if_asked()
+
     def finish(self) -> dict:
         """Write the weights, judge them and write the result, which is returned."""
         settings, out, learner = self.settings, self.out, self.learner
+        self.states.check(self.done)
         if settings.seconds:
             self._save()  # that its time is over: a run that is killed from here on is trained no further
         self._tell()
         weights: dict = {"kept": "last", "iteration": self.done}
         if settings.validate_every:
-            save_weights(out / rundir.LAST, learner, self.identity)
-            load_weights(out / rundir.WEIGHTS, learner, self.identity)
+            save_weights(out / rundir.LAST, learner, self.states.identity)
+            if not self.best.iteration:
+                raise InputError(
+                    "no validation gave finite scores, so that no weights are the best: try a smaller meta_lr or "
+                    f"inner_lr; the last weights are in {out / rundir.LAST}"
+                )
+            self.states.load_best()
             best = self.best
             facts = {name: value for name, value in dataclasses.asdict(best).items() if name != "waited"}
             weights = {"kept": "best by validation", **facts, "validation_tasks": settings.validation_tasks}
         else:
-            save_weights(out / rundir.WEIGHTS, learner, self.identity)
+            save_weights(out / rundir.WEIGHTS, learner, self.states.identity)
         test = self._noted("test", "testing", self.data.test, settings.test_tasks)
         result, found = judge(settings, learner, dataclasses.replace(self.data, test=test), self.say)
         self.scores = found[headline(settings).name]
@@ -224,27 +266,20 @@ class Session:
         spent = dataclasses.asdict(self.clock)
         result |= {f"{name}_seconds": round(seconds, 1) for name, seconds in spent.items()}
         result |= {"seed": settings.seed, **circumstances()}
+        if self.skipped:
+            result["skipped"] = self.skipped
+        if settings.changed:
+            result["changed"] = list(settings.changed)
         if settings.code:
             result["code"] = settings.code
         if settings.validate_every and source_of(settings).kind == "classification":
-            result |= self._calibrated()
+            result |= calibrated_result(settings, learner, self.data, out, self.say)
         if settings.baselines:
             result = self._beside_baselines(result, found)
         self._write(result)
-        (out / rundir.STATE).unlink(missing_ok=True)
+        for name in (rundir.STATE_BEFORE, rundir.STATE):
+            (out / name).unlink(missing_ok=True)
         return result
-
-    def _calibrated(self) -> dict:
-        """What the result says of its probabilities; the temperature goes into calibration.json."""
-        settings = self.settings
-        tasks = min(TASKS, settings.validation_tasks)
-        try:
-            found = fitted(settings, self.learner, self.data, tasks)
-        except InputError as error:
-            self.say(f"probabilities are not calibrated: {error}")
-            return {}
-        write_calibration(self.out, [found])
-        return {"calibration": found.told(settings.test_steps[-1])}
 
     def _beside_baselines(self, result: dict, scores: Scores) -> dict:
         """The result with the baselines. That of the learner is shown and on disk before they begin."""
@@ -268,8 +303,9 @@ class Session:
         return result
 
     def _write(self, result: dict) -> None:
-        write_text(self.out / rundir.RESULT_TEXT, describe(result))
-        write_text(self.out / rundir.RESULT, json.dumps(result, indent=2) + "\n")
+        text = describe(result)
+        write_text(self.out / rundir.RESULT_TEXT, text)
+        write_json(self.out / rundir.RESULT, result | {"text_crc32": rundir.checksum(text)})
 
     def _noted(self, kind: str, what: str, episodes: Any, tasks: int) -> Any:
         """Episodes whose drawing tells how far their evaluation is."""
@@ -294,50 +330,23 @@ class Session:
             autocast=None if settings.autocast == "none" else getattr(torch, settings.autocast),
         )
 
-    def _announce(self) -> None:
-        settings, data = self.settings, self.data
-        self.say(f"{data.name}: {data.origin}")
-        self.say(f"engine: {self.plan.engine} ({spoken(self.plan.why)})")
-        if settings.autocast != "none":
-            slow = "" if has_bfloat16(settings.device) else ", which this device may only imitate, slowly"
-            self.say(f"forward passes in {settings.autocast}{slow}")
-        if settings.seconds:
-            self.say(f"training for {settings.seconds:g} s, which cannot be repeated bit for bit")
-        if settings.validate_every:
-            patience = (
-                "" if settings.patience is None else f", until {settings.patience} in a row were no better"
-            )
-            self.say(
-                f"validation: {settings.validation_tasks} tasks every {settings.validate_every} iterations{patience}"
-            )
-        else:
-            self.say("no validation, as asked" if data.validation else f"no validation: {data.unvalidated}")
-
-        sizes = sizing.of_baselines(settings)
-        if settings.baselines and sizes != sizing.full(settings):
-            most, few, tested = (
-                max(sizes.at_steps),
-                sizes.tuning_tasks,
-                f"{sizes.tasks} of {settings.test_tasks}",
-            )
-            self.say(
-                f"baselines, sized to a short run: tuned on {few} tasks with at most {most} steps, tested on {tested} "
-                "tasks; --baseline-size full takes all"
-            )
-
     def _resume(self) -> None:
-        state, metrics = self.out / rundir.STATE, self.out / rundir.METRICS
-        if state.exists():
-            self.done = load_state(state, self.learner, self.optimizer, self.identity)
-            progress = load_progress(state)
-            self.best, self.clock = Best(**progress.get("best", {})), Clock(**progress.get("clock", {}))
-            self.validated = progress.get("validated", 0)
-            if progress.get("tasks_at_once", self.plan.tasks_at_once) != self.plan.tasks_at_once:
-                self.plan = self._plan(progress["tasks_at_once"])
-            self.plan.seen |= set(progress.get("seen", ()))
+        self.done, progress = self.states.take_up()
+        self.learner.iteration = max(0, self.done - 1)
+        self.best, self.clock = Best(**progress.get("best", {})), Clock(**progress.get("clock", {}))
+        self.validated, self.skipped = progress.get("validated", 0), progress.get("skipped", 0)
+        if progress.get("tasks_at_once", self.plan.tasks_at_once) != self.plan.tasks_at_once:
+            self.plan = self._plan(progress["tasks_at_once"])
+        self.plan.seen |= set(progress.get("seen", ()))
+        settings, metrics = self.settings, self.out / rundir.METRICS
+        if settings.iterations < self.done and not settings.seconds:
+            raise InputError(f"the run in {self.out} has {self.done} iterations: give no fewer --iterations")
+        if self.best.iteration and not self.states.has_best(self.best.iteration):
+            self.best = Best()
         if metrics.exists():
-            rundir.keep_metrics(metrics, self.done)
-            limit = "" if self.settings.seconds else f" of {self.settings.iterations}"
+            if lost := rundir.keep_metrics(metrics, self.done, self.validated):
+                self.say(f"{metrics}: {lost} damaged {'line' if lost == 1 else 'lines'} left out")
+            limit = "" if settings.seconds else f" of {settings.iterations}"
             self.say(f"resuming after iteration {self.done}{limit}")
 
     def _is_over(self) -> bool:
@@ -351,7 +360,6 @@ class Session:
         if record.after is None and self.settings.seconds is None and record.meta_loss.device.type != "cpu":
             return {}
         loss = record.meta_loss.item()
-        check_finite(loss, record.iteration)
         if record.before is None or record.after is None:
             return {"meta_loss": loss}
         return {"meta_loss": loss, "before": record.before.item(), "after": record.after.item()}
@@ -368,7 +376,7 @@ class Session:
         metric = headline(self.settings)
         better = self.best.beaten_by(found, self.done, metric.direction, means)
         if better:
-            save_weights(self.out / rundir.WEIGHTS, self.learner, self.identity)
+            self.states.save_best()
         text = f"{metric.text(*found, digits=2)} {metric.unit}".rstrip()
         self.tell_score(text)
         best = ", the best so far" if better else ""
@@ -377,7 +385,7 @@ class Session:
     def _log(self, **facts) -> None:
         record = {"iteration": self.done, **facts, "seconds": self.clock.training}
         with open(self.out / rundir.METRICS, "a", encoding="utf-8") as metrics:
-            metrics.write(json.dumps(record) + "\n")
+            metrics.write(rundir.written_line(record))
         self.tell_logs(record)
 
     def _save(self) -> None:
@@ -385,7 +393,8 @@ class Session:
             "best": dataclasses.asdict(self.best),
             "clock": dataclasses.asdict(self.clock),
             "validated": self.validated,
+            "skipped": self.skipped,
             "tasks_at_once": self.plan.tasks_at_once,  # halved where memory has run out
             "seen": sorted(self.plan.seen),  # shapes that are compiled when they come back
         }
-        save_state(self.out / rundir.STATE, self.learner, self.optimizer, self.done, progress, self.identity)
+        self.states.save(self.done, progress)

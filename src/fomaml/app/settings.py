@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fomaml.app.defaults import DEFAULTS, FOLLOWING
-from fomaml.choices import Policy, Statistics
+from fomaml.choices import OnNonfinite, Policy, Statistics
 from fomaml.errors import InputError, shown
+from fomaml.sealed import sealed, unsealed
 
-FORMAT = 1  # of config.json; a run without one has format 0
+# Of config.json; a run without one has format 0. From format 2 on it has a digest, and so have the files of the run.
+FORMAT = 2
+DIGESTS = 2
 
 Question = Literal["new-labels", "new-digits"]
 Kind = Literal["classification", "regression"]  # of tasks
@@ -159,6 +162,13 @@ class Settings:
     metric: tuple[str, ...] | None = None
     metric_direction: Better | None = None
     log: tuple[str, ...] | None = None  # where measurements go beside metrics.jsonl
+    checkpoint_seconds: float = 60.0
+    on_nonfinite: OnNonfinite = "stop"
+    data: dict[str, Any] | None = None  # which data they are, see data_identity.py
+    changed: tuple[dict[str, Any], ...] | None = (
+        None  # what was changed when the run went on, see `changed_settings`
+    )
+    format: int = FORMAT
     # What is compared of the user's own files, by option, see own.py; and what was found there, which is never written:
     # a run that is read from its directory has it only where the user has named it again.
     code: dict[str, dict[str, Any]] | None = None
@@ -171,7 +181,7 @@ LATER = (
     "window", "hop", "kind", "drop_missing", "skip_short", "separator", "decimal", "draw", "train_draw", "gap",
     "query_all", "test_keys", "validation_keys", "split_seed", "skip_small_groups", "fewer_classes", "scale",
     "fixed_classes", "facts", "model_options", "head", "features_of", "features_layer", "output", "loss", "metric",
-    "metric_direction",
+    "metric_direction", "data",
 )  # fmt: skip
 MAY_CHANGE = frozenset(
     {
@@ -186,6 +196,9 @@ MAY_CHANGE = frozenset(
         "features_weights",
         "features_in",
         "log",
+        "checkpoint_seconds",
+        "on_nonfinite",
+        "changed",
         "code",
         "own",
     }
@@ -199,13 +212,33 @@ def identity(settings: Settings) -> dict[str, Any]:
         name for name in LATER if values[name] is None or values[name] is False
     }  # as weights from before
     kept = {name: value for name, value in values.items() if name not in MAY_CHANGE | added}
+    for change in reversed(settings.changed or ()):  # as the run was begun
+        if change["setting"] in kept:
+            kept[change["setting"]] = change["from"]
+    if settings.format < DIGESTS:
+        del kept["format"]
     return json.loads(json.dumps(kept, default=str))
 
 
+def changed_settings(settings: Settings, iteration: int, **changes: Any) -> Settings:
+    """The settings with others, of which is recorded at which iteration, from what and to what they were changed."""
+    record = [
+        {"iteration": iteration, "setting": name, "from": getattr(settings, name), "to": value}
+        for name, value in changes.items()
+        if value != getattr(settings, name)
+    ]
+    if not record:
+        return settings
+    return dataclasses.replace(settings, **changes, changed=(*(settings.changed or ()), *record))
+
+
 def to_json(settings: Settings) -> str:
-    """The settings as an indented JSON object."""
-    values = {"format": FORMAT, **{name: value for name, value in vars(settings).items() if name != "own"}}
-    return json.dumps(values, indent=2, default=str) + "\n"
+    """The settings as an indented JSON object, with a digest from format 2 on."""
+    values = {name: value for name, value in vars(settings).items() if name != "own"}
+    values = {"format": settings.format, **values}
+    if settings.format < DIGESTS:
+        return json.dumps(values, indent=2, default=str) + "\n"
+    return sealed(values)
 
 
 def from_json(text: str, origin: str) -> Settings:
@@ -215,16 +248,19 @@ def from_json(text: str, origin: str) -> Settings:
         InputError: not the JSON of a run's settings; `origin` says where it was read.
     """
     try:
-        values = json.loads(text)
-        written = values.pop("format", 0)
-        if written not in range(FORMAT + 1):
+        values = unsealed(text)
+        written = values.get("format", 0)
+        if isinstance(written, bool) or written not in range(FORMAT + 1):
             raise ValueError(f"format {written!r} is newer than this version, which reads up to {FORMAT}")
+        if written >= DIGESTS:
+            unsealed(text, required=True)
+        values["format"] = written
         if written == 0:
             values = _of_format_0(values)
         for name in ("out", "data_root", "features_in"):
             values[name] = values.get(name) and Path(values[name])
         for name, value in values.items():
-            if name not in ("facts", "model_options", "code") and isinstance(value, list):
+            if name not in ("facts", "model_options", "code", "data") and isinstance(value, list):
                 values[name] = tuple(value)
         _check_names(values)
         return Settings(**values)

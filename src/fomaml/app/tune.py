@@ -7,7 +7,6 @@ was killed goes on from; and, at the end, best.json and result.txt.
 from __future__ import annotations
 
 import dataclasses
-import json
 import shlex
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -40,9 +39,9 @@ from fomaml.app.trial import try_own
 from fomaml.app.wording import option as typed
 from fomaml.errors import InputError
 from fomaml.evaluate import evaluate
-from fomaml.files import write_text
+from fomaml.files import write_json, write_text
 from fomaml.metrics import Metric
-from fomaml.train import check_finite, check_width, train
+from fomaml.train import check_width, train
 from fomaml.tuning import Trial
 
 TRIED, BEST, TEXT = "trials.jsonl", "best.json", "result.txt"
@@ -62,11 +61,9 @@ def tune(search: Search, out: Path, *, say: Say, resume: bool = False) -> dict[s
     check_model(settings, learner.model, data.train)
     check_width(learner, data.train)
     try_own(settings, learner, data.train)
-    if not resume:
-        if (out / SEARCH).exists():
-            raise InputError(f"{out} already holds a search; give another --out, or --resume {out}")
-        rundir.claim(out)
-    with rundir.alone(out):
+    if not resume and (out / SEARCH).exists():
+        raise InputError(f"{out} already holds a search; give another --out, or --resume {out}")
+    with (rundir.alone if resume else rundir.claimed)(out):
         write_text(out / SEARCH, as_json(search))
         return _Tuning(search, data, out, say).run()
 
@@ -97,7 +94,7 @@ class _Tuning:
         ):
             found[method.label] = self._best(method)
         best = self._told(found, title)
-        write_text(self.out / BEST, json.dumps(best, indent=2) + "\n")
+        write_json(self.out / BEST, best)
         write_text(self.out / TEXT, describe(best))
         return best
 
@@ -197,9 +194,8 @@ def trained(settings: Settings, data: Data) -> Any:
         compile=settings.compile,
         autocast=None if settings.autocast == "none" else getattr(torch, settings.autocast),
     )
-    for record in steps:
-        if record.iteration % 10 == 0 or record.iteration == settings.iterations:
-            check_finite(record.meta_loss.item(), record.iteration)
+    for _ in steps:
+        pass
     return learner
 
 
@@ -209,7 +205,7 @@ class _Record:
     def __init__(self, path: Path):
         self.path = path
         self.lines: list[dict[str, Any]] = list(_lines(path))
-        write_text(path, "".join(json.dumps(line) + "\n" for line in self.lines))  # without half a line
+        write_text(path, "".join(map(rundir.written_line, self.lines)))  # without half a line
 
     def of(self, method: str) -> list[Trial]:
         fields = Trial._fields
@@ -227,14 +223,14 @@ class _Record:
         line = {"method": method, **tuning.to_json(trial), **more}
         self.lines.append(line)
         with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(rundir.written_line(line))
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     for number, line in enumerate(text.splitlines(), 1):
         try:
-            found = json.loads(line)
+            found = rundir.checked_line(line)
             yield {"method": found["method"], **found}
             [found[name] for name in Trial._fields]
         except (ValueError, KeyError, TypeError):

@@ -231,6 +231,12 @@ def put_together(groups: Sequence[Group], parts: Sequence[MetaGradient], listed:
     )
 
 
+def check_sum(weights: Sequence[float]) -> None:
+    """Raise `InputError` where no task of a meta-batch counts."""
+    if not sum(weights):
+        raise InputError(f"the weights of all {len(weights)} tasks of a meta-batch are 0")
+
+
 def out_of_memory(error: Exception) -> bool:
     text = str(error)
     return (

@@ -25,6 +25,7 @@ from fomaml.engines.common import (
     Measure,
     MetaGradient,
     accumulate,
+    check_sum,
     curves,
     differentiate,
     groups,
@@ -34,7 +35,7 @@ from fomaml.engines.common import (
     put_together,
 )
 from fomaml.engines.probes import explain, flops, is_convolutional, takers, try_once
-from fomaml.errors import InputError, not_negative, positive
+from fomaml.errors import not_negative, positive
 from fomaml.learning.adapt import ordinary_modes
 from fomaml.learning.learner import MetaLearner
 from fomaml.learning.turns import turn_of
@@ -195,13 +196,19 @@ class Plan:
     def tasks_at_once(self) -> int:
         return self.choice.tasks_at_once
 
-    def __call__(self, tasks: Batch) -> MetaGradient:
-        """The gradient of the meta-loss, averaged over a batch of tasks; see `meta_gradient`."""
+    def __call__(
+        self, tasks: Batch, part_of: tuple[Sequence[float] | None, float] | None = None
+    ) -> MetaGradient:
+        """The gradient of the meta-loss, averaged over a batch of tasks; see `meta_gradient`.
+
+        part_of: where they are a part of a meta-batch, the weights of these tasks, None for 1 each, and the sum of the
+            weights of all its tasks: what these contribute to the mean over all is computed.
+        """
         with turn_of(self.learner.model):
             if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
-                return self._compute(self._looked_at(tasks))
+                return self._compute(self._looked_at(tasks), part_of)
             with ordinary_modes():
-                return self._compute(self._looked_at(tasks))
+                return self._compute(self._looked_at(tasks), part_of)
 
     def curve(
         self,
@@ -249,23 +256,29 @@ class Plan:
         """
         if self.task_weights == "equal" or (self.task_weights == "examples" and isinstance(tasks, Task)):
             return None
-        own = (one(tasks, index) for index in range(count(tasks)))
-        found = [self._weight(task) for task in own]
-        if not sum(found):
-            raise InputError(f"the weights of all {len(found)} tasks of a meta-batch are 0")
+        found = self.each_weight(tasks)
+        check_sum(found)
         return None if len(set(found)) == 1 else found
+
+    def each_weight(self, tasks: Batch) -> list[float]:
+        """The weight of each task, whether or not they are all the same."""
+        return [self._weight(one(tasks, index)) for index in range(count(tasks))]
 
     def _weight(self, task: Task) -> float:
         if not callable(self.task_weights):
-            return float(count_of(task.query))
+            return 1.0 if self.task_weights == "equal" else float(count_of(task.query))
         return not_negative("the weight of a task", self.task_weights(task))
 
-    def _compute(self, tasks: Batch) -> MetaGradient:
+    def _compute(
+        self, tasks: Batch, part_of: tuple[Sequence[float] | None, float] | None = None
+    ) -> MetaGradient:
         """As `__call__`, of a batch that was looked at; a frame between what the user calls and what warns, so that
         warnings name the user's line.
         """
-        weights = self.weights(tasks)
-        total = float(count(tasks)) if weights is None else sum(weights)
+        if part_of is None:
+            weights = self.weights(tasks)
+            part_of = weights, float(count(tasks)) if weights is None else sum(weights)
+        weights, total = part_of
         own = groups(self.learner, tasks, weights)
         # a mean over a number that stays the same is in the graph of what is compiled, where it costs nothing
         fixed = count(tasks) if isinstance(tasks, Task) and weights is None else 1

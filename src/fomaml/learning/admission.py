@@ -52,7 +52,10 @@ def _wrapper(module: nn.Module) -> str:
     """What to give in place of a module that keeps its parameters to itself; "" for any other."""
     origin = type(module).__module__
     if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        return "give the module that it wraps, its .module"
+        return (
+            "give the module that it wraps, its .module; for many processes, train(..., group="
+            "torch.distributed.group.WORLD), or torchrun -m fomaml train"
+        )
     if origin.startswith("torch.distributed"):
         return "give the module that it wraps"
     if origin.startswith("torch._dynamo"):
