@@ -55,7 +55,14 @@ CONVERTED = [
     (thrown(SafetensorError("Error while deserializing header")), "a safetensors file is damaged"),
     (thrown(MemoryError()), "out of memory (no message): give --tasks-at-once 1"),
     (thrown(torch.OutOfMemoryError("CUDA out of memory. Tried")), "out of memory (CUDA out of memory): give"),
-    (thrown(RuntimeError("DefaultCPUAllocator: can't allocate memory: 8 bytes")), "out of memory ("),
+    (
+        thrown(
+            RuntimeError(
+                "DefaultCPUAllocator: can't allocate memory: you tried to allocate 2500000000 bytes."
+            )
+        ),
+        "out of memory (2.5 GB were asked for): give",
+    ),
     (lambda: "\ud800".encode(), "text that is not utf-8: 'utf-8' codec can't encode"),
     (lambda: b"\xff".decode(), "text that is not utf-8: 'utf-8' codec can't decode"),
     (lambda: "x" * 10**30, "a number is too large"),

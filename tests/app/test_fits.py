@@ -93,7 +93,7 @@ def test_an_estimate_is_what_is_there(name, monkeypatch):
     told = []
     monkeypatch.setattr(fits, "check_fits", lambda what, needed, cure, device=None: told.append(needed))
     found = build_model(settle(source="mnist", model=name))
-    assert sum(each.numel() * each.element_size() for each in found.parameters()) in told
+    assert sum(each.numel() * each.element_size() for each in (*found.parameters(), *found.buffers())) in told
 
 
 def test_an_estimate_is_below_what_a_batch_takes(monkeypatch):
