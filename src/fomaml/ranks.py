@@ -26,7 +26,7 @@ OTHERS = 1 << 20  # of the streams of random numbers, from here on those that ar
 
 
 class RankError(RuntimeError):
-    """Another process of the group has failed, by no fault of the input."""
+    """Another process of the group has failed by no fault of the input, or has ended."""
 
 
 class Ranks:
@@ -126,7 +126,8 @@ class Ranks:
         if self.group is None:
             return values
         sent = values.to(self.device, copy=True)
-        distributed.all_reduce(sent, group=self.group)
+        with _reached():
+            distributed.all_reduce(sent, group=self.group)
         return sent.to(values.device)
 
     def gather(self, values: Tensor) -> list[Tensor]:
@@ -135,7 +136,8 @@ class Ranks:
             return [values]
         sent = values.to(self.device).contiguous()
         found = [torch.empty_like(sent) for _ in range(self.size)]
-        distributed.all_gather(found, sent, group=self.group)
+        with _reached():
+            distributed.all_gather(found, sent, group=self.group)
         return [each.to(values.device) for each in found]
 
     def in_order(self, parts: Sequence[Tensor], number: int, like: Tensor) -> Tensor:
@@ -165,21 +167,22 @@ class Ranks:
         flat = torch.cat(
             [t.detach().contiguous().reshape(-1).view(torch.uint8).to(self.device) for t in tensors]
         )
-        distributed.broadcast(flat, src=distributed.get_global_rank(self.group, 0), group=self.group)
+        with _reached():
+            distributed.broadcast(flat, src=distributed.get_global_rank(self.group, 0), group=self.group)
         if self.rank:
             sizes = [t.numel() * t.element_size() for t in tensors]
             for tensor, found in zip(tensors, flat.split(sizes)):
                 tensor.copy_(found.clone().view(tensor.dtype).reshape(tensor.shape))
 
-    def take_over_text(self, text: str) -> str:
-        """The text that rank 0 has."""
-        length = torch.tensor([len(text.encode())])
+    def take_over_bytes(self, content: bytes) -> bytes:
+        """What rank 0 has."""
+        length = torch.tensor([len(content)])
         self.take_over([length])
-        own = torch.tensor(
-            bytearray(text.encode()) if self.rank == 0 else bytearray(int(length)), dtype=torch.uint8
-        )
+        if not int(length):
+            return b""
+        own = torch.frombuffer(bytearray(content if self.rank == 0 else int(length)), dtype=torch.uint8)
         self.take_over([own])
-        return bytes(own.tolist()).decode()
+        return own.numpy().tobytes()
 
     # --- agreement ----------------------------------------------------------------------------------
 
@@ -244,6 +247,17 @@ class Ranks:
             for is_key, key in each.tolist()
             if is_key
         }
+
+
+@contextmanager
+def _reached() -> Iterator[None]:
+    """Within it processes are told something: one that has ended, or cannot be reached, is a `RankError`."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RankError(
+            f"a process of the group has ended, or cannot be reached: {in_one_line(error)}"
+        ) from error
 
 
 def as_ranks(group: Any) -> Ranks:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from characters import settings
-from fomaml.app import session
+from fomaml.app import build
 from fomaml.app.build import build_learner, build_optimizer, build_schedule, for_test, open_data
 from fomaml.app.cli import main
 from fomaml.app.networks import build_model
@@ -172,8 +172,8 @@ def test_the_engines_options_reach_the_plan(root, tmp_path, monkeypatch):
         seen.append(options)
         return real(learner, tasks, engine=options["engine"])
 
-    real = session.plan
-    monkeypatch.setattr(session, "plan", spy)
+    real = build.plan
+    monkeypatch.setattr(build, "plan", spy)
     quick = ["--iterations", "1", "--meta-batch-size", "2", "--test-tasks", "2", "--no-baselines"]
     options = ["--engine", "batched", "--tasks-at-once", "2", "--compile", "--autocast", "bfloat16"]
     base = ["train", "omniglot", "--channels", "4", "--data-root", str(root), "--validate-every", "0"]

@@ -6,7 +6,7 @@ import subprocess
 import pytest
 
 import characters
-from fomaml.app import rundir, session
+from fomaml.app import build, rundir, session
 from fomaml.app.cli import main
 from fomaml.app.settle import settle
 
@@ -89,8 +89,8 @@ def test_memory_that_has_run_out_is_remembered_by_a_resumed_run(tmp_path, capsys
         made.append(plan(*arguments, **options))
         return made[-1]
 
-    plan = session.plan
-    monkeypatch.setattr(session, "plan", noted)
+    plan = build.plan
+    monkeypatch.setattr(build, "plan", noted)
     base = {
         "source": "sinusoid",
         "iterations": 8,

@@ -43,7 +43,7 @@ def quiet(config, out, **options):
 def finds(monkeypatch, accuracies):
     """Let the validations find these accuracies, by iteration."""
 
-    def found(config, learner, data):
+    def found(config, learner, data, group):
         return dict.fromkeys(config.test_steps, Estimate(accuracies[learner.iteration + 1], 0.01))
 
     monkeypatch.setattr(session, "validate", found)
@@ -170,7 +170,7 @@ def test_evaluate_says_where_it_took_the_balance_of_the_query_set_for_known(root
 
 
 def test_metrics_hold_the_validations_and_seconds_of_training_alone(root, tmp_path, monkeypatch):
-    def slow(config, learner, data):
+    def slow(config, learner, data, group):
         time.sleep(0.5)
         return dict.fromkeys(config.test_steps, Estimate(0.25, 0.125))
 
@@ -331,7 +331,7 @@ def test_a_run_that_was_stopped_early_does_not_go_on(root, tmp_path, monkeypatch
 
 
 def test_the_clock_goes_on_where_it_was(root, tmp_path, monkeypatch):
-    def slow(config, learner, data):
+    def slow(config, learner, data, group):
         time.sleep(0.2)
         return dict.fromkeys(config.test_steps, Estimate(0.5, 0.1))
 

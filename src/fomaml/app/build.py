@@ -24,6 +24,7 @@ from fomaml.app.settings import Settings
 from fomaml.app.sources import Functions, source_of
 from fomaml.data.augment import rotated, warped
 from fomaml.data.source import ClassSource
+from fomaml.engines import Plan, plan
 from fomaml.episodes import Episodes, RegressionEpisodes
 from fomaml.errors import InputError
 from fomaml.group_episodes import GroupEpisodes
@@ -221,6 +222,20 @@ def build_optimizer(settings: Settings, learner: MetaLearner) -> torch.optim.Opt
     if settings.weight_decay:
         return torch.optim.AdamW(groups, lr=settings.meta_lr)
     return torch.optim.Adam(groups, lr=settings.meta_lr)
+
+
+def build_plan(
+    settings: Settings, learner: MetaLearner, data: Data, tasks_at_once: int | None = None
+) -> Plan:
+    """How the whole run's meta-gradients are computed. tasks_at_once: other than the settings', as memory ran out."""
+    return plan(
+        learner,
+        data.train.batch(0, settings.meta_batch_size),
+        engine=settings.engine,
+        tasks_at_once=tasks_at_once or settings.tasks_at_once,
+        compile=settings.compile,
+        autocast=None if settings.autocast == "none" else getattr(torch, settings.autocast),
+    )
 
 
 def build_schedule(settings: Settings, spent: Callable[[], float] = float) -> Callable[[int], float] | None:

@@ -92,6 +92,10 @@ def check(settings: Settings, given: Mapping[str, Any] = {}) -> None:
         raise InputError(
             f"the budget is --iterations {settings.iterations} or --seconds {settings.seconds:g}, not both"
         )
+    if settings.threads is not None and not settings.same_bits:
+        raise InputError(
+            "--threads is of --same-bits, whose bits depend on it: give both, or OMP_NUM_THREADS"
+        )
     check_steps("--test-steps", settings.test_steps)
     check_seed(settings.seed)
     if settings.metric_direction is not None and not any(map(is_own_metric, settings.metric or ())):

@@ -30,6 +30,7 @@ from fomaml.app.failures import told_in_one_line
 from fomaml.app.interrupts import Stopped
 from fomaml.app.inventory import README
 from fomaml.app.judge import describe, evaluate_run
+from fomaml.app.launch import launched
 from fomaml.app.named import resume_line, with_weights
 from fomaml.app.parser import parse_command
 from fomaml.app.presets import PRESETS
@@ -38,7 +39,7 @@ from fomaml.app.report import align
 from fomaml.app.report_options import ReportOptions, ShowRunOptions
 from fomaml.app.report_page import report
 from fomaml.app.resume import resumed_settings
-from fomaml.app.rundir import load_run
+from fomaml.app.rundir import load_run, load_settings
 from fomaml.app.search import asked as asked_search
 from fomaml.app.search import resumed
 from fomaml.app.serve_commands import (
@@ -70,6 +71,7 @@ from fomaml.app.tune_options import TuneOptions
 from fomaml.app.wording import option as typed
 from fomaml.choices import Statistics, check_choice
 from fomaml.errors import InputError, positive
+from fomaml.learning.learner import MetaLearner
 from fomaml.sealed import finite
 
 
@@ -78,13 +80,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     machine refuses something, 130 after Ctrl-C, 141 where standard output was closed: see `failures`.
     """
     try:
-        with told_in_one_line(), log_shown():
+        with launched().speaking(), told_in_one_line(), log_shown():
             kinds = {name: command.options for name, command in COMMANDS.items()}
             options = parse_command(kinds, arguments, "fomaml", "First-order MAML and its relatives.")
-            [run] = [command.run for command in COMMANDS.values() if command.options is type(options)]
-            run(options)
+            [name] = [name for name, command in COMMANDS.items() if command.options is type(options)]
+            launched().check_command(name)
+            COMMANDS[name].run(options)
     except KeyboardInterrupt:
-        print("fomaml: interrupted", file=sys.stderr)
+        if launched().first:
+            print("fomaml: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
 
 
@@ -103,19 +107,21 @@ def log_shown() -> Iterator[None]:
 
 
 def _train(options: TrainOptions) -> None:
-    asked = given(options)
+    asked, launch = given(options), launched()
     if options.resume is not None:
         out = asked.pop("resume")
-        settings = resumed_settings(out, asked)
+        with launch.checking():
+            settings = resumed_settings(out, asked)
     else:
         dry_run = asked.pop("dry_run", False)
         if asked.pop("accept_changed_code", False):
             raise InputError("--accept-changed-code goes with --resume")
-        settings, origins = settle_with_origins(asked)
+        with launch.checking():
+            settings, origins = settle_with_origins(asked)
         if dry_run:
             print(settled(settings, origins))
             return
-        out = settings.out or default_out(settings)
+        out = Path(launch.decided(lambda: str(settings.out or default_out(settings))))
     try:
         with watching(settings, sys.stdout) as watch:
             result = train_run(
@@ -170,6 +176,20 @@ def _evaluate(options: EvaluateOptions) -> None:
         check_choice("baseline size", options.baseline_size, BaselineSize)
     if options.jitter is not None:
         check_below("--jitter", options.jitter, 1)
+    with launched().checking():
+        settings, learner = _loaded(options)
+    result = evaluate_run(
+        settings, learner, options.statistics, options.seed, options.part, options.balanced, options.baselines,
+        say=lambda line: print(line, file=sys.stderr, flush=True), launch=launched(),
+    )  # fmt: skip
+    print(json.dumps(finite(result), indent=2) if options.json else describe(result).rstrip())
+
+
+def _loaded(options: EvaluateOptions) -> tuple[Settings, MetaLearner]:
+    """What is evaluated: the settings, and the learner."""
+    launch, device = launched(), options.device
+    if launch.many:
+        device = launch.device(device or load_settings(options.run).device)
     settings, learner = load_run(
         options.run,
         options.weights,
@@ -181,7 +201,7 @@ def _evaluate(options: EvaluateOptions) -> None:
         metric_direction=options.metric_direction,
         accept_changed_code=options.accept_changed_code,
         data_root=options.data_root,
-        device=options.device,
+        device=device,
         test_tasks=options.tasks,
         test_steps=options.steps,
         ways=options.ways,
@@ -199,11 +219,7 @@ def _evaluate(options: EvaluateOptions) -> None:
     for name in ("baseline_size", "model_weights"):
         if getattr(options, name) is not None and not options.baselines:
             raise InputError(f"{typed(name)} is of baselines: give --baselines beside it")
-    result = evaluate_run(
-        settings, learner, options.statistics, options.seed, options.part, options.balanced, options.baselines,
-        say=lambda line: print(line, file=sys.stderr, flush=True),
-    )  # fmt: skip
-    print(json.dumps(finite(result), indent=2) if options.json else describe(result).rstrip())
+    return settings, learner
 
 
 def _evaluate_adapted(options: EvaluateOptions) -> None:
@@ -232,7 +248,10 @@ def _presets(options: PresetsOptions) -> None:
 
 
 def _compare(options: CompareOptions) -> None:
-    out = options.out or default_out(expand(options)[0], "compare")
+    launch = launched()
+    with launch.checking():
+        first = expand(options)[0]
+    out = Path(launch.decided(lambda: str(options.out or default_out(first, "compare"))))
     result = compare(options, out, say=lambda line: print(line, flush=True))
     print("\n" + describe_comparison(result) + f"\nsaved in {out}")
 

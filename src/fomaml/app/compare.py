@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import multiprocessing
+import os
 import shlex
 import signal
 import tempfile
@@ -23,6 +24,7 @@ from fomaml.app.build import build_learner, judged_by, open_data, with_data
 from fomaml.app.commands import CompareOptions, given
 from fomaml.app.group_tasks import of_units
 from fomaml.app.judge import protocol, told
+from fomaml.app.launch import Launch, launched
 from fomaml.app.networks import build_model
 from fomaml.app.report import align
 from fomaml.app.rundir import circumstances
@@ -70,12 +72,18 @@ def compare(options: CompareOptions, out: Path, *, say: Callable[[str], None] = 
     Raises:
         InputError: bad settings, data or device, or `out` holds something, before anything is written.
     """
-    runs = [dataclasses.replace(each, out=out / each.algorithm) for each in expand(options)]
-    first = runs[0]
-    data = open_data(first)
-    if out.is_dir() and any(out.iterdir()):
-        raise InputError(f"{out} already holds results; give another --out, or delete it")
-    out.mkdir(parents=True, exist_ok=True)
+    launch = launched()
+    with launch.checking():
+        runs = [dataclasses.replace(each, out=out / each.algorithm) for each in expand(options)]
+        first = dataclasses.replace(runs[0], device=launch.device(runs[0].device))
+        data = open_data(first)
+    with launch.checking():
+        if launch.first and out.is_dir() and any(out.iterdir()):
+            raise InputError(f"{out} already holds results; give another --out, or delete it")
+        if launch.first:
+            out.mkdir(parents=True, exist_ok=True)
+    if launch.many:
+        say(f"{launch.size} processes for each algorithm")
     say(f"{data.name}: {data.origin}")
     if first.seconds:
         say(f"each algorithm trains for {first.seconds:g} s, which cannot be repeated bit for bit")
@@ -103,8 +111,9 @@ def compare(options: CompareOptions, out: Path, *, say: Callable[[str], None] = 
         "device": first.device,
         **circumstances(),
     }
-    write_json(out / COMPARISON, result)
-    write_text(out / "compare.txt", describe(result))
+    if launch.first:
+        write_json(out / COMPARISON, result)
+        write_text(out / "compare.txt", describe(result))
     return result
 
 
@@ -118,7 +127,13 @@ def run_one(settings: Settings, out: Path, cosine_every: int | None, threads: in
         InputError: the loss is no longer finite.
     """
     torch.set_num_threads(threads)
-    with session(settings, out, say=lambda line: None, allow_download=False) as run:  # the parent's data
+    launch = Launch(os.environ, settings.algorithm, hosts=False)
+    with (
+        launch.speaking(),
+        session(
+            settings, out, say=lambda line: None, allow_download=False, launch=launch
+        ) as run,  # the parent's data
+    ):
         settings, learner, model = run.settings, run.learner, run.learner.model
         first = run.data.train.batch(0, 1)
         gradients, products = gradient_evaluations(learner, one(first, 0))
@@ -246,9 +261,8 @@ def isolated(function: Callable[..., dict], *arguments) -> dict:
     """The result of a module's function in a fresh process, or {"failed": why}."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(
-        target=_answer, args=(sender, function, arguments, torch.get_num_threads()), daemon=True
-    )
+    threads = launched().threads() or torch.get_num_threads()
+    process = context.Process(target=_answer, args=(sender, function, arguments, threads), daemon=True)
     process.start()
     sender.close()
     try:

@@ -50,6 +50,8 @@ DEFAULTS: dict[str, Any] = {
     "tasks_at_once": None,
     "compile": False,
     "autocast": "none",
+    "same_bits": False,
+    "threads": None,
     "seed": 0,
     "device": "cpu",
 }

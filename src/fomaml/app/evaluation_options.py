@@ -58,6 +58,12 @@ class MachineOptions:
         "the precision of forward passes in training: none (that of the weights; default), bfloat16, or auto (bfloat16 "
         "where the device has instructions for it)"
     )
+    same_bits: bool = option(
+        "the same bits for any number of processes that torchrun starts, on one kind of processor: tasks are computed "
+        "in pieces whose number they do not change, and added up in their order",
+        False,
+    )
+    threads: int | None = option("with --same-bits: the threads of each process (default: 1)")
     seed: int | None = option("the seed of weights and tasks (default: 0)")
     device: str | None = option("cpu (default), cuda, cuda:N or mps")
 

@@ -23,6 +23,7 @@ from fomaml.app.wording import spoken
 from fomaml.engines.common import out_of_memory
 from fomaml.errors import InputError, in_one_line
 from fomaml.memory import in_units
+from fomaml.ranks import RankError
 
 BAD_INPUT = 2
 PIPE_CLOSED = 141  # 128 and the number of SIGPIPE, as the shell tells of programs that the signal ends
@@ -43,7 +44,8 @@ PARSERS = ("json", "ast.py")  # whose recursion follows what they are given
 
 @contextlib.contextmanager
 def told_in_one_line() -> Iterator[None]:
-    """Within a command: bad input and what the machine refuses is one line on standard error, and the exit status 2.
+    """Within a command: bad input and what the machine refuses is one line on standard error, and the exit status 2;
+    that another process of a run has ended is one too, and the status 1.
 
     Where nobody reads standard output any more, as after `| head`, the command ends quietly with status 141.
     """
@@ -58,6 +60,9 @@ def told_in_one_line() -> Iterator[None]:
         _flush(output)
     except InputError as error:
         _end(spoken(str(error)))
+    except RankError as error:  # torchrun starts all processes again after it
+        print(f"fomaml: error: {spoken(str(error))}", file=sys.stderr)
+        raise SystemExit(1) from None
     except OutputError as error:
         _give_up(before)
         if error.errno == errno.EPIPE:

@@ -46,9 +46,9 @@ class Interrupts:
 
 
 @contextlib.contextmanager
-def listening() -> Iterator[Interrupts]:
-    """Within it both signals are heard, in the main thread, which alone can."""
-    interrupts = Interrupts()
+def listening(interrupts: Interrupts | None = None) -> Iterator[Interrupts]:
+    """Within it both signals are heard, in the main thread, which alone can. interrupts: who hears them."""
+    interrupts = interrupts or Interrupts()
     if threading.current_thread() is not threading.main_thread():
         yield interrupts
         return

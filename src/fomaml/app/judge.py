@@ -13,10 +13,12 @@ from fomaml.app.algorithms import ALGORITHMS
 from fomaml.app.build import Data, for_test, open_data
 from fomaml.app.data_identity import other_data
 from fomaml.app.group_tasks import of_units
+from fomaml.app.launch import Launch
 from fomaml.app.report import table, verdict
 from fomaml.app.scores import facts_of, headline, measured, metric_in, metrics_of
 from fomaml.app.settings import DIGESTS, Settings
 from fomaml.app.sources import source_of, split_name
+from fomaml.app.together import Together
 from fomaml.choices import Statistics
 from fomaml.errors import InputError
 from fomaml.evaluate import estimate, evaluate_all
@@ -29,11 +31,16 @@ from fomaml.scoring import metrics_of as of_learner
 Scores = Mapping[str, Mapping[int, Tensor]]
 
 
-def judge(settings: Settings, learner: MetaLearner, data: Data, say=lambda line: None) -> tuple[dict, Scores]:
-    """Evaluate a trained learner on unseen tasks; returns the result, and the scores behind it."""
+def judge(
+    settings: Settings, learner: MetaLearner, data: Data, say=lambda line: None, group: Any = None
+) -> tuple[dict, Scores]:
+    """Evaluate a trained learner on unseen tasks; returns the result, and the scores behind it.
+
+    group: see `fomaml.evaluate.evaluate`.
+    """
     say(f"evaluating on {settings.test_tasks} unseen tasks")
     kinds = (settings.statistics, *_beside(settings, learner))
-    found, *others = _scored(settings, for_test(settings, learner), data, kinds)
+    found, *others = _scored(settings, for_test(settings, learner), data, kinds, group=group)
     result = summary(settings, learner, data, found, settings.statistics)
     return result | _other_way(settings, data, others), found
 
@@ -58,11 +65,12 @@ def _scored(
     data: Data,
     kinds: Sequence[Statistics],
     balanced: bool = False,
+    group: Any = None,
 ) -> list[Scores]:
     """The scores with each kind of statistics."""
     points = [(steps, kind) for kind in kinds for steps in settings.test_steps]
     asked = of_learner(tested, metrics_of(settings))
-    scores = evaluate_all(tested, data.test, points, settings.test_tasks, 100, "auto", balanced, asked)
+    scores = evaluate_all(tested, data.test, points, settings.test_tasks, 100, "auto", balanced, asked, group)
     return [
         {
             name: {steps: each for (steps, own), each in of_metric.items() if own == kind}
@@ -187,8 +195,11 @@ def evaluate_run(
     balanced: bool = False,
     baselines: bool = False,
     say: Callable[[str], None] = lambda line: None,
+    launch: Launch | None = None,
 ) -> dict:
     """Evaluate a loaded run on unseen tasks; statistics, part, balanced and baselines as in `EvaluateOptions`.
+
+    launch: of many processes, each of which evaluates its share of the tasks; the first one alone has the baselines.
 
     Of several statistics the result is that of the first, those of the others stand by name under "by_statistics", and
     "warning" says so where the paired difference of the first two is larger than its interval.
@@ -196,22 +207,29 @@ def evaluate_run(
     Raises:
         InputError: no data, or no validation classes in them; balanced, and tasks without classes, or baselines.
     """
-    if baselines and balanced:
-        raise InputError("--balanced scales the outputs of the learner alone: give no --baselines beside it")
-    data = open_data(settings, test_seed=seed)
-    if settings.format < DIGESTS:
-        say(
-            "the run is of an earlier version: its files are not all checked for damage, nor its data compared"
-        )
-    told = other_data(settings, data)
-    if part == "validation":
-        if data.validation is None:
-            raise InputError(f"{data.unvalidated}; take --part test")
-        data = dataclasses.replace(data, test=data.validation)
+    launch = launch or Launch({})
+    with launch.checking():
+        if baselines and balanced:
+            raise InputError(
+                "--balanced scales the outputs of the learner alone: give no --baselines beside it"
+            )
+        data = open_data(settings, test_seed=seed)
+        if settings.format < DIGESTS:
+            say(
+                "the run is of an earlier version: its files are not all checked for damage, nor its data compared"
+            )
+        told = other_data(settings, data)
+        if part == "validation":
+            if data.validation is None:
+                raise InputError(f"{data.unvalidated}; take --part test")
+            data = dataclasses.replace(data, test=data.validation)
 
     beside = () if statistics else _beside(settings, learner)
     kinds = list(dict.fromkeys(statistics or [settings.statistics]))
-    found = _scored(settings, for_test(settings, learner), data, [*kinds, *beside], balanced)
+    together = Together(launch, settings)
+    with launch.computing(settings.threads if settings.same_bits else None), together.joined():
+        tested = for_test(settings, learner)
+        found = _scored(settings, tested, data, [*kinds, *beside], balanced, together.ranks)
     result, *others = (
         summary(settings, learner, data, *each, balanced=balanced) for each in zip(found, kinds)
     )
@@ -219,7 +237,7 @@ def evaluate_run(
     if told:
         result["other_data"] = told
     result |= {"part": part, "seed": settings.seed if seed is None else seed}
-    if baselines:
+    if baselines and launch.first:
         like = dataclasses.replace(settings, baselines=True, statistics=kinds[0])
         for more in beside_baselines(like, data, result, found[0], say):
             result = more

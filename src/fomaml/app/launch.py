@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from functools import cache
@@ -21,6 +22,8 @@ from fomaml.errors import InputError, in_one_line
 
 NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 PATIENCE = timedelta(hours=2)  # that one process waits for another: to read data may take long
+LAST_WORDS = timedelta(seconds=10)
+AGENT = "TORCHELASTIC_USE_AGENT_STORE"  # torchrun keeps the store itself
 COMMANDS = ("train", "evaluate", "compare")  # that take many processes
 
 
@@ -38,6 +41,7 @@ class Launch:
         self._hosts, self._met = hosts, 0
         self._store: Any = None
         self.rank, self.size, self.local_rank, self.local_size, self.restarts = 0, 1, 0, 1, 0
+        self._wrong = ""
         if not all(each in environ for each in NAMES):
             return
         try:
@@ -47,8 +51,7 @@ class Launch:
             self.restarts = int(environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
             self._port = int(environ["MASTER_PORT"])
         except ValueError:
-            found = ", ".join(f"{each}={environ[each]}" for each in NAMES)
-            raise InputError(f"the environment is not that of torchrun: {found}") from None
+            self.size, self._wrong = 1, ", ".join(f"{each}={environ[each]}" for each in NAMES)
 
     @property
     def first(self) -> bool:
@@ -59,12 +62,28 @@ class Launch:
         return self.size > 1
 
     def check_command(self, command: str) -> None:
-        """Raise `InputError` where a command is one for a single process."""
+        """Raise `InputError` where a command is one for a single process, or the environment is not torchrun's."""
+        if self._wrong:
+            raise InputError(f"the environment is not that of torchrun: {self._wrong}")
         if self.many and command not in COMMANDS:
             names = f"{', '.join(COMMANDS[:-1])} and {COMMANDS[-1]}"
             raise InputError(
                 f"fomaml {command} runs in one process, and {self.size} were started: {names} take many"
             )
+
+    @contextlib.contextmanager
+    def speaking(self) -> Iterator[None]:
+        """Within it, a whole command, the first process alone prints and warns."""
+        try:
+            if self.first:
+                yield
+                return
+            with open(os.devnull, "w") as nowhere, warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+                    yield
+        finally:
+            self._leave()
 
     # --- before the group begins ----------------------------------------------------------------------
 
@@ -108,10 +127,20 @@ class Launch:
     def _meeting(self) -> Any:
         """The store: a table in one process, which all of them reach. Of each start torchrun makes, another table."""
         if self._store is None:
-            keeps = self.first and self._hosts and self._environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+            keeps = self.first and self._hosts and self._environ.get(AGENT) != "True"
             whole = distributed.TCPStore(self._environ["MASTER_ADDR"], self._port, None, keeps, PATIENCE)
             self._store = distributed.PrefixStore(f"fomaml {self.name} {self.restarts}", whole)
         return self._store
+
+    def _leave(self) -> None:
+        """Ask nothing more of the store. The process that keeps it waits for the others, but for those that died."""
+        if self._store is None or not self._hosts or self._environ.get(AGENT) == "True":
+            return
+        with contextlib.suppress(RuntimeError):
+            if self._store.add("left", 1) == self.size:
+                self._store.set("all have left", "")
+            if self.first:
+                self._store.wait(["all have left"], LAST_WORDS)
 
     # --- the group ------------------------------------------------------------------------------------
 
@@ -123,7 +152,7 @@ class Launch:
         """
         if not self.many or not name.startswith("cuda"):
             return name
-        if name != "cuda" and name != f"cuda:{self.local_rank}":
+        if name not in ("cuda", "cuda:0"):  # which a run has recorded
             raise InputError(f"{self.size} processes take a GPU each: give --device cuda, got {name}")
         there = torch.cuda.device_count()
         if there < self.local_size:
@@ -153,6 +182,18 @@ class Launch:
             distributed.destroy_process_group()
 
     # --- threads --------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def computing(self, threads: int | None) -> Iterator[None]:
+        """Within it torch has so many threads, or what suits this process."""
+        before, wanted = torch.get_num_threads(), threads or self.threads()
+        if wanted is not None:
+            torch.set_num_threads(wanted)
+        try:
+            yield
+        finally:
+            if wanted is not None:
+                torch.set_num_threads(before)
 
     def threads(self) -> int | None:
         """The threads that suit this process, where torchrun has set them to one by itself: its share of the cores."""

@@ -162,6 +162,18 @@ def checksum(text: str) -> str:
     return f"{zlib.crc32(text.encode()):08x}"
 
 
+def begun_before(settings: Settings, out: Path) -> str:
+    """Whether a folder holds a run of these very settings, "begun" or "finished"; else ""."""
+    if not (out / CONFIG).exists() or identity(load_settings(out)) != identity(settings):
+        return ""
+    return "finished" if is_finished(out) else "begun"
+
+
+def read_result(out: Path) -> dict:
+    """What result.json says."""
+    return json.loads((out / RESULT).read_text(encoding="utf-8"))
+
+
 def is_finished(out: Path) -> bool:
     """Whether the directory has a whole result. One whose baselines are to come has an unfinished one.
 

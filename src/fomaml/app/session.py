@@ -17,6 +17,7 @@ from fomaml.app.announced import announced
 from fomaml.app.build import (
     build_learner,
     build_optimizer,
+    build_plan,
     build_schedule,
     open_data,
     with_data,
@@ -25,28 +26,28 @@ from fomaml.app.build import (
 from fomaml.app.calibrate import calibrated_result
 from fomaml.app.data_identity import with_identity
 from fomaml.app.fits import check_training_fits
-from fomaml.app.interrupts import Interrupts, listening
-from fomaml.app.inventory import describe_directory
+from fomaml.app.interrupts import Interrupts
 from fomaml.app.judge import Scores, beside_baselines, describe, judge
+from fomaml.app.launch import Launch, launched
 from fomaml.app.logs import opened
 from fomaml.app.named import resume_line
 from fomaml.app.networks import build_model, check_model
 from fomaml.app.rivals import estimators
 from fomaml.app.rundir import circumstances
 from fomaml.app.scores import headline
-from fomaml.app.settings import Settings, to_json
+from fomaml.app.settings import Settings
 from fomaml.app.sources import source_of
-from fomaml.app.states import States
+from fomaml.app.together import Together, begun
 from fomaml.app.trial import try_own, try_targets
 from fomaml.app.validate import Best, is_due, validate, with_validation
 from fomaml.checkpoint import save_weights
-from fomaml.engines import Plan, plan
 from fomaml.errors import InputError
 from fomaml.files import write_json, write_text
 from fomaml.finite import NotFiniteError
 from fomaml.train import Record, check_width, train
 
 NO_LIMIT = 2**62
+PARTS = ("train", "validation", "test")
 Say = Callable[[str], None]
 Watch = Callable[[Record, float], None]
 Validated = Callable[[str], None]
@@ -76,11 +77,11 @@ def train_run(
             resume, a finished one.
     """
     with session(settings, out, say=say, watch=watch, work=work, validated=validated, resume=resume) as run:
-        run.train()
-        return run.finish()
+        if not run.was_finished:
+            run.train()
+        return rundir.read_result(out) if run.was_finished else run.finish()
 
 
-@contextlib.contextmanager
 def session(
     settings: Settings,
     out: Path,
@@ -91,18 +92,14 @@ def session(
     validated: Validated = lambda score: None,
     resume: bool = False,
     allow_download: bool = True,
-) -> Iterator[Session]:
-    """A run that holds its directory while the block lasts; arguments and errors as of `train_run`."""
-    if resume and rundir.is_finished(out):
-        raise InputError(f"the run in {out} is finished; see {out / rundir.RESULT_TEXT}")
-    run = Session(settings, out, say, watch, work, validated, allow_download)
-    held = rundir.alone if resume else rundir.claimed
-    with held(out), torch.random.fork_rng(devices=[]), listening() as run.interrupts:
-        torch.manual_seed(settings.seed)  # dropout draws from there
-        if not resume or settings.code or settings.changed:  # a change that was accepted
-            write_text(out / rundir.CONFIG, to_json(run.settings))
-            describe_directory(run.settings, run.data, out)
-        yield run
+    launch: Launch | None = None,
+) -> contextlib.AbstractContextManager[Session]:
+    """A run that holds its directory while the block lasts; arguments and errors as of `train_run`.
+
+    launch: how this process was started; see `begun`.
+    """
+    given = out, say, watch, work, validated, allow_download
+    return begun(launch or launched(), settings, out, resume, lambda own, all: Session(own, *given, all))
 
 
 class Session:
@@ -121,8 +118,11 @@ class Session:
         work: Progress,
         validated: Validated,
         allow_download: bool = True,
+        together: Together | None = None,
     ):
         check_training_fits(settings)
+        self.together = together or Together(Launch({}), settings)
+        self.first, self.was_finished = self.together.first, False  # was: before torchrun started it again
         self.data = open_data(settings, allow_download=allow_download)
         settings = with_identity(settings, self.data)
         self.settings = with_precision(with_validation(with_data(settings, self.data), self.data))
@@ -132,14 +132,11 @@ class Session:
         check_model(self.settings, model, self.data.train)
         self.learner = build_learner(self.settings, model)
         try_own(self.settings, self.learner, self.data.train)
-        try_targets(
-            self.settings,
-            {"training": self.data.train, "validation": self.data.validation, "test": self.data.test},
-        )
+        try_targets(self.settings, {part: getattr(self.data, part) for part in PARTS})
         check_width(self.learner, self.data.test)
         self.optimizer = build_optimizer(self.settings, self.learner)
-        self.plan = self._plan(self.settings.tasks_at_once)
-        self.states = States(out, self.settings, self.learner, self.optimizer, say)
+        self.plan = build_plan(self.settings, self.learner, self.data)
+        self.states = self.together.states(out, self.settings, self.learner, self.optimizer, say)
         self.best, self.clock = Best(), Clock()
         self.done = self.validated = self.skipped = 0
         self.scores: Mapping[int, Tensor] = {}
@@ -156,12 +153,14 @@ class Session:
         time not counted.
         """
         settings, limit = self.settings, NO_LIMIT if self.settings.seconds else self.settings.iterations
-        for line in announced(settings, self.data, self.plan):
+        for line in (*self.together.told(), *announced(settings, self.data, self.plan)):
             self.say(line)
         self._resume()
-        (self.out / rundir.METRICS).touch()
+        if self.first:
+            (self.out / rundir.METRICS).touch()
         every = measure_every or max(1, settings.iterations // 100)
-        with opened(settings, self.out, self.done) as self.tell_logs:
+        no_logs = contextlib.nullcontext(self.tell_logs)
+        with opened(settings, self.out, self.done) if self.first else no_logs as self.tell_logs:
             try:
                 self._train(limit, every, after)
             except NotFiniteError as error:
@@ -173,12 +172,14 @@ class Session:
 
     def _go_back(self) -> None:
         """To the last good state, or the beginning."""
-        if not (self.out / rundir.STATE).exists():
+        if not self.states.exist():
             torch.manual_seed(self.settings.seed)
             self.learner = build_learner(self.settings, build_model(self.settings))
             self.optimizer = build_optimizer(self.settings, self.learner)
-            self.plan = self._plan(self.settings.tasks_at_once)
-            self.states = States(self.out, self.settings, self.learner, self.optimizer, self.say)
+            self.plan = build_plan(self.settings, self.learner, self.data)
+            self.states = self.together.states(
+                self.out, self.settings, self.learner, self.optimizer, self.say
+            )
         self._resume()
 
     def _train(
@@ -195,13 +196,14 @@ class Session:
                 iterations=limit,
                 meta_batch_size=settings.meta_batch_size,
                 start=self.done,
-                schedule=build_schedule(settings, lambda: self.clock.training),
+                schedule=build_schedule(settings, self._spent),
                 measure_every=measure_every,
                 clip=settings.clip,
                 plan=self.plan,
                 metric=headline(settings),
                 on_nonfinite=settings.on_nonfinite,
                 check_each=check_each,
+                group=self.together.ranks,
             )
             with self.interrupts.finishing():
                 with self.clock.counting("training"):
@@ -246,7 +248,8 @@ class Session:
         self._tell()
         weights: dict = {"kept": "last", "iteration": self.done}
         if settings.validate_every:
-            save_weights(out / rundir.LAST, learner, self.states.identity)
+            if self.first:
+                save_weights(out / rundir.LAST, learner, self.states.identity)
             if not self.best.iteration:
                 raise InputError(
                     "no validation gave finite scores, so that no weights are the best: try a smaller meta_lr or "
@@ -256,12 +259,16 @@ class Session:
             best = self.best
             facts = {name: value for name, value in dataclasses.asdict(best).items() if name != "waited"}
             weights = {"kept": "best by validation", **facts, "validation_tasks": settings.validation_tasks}
-        else:
+        elif self.first:
             save_weights(out / rundir.WEIGHTS, learner, self.states.identity)
         test = self._noted("test", "testing", self.data.test, settings.test_tasks)
-        result, found = judge(settings, learner, dataclasses.replace(self.data, test=test), self.say)
+        data, group = dataclasses.replace(self.data, test=test), self.together.ranks
+        result, found = judge(settings, learner, data, self.say, group)
+        self.together.part()
         self.scores = found[headline(settings).name]
         self.agenda.finish("test")
+        if not self.first:
+            return result
         result |= {"iterations": self.done, "weights": weights, "preset": settings.preset}
         spent = dataclasses.asdict(self.clock)
         result |= {f"{name}_seconds": round(seconds, 1) for name, seconds in spent.items()}
@@ -311,24 +318,12 @@ class Session:
         """Episodes whose drawing tells how far their evaluation is."""
         total = self.agenda.totals["test"] if kind == "test" else self.agenda.of_validation
         note = self.agenda.counter(kind, what, total, self.work)
-        return Noted(episodes, lambda drawn: note(drawn * total / tasks))
+        return Noted(episodes, lambda drawn: note(drawn * total * self.together.launch.size / tasks))
 
     def _tell(self) -> None:
         """How long the whole run still takes, validations, test and baselines included."""
         self.agenda.trained(self.done, self.clock.training, self.clock.validation)
         self.work("meta-training", self.done, self.settings.iterations, self.agenda.left())
-
-    def _plan(self, tasks_at_once: int | None) -> Plan:
-        """How the whole run's meta-gradients are computed."""
-        settings = self.settings
-        return plan(
-            self.learner,
-            self.data.train.batch(0, settings.meta_batch_size),
-            engine=settings.engine,
-            tasks_at_once=tasks_at_once,
-            compile=settings.compile,
-            autocast=None if settings.autocast == "none" else getattr(torch, settings.autocast),
-        )
 
     def _resume(self) -> None:
         self.done, progress = self.states.take_up()
@@ -336,14 +331,14 @@ class Session:
         self.best, self.clock = Best(**progress.get("best", {})), Clock(**progress.get("clock", {}))
         self.validated, self.skipped = progress.get("validated", 0), progress.get("skipped", 0)
         if progress.get("tasks_at_once", self.plan.tasks_at_once) != self.plan.tasks_at_once:
-            self.plan = self._plan(progress["tasks_at_once"])
+            self.plan = build_plan(self.settings, self.learner, self.data, progress["tasks_at_once"])
         self.plan.seen |= set(progress.get("seen", ()))
         settings, metrics = self.settings, self.out / rundir.METRICS
         if settings.iterations < self.done and not settings.seconds:
             raise InputError(f"the run in {self.out} has {self.done} iterations: give no fewer --iterations")
         if self.best.iteration and not self.states.has_best(self.best.iteration):
             self.best = Best()
-        if metrics.exists():
+        if self.first and metrics.exists():
             if lost := rundir.keep_metrics(metrics, self.done, self.validated):
                 self.say(f"{metrics}: {lost} damaged {'line' if lost == 1 else 'lines'} left out")
             limit = "" if settings.seconds else f" of {settings.iterations}"
@@ -353,7 +348,10 @@ class Session:
         settings = self.settings
         if settings.patience is not None and self.best.waited >= settings.patience:
             return True
-        return settings.seconds is not None and self.clock.training >= settings.seconds
+        return settings.seconds is not None and self._spent() >= settings.seconds
+
+    def _spent(self) -> float:
+        return self.together.seconds(self.clock.training)  # the same to all processes
 
     def _numbers(self, record: Record) -> dict[str, float]:
         """What a record says, in numbers; the loss alone of one that was not measured, where asking costs nothing."""
@@ -368,7 +366,7 @@ class Session:
         own = self._noted("validation", "validating", self.data.validation, self.settings.validation_tasks)
         data = dataclasses.replace(self.data, validation=own)
         with self.clock.counting("validation"):
-            by_steps = validate(self.settings, self.learner, data)
+            by_steps = validate(self.settings, self.learner, data, self.together.ranks)
         self.validated = self.done
         found = by_steps[self.settings.test_steps[-1]]
         means = {str(steps): own.mean for steps, own in by_steps.items()}
@@ -384,6 +382,8 @@ class Session:
 
     def _log(self, **facts) -> None:
         record = {"iteration": self.done, **facts, "seconds": self.clock.training}
+        if not self.first:
+            return
         with open(self.out / rundir.METRICS, "a", encoding="utf-8") as metrics:
             metrics.write(rundir.written_line(record))
         self.tell_logs(record)

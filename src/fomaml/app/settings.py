@@ -169,6 +169,8 @@ class Settings:
         None  # what was changed when the run went on, see `changed_settings`
     )
     format: int = FORMAT
+    same_bits: bool = False  # for any number of processes, each of which has so many threads
+    threads: int | None = None
     # What is compared of the user's own files, by option, see own.py; and what was found there, which is never written:
     # a run that is read from its directory has it only where the user has named it again.
     code: dict[str, dict[str, Any]] | None = None
@@ -181,7 +183,7 @@ LATER = (
     "window", "hop", "kind", "drop_missing", "skip_short", "separator", "decimal", "draw", "train_draw", "gap",
     "query_all", "test_keys", "validation_keys", "split_seed", "skip_small_groups", "fewer_classes", "scale",
     "fixed_classes", "facts", "model_options", "head", "features_of", "features_layer", "output", "loss", "metric",
-    "metric_direction", "data",
+    "metric_direction", "data", "same_bits", "threads",
 )  # fmt: skip
 MAY_CHANGE = frozenset(
     {

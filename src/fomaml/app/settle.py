@@ -103,6 +103,8 @@ def settle_with_origins(given: Mapping[str, Any]) -> tuple[Settings, dict[str, s
     if values["skip_small_classes"]:
         needed = (values[name] for name in ("train_shots", "query_shots", "shots", "test_query_shots"))
         values["skip_small_classes"] = max(images_needed(*needed))
+    if values["same_bits"] and values["threads"] is None:
+        values["threads"], origins["threads"] = 1, "same_bits"
     sized_to_it = values["validation_tasks"] is None
     settings = Settings(**{**values, "validation_tasks": 1} if sized_to_it else values)
     check_settings(settings, given=given)

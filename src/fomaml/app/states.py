@@ -73,6 +73,10 @@ class States:
         save_state(state, self.learner, self.optimizer, iteration, progress, self.identity)
         self.saved = time.monotonic()
 
+    def exist(self) -> bool:
+        """Whether there is one."""
+        return (self.out / rundir.STATE).exists()
+
     def take_up(self) -> tuple[int, dict[str, Any]]:
         """Read the newest whole state; returns its iteration and its progress, of no state 0 and nothing.
 

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from fomaml.app.build import Data, for_test
 from fomaml.app.group_tasks import of_units
@@ -68,8 +69,11 @@ def is_due(settings: Settings, iteration: int) -> bool:
     return every > 0 and (iteration % every == 0 or iteration == settings.iterations)
 
 
-def validate(settings: Settings, learner: MetaLearner, data: Data) -> dict[int, Estimate]:
-    """The scores on the validation tasks after each of the test's numbers of steps; the last one's chooses weights."""
+def validate(settings: Settings, learner: MetaLearner, data: Data, group: Any = None) -> dict[int, Estimate]:
+    """The scores on the validation tasks after each of the test's numbers of steps; the last one's chooses weights.
+
+    group: see `evaluate`.
+    """
     assert data.validation is not None  # as `with_validation` has made sure
     found = evaluate(
         for_test(settings, learner),
@@ -78,5 +82,6 @@ def validate(settings: Settings, learner: MetaLearner, data: Data) -> dict[int, 
         at_steps=settings.test_steps,
         statistics=settings.statistics,
         metric=headline(settings),
+        group=group,
     )
     return {steps: estimate(of_units(data.validation, scores)) for steps, scores in found.items()}
