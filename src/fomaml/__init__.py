@@ -50,6 +50,7 @@ if TYPE_CHECKING:  # a checker of types is to know all modules, and no other nam
     from fomaml import group_episodes as group_episodes
     from fomaml import learning as learning
     from fomaml import measures as measures
+    from fomaml import memory as memory
     from fomaml import metrics as metrics
     from fomaml import models as models
     from fomaml import outer as outer

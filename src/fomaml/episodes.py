@@ -12,8 +12,12 @@ from torch import Tensor
 from fomaml.data.augment import jittered, turned
 from fomaml.data.source import ClassSource
 from fomaml.errors import InputError, not_negative, positive, shown, whole
+from fomaml.memory import check_fits
 from fomaml.tasks import Batch, Examples, Task, one, stack
 from fomaml.trees import Tree, mapped
+
+FLOAT64 = 8  # bytes
+FEWER = "take fewer tasks at once, or smaller ways, shots or query_shots"
 
 
 def generator(seed: int, index: int, stream: int = 0) -> np.random.Generator:
@@ -240,6 +244,8 @@ class Episodes:
         start, tasks = whole("the number of the first task", start), whole("tasks", tasks)
         drawn = self.shots + self.query_shots
         examples = self.ways * drawn
+        # their random numbers alone
+        check_fits(f"{tasks} tasks of {examples} examples", 2 * FLOAT64 * tasks * examples, FEWER)
         parts = [
             *(len(self.source), examples, examples),
             *(self.ways if self.turns else 0, 6 * examples * self.copies if self.jitter else 0),
@@ -343,6 +349,7 @@ class RegressionEpisodes:
         """Tasks start … start + tasks - 1, with a leading axis (tasks, ...)."""
         start, tasks = whole("the number of the first task", start), whole("tasks", tasks)
         drawn = self.shots + self.query_shots
+        check_fits(f"{tasks} tasks of {drawn} examples", 2 * FLOAT64 * tasks * drawn, FEWER)
         inputs, targets = np.empty((tasks, drawn, 1)), np.empty((tasks, drawn, 1))
         for row in range(tasks):
             random = generator(self.seed, start + row)

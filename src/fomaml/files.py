@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -45,6 +46,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
     Raises:
         InputError: the path is a folder, or its folder cannot be made or written to.
+        OSError: the system refuses to write it, as on a full disk; it names the path, and nothing is left behind.
     """
     path = _file(path)
     try:
@@ -57,18 +59,27 @@ def replacing(path: str | Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.touch()
-        ordinary = (
-            temporary.stat().st_mode
-        )  # as the folder gives to new files; others that write it may have their own
+        ordinary = temporary.stat().st_mode  # of new files in this folder; what writes it may set another
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         temporary.chmod(ordinary)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise
+        refused = _refused(error, path)
+        if refused is None:
+            raise
+        raise refused from error
+
+
+def _refused(error: BaseException, path: Path) -> OSError | None:
+    """What the operating system refused while a file was written, as an error that names the file."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return OSError(error.errno, error.strerror, str(path))
+    found = re.search(r"\(os error (\d+)\)", str(error)) if isinstance(error, SafetensorError) else None
+    return OSError(int(found[1]), os.strerror(int(found[1])), str(path)) if found else None
 
 
 def sweep(folder: Path, name: str | None = None, older: float = 0.0) -> None:

@@ -96,7 +96,7 @@ def test_kept_runs_have_format_0_and_load(path):
     ("change", "message"),
     [
         ({"format": 99}, "format 99 is newer than this version, which reads up to 2"),
-        ({"shots_": 3}, "unexpected keyword argument 'shots_'"),
+        ({"shots_": 3}, "there is no setting 'shots_', did you mean 'shots'"),
     ],
 )
 def test_settings_of_another_format_are_refused(change, message):

@@ -15,6 +15,7 @@ from torch import nn
 from fomaml.app import group_tasks
 from fomaml.app.algorithms import ALGORITHMS
 from fomaml.app.device import check_device, has_bfloat16
+from fomaml.app.fits import check_tasks_fit
 from fomaml.app.frozen import prepared, shape_of
 from fomaml.app.grouped import Groups
 from fomaml.app.named import own_of
@@ -60,6 +61,7 @@ class Data:
 
 def open_data(settings: Settings, test_seed: int | None = None, allow_download: bool = True) -> Data:
     """Load the source and draw its episodes, on the run's device; training and test seeds never meet."""
+    check_tasks_fit(settings)
     device = check_device(settings.device)
     other = settings.seed if test_seed is None else test_seed
     training: dict[str, Any] = {

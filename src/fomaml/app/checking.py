@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
+from fomaml.app.checks import check_seed
 from fomaml.app.commands import CheckOptions
 from fomaml.app.modules import load_module, offered
 from fomaml.app.named import LIBRARIES, is_own_metric, parsed, read_loss, read_metric
 from fomaml.app.networks import of_library
 from fomaml.app.own import told
 from fomaml.app.scores import as_metric
-from fomaml.app.settle import check_seed, judged_output
+from fomaml.app.settle import judged_output
 from fomaml.app.wording import option as typed
 from fomaml.check import Finding, Report, check
 from fomaml.check.trial import draw_inputs, draw_tasks, first_outputs

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fomaml.app.checking import check_module
+from fomaml.app.checks import check_below, check_seed, check_steps
 from fomaml.app.commands import (
     CheckOptions,
     CompareOptions,
@@ -25,6 +26,7 @@ from fomaml.app.compare import compare, expand
 from fomaml.app.compare import describe as describe_comparison
 from fomaml.app.compare_page import is_comparison, report_comparison
 from fomaml.app.demo_server import run_demo
+from fomaml.app.failures import told_in_one_line
 from fomaml.app.interrupts import Stopped
 from fomaml.app.inventory import README
 from fomaml.app.judge import describe, evaluate_run
@@ -57,7 +59,7 @@ from fomaml.app.serve_options import (
 )
 from fomaml.app.session import train_run
 from fomaml.app.settings import BaselineSize, Part, Settings, TestAugmentation, Weights
-from fomaml.app.settle import check_below, check_seed, check_steps, settle_with_origins
+from fomaml.app.settle import settle_with_origins
 from fomaml.app.show import describe as describe_data
 from fomaml.app.show import show
 from fomaml.app.show_options import ShowOptions
@@ -67,16 +69,16 @@ from fomaml.app.tune import describe as describe_search
 from fomaml.app.tune import tune
 from fomaml.app.tune_options import TuneOptions
 from fomaml.app.wording import option as typed
-from fomaml.app.wording import spoken
 from fomaml.choices import Statistics, check_choice
 from fomaml.errors import InputError, positive
 from fomaml.learning.learner import MetaLearner
-from fomaml.ranks import RankError
 from fomaml.sealed import finite
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command; exits with status 2 and one line on standard error where the input is bad."""
+    """Run one command; exits with status 2 and one line on standard error where the input is bad or the
+    machine refuses something, 130 after Ctrl-C, 141 where standard output was closed: see `failures`.
+    """
     try:
         with launched().speaking(), told_in_one_line(), log_shown():
             kinds = {name: command.options for name, command in COMMANDS.items()}
@@ -88,18 +90,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if launched().first:
             print("fomaml: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
-
-
-@contextlib.contextmanager
-def told_in_one_line() -> Iterator[None]:
-    """Within a command: bad input is one line on standard error, and the exit status 2; that another process of a run
-    has ended is one too, and the status 1.
-    """
-    try:
-        yield
-    except (InputError, RankError) as error:
-        print(f"fomaml: error: {spoken(str(error))}", file=sys.stderr)
-        raise SystemExit(2 if isinstance(error, InputError) else 1) from None
 
 
 @contextlib.contextmanager

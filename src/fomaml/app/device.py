@@ -16,6 +16,8 @@ def check_device(name: str) -> torch.device:
     """
     try:
         device = torch.device(name)
+        if device.type == "meta":
+            raise InputError(f"the device {name!r} computes nothing; try cpu, cuda or mps")
         if device.type == "cuda" and not torch.cuda.is_available():
             raise InputError(f"the device {name!r} is not there: no CUDA device on this machine")
         torch.empty(0, device=device)

@@ -135,9 +135,7 @@ def with_own(settings: Settings) -> Settings:
         settings = dataclasses.replace(settings, loss=own["loss"].name)
     metrics = []
     for name in settings.metric or ():
-        if not is_own_metric(name):
-            metric_for(F.cross_entropy, name)
-        else:
+        if is_own_metric(name):
             found = read_metric(name, settings.metric_direction)
             name = found.name
             own[f"metric {name}"] = found

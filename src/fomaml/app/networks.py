@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,6 +15,7 @@ from torch import nn
 from fomaml.app import group_networks
 from fomaml.app.algorithms import ALGORITHMS
 from fomaml.app.device import check_device
+from fomaml.app.fits import check_network_fits
 from fomaml.app.modules import build, check_forward, check_seeded, offered
 from fomaml.app.named import foreign_model, own_model, own_of
 from fomaml.app.own import seeded
@@ -107,9 +109,11 @@ def build_model(settings: Settings, seed: int | None = None) -> nn.Module:
     seed = settings.seed if seed is None else seed
     if foreign_model(settings):
         return _foreign(settings, seed).to(check_device(settings.device))
+    make = functools.partial(NETWORKS[settings.model], settings, _outputs(settings))
+    check_network_fits(settings, make)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = NETWORKS[settings.model](settings, _outputs(settings))
+        model = make()
     shuffled = source_of(settings).kind == "classification" and not settings.fixed_classes
     if shuffled and ALGORITHMS[settings.algorithm].adapts_head:
         zero_head(model)

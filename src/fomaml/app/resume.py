@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from fomaml.app import rundir
+from fomaml.app.check_settings import check_settings
 from fomaml.app.logs import logs_again
 from fomaml.app.named import AGAIN, named_again
 from fomaml.app.rundir import load_settings
 from fomaml.app.settings import Settings, changed_settings
 from fomaml.app.wording import option as typed
-from fomaml.choices import OnNonfinite, check_choice
-from fomaml.errors import InputError, positive
+from fomaml.errors import InputError
 from fomaml.files import load_tensors
 
 # What a run may go on with otherwise: how far, on what, where its data lie, how it is saved and judged. It is recorded.
@@ -39,14 +39,9 @@ def resumed_settings(out: Path, asked: dict[str, Any]) -> Settings:
     settings = logs_again(settings, out, log)
     if "iterations" in changes and settings.seconds is not None:
         raise InputError(f"the run in {out} is limited by --seconds: give no --iterations")
-    for name in ("iterations", "test_tasks"):
-        if name in changes:
-            positive(typed(name), changes[name], integer=True)
-    if "checkpoint_seconds" in changes:
-        positive("--checkpoint-seconds", changes["checkpoint_seconds"])
-    if "on_nonfinite" in changes:
-        check_choice("on nonfinite", changes["on_nonfinite"], OnNonfinite)
-    return changed_settings(settings, _iteration(out), **changes)
+    settings = changed_settings(settings, _iteration(out), **changes)
+    check_settings(settings)
+    return settings
 
 
 def _iteration(out: Path) -> int:

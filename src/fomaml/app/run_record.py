@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fomaml.app.calibrate import Known, read_calibration
+from fomaml.app.checks import OF_SOURCES
 from fomaml.app.commands import TrainOptions, headings
 from fomaml.app.defaults import DEFAULTS, FOLLOWING
 from fomaml.app.named import foreign_model
@@ -26,7 +27,7 @@ from fomaml.app.rundir import (
 from fomaml.app.scores import measured, metric_in
 from fomaml.app.search import words_of
 from fomaml.app.settings import DIGESTS, Settings
-from fomaml.app.settle import ASKED, OF_SOURCES, settle
+from fomaml.app.settle import ASKED, settle
 from fomaml.app.sources import source_of
 from fomaml.errors import InputError
 from fomaml.metrics import LOSS, Metric

@@ -24,10 +24,11 @@ import torch
 
 from fomaml.app.algorithms import ALGORITHMS, ANY_WAYS
 from fomaml.app.build import build_learner
+from fomaml.app.check_settings import read_settings
+from fomaml.app.checks import check_classless
 from fomaml.app.named import named_again, with_metrics
 from fomaml.app.networks import build_model
-from fomaml.app.settings import DIGESTS, Better, Settings, from_json, identity
-from fomaml.app.settle import check_classless
+from fomaml.app.settings import DIGESTS, Better, Settings, identity
 from fomaml.app.sources import source_of
 from fomaml.checkpoint import load_weights
 from fomaml.errors import InputError
@@ -197,9 +198,12 @@ def load_settings(run: Path) -> Settings:
     """
     path = run / CONFIG
     try:
-        return from_json(path.read_text(encoding="utf-8"), str(path))
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is damaged: it is not text") from None
     except OSError:
         raise InputError(f"{run} holds no run (no {CONFIG})") from None
+    return read_settings(text, str(path))
 
 
 def load_run(

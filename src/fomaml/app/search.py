@@ -6,9 +6,10 @@ import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from fomaml.app.check_settings import read_settings
 from fomaml.app.commands import given, headings
 from fomaml.app.named import AGAIN, named_again
-from fomaml.app.settings import Settings, from_json, to_json
+from fomaml.app.settings import Settings, to_json
 from fomaml.app.settle import settle
 from fomaml.app.tune_options import TRIALS, TuneOptions
 from fomaml.app.wording import option as typed
@@ -121,12 +122,12 @@ def resumed(options: TuneOptions) -> Search:
     path = folder / SEARCH
     try:
         kept = unsealed(path.read_text(encoding="utf-8"))
-        settings = from_json(json.dumps(kept["settings"]), str(path))
+        settings = read_settings(json.dumps(kept["settings"]), str(path))
         space = {name: tuple(bounds) for name, bounds in kept["space"].items()}
         found = Search(settings, kept["words"], space, kept["trials"], kept["iterations"], kept["seed"])
     except OSError:
         raise InputError(f"{folder} holds no search (no {SEARCH})") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path} is not the record of a search ({error})") from None

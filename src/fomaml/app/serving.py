@@ -18,6 +18,7 @@ from fomaml.app import changes, rundir
 from fomaml.app.algorithms import ALGORITHMS, ANY_WAYS
 from fomaml.app.build import for_test
 from fomaml.app.calibrate import CALIBRATION, Known, nearest, read_calibration
+from fomaml.app.check_settings import read_settings
 from fomaml.app.group_tasks import scaling_of
 from fomaml.app.hub import Pretrained, check_empty, portable
 from fomaml.app.intakes import intake_of
@@ -27,7 +28,7 @@ from fomaml.app.named import named_again
 from fomaml.app.networks import build_model, head_of
 from fomaml.app.run_record import read_record
 from fomaml.app.rundir import CONFIG, METRICS, RESULT, RESULT_TEXT, weights_file
-from fomaml.app.settings import DIGESTS, Settings, Weights, from_json, identity, to_json
+from fomaml.app.settings import DIGESTS, Settings, Weights, identity, to_json
 from fomaml.app.wording import in_words_of_python
 from fomaml.checkpoint import fill, save_weights
 from fomaml.choices import check_choice
@@ -294,7 +295,7 @@ def open_adapted(
         facts = json.loads((root / MODEL).read_text(encoding="utf-8"))
     except OSError:
         raise InputError(f"{root} holds no adapted model (no {MODEL}); fomaml adapt RUN writes one") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise InputError(f"{root / MODEL} is damaged: it holds no JSON") from None
     if not isinstance(facts, dict) or facts.get("format") != FORMAT:
         raise InputError(f"{root / MODEL} is of a format that this version does not read")
@@ -303,7 +304,7 @@ def open_adapted(
     base = facts.get("base")
     if run is not None and base is None:
         raise InputError(f"{root} holds the whole model, which needs no run: give no --run")
-    recorded = from_json(json.dumps(facts["settings"]), str(root / MODEL))
+    recorded = read_settings(json.dumps(facts["settings"]), str(root / MODEL))
     settings = named_again(
         recorded, root, model=model, features_weights=features_weights, accept_changed_code=accept_changed_code,
         going_on=False,

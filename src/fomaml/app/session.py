@@ -25,6 +25,7 @@ from fomaml.app.build import (
 )
 from fomaml.app.calibrate import calibrated_result
 from fomaml.app.data_identity import with_identity
+from fomaml.app.fits import check_training_fits
 from fomaml.app.interrupts import Interrupts
 from fomaml.app.judge import Scores, beside_baselines, describe, judge
 from fomaml.app.launch import Launch, launched
@@ -92,10 +93,7 @@ def session(
     allow_download: bool = True,
     launch: Launch | None = None,
 ) -> contextlib.AbstractContextManager[Session]:
-    """A run that holds its directory while the block lasts; arguments and errors as of `train_run`.
-
-    launch: how this process was started; see `begun`.
-    """
+    """A run that holds its directory while the block lasts; as `train_run`. launch: how this process was started."""
     given = out, say, watch, work, validated, allow_download
     return begun(launch or launched(), settings, out, resume, lambda own, all: Session(own, *given, all))
 
@@ -120,6 +118,7 @@ class Session:
     ):
         self.together = together or Together(Launch({}), settings)
         self.first, self.was_finished = self.together.first, False  # was: before torchrun started it again
+        check_training_fits(settings)
         self.data = open_data(settings, allow_download=allow_download)
         settings = with_identity(settings, self.data)
         self.settings = with_precision(with_validation(with_data(settings, self.data), self.data))

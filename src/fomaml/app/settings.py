@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, Literal
 
 from fomaml.app.defaults import DEFAULTS, FOLLOWING
 from fomaml.choices import OnNonfinite, Policy, Statistics
-from fomaml.errors import InputError
+from fomaml.errors import InputError, shown
 from fomaml.sealed import sealed, unsealed
 
 # Of config.json; a run without one has format 0. From format 2 on it has a digest, and so have the files of the run.
@@ -263,9 +264,23 @@ def from_json(text: str, origin: str) -> Settings:
         for name, value in values.items():
             if name not in ("facts", "model_options", "code", "data") and isinstance(value, list):
                 values[name] = tuple(value)
+        _check_names(values)
         return Settings(**values)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise InputError(f"{origin} is not the config of a run ({error})") from None
+
+
+def _check_names(values: dict[str, Any]) -> None:
+    """Raise `ValueError` where a setting is unknown or missing."""
+    fields = {field.name: field for field in dataclasses.fields(Settings) if field.name != "own"}
+    for name in values:
+        if name not in fields:
+            near = difflib.get_close_matches(name, fields, 1)
+            hint = f", did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"there is no setting {shown(name)}{hint}")
+    for name, field in fields.items():
+        if name not in values and field.default is dataclasses.MISSING:
+            raise ValueError(f"the setting {name!r} is missing")
 
 
 def _of_format_0(values: dict[str, Any]) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from fomaml.app.build import (
     with_data,
     with_precision,
 )
+from fomaml.app.check_settings import check_settings
 from fomaml.app.group_tasks import of_units
 from fomaml.app.methods import Method, methods
 from fomaml.app.networks import build_model, check_model
@@ -34,7 +35,6 @@ from fomaml.app.report import align
 from fomaml.app.scores import facts_of, headline
 from fomaml.app.search import FORMAT, SEARCH, Search, as_json
 from fomaml.app.settings import Settings
-from fomaml.app.settle import check
 from fomaml.app.trial import try_own
 from fomaml.app.wording import option as typed
 from fomaml.errors import InputError
@@ -173,7 +173,7 @@ def changed_settings(search: Search, changed: Mapping[str, Any]) -> Settings:
         share = settings.multi_step_iterations / settings.iterations
         more["multi_step_iterations"] = max(1, round(share * search.iterations))
     found = dataclasses.replace(settings, **{**changed, **more}, iterations=search.iterations)
-    check(found)
+    check_settings(found)
     return found
 
 
