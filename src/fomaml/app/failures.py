@@ -44,9 +44,8 @@ PARSERS = ("json", "ast.py")  # whose recursion follows what they are given
 
 @contextlib.contextmanager
 def told_in_one_line() -> Iterator[None]:
-    """Within a command: bad input and what the machine refuses is one line on standard error, and the exit status 2.
-
-    That another process of the same run has ended is one line too, and the status 1.
+    """Within a command: bad input and what the machine refuses is one line on standard error, and the exit status 2;
+    that another process of a run has ended is one too, and the status 1.
 
     Where nobody reads standard output any more, as after `| head`, the command ends quietly with status 141.
     """

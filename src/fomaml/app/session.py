@@ -47,6 +47,7 @@ from fomaml.finite import NotFiniteError
 from fomaml.train import Record, check_width, train
 
 NO_LIMIT = 2**62
+PARTS = ("train", "validation", "test")
 Say = Callable[[str], None]
 Watch = Callable[[Record, float], None]
 Validated = Callable[[str], None]
@@ -116,9 +117,9 @@ class Session:
         allow_download: bool = True,
         together: Together | None = None,
     ):
+        check_training_fits(settings)
         self.together = together or Together(Launch({}), settings)
         self.first, self.was_finished = self.together.first, False  # was: before torchrun started it again
-        check_training_fits(settings)
         self.data = open_data(settings, allow_download=allow_download)
         settings = with_identity(settings, self.data)
         self.settings = with_precision(with_validation(with_data(settings, self.data), self.data))
@@ -128,10 +129,7 @@ class Session:
         check_model(self.settings, model, self.data.train)
         self.learner = build_learner(self.settings, model)
         try_own(self.settings, self.learner, self.data.train)
-        try_targets(
-            self.settings,
-            {"training": self.data.train, "validation": self.data.validation, "test": self.data.test},
-        )
+        try_targets(self.settings, {part: getattr(self.data, part) for part in PARTS})
         check_width(self.learner, self.data.test)
         self.optimizer = build_optimizer(self.settings, self.learner)
         self.plan = build_plan(self.settings, self.learner, self.data)
