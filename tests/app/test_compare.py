@@ -9,6 +9,7 @@ import torch
 
 import characters
 from fomaml.app import compare
+from fomaml.app import isolated as isolating
 from fomaml.app.algorithms import ALGORITHMS, ANY_WAYS
 from fomaml.app.build import build_learner, build_optimizer, open_data
 from fomaml.app.cli import main
@@ -351,6 +352,7 @@ def _killed(threads):
 
 @pytest.mark.parametrize("error", [InputError, RuntimeError])
 def test_what_a_process_answers(error, monkeypatch):
+    monkeypatch.setattr(isolating, "_end_with_parent", lambda: None)  # which this process has not
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # in this process Ctrl-C goes on to work
     answers = []
 
@@ -360,8 +362,8 @@ def test_what_a_process_answers(error, monkeypatch):
         return {"threads": threads}
 
     sender = type("Sender", (), {"send": staticmethod(answers.append)})
-    compare._answer(sender, work, (0,), threads=1)
-    compare._answer(sender, work, (1,), threads=1)
+    isolating._answer(sender, work, (0,), threads=1)
+    isolating._answer(sender, work, (1,), threads=1)
     assert answers == [{"threads": 1}, {"failed": "no such thing"}]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
@@ -25,9 +26,10 @@ from fomaml.app.commands import (
 from fomaml.app.compare import compare, expand
 from fomaml.app.compare import describe as describe_comparison
 from fomaml.app.compare_page import is_comparison, report_comparison
+from fomaml.app.compare_resume import begun
 from fomaml.app.demo_server import run_demo
 from fomaml.app.failures import told_in_one_line
-from fomaml.app.interrupts import Stopped
+from fomaml.app.interrupts import listening, status_of
 from fomaml.app.inventory import README
 from fomaml.app.judge import describe, evaluate_run
 from fomaml.app.launch import launched
@@ -76,20 +78,30 @@ from fomaml.sealed import finite
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command; exits with status 2 and one line on standard error where the input is bad or the
-    machine refuses something, 130 after Ctrl-C, 141 where standard output was closed: see `failures`.
+    """Run one command; exits with status 2 and one line on standard error where the input is bad or the machine refuses
+    something, 130 after Ctrl-C, 143 after SIGTERM, 141 where standard output was closed: see `failures`.
     """
     try:
-        with launched().speaking(), told_in_one_line(), log_shown():
+        with listening(), launched().speaking(), told_in_one_line(), log_shown():
             kinds = {name: command.options for name, command in COMMANDS.items()}
             options = parse_command(kinds, arguments, "fomaml", "First-order MAML and its relatives.")
             [name] = [name for name, command in COMMANDS.items() if command.options is type(options)]
             launched().check_command(name)
             COMMANDS[name].run(options)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         if launched().first:
             print("fomaml: interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
+        raise SystemExit(status_of(stopped)) from None
+
+
+@contextlib.contextmanager
+def resumable(line: str) -> Iterator[None]:
+    """Within work that can go on after Ctrl-C or SIGTERM: the last line says by which command."""
+    try:
+        yield
+    except KeyboardInterrupt as stopped:
+        print(f"fomaml: interrupted\nresume with: {line}", file=sys.stderr)
+        raise SystemExit(status_of(stopped)) from None
 
 
 @contextlib.contextmanager
@@ -122,15 +134,11 @@ def _train(options: TrainOptions) -> None:
             print(settled(settings, origins))
             return
         out = Path(launch.decided(lambda: str(settings.out or default_out(settings))))
-    try:
-        with watching(settings, sys.stdout) as watch:
-            result = train_run(
-                settings, out, say=watch.say, watch=watch, work=watch.work, validated=watch.validated,
-                resume=options.resume is not None,
-            )  # fmt: skip
-    except Stopped as stopped:
-        print(f"fomaml: interrupted\nresume with: {resume_line(settings, out)}", file=sys.stderr)
-        raise SystemExit(128 + stopped.number) from None
+    with resumable(resume_line(settings, out)), watching(settings, sys.stdout) as watch:
+        result = train_run(
+            settings, out, say=watch.say, watch=watch, work=watch.work, validated=watch.validated,
+            resume=options.resume is not None,
+        )  # fmt: skip
     print("\n" + describe(result) + f"\nrun directory: {out} (see {README} there)")
 
 
@@ -248,11 +256,13 @@ def _presets(options: PresetsOptions) -> None:
 
 
 def _compare(options: CompareOptions) -> None:
-    launch = launched()
+    launch, resume = launched(), options.resume
     with launch.checking():
+        options = options if resume is None else begun(options)
         first = expand(options)[0]
-    out = Path(launch.decided(lambda: str(options.out or default_out(first, "compare"))))
-    result = compare(options, out, say=lambda line: print(line, flush=True))
+    out = resume or Path(launch.decided(lambda: str(options.out or default_out(first, "compare"))))
+    with resumable(f"fomaml compare --resume {shlex.quote(str(out))}"):
+        result = compare(options, out, say=lambda line: print(line, flush=True), resume=resume is not None)
     print("\n" + describe_comparison(result) + f"\nsaved in {out}")
 
 
@@ -260,7 +270,8 @@ def _tune(options: TuneOptions) -> None:
     going_on = options.resume is not None
     search = resumed(options) if going_on else asked_search(options)
     out = options.resume or search.settings.out or default_out(search.settings, "tune")
-    best = tune(search, out, say=lambda line: print(line, flush=True), resume=going_on)
+    with resumable(f"fomaml tune --resume {shlex.quote(str(out))}"):
+        best = tune(search, out, say=lambda line: print(line, flush=True), resume=going_on)
     print(f"\n{describe_search(best)}\nsaved in {out}")
 
 

@@ -112,6 +112,7 @@ class CompareOptions(RunOptions):
     cosine_every: int | None = option(
         "the outer steps of FOMAML between two comparisons of its meta-gradient with MAML's; default: a tenth of all"
     )
+    resume: Path | None = option("go on with the comparison in this folder, with its options", metavar="DIR")
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import multiprocessing
 import os
 import shlex
-import signal
-import tempfile
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,21 +20,22 @@ from torch import nn
 from fomaml.app.algorithms import ALGORITHMS
 from fomaml.app.build import build_learner, judged_by, open_data, with_data
 from fomaml.app.commands import CompareOptions, given
+from fomaml.app.compare_resume import COMPARISON, begin, costs_file, costs_of
 from fomaml.app.group_tasks import of_units
+from fomaml.app.isolated import isolated
 from fomaml.app.judge import protocol, told
 from fomaml.app.launch import Launch, launched
 from fomaml.app.networks import build_model
 from fomaml.app.report import align
-from fomaml.app.rundir import circumstances
+from fomaml.app.rundir import CONFIG, circumstances
 from fomaml.app.scores import facts_of, headline, measured, metric_in
 from fomaml.app.search import words_of
 from fomaml.app.session import NO_LIMIT, session
 from fomaml.app.settings import Settings
 from fomaml.app.settle import settle
-from fomaml.app.wording import spoken
 from fomaml.checkpoint import load_weights, save_weights
 from fomaml.engines import meta_gradient, plan
-from fomaml.errors import InputError, positive
+from fomaml.errors import positive
 from fomaml.evaluate import estimate
 from fomaml.files import write_json, write_text
 from fomaml.learning.algorithms import FOMAML, MAML
@@ -44,8 +43,6 @@ from fomaml.learning.learner import MetaLearner
 from fomaml.learning.objectives import Implicit
 from fomaml.metrics import Metric
 from fomaml.tasks import Batch, Task, one
-
-COMPARISON = "compare.json"
 
 
 def expand(options: CompareOptions) -> list[Settings]:
@@ -57,17 +54,20 @@ def expand(options: CompareOptions) -> list[Settings]:
     if options.cosine_every is not None:
         positive("--cosine-every", options.cosine_every, integer=True)
     shared = given(options)
-    for name in ("out", "algorithms", "cosine_every"):
+    for name in ("out", "algorithms", "cosine_every", "resume"):
         shared.pop(name, None)
     names = dict.fromkeys(("fomaml", *options.algorithms))  # each once
     return [settle(**{"baselines": False, **shared, "algorithm": name}) for name in names]
 
 
-def compare(options: CompareOptions, out: Path, *, say: Callable[[str], None] = print) -> dict:
+def compare(
+    options: CompareOptions, out: Path, *, say: Callable[[str], None] = print, resume: bool = False
+) -> dict:
     """Train and evaluate each algorithm, write the folder `out`; returns the result, as in compare.json.
 
     say: receives a line as each algorithm begins and ends. An algorithm that fails, say because its loss
-    is no longer finite, has a row that says why.
+    is no longer finite, has a row that says why. resume: `out` holds a comparison of these options that was
+    interrupted; what is finished is kept, and a training goes on from its last checkpoint.
 
     Raises:
         InputError: bad settings, data or device, or `out` holds something, before anything is written.
@@ -78,10 +78,8 @@ def compare(options: CompareOptions, out: Path, *, say: Callable[[str], None] = 
         first = dataclasses.replace(runs[0], device=launch.device(runs[0].device))
         data = open_data(first)
     with launch.checking():
-        if launch.first and out.is_dir() and any(out.iterdir()):
-            raise InputError(f"{out} already holds results; give another --out, or delete it")
-        if launch.first:
-            out.mkdir(parents=True, exist_ok=True)
+        if launch.first and not resume:
+            begin(options, out)
     if launch.many:
         say(f"{launch.size} processes for each algorithm")
     say(f"{data.name}: {data.origin}")
@@ -92,9 +90,14 @@ def compare(options: CompareOptions, out: Path, *, say: Callable[[str], None] = 
     found = {}
     for number, settings in enumerate(runs, 1):
         name = settings.algorithm
-        say(f"{ALGORITHMS[name].title} ({number}/{len(runs)}): training in a process of its own")
-        found[name] = isolated(run_one, settings, out / name, options.cosine_every)
-        row = found[name]
+        with launch.checking():
+            row = costs_of(out / name) if resume else None
+        if row is None:
+            say(f"{ALGORITHMS[name].title} ({number}/{len(runs)}): training in a process of its own")
+            row = isolated(run_one, settings, out / name, options.cosine_every)
+        else:
+            say(f"{ALGORITHMS[name].title} ({number}/{len(runs)}): finished before")
+        found[name] = row
         say(f"  {row['failed']}" if "failed" in row else f"  {row['iterations']} iterations, {_pace(row)}")
     cosines = found["fomaml"].pop("cosines", [])
     result = {
@@ -128,10 +131,11 @@ def run_one(settings: Settings, out: Path, cosine_every: int | None, threads: in
     """
     torch.set_num_threads(threads)
     launch = Launch(os.environ, settings.algorithm, hosts=False)
+    going_on = (out / CONFIG).exists()
     with (
         launch.speaking(),
         session(
-            settings, out, say=lambda line: None, allow_download=False, launch=launch
+            settings, out, say=lambda line: None, allow_download=False, launch=launch, resume=going_on
         ) as run,  # the parent's data
     ):
         settings, learner, model = run.settings, run.learner, run.learner.model
@@ -144,24 +148,24 @@ def run_one(settings: Settings, out: Path, cosine_every: int | None, threads: in
 
         def keep(iteration: int) -> None:
             """On disk: a second-order gradient in between, or copies in memory, would be part of the peak."""
-            if settings.algorithm == "fomaml" and iteration % every == 0:
-                snapshots[iteration] = Path(folder) / f"{iteration}.safetensors"
+            if settings.algorithm == "fomaml" and iteration % every == 0 and launch.first:
+                snapshots[iteration] = folder / f"{iteration}.safetensors"
                 save_weights(snapshots[iteration], model)
 
-        with tempfile.TemporaryDirectory() as folder:
-            keep(0)
-            memory = Memory(next(model.parameters()).device)
-            run.train(measure_every=NO_LIMIT, after=keep)
-            peak = memory.peak()
-            every = 1
-            keep(run.done)
-            cosines, probe = [], run.data.tuning.batch(0, settings.meta_batch_size)
-            for number, path in snapshots.items():  # the last one is what was trained
-                load_weights(path, model)
-                cosines.append({"iteration": number, "cosine": first_order_cosine(settings, model, probe)})
-        run.finish()
+        folder = out / SNAPSHOTS
+        for path in folder.glob("*.safetensors"):  # of a run that goes on
+            snapshots[int(path.stem)] = path
+        memory = Memory(next(model.parameters()).device)
+        run.train(measure_every=NO_LIMIT, after=keep)
+        peak = memory.peak()
+        every = 1
+        keep(run.done)
+        cosines, probe = [], run.data.tuning.batch(0, settings.meta_batch_size)
+        for number, path in sorted(snapshots.items()):  # the last one is what was trained
+            load_weights(path, model)
+            cosines.append({"iteration": number, "cosine": first_order_cosine(settings, model, probe)})
         spent, tasks = run.clock.training, run.done * settings.meta_batch_size
-        return {
+        found: dict = {
             "iterations": run.done,
             "seconds": spent,
             "tasks_per_second": tasks / spent,
@@ -174,10 +178,21 @@ def run_one(settings: Settings, out: Path, cosine_every: int | None, threads: in
             "hessian_products": tasks * products,
             "settings": {name: getattr(settings, name) for name in SETTINGS},
             "cosines": cosines,
-            "scores": {steps: of_units(run.data.test, own).tolist() for steps, own in run.scores.items()},
         }
 
+        def scores() -> dict:
+            return {steps: of_units(run.data.test, own).tolist() for steps, own in run.scores.items()}
 
+        def judged() -> None:
+            """Before the run is finished: one that is has its costs."""
+            write_json(costs_file(out), found | {"scores": scores()})
+            shutil.rmtree(folder, ignore_errors=True)
+
+        run.finish(judged)
+        return found | {"scores": scores()}
+
+
+SNAPSHOTS = "snapshots"  # of FOMAML, in its run directory while it trains
 SETTINGS = ("inner_lr", "inner_steps", "meta_lr", "meta_batch_size", "schedule", "choices")
 
 
@@ -255,34 +270,6 @@ def high_water() -> int | None:
     except ImportError:  # Windows
         return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
-
-
-def isolated(function: Callable[..., dict], *arguments) -> dict:
-    """The result of a module's function in a fresh process, or {"failed": why}."""
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    threads = launched().threads() or torch.get_num_threads()
-    process = context.Process(target=_answer, args=(sender, function, arguments, threads), daemon=True)
-    process.start()
-    sender.close()
-    try:
-        return receiver.recv()
-    except EOFError:
-        process.join()
-        return {"failed": f"its process ended with status {process.exitcode}"}
-    finally:
-        receiver.close()
-        process.terminate()
-        process.join()
-
-
-def _answer(sender, function, arguments, threads: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
-    try:
-        answer = function(*arguments, threads=threads)
-    except (InputError, RuntimeError, MemoryError) as error:
-        answer = {"failed": spoken(" ".join(f"{error or type(error).__name__}".split()))}
-    sender.send(answer)
 
 
 def _rows(found: dict[str, dict]) -> list[dict]:

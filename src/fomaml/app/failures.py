@@ -26,6 +26,7 @@ from fomaml.memory import in_units
 from fomaml.ranks import RankError
 
 BAD_INPUT = 2
+OTHER_ENDED = 1  # another process of the same run
 PIPE_CLOSED = 141  # 128 and the number of SIGPIPE, as the shell tells of programs that the signal ends
 CURES = {
     errno.ENOSPC: "make room there, or give another place",
@@ -60,9 +61,8 @@ def told_in_one_line() -> Iterator[None]:
         _flush(output)
     except InputError as error:
         _end(spoken(str(error)))
-    except RankError as error:  # torchrun starts all processes again after it
-        print(f"fomaml: error: {spoken(str(error))}", file=sys.stderr)
-        raise SystemExit(1) from None
+    except RankError as error:
+        _end(str(error), OTHER_ENDED)
     except OutputError as error:
         _give_up(before)
         if error.errno == errno.EPIPE:
@@ -190,7 +190,7 @@ def _give_up(stream: IO[str]) -> None:
         os.close(nowhere)
 
 
-def _end(text: str) -> NoReturn:
+def _end(text: str, status: int = BAD_INPUT) -> NoReturn:
     with contextlib.suppress(OSError):  # nobody is told
         print(f"fomaml: error: {one_line(text)}", file=sys.stderr, flush=True)
-    raise SystemExit(BAD_INPUT) from None
+    raise SystemExit(status) from None

@@ -19,6 +19,11 @@ class Stopped(KeyboardInterrupt):
         self.number = number
 
 
+def status_of(stopped: KeyboardInterrupt) -> int:
+    """The exit status of a process that a signal has ended, as shells give it."""
+    return 128 + (stopped.number if isinstance(stopped, Stopped) else signal.SIGINT)
+
+
 class Interrupts:
     """What was asked for so far, and when it is heard."""
 

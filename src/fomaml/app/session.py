@@ -94,10 +94,7 @@ def session(
     allow_download: bool = True,
     launch: Launch | None = None,
 ) -> contextlib.AbstractContextManager[Session]:
-    """A run that holds its directory while the block lasts; arguments and errors as of `train_run`.
-
-    launch: how this process was started; see `begun`.
-    """
+    """A run that holds its directory while the block lasts; as `train_run`. launch: how this process was started."""
     given = out, say, watch, work, validated, allow_download
     return begun(launch or launched(), settings, out, resume, lambda own, all: Session(own, *given, all))
 
@@ -156,6 +153,7 @@ class Session:
         for line in (*self.together.told(), *announced(settings, self.data, self.plan)):
             self.say(line)
         self._resume()
+        after(self.done)
         if self.first:
             (self.out / rundir.METRICS).touch()
         every = measure_every or max(1, settings.iterations // 100)
@@ -239,8 +237,8 @@ class Session:
                 self._save()
             self.interrupts.raise_if_asked()
 
-    def finish(self) -> dict:
-        """Write the weights, judge them and write the result, which is returned."""
+    def finish(self, judged: Callable[[], None] = lambda: None) -> dict:
+        """Write the weights, judge them and write the result, which is returned. judged: is called before the last."""
         settings, out, learner = self.settings, self.out, self.learner
         self.states.check(self.done)
         if settings.seconds:
@@ -273,16 +271,13 @@ class Session:
         spent = dataclasses.asdict(self.clock)
         result |= {f"{name}_seconds": round(seconds, 1) for name, seconds in spent.items()}
         result |= {"seed": settings.seed, **circumstances()}
-        if self.skipped:
-            result["skipped"] = self.skipped
-        if settings.changed:
-            result["changed"] = list(settings.changed)
-        if settings.code:
-            result["code"] = settings.code
+        some = {"skipped": self.skipped, "changed": list(settings.changed or ()), "code": settings.code}
+        result |= {name: value for name, value in some.items() if value}
         if settings.validate_every and source_of(settings).kind == "classification":
             result |= calibrated_result(settings, learner, self.data, out, self.say)
         if settings.baselines:
             result = self._beside_baselines(result, found)
+        judged()
         self._write(result)
         for name in (rundir.STATE_BEFORE, rundir.STATE):
             (out / name).unlink(missing_ok=True)
