@@ -10,7 +10,19 @@ import fomaml.errors
 ROOT = Path(fomaml.errors.__file__).parent
 # A layer is a folder, or a few files that stand for one step of the way from examples to a result.
 LAYERS = [
-    {"errors", "choices", "sealed", "files", "trees", "tasks", "measures", "memory", "metrics", "submodules"},
+    {
+        "errors",
+        "choices",
+        "sealed",
+        "files",
+        "trees",
+        "tasks",
+        "measures",
+        "memory",
+        "metrics",
+        "regular",
+        "submodules",
+    },
     {"data"},
     {"models", "episodes", "group_episodes", "streams", "backbones"},
     {"learning"},

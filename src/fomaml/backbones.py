@@ -20,6 +20,7 @@ from fomaml.choices import Policy
 from fomaml.errors import InputError, in_one_line, whole
 from fomaml.files import load_tensors
 from fomaml.models import convert_batch_norm
+from fomaml.regular import regular
 
 log = logging.getLogger(__name__)
 LIBRARIES = ("timm", "torchvision")
@@ -260,7 +261,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     path = Path(path).expanduser()
     if not path.is_file():
         raise InputError(f"there is no file {path}; give the path of a .safetensors file")
-    with open(path, "rb") as file:
+    with open(regular(path), "rb") as file:
         start = file.read(9)  # of a safetensors file a length, whose first byte may be any, and a brace
     pickled = start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and start[8:] != b"{")
     if path.suffix in PICKLES or pickled:

@@ -65,7 +65,9 @@ def whole(name: str, value: float, least: float = 0, below: float = math.inf, ra
 
 def shown(value: Any) -> str:
     """A value in a message: in one line, and not a long one."""
-    return textwrap.shorten(repr(value), 100, placeholder=" ...")
+    text = repr(value)
+    short = textwrap.shorten(text, 100, placeholder=" ...")
+    return short if short != "..." else f"{text[:95]} ..."  # one long word
 
 
 def in_one_line(error: BaseException) -> str:

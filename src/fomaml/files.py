@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fomaml.errors import InputError
+from fomaml.regular import regular
 from fomaml.sealed import DIGEST, sealed, settings_digest
 
 AT_ONCE = 256  # rows of what is read a part at a time
@@ -166,7 +167,7 @@ def load_tensors(
     """
     path = _file(path)
     try:
-        with safe_open(str(path), framework="pt") as file:
+        with safe_open(str(regular(path)), framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             header = file.metadata() or {}
         entry = json.loads(header.get("fomaml", "{}"))
@@ -197,7 +198,11 @@ def load_tensors(
 
 def file_digest(path: str | Path) -> str:
     """The SHA-256 digest of a file's bytes."""
-    return hashlib.sha256(_file(path).read_bytes()).hexdigest()
+    found = hashlib.sha256()
+    with open(regular(_file(path)), "rb") as file:
+        while part := file.read(2**20):
+            found.update(part)
+    return found.hexdigest()
 
 
 class InParts(Protocol):

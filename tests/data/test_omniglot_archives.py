@@ -1,7 +1,6 @@
 """An archive or folder of Omniglot that is not whole is named in one line."""
 
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -123,7 +122,7 @@ def test_an_archive_that_cannot_be_read_is_named(root, monkeypatch):
     def refuse(path):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr("fomaml.data.omniglot.read_bytes", refuse)
     message = f"{root / BACKGROUND}.zip: Permission denied, expected a part of Omniglot{CURE}"
     assert error_of(root) == message
 

@@ -22,6 +22,7 @@ from fomaml.files import write_json
 from fomaml.learning.forward import called
 from fomaml.learning.learner import MetaLearner
 from fomaml.learning.mistakes import selected
+from fomaml.regular import read_text
 from fomaml.sealed import unsealed
 from fomaml.serve.calibration import calibrated
 from fomaml.tasks import Batch, Examples, are_labels, count, one
@@ -75,7 +76,7 @@ def read_calibration(run: Path, checked: bool = False) -> list[Known]:
     """
     path = run / CALIBRATION
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except OSError:
         return []
     try:

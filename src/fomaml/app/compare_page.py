@@ -21,6 +21,7 @@ from fomaml.app.scores import metric_in
 from fomaml.app.wording import option as typed
 from fomaml.errors import InputError
 from fomaml.files import write_text
+from fomaml.regular import read_text
 from fomaml.sealed import unsealed
 
 
@@ -67,7 +68,7 @@ def report_comparison(options: ReportOptions) -> Path:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found = unsealed(path.read_text(encoding="utf-8"))
+        found = unsealed(read_text(path))
         introduced(found)
         for row in found["rows"]:
             if "failed" not in row:

@@ -11,6 +11,7 @@ from fomaml.app.parser import parse_command
 from fomaml.app.search import words_of
 from fomaml.errors import InputError
 from fomaml.files import write_json
+from fomaml.regular import read_text
 from fomaml.sealed import unsealed
 
 BEGUN = "comparison.json"  # the options
@@ -62,7 +63,7 @@ def begun(options: CompareOptions) -> CompareOptions:
 def _words(folder: Path) -> list[str]:
     """The options of the comparison in a folder, as they were typed."""
     try:
-        words = unsealed((folder / BEGUN).read_text(encoding="utf-8"), required=True)["words"]
+        words = unsealed(read_text(folder / BEGUN), required=True)["words"]
         if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
             raise TypeError
         return words
@@ -87,7 +88,7 @@ def costs_of(out: Path) -> dict[str, Any] | None:
         return None
     path = costs_file(out)
     try:
-        found = unsealed(path.read_text(encoding="utf-8"), required=True)
+        found = unsealed(read_text(path), required=True)
         found["scores"] = {int(steps): scores for steps, scores in found["scores"].items()}
         return found
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -17,6 +17,7 @@ from fomaml.app.sources import source_of, split_name
 from fomaml.data.images import readable_suffixes
 from fomaml.errors import InputError
 from fomaml.files import digest_of, user_cache, write_json
+from fomaml.regular import read_text
 from fomaml.sealed import settings_digest, unsealed
 
 WHOLE = 10**9  # bytes; of a larger file so many blocks are read
@@ -141,7 +142,7 @@ class _Kept:
         self.path = user_cache() / CACHE
         self.known: dict[str, Any] = {}
         with contextlib.suppress(OSError, ValueError):  # a cache that is not there, or damaged
-            self.known = unsealed(self.path.read_text(encoding="utf-8"), required=True)
+            self.known = unsealed(read_text(self.path), required=True)
         self.new = False
 
     def digest(self, path: Path, told: os.stat_result) -> str:

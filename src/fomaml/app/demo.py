@@ -22,7 +22,7 @@ from fomaml.app.calibrate import nearest
 from fomaml.app.serve_commands import told
 from fomaml.app.serving import AdaptedModel, Run, save_model
 from fomaml.app.sources import split_name
-from fomaml.data.images import pillow
+from fomaml.data.images import formats, pillow
 from fomaml.errors import InputError, shown
 from fomaml.serve.pictures import Embedded, Pictures
 
@@ -33,7 +33,6 @@ PIXELS = 50_000_000  # of one picture, as its header declares them
 LETTERS = 60  # of a name
 HELD = 2  # adapted models: two pages may be open
 PARAMETERS = 200_000_000  # of all models of one curve
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 AT = (0, 1, 2, 3, 5, 10, 20, 50, 100)  # the steps of a curve
 
 
@@ -232,9 +231,7 @@ class Demo:
 
     def _read(self, data: bytes, name: str) -> Tensor:
         """One picture as the run takes it, once its header has been looked at. (1, channels, height, width)"""
-        Image = pillow()
-        Image.init()
-        known = [each for each in FORMATS if each in Image.OPEN]
+        Image, known = pillow(), formats()
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error", Image.DecompressionBombWarning)

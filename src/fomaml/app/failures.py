@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from fomaml.app.wording import spoken
 from fomaml.engines.common import out_of_memory
 from fomaml.errors import InputError, in_one_line
+from fomaml.memory import in_units
 from fomaml.ranks import RankError
 
 BAD_INPUT = 2
@@ -119,7 +120,9 @@ def told(error: BaseException) -> str | None:
     if isinstance(error, SafetensorError):
         return f"a safetensors file is damaged, or cannot be written ({_first(error)})"
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and out_of_memory(error)):
-        return f"out of memory ({_first(error)}): {SMALLER}"
+        tried = re.search(r"tried to allocate (\d+) bytes", str(error))
+        what = f"{in_units(int(tried[1]))} were asked for" if tried else _first(error)
+        return f"out of memory ({what}): {SMALLER}"
     if isinstance(error, UnicodeError):
         return f"text that is not {getattr(error, 'encoding', 'of its encoding')}: {_first(error)}"
     if isinstance(error, OverflowError):

@@ -17,6 +17,7 @@ from fomaml.app.defaults import DEFAULTS, FOLLOWING
 from fomaml.app.named import foreign_model
 from fomaml.app.rundir import (
     METRICS,
+    MOST,
     RESULT,
     RESULT_TEXT,
     checksum,
@@ -32,6 +33,7 @@ from fomaml.app.sources import source_of
 from fomaml.errors import InputError
 from fomaml.metrics import LOSS, Metric
 from fomaml.metrics import METRICS as KNOWN
+from fomaml.regular import read_bytes, read_text
 from fomaml.sealed import unsealed
 
 OF_READING = (  # how a file is read: without it nothing is settled
@@ -128,7 +130,7 @@ def read_record(run: Path) -> Record:
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     try:
-        data = path.read_bytes()
+        data = read_bytes(path, MOST)
     except OSError:
         return []
     found = []
@@ -149,7 +151,7 @@ def read_result(run: Path, checked: bool = False) -> dict[str, Any] | None:
     """
     path = run / RESULT
     try:
-        found = unsealed(path.read_text(encoding="utf-8"), required=checked)
+        found = unsealed(read_text(path), required=checked)
         if not found["rows"] or not found["protocol"] or not isinstance(found["differences"], list):
             raise KeyError
         found["tasks"], found["steps"], found["name"]

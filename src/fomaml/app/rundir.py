@@ -34,6 +34,7 @@ from fomaml.checkpoint import load_weights
 from fomaml.errors import InputError
 from fomaml.files import sweep, write_text
 from fomaml.learning.learner import MetaLearner
+from fomaml.regular import read_bytes, read_text
 from fomaml.sealed import finite, unsealed
 
 CONFIG, METRICS = "config.json", "metrics.jsonl"
@@ -41,6 +42,7 @@ STATE, STATE_BEFORE = "state.safetensors", "before.safetensors"
 WEIGHTS, LAST = "weights.safetensors", "last.safetensors"
 RESULT, RESULT_TEXT = "result.json", "result.txt"
 CHECKSUM = "crc32"
+MOST = 2**30  # bytes of metrics.jsonl
 
 
 OF_A_RUN = (CONFIG, STATE, STATE_BEFORE, WEIGHTS, LAST, METRICS, RESULT, RESULT_TEXT, "calibration.json")
@@ -106,7 +108,7 @@ def keep_metrics(path: Path, iterations: int, validated: int) -> int:
 
     The last line of a killed run may be half a line, which is no damage.
     """
-    data = path.read_bytes() if path.exists() else b""
+    data = read_bytes(path, MOST) if path.exists() else b""
     kept, damaged = [], 0
     for line in data.splitlines(keepends=True):
         found = parsed_line(line)
@@ -171,7 +173,7 @@ def begun_before(settings: Settings, out: Path) -> str:
 
 def read_result(out: Path) -> dict:
     """What result.json says."""
-    return json.loads((out / RESULT).read_text(encoding="utf-8"))
+    return json.loads(read_text(out / RESULT))
 
 
 def is_finished(out: Path) -> bool:
@@ -181,7 +183,7 @@ def is_finished(out: Path) -> bool:
         InputError: it has a damaged one.
     """
     try:
-        return "unfinished" not in unsealed((out / RESULT).read_text(encoding="utf-8"))
+        return "unfinished" not in unsealed(read_text(out / RESULT))
     except OSError:
         return False
     except ValueError as error:
@@ -198,7 +200,7 @@ def load_settings(run: Path) -> Settings:
     """
     path = run / CONFIG
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except UnicodeDecodeError:
         raise InputError(f"{path} is damaged: it is not text") from None
     except OSError:

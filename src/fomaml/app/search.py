@@ -14,6 +14,7 @@ from fomaml.app.settle import settle
 from fomaml.app.tune_options import TRIALS, TuneOptions
 from fomaml.app.wording import option as typed
 from fomaml.errors import InputError, positive, whole
+from fomaml.regular import read_text
 from fomaml.sealed import sealed, unsealed
 from fomaml.tuning import LogUniform, Space
 
@@ -121,7 +122,7 @@ def resumed(options: TuneOptions) -> Search:
         )
     path = folder / SEARCH
     try:
-        kept = unsealed(path.read_text(encoding="utf-8"))
+        kept = unsealed(read_text(path))
         settings = read_settings(json.dumps(kept["settings"]), str(path))
         space = {name: tuple(bounds) for name, bounds in kept["space"].items()}
         found = Search(settings, kept["words"], space, kept["trials"], kept["iterations"], kept["seed"])

@@ -37,6 +37,7 @@ from fomaml.data.scaling import scaled_by
 from fomaml.errors import InputError, whole
 from fomaml.files import file_digest, load_tensors, save_tensors, write_json, write_text
 from fomaml.learning.learner import MetaLearner
+from fomaml.regular import read_text
 from fomaml.sealed import unsealed
 from fomaml.serve import adapted
 from fomaml.serve.export import signature
@@ -112,7 +113,7 @@ class Run(Pretrained):
             if (self.path / name).exists():
                 shutil.copy(self.path / name, folder / name)
         if (self.path / RESULT).exists():  # which names the files of one's own code too
-            result = unsealed((self.path / RESULT).read_text(encoding="utf-8"))
+            result = unsealed(read_text(self.path / RESULT))
             result["protocol"]["model"] = settings.model
             if settings.code:
                 result["code"] = settings.code
@@ -124,7 +125,7 @@ class Run(Pretrained):
 
     def _card(self, license: str | None = None) -> str:
         record, parts = read_record(self.path), self.path / PARTS
-        named = unsealed(parts.read_text(encoding="utf-8")) if parts.exists() else {}
+        named = unsealed(read_text(parts)) if parts.exists() else {}
         return card_of_run(portable(self.settings), record.result, record.calibrations, named, license)
 
     @classmethod
@@ -292,7 +293,7 @@ def open_adapted(
     """`load_adapted`, whose errors speak of options."""
     root = Path(path).expanduser()
     try:
-        facts = json.loads((root / MODEL).read_text(encoding="utf-8"))
+        facts = json.loads(read_text(root / MODEL))
     except OSError:
         raise InputError(f"{root} holds no adapted model (no {MODEL}); fomaml adapt RUN writes one") from None
     except (ValueError, RecursionError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,13 @@ import numpy as np
 
 from fomaml.choices import nearest_first
 from fomaml.errors import InputError, in_one_line
+from fomaml.memory import check_fits, in_units
+from fomaml.regular import regular
+
+LARGE, RATIO = (
+    2**28,
+    100,
+)  # bytes of an array that is looked at twice, and how many times smaller one is believed
 
 
 class Arrays(Mapping[str, Any]):
@@ -27,8 +35,10 @@ class Arrays(Mapping[str, Any]):
             if self._is_folder:
                 self._keys = sorted(file.stem for file in self.path.glob("*.npy"))
             else:
-                with open(self.path, "rb") as file:
+                with open(regular(self.path), "rb") as file:
                     found = np.load(file, allow_pickle=False)
+                    for info in found.zip.infolist() if hasattr(found, "zip") else ():
+                        _check_member(found.zip, info)
                     self._keys = list(getattr(found, "files", ()))
                     if not hasattr(found, "files"):
                         raise InputError(
@@ -50,7 +60,7 @@ class Arrays(Mapping[str, Any]):
             raise InputError(f"{self.path} has no array {key!r}; there are: {nearest_first(key, self._keys)}")
         try:
             if self._is_folder:
-                return np.load(self.path / f"{key}.npy", mmap_mode="r", allow_pickle=False)
+                return np.load(regular(self.path / f"{key}.npy"), mmap_mode="r", allow_pickle=False)
             with open(self.path, "rb") as file:
                 return np.load(file, allow_pickle=False)[key]
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
@@ -73,6 +83,39 @@ class Arrays(Mapping[str, Any]):
 def together(arrays: Mapping[str, Any], keys: Sequence[str]) -> Any:
     """The array of the one key, or a dict of those of several."""
     return arrays[keys[0]] if len(keys) == 1 else {key: arrays[key] for key in keys}
+
+
+def _check_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> None:
+    """Raise `InputError` where an array of an archive is not as large as it is declared, or cannot be meant.
+
+    What deflates to a hundredth is no measurement; so a small file does not fill the memory.
+    """
+    declared = _declared(archive, info)
+    if declared is not None and declared > info.file_size:
+        raise InputError(
+            f"{archive.filename or 'the archive'}: {info.filename} declares {in_units(declared)}, and has "
+            f"{in_units(info.file_size)}"
+        )
+    if info.file_size > LARGE and info.file_size > RATIO * max(1, info.compress_size):
+        raise InputError(
+            f"{info.filename} would expand from {in_units(info.compress_size)} to {in_units(info.file_size)}: save it "
+            "as it is, numpy.savez"
+        )
+    check_fits(f"the array {info.filename}", info.file_size, "give a folder of .npy files, which are mapped")
+
+
+def _declared(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> int | None:
+    """The bytes of an array by its own header; None of objects, and of what is no array."""
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    with archive.open(info) as member:
+        try:
+            read = readers.get(np.lib.format.read_magic(member))
+            if read is None:
+                return None
+            shape, _, dtype = read(member)
+        except ValueError:
+            return None
+    return None if dtype.hasobject else math.prod(shape) * dtype.itemsize
 
 
 def _why(error: Exception) -> str:

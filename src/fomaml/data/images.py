@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from fomaml.errors import InputError
+from fomaml.regular import regular
 
 log = logging.getLogger(__name__)
 
@@ -30,10 +31,24 @@ def pillow():
     return Image
 
 
-def readable_suffixes() -> set[str]:
-    """The suffixes, in lower case, of the formats that this Pillow can open."""
+# What Pillow decodes by itself; for others it starts programs (EPS), or they are no pictures.
+FORMATS = (
+    "PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "PCX", "TGA",
+)  # fmt: skip
+PIXELS = 89_478_485  # of one image, Pillow's own limit
+
+
+def formats() -> list[str]:
+    """The formats of images that are read, of those that this Pillow can open."""
     Image = pillow()
-    return {suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN}
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def readable_suffixes() -> set[str]:
+    """The suffixes, in lower case, of these formats."""
+    known = formats()
+    return {suffix for suffix, name in pillow().registered_extensions().items() if name in known}
 
 
 class Decoder:
@@ -78,7 +93,9 @@ class Decoder:
         Image = pillow()
         found = None
         try:
-            with Image.open(bytes or path) as file:
+            with Image.open(bytes or str(regular(path)), formats=formats()) as file:
+                if file.width * file.height > PIXELS:
+                    raise ValueError(f"it has more than {PIXELS // 10**6} million pixels")
                 mode = file.mode
                 if not mode.startswith(WIDE):
                     found = function(file)

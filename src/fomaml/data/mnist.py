@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import logging
 import math
 import os
@@ -19,6 +18,7 @@ from fomaml.data.download import downloading
 from fomaml.data.source import ClassSource, pixels
 from fomaml.errors import InputError
 from fomaml.files import user_cache
+from fomaml.regular import expanded, read_bytes
 
 log = logging.getLogger(__name__)
 FILES = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
@@ -98,8 +98,7 @@ def _read_idx(path: Path, shape: tuple[int, ...], cure: str) -> Tensor:
     """The IDX file of bytes at `path`, images or labels of this shape: uint8 (items, *shape)."""
     kind = "images" if shape else "labels"
     try:
-        data = path.read_bytes()
-        data = gzip.decompress(data) if path.suffix == ".gz" else data
+        data = expanded(path) if path.suffix == ".gz" else read_bytes(path)
     except (OSError, EOFError, zlib.error) as error:
         why = getattr(error, "strerror", None) or error
         raise InputError(f"{path}: {why}, expected MNIST's {kind}; {cure}") from None

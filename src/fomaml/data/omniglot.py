@@ -24,9 +24,11 @@ from fomaml.data.images import pillow
 from fomaml.data.source import ClassSource, pixels
 from fomaml.errors import InputError, positive, whole
 from fomaml.files import load_tensors, save_tensors, user_cache
+from fomaml.regular import read_bytes, regular
 
 CHARACTERS = {"images_background": 964, "images_evaluation": 659}
 DRAWINGS, SIDE = 20, 105  # of a character, and of a drawing in pixels
+DRAWING = 2**16  # bytes that one may have
 MAML = (1100, 100)  # characters for training and for validation; the rest are for test
 ROTATIONS = ("rot000", "rot090", "rot180", "rot270")
 SPLITS = ("maml", "vinyals", "background-evaluation")
@@ -259,12 +261,21 @@ def _open(
         archive = zipfile.ZipFile(io.BytesIO(content))
     except Exception as error:  # a cut archive has no directory; zipfile has many words for it
         raise _wrong(path, f"{len(content)} bytes ({error})", "a whole zip archive", cure) from None
-    return archive.namelist(), archive.read
+    return archive.namelist(), lambda member: _member(archive, member)
+
+
+def _member(archive: zipfile.ZipFile, name: str) -> bytes:
+    """A member of an archive, of which no more is expanded than a drawing may have."""
+    with archive.open(name) as file:
+        found = file.read(DRAWING + 1)
+    if len(found) > DRAWING:
+        raise ValueError(f"it has more than {DRAWING} bytes")
+    return found
 
 
 def _read(path: Path, cure: str) -> bytes:
     try:
-        return path.read_bytes()
+        return read_bytes(path)
     except OSError as error:
         raise _unreadable(path, error, cure) from None
 
@@ -278,8 +289,8 @@ def _read_tree(folder: Path, cure: str) -> dict[str, bytes]:
             if name.endswith(".png"):
                 path = os.path.join(place, name)
                 try:
-                    with open(path, "rb", buffering=0) as file:  # half the time of Path.read_bytes
-                        files[f"{inner}/{name}"] = file.read()
+                    with open(regular(path), "rb", buffering=0) as file:  # half the time of Path.read_bytes
+                        files[f"{inner}/{name}"] = file.read(DRAWING)
                 except OSError as error:
                     raise _unreadable(path, error, cure) from None
     return files

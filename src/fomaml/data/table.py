@@ -14,6 +14,8 @@ import numpy as np
 from fomaml.choices import check_choice, nearest_first
 from fomaml.data.keys import Kind, key_of
 from fomaml.errors import InputError, in_one_line, shown
+from fomaml.memory import check_fits
+from fomaml.regular import regular
 
 MOST_CLASSES = 20  # whole numbers of more different values are quantities
 SEPARATORS = {"\t": "tabs", ";": "';'", "|": "'|'", ",": "','", " ": "spaces"}
@@ -136,6 +138,7 @@ def _read_file(pd: Any, path: Path, separator: str | None, decimal: str) -> Any:
     if path.is_dir() or not path.exists():
         raise InputError(f"{path} is a folder, expected a table" if path.is_dir() else f"no file {path}")
     try:
+        check_fits(f"the table {path}", regular(path).stat().st_size, "give a part of its rows")
         if suffix in (".parquet", ".pq"):
             return pd.read_parquet(path)
         if suffix not in (".csv", ".tsv", ".txt"):
