@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -166,6 +167,15 @@ def test_validated_runs_and_comparisons_are_the_same_too(images, tmp_path):
     assert ended[1].out == ended[1].err == ""
     for algorithm in ("fomaml", "reptile"):
         assert_same(tmp_path / "one" / algorithm, tmp_path / "two" / algorithm)
+    restart = {"TORCHELASTIC_RESTART_COUNT": "1"}
+    told = started(2, tmp_path, *words, "--out", "two", environ=restart)
+    assert [each.status for each in told] == [0, 0] and "FOMAML" in told[0].out
+    (tmp_path / "two" / "compare.json").unlink()  # as of one that died before its end
+    shutil.rmtree(tmp_path / "two" / "reptile")
+    again = started(3, tmp_path, *words, "--out", "two", environ=restart)
+    assert [each.status for each in again] == [0, 0, 0], again[0].err
+    assert "FOMAML (1/2): finished before" in again[0].out
+    assert_same(tmp_path / "one" / "reptile", tmp_path / "two" / "reptile")
 
 
 @pytest.mark.long
