@@ -31,6 +31,7 @@ from fomaml.train import train
 
 RESULTS = ROOT / "benchmarks" / "results" / "ranks.json"
 SIZES = tuple(4**power for power in range(5, 13))  # bytes, 1 kB to 16 MB
+BEGIN, END = "<!-- ranks: begin -->", "<!-- ranks: end -->"  # of the tables in the page
 WORKERS = (8, 64, 1024)
 # seconds of a message, bytes a second: what is written on the box of a network, to be put in the place of what was
 # measured between two processes of one machine
@@ -174,9 +175,9 @@ def reckoned(results: dict) -> list[list[str]]:
         per_task = results["processes"] * facts["many_processes"]["milliseconds"] / facts["tasks"] / 1e3
         for network, (latency, bandwidth) in networks.items():
             seconds = [ring_seconds(facts["gradient_bytes"], n, latency, bandwidth) for n in WORKERS]
-            cells = [f"{1e3 * each:.2g} ms = {each / per_task:.2g}" for each in seconds]
+            cells = [f"{_short(1e3 * each)} ms, {_short(each / per_task)} tasks" for each in seconds]
             rows.append(
-                [name, f"{facts['gradient_bytes'] / 1e3:.0f}", f"{1e3 * per_task:.3g}", network, *cells]
+                [name, f"{facts['gradient_bytes'] / 1e3:.0f}", _short(1e3 * per_task), network, *cells]
             )
     return rows
 
@@ -196,14 +197,32 @@ def beside(results: dict) -> list[list[str]]:
     for name, facts in results["workloads"].items():
         one, many = facts["one_process"], facts["many_processes"]
         ratio = median(a / b for a, b in zip(one["rounds"], many["rounds"]))
-        times = [f"{each['milliseconds']:.3g}" for each in (one, many)]
+        times = [_short(each["milliseconds"]) for each in (one, many)]
         rows.append([name, str(facts["tasks"]), *times, f"{ratio:.2f}"])
     return rows
+
+
+def _short(number: float) -> str:
+    return f"{number:.0f}" if number >= 10 else f"{number:.2g}"
 
 
 def as_table(rows: list[list[str]]) -> str:
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+
+
+def page(results: dict) -> str:
+    """The two tables, with what they were measured on."""
+    latency, bandwidth = fitted(results)
+    where = (
+        f"{results['machine']}, {results['cores']} cores, torch {results['torch']}, commit {results['commit']}, "
+        f"{results['date']}, seed {results['seed']}; load before it {results['load_before']:.1f}."
+    )
+    told = (
+        f"Reckoned, not measured. An all_reduce between {results['processes']} processes here: {1e3 * latency:.2g} ms "
+        f"for a message and {bandwidth / 1e9:.2g} GB/s."
+    )
+    return f"{where}\n\n{as_table(beside(results))}\n\n{told}\n\n{as_table(reckoned(results))}"
 
 
 def main() -> None:
@@ -226,7 +245,12 @@ def main() -> None:
         results = measured(options.workloads, options)
         options.out.write_text(json.dumps(results, indent=1) + "\n")
     results = json.loads(options.out.read_text())
-    print(as_table(beside(results)), as_table(reckoned(results)), sep="\n\n")
+    text = page(results)
+    print(text)
+    if options.render:
+        document = ROOT / "docs" / "performance.md"
+        before, rest = document.read_text().split(BEGIN)
+        document.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
 
 
 if __name__ == "__main__":

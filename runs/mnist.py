@@ -15,7 +15,7 @@ from fomaml.app.judge import told
 from fomaml.app.parser import option, parse
 from fomaml.app.progress import watching
 from fomaml.app.report import duration, table, verdict
-from fomaml.app.rundir import circumstances, claim
+from fomaml.app.rundir import circumstances, claimed
 from fomaml.app.session import train_run
 from fomaml.app.settings import Question
 from fomaml.app.settle import settle
@@ -40,7 +40,12 @@ class Options:
 
 def main(options: Options) -> None:
     out = options.out or Path("out") / f"mnist-{datetime.now():%Y%m%d-%H%M%S}"
-    claim(out)
+    with claimed(out):
+        train_all(options, out)
+
+
+def train_all(options: Options, out: Path) -> None:
+    """The four runs and the table, in a folder that is there."""
     began = time.perf_counter()
     columns = []
     shared = {k: v for k, v in vars(options).items() if k != "out"}

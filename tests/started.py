@@ -52,6 +52,8 @@ def started(
     processes = []
     for rank in range(ranks):
         own = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        for kind in ("out", "err"):  # also of a process that is killed at once
+            (folder / f"{kind} {rank}").write_text("")
         words = [*arguments, *(of_rank or {}).get(rank, ())]
         processes.append(context.Process(target=_run, args=(folder, own, words)))
         processes[-1].start()

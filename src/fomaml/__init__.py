@@ -47,6 +47,7 @@ if TYPE_CHECKING:  # a checker of types is to know all modules, and no other nam
     from fomaml import errors as errors
     from fomaml import features as features
     from fomaml import files as files
+    from fomaml import finite as finite
     from fomaml import group_episodes as group_episodes
     from fomaml import learning as learning
     from fomaml import measures as measures
@@ -57,6 +58,7 @@ if TYPE_CHECKING:  # a checker of types is to know all modules, and no other nam
     from fomaml import ranks as ranks
     from fomaml import regular as regular
     from fomaml import scoring as scoring
+    from fomaml import sealed as sealed
     from fomaml import serve as serve
     from fomaml import streams as streams
     from fomaml import tasks as tasks

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from difflib import SequenceMatcher
 from typing import Any, Literal, get_args
 
-from fomaml.errors import InputError
+from fomaml.errors import InputError, shown
 
 # Whose examples batch norms normalise by when a query set is judged: those of the query set itself, of the support
 # set, or of the support set and the one query example at hand.
@@ -22,7 +23,10 @@ def check_choice(what: str, value: Any, choices: Any) -> None:
     """Raise `InputError` unless `value` is one of the words of `choices`, a Literal or a sequence of them."""
     names = get_args(choices) or tuple(choices)
     if value not in names:
-        raise InputError(f"unknown {what} {value!r}; there are: {', '.join(map(str, names))}")
+        texts = [str(name) for name in names]
+        near = difflib.get_close_matches(value, texts, 1) if isinstance(value, str) else []
+        hint = f", did you mean {near[0]}? There" if near else "; there"
+        raise InputError(f"unknown {what} {shown(value)}{hint} are: {', '.join(texts)}")
 
 
 def nearest_first(name: Any, names: Sequence[str]) -> str:

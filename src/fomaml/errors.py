@@ -75,7 +75,9 @@ def escaped(text: str) -> str:
 
 def shown(value: Any) -> str:
     """A value in a message: in one line, and not a long one."""
-    return textwrap.shorten(repr(value), 100, placeholder=" ...")
+    text = repr(value)
+    short = textwrap.shorten(text, 100, placeholder=" ...")
+    return short if short != "..." else f"{text[:95]} ..."  # one long word
 
 
 def in_one_line(error: BaseException) -> str:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fomaml import regular
 from fomaml.errors import InputError
+from fomaml.regular import regular
 from fomaml.sealed import DIGEST, sealed, settings_digest
 
 UNWRITABLE = "backslashreplace"  # of surrogates, which in JSON is their escape
@@ -202,7 +203,11 @@ def load_tensors(
 
 def file_digest(path: str | Path) -> str:
     """The SHA-256 digest of a file's bytes."""
-    return hashlib.sha256(_file(path).read_bytes()).hexdigest()
+    found = hashlib.sha256()
+    with open(regular(_file(path)), "rb") as file:
+        while part := file.read(2**20):
+            found.update(part)
+    return found.hexdigest()
 
 
 class InParts(Protocol):

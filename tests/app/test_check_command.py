@@ -123,7 +123,10 @@ def test_the_command_as_json(folder, capsys):
         ),
         (["nets:Net", "--input-dtype", "int64"], "--input-dtype int64 and --vocabulary N go together"),
         (["nets:Net", "--vocabulary", "3"], "--input-dtype int64 and --vocabulary N go together"),
-        (["nets:Net", "--input-dtype", "int8"], "unknown input dtype 'int8'; there are: float32, int64"),
+        (
+            ["nets:Net", "--input-dtype", "int8"],
+            "unknown input dtype 'int8', did you mean int64? There are: float32",
+        ),
         (["nets:Net", "--ways", "0"], "--ways must be a whole number of 1 or more, got 0"),
     ],
 )

@@ -205,7 +205,10 @@ def test_sinusoid_lowers_the_error(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["nosuch"], "unknown source 'nosuch'; there are: mnist, omniglot, folder:PATH, sinusoid"),
-        (["folder"], "unknown source 'folder'; there are: mnist, omniglot, folder:PATH, sinusoid"),
+        (
+            ["folder"],
+            "unknown source 'folder', did you mean folder:PATH? There are: mnist",
+        ),
         (["omniglot", "--split", "x"], "unknown split 'x'; there are: maml, vinyals, background-evaluation"),
         (["mnist", "--split", "maml"], "the source mnist takes no --split, got 'maml'"),
         (["folder:x", "--question", "new-digits"], "the source folder takes no --question, got 'new-digits'"),

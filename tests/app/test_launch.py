@@ -2,13 +2,18 @@
 
 import json
 import os
+import shutil
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import fomaml
 import fomaml.app.launch as launching
 from fomaml.app.cli import main
 from fomaml.app.launch import Launch
@@ -130,6 +135,79 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step_and_others_go_on(tmp
     told = started(2, tmp_path, "train", *few, "--out", "run", environ={"TORCHELASTIC_RESTART_COUNT": "2"})
     assert [each.status for each in told] == [0, 0]
     assert "run directory: run" in told[0].out and "iteration" not in told[0].out
+
+
+@pytest.mark.long
+def test_validated_runs_and_comparisons_are_the_same_too(images, tmp_path):
+    few = [
+        "--ways",
+        "2",
+        "--query-shots",
+        "2",
+        "--channels",
+        "4",
+        "--iterations",
+        "6",
+        "--meta-batch-size",
+        "7",
+    ]
+    few += ["--test-tasks", "6", "--same-bits", "--image-size", "16", "16", "--norm-policy", "running"]
+    validated = ["--validate-every", "2", "--validation-tasks", "9", "--no-baselines"]
+    words = ["train", f"folder:{images / 'even'}", *few, *validated]
+    main([*words, "--out", str(tmp_path / "alone")])
+    ended = started(3, tmp_path, *words, "--out", "run")
+    assert [each.status for each in ended] == [0, 0, 0], ended[0].err
+    assert_same(tmp_path / "alone", tmp_path / "run")
+    assert sorted(os.listdir(tmp_path / "run")) == sorted(os.listdir(tmp_path / "alone"))
+    words = ["compare", "sinusoid", "--algorithms", "reptile", "--iterations", "6", "--meta-batch-size", "7"]
+    words += ["--test-tasks", "6", "--same-bits"]
+    main([*words, "--out", str(tmp_path / "one")])
+    ended = started(2, tmp_path, *words, "--out", "two")
+    assert [each.status for each in ended] == [0, 0], ended[0].err
+    assert ended[1].out == ended[1].err == ""
+    for algorithm in ("fomaml", "reptile"):
+        assert_same(tmp_path / "one" / algorithm, tmp_path / "two" / algorithm)
+    restart = {"TORCHELASTIC_RESTART_COUNT": "1"}
+    told = started(2, tmp_path, *words, "--out", "two", environ=restart)
+    assert [each.status for each in told] == [0, 0] and "FOMAML" in told[0].out
+    (tmp_path / "two" / "compare.json").unlink()  # as of one that died before its end
+    shutil.rmtree(tmp_path / "two" / "reptile")
+    again = started(3, tmp_path, *words, "--out", "two", environ=restart)
+    assert [each.status for each in again] == [0, 0, 0], again[0].err
+    assert "FOMAML (1/2): finished before" in again[0].out
+    assert_same(tmp_path / "one" / "reptile", tmp_path / "two" / "reptile")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_worker_of_torchrun_comes_back_and_ends_the_same(alone, tmp_path, rank):
+    few = [*FEW, "--same-bits"]
+    few[few.index("--iterations") + 1] = "300"
+    main(["train", *few, "--out", str(tmp_path / "whole")])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["--max-restarts", "3", "-m", "fomaml", "train", *few, "--out", "run"]
+    paths = {"PYTHONPATH": str(Path(fomaml.__file__).parents[1])}
+    with (
+        open(tmp_path / "said", "w") as said,
+        subprocess.Popen(
+            command, cwd=tmp_path, env=os.environ | paths, stdout=said, stderr=subprocess.STDOUT
+        ) as torchrun,
+    ):
+        while not (tmp_path / "run" / "state.safetensors").exists():
+            assert torchrun.poll() is None, (tmp_path / "said").read_text()
+            time.sleep(0.01)
+        os.kill(worker_of(torchrun.pid, rank), signal.SIGKILL)
+        assert torchrun.wait(300) == 0, (tmp_path / "said").read_text()
+    assert "resuming after iteration" in (tmp_path / "said").read_text()
+    assert_same(tmp_path / "whole", tmp_path / "run")
+
+
+def worker_of(torchrun, rank):
+    """The process of a rank that torchrun has started."""
+    for process in Path(f"/proc/{torchrun}/task/{torchrun}/children").read_text().split():
+        if f"RANK={rank}".encode() in Path(f"/proc/{process}/environ").read_bytes().split(b"\0"):
+            return int(process)
+    raise AssertionError("no such process")
 
 
 # --- how a process was started --------------------------------------------------------------------

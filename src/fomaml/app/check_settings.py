@@ -90,7 +90,8 @@ def check_settings(settings: Settings, origin: str = "", given: Mapping[str, Any
 def _check_type(name: str, value: Any, hint: Any) -> None:
     """Raise `InputError` unless a value is of the type that a field declares; words of a Literal: see `check`."""
     if not _is(value, hint):
-        raise InputError(f"{name} must be {_named(hint)}, got {shown(value)}")
+        given = list(value) if isinstance(value, tuple) else value  # as JSON has it
+        raise InputError(f"{name} must be {_named(hint)}, got {shown(given)}")
     for text in _texts(value):
         if "\0" in text or any(
             "\ud800" <= letter < "\udc80" for letter in text

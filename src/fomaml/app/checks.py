@@ -114,7 +114,7 @@ def check_source(source: str) -> None:
     """Raise `InputError` unless this names an entry of `SOURCES`, with what has to stand after its colon."""
     name, path = split_name(source)
     if name not in SOURCES or bool(path) != bool(SOURCES[name].path) or (":" in source and not path):
-        raise InputError(f"unknown source {shown(source)}; there are: {', '.join(names())}")
+        check_choice("source", source, [each for each in names() if each != source])
 
 
 def within(name: str, value: int, most: int = MOST) -> None:

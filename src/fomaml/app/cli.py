@@ -26,7 +26,7 @@ from fomaml.app.commands import (
 from fomaml.app.compare import compare, expand
 from fomaml.app.compare import describe as describe_comparison
 from fomaml.app.compare_page import is_comparison, report_comparison
-from fomaml.app.compare_resume import begun
+from fomaml.app.compare_resume import begun, begun_before
 from fomaml.app.demo_server import run_demo
 from fomaml.app.failures import told_in_one_line
 from fomaml.app.interrupts import listening, status_of
@@ -261,8 +261,13 @@ def _compare(options: CompareOptions) -> None:
         options = options if resume is None else begun(options)
         first = expand(options)[0]
     out = resume or Path(launch.decided(lambda: str(options.out or default_out(first, "compare"))))
+    before = launch.decided(lambda: begun_before(options, out)) if launch.restarts and resume is None else ""
+    if before == "finished":
+        print((out / "compare.txt").read_text(encoding="utf-8") if launch.first else "")
+        return
+    going_on = resume is not None or before == "begun"
     with resumable(f"fomaml compare --resume {shlex.quote(str(out))}"):
-        result = compare(options, out, say=lambda line: print(line, flush=True), resume=resume is not None)
+        result = compare(options, out, say=lambda line: print(line, flush=True), resume=going_on)
     print("\n" + describe_comparison(result) + f"\nsaved in {out}")
 
 

@@ -131,7 +131,7 @@ def run_one(settings: Settings, out: Path, cosine_every: int | None, threads: in
     """
     torch.set_num_threads(threads)
     launch = Launch(os.environ, settings.algorithm, hosts=False)
-    going_on = (out / CONFIG).exists()
+    going_on = launch.decided(lambda: "yes" if (out / CONFIG).exists() else "no") == "yes"
     with (
         launch.speaking(),
         session(
@@ -153,7 +153,7 @@ def run_one(settings: Settings, out: Path, cosine_every: int | None, threads: in
                 save_weights(snapshots[iteration], model)
 
         folder = out / SNAPSHOTS
-        for path in folder.glob("*.safetensors"):  # of a run that goes on
+        for path in folder.glob("*.safetensors") if launch.first else ():  # of a run that goes on
             snapshots[int(path.stem)] = path
         memory = Memory(next(model.parameters()).device)
         run.train(measure_every=NO_LIMIT, after=keep)

@@ -12,6 +12,7 @@ from fomaml.app.parser import parse_command
 from fomaml.app.search import words_of
 from fomaml.errors import InputError
 from fomaml.files import write_json
+from fomaml.regular import read_text
 from fomaml.sealed import unsealed
 
 BEGUN = "comparison.json"  # the options
@@ -34,6 +35,13 @@ def begin(options: CompareOptions, out: Path) -> None:
     except OSError as error:
         raise InputError(f"cannot make the folder {out}: {error.strerror}") from None
     write_json(out / BEGUN, {"words": words_of(given(options), CompareOptions)})
+
+
+def begun_before(options: CompareOptions, out: Path) -> str:
+    """Whether a folder holds a comparison of these very options, "begun" or "finished"; else ""."""
+    if not (out / BEGUN).exists() or _words(out) != words_of(given(options), CompareOptions):
+        return ""
+    return "finished" if (out / COMPARISON).exists() else "begun"
 
 
 def begun(options: CompareOptions) -> CompareOptions:
@@ -60,6 +68,19 @@ def begun(options: CompareOptions) -> CompareOptions:
         raise InputError(f"the comparison in {folder} is finished; see {folder / 'compare.txt'}")
     found: Any = parse_command({"compare": CompareOptions}, ["compare", *words], "fomaml", "")
     return found
+
+
+def _words(folder: Path) -> list[str]:
+    """The options of the comparison in a folder, as they were typed."""
+    try:
+        words = unsealed(read_text(folder / BEGUN), required=True)["words"]
+        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+            raise TypeError
+        return words
+    except OSError:
+        raise InputError(f"{folder} holds no comparison that was begun (no {BEGUN})") from None
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{folder / BEGUN} is damaged: it is not what the comparison began with") from None
 
 
 def costs_file(out: Path) -> Path:

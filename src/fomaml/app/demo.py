@@ -32,7 +32,6 @@ PIXELS = 50_000_000  # of one picture, as its header declares them
 LETTERS = 60  # of a name
 HELD = 2  # adapted models: two pages may be open
 PARAMETERS = 200_000_000  # of all models of one curve
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 AT = (0, 1, 2, 3, 5, 10, 20, 50, 100)  # the steps of a curve
 
 

@@ -25,6 +25,7 @@ from fomaml.errors import InputError, escaped, in_one_line
 from fomaml.ranks import RankError
 
 BAD_INPUT = 2
+OTHER_ENDED = 1  # another process of the same run
 PIPE_CLOSED = 141  # 128 and the number of SIGPIPE, as the shell tells of programs that the signal ends
 CURES = {
     errno.ENOSPC: "make room there, or give another place",
@@ -59,9 +60,8 @@ def told_in_one_line() -> Iterator[None]:
         _flush(output)
     except InputError as error:
         _end(spoken(str(error)))
-    except RankError as error:  # torchrun starts all processes again after it
-        print(f"fomaml: error: {spoken(str(error))}", file=sys.stderr)
-        raise SystemExit(1) from None
+    except RankError as error:
+        _end(str(error), OTHER_ENDED)
     except OutputError as error:
         _give_up(before)
         if error.errno == errno.EPIPE:
@@ -119,7 +119,9 @@ def told(error: BaseException) -> str | None:
     if isinstance(error, SafetensorError):
         return f"a safetensors file is damaged, or cannot be written ({_first(error)})"
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and out_of_memory(error)):
-        return f"out of memory ({_first(error)}): {SMALLER}"
+        tried = re.search(r"tried to allocate (\d+) bytes", str(error))
+        what = f"{in_units(int(tried[1]))} were asked for" if tried else _first(error)
+        return f"out of memory ({what}): {SMALLER}"
     if isinstance(error, UnicodeError):
         return f"text that is not {getattr(error, 'encoding', 'of its encoding')}: {_first(error)}"
     if isinstance(error, OverflowError):
@@ -184,7 +186,7 @@ def _give_up(stream: IO[str]) -> None:
         os.close(nowhere)
 
 
-def _end(text: str) -> NoReturn:
+def _end(text: str, status: int = BAD_INPUT) -> NoReturn:
     with contextlib.suppress(OSError):  # nobody is told
         print(f"fomaml: error: {one_line(text)}", file=sys.stderr, flush=True)
-    raise SystemExit(BAD_INPUT) from None
+    raise SystemExit(status) from None

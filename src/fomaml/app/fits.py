@@ -67,7 +67,7 @@ def check_network_fits(settings: Settings, make: Callable[[], nn.Module]) -> Non
             f"the network {settings.model} has more weights than can be counted: {cure}"
         ) from None
     weights = list(model.parameters())
-    number = sum(weight.numel() for weight in weights)
+    number = sum(each.numel() for each in (*weights, *model.buffers()))
     check_fits(
         f"the network {settings.model} of {number} weights", NUMBER * number, cure,
         settings.device,

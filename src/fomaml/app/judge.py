@@ -36,7 +36,7 @@ def judge(
 ) -> tuple[dict, Scores]:
     """Evaluate a trained learner on unseen tasks; returns the result, and the scores behind it.
 
-    group: see `fomaml.evaluate.evaluate`.
+    group: as of `evaluate`.
     """
     say(f"evaluating on {settings.test_tasks} unseen tasks")
     kinds = (settings.statistics, *_beside(settings, learner))

@@ -19,6 +19,7 @@ import torch
 from torch import distributed
 
 from fomaml.errors import InputError, in_one_line
+from fomaml.ranks import RankError
 
 NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 PATIENCE = timedelta(hours=2)  # that one process waits for another: to read data may take long
@@ -111,7 +112,7 @@ class Launch:
             raise error
         if store.check([f"{key} wrong"]):
             kind, _, text = store.get(f"{key} wrong").decode().partition(":")
-            raise (InputError if kind == "input" else RuntimeError)(text)
+            raise (InputError if kind == "input" else RankError)(text)
 
     def decided(self, decide: Callable[[], str]) -> str:
         """What the first process decides; what it fails at is an error in all of them."""

@@ -6,12 +6,14 @@ import argparse
 import dataclasses
 import difflib
 import inspect
+import re
+import sys
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from fomaml.errors import InputError
+from fomaml.errors import InputError, shown
 
 Options = TypeVar("Options")
 METAVARS = {int: "N", float: "X", str: "NAME", Path: "PATH"}
@@ -52,6 +54,8 @@ def parse_command(
     commands: Mapping[str, type], arguments: Sequence[str] | None, prog: str, description: str
 ) -> Any:
     """The options of the command that was given; raises as `parse`."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    _check_command(list(commands), arguments, prog)
     parser = _Parser(prog=prog, description=description, allow_abbrev=False)
     kinds = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     parsers = {
@@ -59,12 +63,60 @@ def parse_command(
         for name, kind in commands.items()
     }
     name = parser.parse_known_args(arguments)[0].command
-    return _read(parser, parsers[name], commands[name], arguments)
+    return _read(parser, parsers[name], commands[name], arguments, parsers.values())
+
+
+def _check_command(commands: Sequence[str], arguments: Sequence[str], prog: str) -> None:
+    """Raise `InputError` unless the arguments begin with a command, or ask for help."""
+    first = arguments[0] if arguments else ""
+    if first in (*commands, "-h", "--help"):
+        return
+    there = f"{', '.join(commands)}; see {prog} --help"
+    if not first:
+        raise InputError(f"name a command: {there}")
+    if first.startswith("-"):
+        raise InputError(f"a command comes first, before {shown(first)}: {there}")
+    near = difflib.get_close_matches(first, commands, 1)
+    hint = f", did you mean {near[0]}? There" if near else "; there"
+    raise InputError(f"unknown command {shown(first)}{hint} are: {there}")
 
 
 class _Parser(argparse.ArgumentParser):
+    """Says in the words of this project what argparse finds."""
+
     def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
+        message = message.removeprefix("argument ")
+        message = re.sub(r"^(\S+): takes ", r"\1 takes ", message)  # of `_number`
+        message = re.sub(
+            r"^(\S+): expected (.+?) arguments?$", lambda found: self._lacking(found[1], found[2]), message
+        )
+        message = re.sub(
+            r"^(\S+?)/\S+: ignored explicit argument (.*)$", r"\1 takes no value, got \2", message
+        )
+        message = re.sub(r"^the following arguments are required: ", "these are missing: ", message)
+        raise InputError(f"{message}; see {self.prog} --help")
+
+    def _lacking(self, name: str, number: str) -> str:
+        action = next((each for each in self._actions if name in each.option_strings), None)
+        kind = "" if action is None or not isinstance(action.metavar, str) else f" {action.metavar}"
+        several = "values" if number.isdigit() else "value"
+        return f"{name} needs {number} {several},{kind}".rstrip(",")
+
+
+def _number(kind: type, words: str) -> Callable[[str], Any]:
+    def read(text: str) -> Any:
+        try:
+            return kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"takes {words}, got {shown(text)}") from None
+
+    return read
+
+
+READERS: dict[Any, Callable[[str], Any]] = {
+    int: _number(int, "a whole number"),
+    float: _number(float, "a number"),
+}
 
 
 def _parser(make, kind: type, *arguments, **options) -> argparse.ArgumentParser:
@@ -87,14 +139,33 @@ def _parser(make, kind: type, *arguments, **options) -> argparse.ArgumentParser:
     return parser
 
 
-def _read(parser, own, kind: type[Options], arguments) -> Options:
+def _read(
+    parser, own, kind: type[Options], arguments, others: Iterable[argparse.ArgumentParser] = ()
+) -> Options:
     values, unknown = parser.parse_known_args(arguments)
     if unknown:
-        known = [text for action in own._actions for text in action.option_strings]
-        near = difflib.get_close_matches(unknown[0].partition("=")[0], known, 1)
-        hint = f", did you mean {near[0]}?" if near else ";"
-        raise InputError(f"unknown argument {unknown[0]!r}{hint} see {own.prog} --help")
+        raise InputError(f"{_unknown(own, unknown[0], others)} see {own.prog} --help")
     return _made(kind, vars(values))
+
+
+def _unknown(own: argparse.ArgumentParser, word: str, others: Iterable[argparse.ArgumentParser]) -> str:
+    """What is wrong with an argument that a command does not know."""
+    name, known = word.partition("=")[0], _options(own)
+    if not name.startswith("-") or name in known:
+        places = [str(action.metavar) for action in own._actions if not action.option_strings]
+        takes = f"only {' and '.join(places)}" if places else "nothing"
+        return f"{own.prog} takes {takes} without the name of an option, got {shown(word)} too;"
+    elsewhere = [parser.prog for parser in others if name in _options(parser)]
+    near = [text for text in known if len(name) > 3 and text.startswith(name)]
+    near = near or difflib.get_close_matches(name, known, 1, 0.7 if elsewhere else 0.6)
+    hint = f", did you mean {near[0]}?" if near else ";"
+    if elsewhere:
+        return f"{name} is an option of {', '.join(elsewhere)}, not of {own.prog}{hint}"
+    return f"unknown argument {shown(word)}{hint}"
+
+
+def _options(parser: argparse.ArgumentParser) -> list[str]:
+    return [text for action in parser._actions for text in action.option_strings]
 
 
 def _made(kind: type, values: Mapping[str, Any]) -> Any:
@@ -123,8 +194,9 @@ def _add(place, field: dataclasses.Field, hint) -> None:
     text = facts["help"].replace("%", "%%")
     if facts.get("positional"):
         counts = {"nargs": "+"} if many else {} if required else {"nargs": "?"}
-        default = {} if required else {"default": field.default}
-        place.add_argument(field.name, type=kind, help=text, metavar=facts["metavar"], **counts, **default)
+        default: dict[str, Any] = {} if required else {"default": field.default}
+        default |= {"type": READERS.get(kind, kind), "help": text, "metavar": facts["metavar"]}
+        place.add_argument(field.name, **counts, **default)
         return
     name = f"--{(facts['name'] or field.name).replace('_', '-')}"
     if kind is bool:
@@ -139,7 +211,7 @@ def _add(place, field: dataclasses.Field, hint) -> None:
         dest=field.name,
         default=field.default,
         required=required,
-        type=str if choices else kind,
+        type=str if choices else READERS.get(kind, kind),
         nargs=many,
         metavar=metavar,
         help=text,

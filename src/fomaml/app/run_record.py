@@ -19,6 +19,7 @@ from fomaml.app.judge import describe
 from fomaml.app.named import foreign_model
 from fomaml.app.rundir import (
     METRICS,
+    MOST,
     RESULT,
     RESULT_TEXT,
     checksum,
@@ -34,6 +35,7 @@ from fomaml.app.sources import source_of
 from fomaml.errors import InputError
 from fomaml.metrics import LOSS, Metric
 from fomaml.metrics import METRICS as KNOWN
+from fomaml.regular import read_bytes, read_text
 from fomaml.sealed import unsealed
 
 OF_READING = (  # how a file is read: without it nothing is settled

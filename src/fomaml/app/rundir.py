@@ -35,6 +35,7 @@ from fomaml.checkpoint import load_weights
 from fomaml.errors import InputError
 from fomaml.files import UNWRITABLE, sweep, write_text
 from fomaml.learning.learner import MetaLearner
+from fomaml.regular import read_bytes, read_text
 from fomaml.sealed import finite, unsealed
 
 CONFIG, METRICS = "config.json", "metrics.jsonl"
@@ -42,6 +43,7 @@ STATE, STATE_BEFORE = "state.safetensors", "before.safetensors"
 WEIGHTS, LAST = "weights.safetensors", "last.safetensors"
 RESULT, RESULT_TEXT = "result.json", "result.txt"
 CHECKSUM = "crc32"
+MOST = 2**30  # bytes of metrics.jsonl
 
 
 OF_A_RUN = (CONFIG, STATE, STATE_BEFORE, WEIGHTS, LAST, METRICS, RESULT, RESULT_TEXT, "calibration.json")

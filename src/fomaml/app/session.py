@@ -94,10 +94,7 @@ def session(
     allow_download: bool = True,
     launch: Launch | None = None,
 ) -> contextlib.AbstractContextManager[Session]:
-    """A run that holds its directory while the block lasts; arguments and errors as of `train_run`.
-
-    launch: how this process was started; see `begun`.
-    """
+    """A run that holds its directory while the block lasts; as `train_run`. launch: how this process was started."""
     given = out, say, watch, work, validated, allow_download
     return begun(launch or launched(), settings, out, resume, lambda own, all: Session(own, *given, all))
 

@@ -260,7 +260,8 @@ def from_json(text: str, origin: str) -> Settings:
         if written == 0:
             values = _of_format_0(values)
         for name in ("out", "data_root", "features_in"):
-            values[name] = values.get(name) and Path(values[name])
+            given = values.get(name)
+            values[name] = Path(given) if isinstance(given, str) and given else given
         for name, value in values.items():
             if name not in ("facts", "model_options", "code", "data") and isinstance(value, list):
                 values[name] = tuple(value)

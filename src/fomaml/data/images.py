@@ -14,6 +14,7 @@ import numpy as np
 
 from fomaml import regular
 from fomaml.errors import InputError
+from fomaml.regular import regular
 
 log = logging.getLogger(__name__)
 
