@@ -21,7 +21,6 @@ from fomaml.choices import Policy
 from fomaml.errors import InputError, in_one_line, whole
 from fomaml.files import load_tensors
 from fomaml.models import convert_batch_norm
-from fomaml.regular import regular
 
 log = logging.getLogger(__name__)
 LIBRARIES = ("timm", "torchvision")

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from fomaml import regular
 from fomaml.errors import InputError
-from fomaml.regular import regular
 from fomaml.sealed import DIGEST, sealed, settings_digest
 
 UNWRITABLE = "backslashreplace"  # of surrogates, which in JSON is their escape
@@ -204,7 +203,7 @@ def load_tensors(
 def file_digest(path: str | Path) -> str:
     """The SHA-256 digest of a file's bytes."""
     found = hashlib.sha256()
-    with open(regular(_file(path)), "rb") as file:
+    with regular.opened(_file(path)) as file:
         while part := file.read(2**20):
             found.update(part)
     return found.hexdigest()

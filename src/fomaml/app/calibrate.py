@@ -24,7 +24,6 @@ from fomaml.files import write_json
 from fomaml.learning.forward import called
 from fomaml.learning.learner import MetaLearner
 from fomaml.learning.mistakes import selected
-from fomaml.regular import read_text
 from fomaml.sealed import unsealed
 from fomaml.serve.calibration import calibrated
 from fomaml.tasks import Batch, Examples, are_labels, count, one

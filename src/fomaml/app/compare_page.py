@@ -22,7 +22,6 @@ from fomaml.app.scores import metric_in
 from fomaml.app.wording import option as typed
 from fomaml.errors import InputError
 from fomaml.files import write_text
-from fomaml.regular import read_text
 from fomaml.sealed import unsealed
 
 

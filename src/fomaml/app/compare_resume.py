@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fomaml import regular
 from fomaml.app import rundir
 from fomaml.app.commands import CompareOptions, given
 from fomaml.app.parser import parse_command
@@ -54,16 +53,7 @@ def begun(options: CompareOptions) -> CompareOptions:
     assert folder is not None
     if set(given(options)) != {"resume"}:
         raise InputError("--resume takes the options of the comparison: give no others")
-    try:
-        words = unsealed(regular.read_text(folder / BEGUN), required=True)["words"]
-        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-            raise TypeError
-    except InputError:
-        raise
-    except OSError:
-        raise InputError(f"{folder} holds no comparison that was begun (no {BEGUN})") from None
-    except (ValueError, KeyError, TypeError):
-        raise InputError(f"{folder / BEGUN} is damaged: it is not what the comparison began with") from None
+    words = _words(folder)
     if (folder / COMPARISON).exists():
         raise InputError(f"the comparison in {folder} is finished; see {folder / 'compare.txt'}")
     found: Any = parse_command({"compare": CompareOptions}, ["compare", *words], "fomaml", "")
@@ -98,10 +88,8 @@ def costs_of(out: Path) -> dict[str, Any] | None:
         return None
     path = costs_file(out)
     try:
-        found = unsealed(regular.read_text(path), required=True)
+        found = unsealed(read_text(path), required=True)
         found["scores"] = {int(steps): scores for steps, scores in found["scores"].items()}
         return found
-    except InputError:
-        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"{path} is damaged: delete {out}, to have it trained again") from None

@@ -18,7 +18,6 @@ from fomaml.app.sources import source_of, split_name
 from fomaml.data.images import readable_suffixes
 from fomaml.errors import InputError
 from fomaml.files import digest_of, user_cache, write_json
-from fomaml.regular import read_text
 from fomaml.sealed import settings_digest, unsealed
 
 WHOLE = 10**9  # bytes; of a larger file so many blocks are read

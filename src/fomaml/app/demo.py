@@ -21,7 +21,7 @@ from fomaml.app.calibrate import nearest
 from fomaml.app.serve_commands import told
 from fomaml.app.serving import AdaptedModel, Run, save_model
 from fomaml.app.sources import split_name
-from fomaml.data.images import TooManyPixels, opened_image, readable_formats
+from fomaml.data.images import TooManyPixels, opened_image
 from fomaml.errors import InputError, shown
 from fomaml.serve.pictures import Embedded, Pictures
 
@@ -230,9 +230,8 @@ class Demo:
 
     def _read(self, data: bytes, name: str) -> Tensor:
         """One picture as the run takes it, once its header has been looked at. (1, channels, height, width)"""
-        known = [each for each in readable_formats() if each in FORMATS]
         try:
-            with opened_image(BytesIO(data), formats=known) as image:
+            with opened_image(BytesIO(data)) as image:
                 width, height = image.size
         except TooManyPixels:
             raise InputError(f"{name} has more than {PIXELS // 1_000_000} million pixels") from None

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from fomaml.app.wording import spoken
 from fomaml.engines.common import out_of_memory
 from fomaml.errors import InputError, escaped, in_one_line
+from fomaml.memory import in_units
 from fomaml.ranks import RankError
 
 BAD_INPUT = 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import shlex
+import zlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,10 +20,8 @@ from fomaml.app.judge import describe
 from fomaml.app.named import foreign_model
 from fomaml.app.rundir import (
     METRICS,
-    MOST,
     RESULT,
     RESULT_TEXT,
-    checksum,
     is_number,
     load_settings,
     parsed_line,
@@ -35,7 +34,6 @@ from fomaml.app.sources import source_of
 from fomaml.errors import InputError
 from fomaml.metrics import LOSS, Metric
 from fomaml.metrics import METRICS as KNOWN
-from fomaml.regular import read_bytes, read_text
 from fomaml.sealed import unsealed
 
 OF_READING = (  # how a file is read: without it nothing is settled
@@ -179,9 +177,14 @@ def read_result(run: Path, checked: bool = False) -> dict[str, Any] | None:
         return None
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
         raise InputError(f"{path} is damaged: it is not the result of a run") from None
-    text, told = run / RESULT_TEXT, found.pop("text_crc32", None)
-    if told is not None and text.exists() and checksum(regular.read_text(text, errors="replace")) != told:
-        raise InputError(f"{text} is not what was written beside {RESULT}: delete it, or bring it back")
+    for name in (RESULT_TEXT, METRICS):
+        told, file = found.pop(f"{name} crc32", None), run / name
+        if (
+            told is not None
+            and file.exists()
+            and f"{zlib.crc32(regular.read_bytes(file, regular.LOG)):08x}" != told
+        ):
+            raise InputError(f"{file} is not what was written beside {RESULT}: bring it back, or delete it")
     return found
 
 

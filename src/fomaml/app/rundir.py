@@ -33,9 +33,8 @@ from fomaml.app.settings import DIGESTS, Better, Settings, identity
 from fomaml.app.sources import source_of
 from fomaml.checkpoint import load_weights
 from fomaml.errors import InputError
-from fomaml.files import UNWRITABLE, sweep, write_text
+from fomaml.files import sweep, write_text
 from fomaml.learning.learner import MetaLearner
-from fomaml.regular import read_bytes, read_text
 from fomaml.sealed import finite, unsealed
 
 CONFIG, METRICS = "config.json", "metrics.jsonl"
@@ -43,7 +42,6 @@ STATE, STATE_BEFORE = "state.safetensors", "before.safetensors"
 WEIGHTS, LAST = "weights.safetensors", "last.safetensors"
 RESULT, RESULT_TEXT = "result.json", "result.txt"
 CHECKSUM = "crc32"
-MOST = 2**30  # bytes of metrics.jsonl
 
 
 OF_A_RUN = (CONFIG, STATE, STATE_BEFORE, WEIGHTS, LAST, METRICS, RESULT, RESULT_TEXT, "calibration.json")
@@ -103,9 +101,15 @@ def alone(out: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def keep_metrics(path: Path, iterations: int, validated: int) -> int:
+def beside(out: Path) -> dict[str, str]:
+    """The checksums of the other figures of a run, which result.json keeps."""
+    read = {name: regular.read_bytes(out / name, regular.LOG) for name in (RESULT_TEXT, METRICS)}
+    return {f"{name} crc32": f"{zlib.crc32(data):08x}" for name, data in read.items()}
+
+
+def keep_metrics(path: Path, iterations: int, validated: int) -> tuple[int, int]:
     """Drop what will be written again, measurements after `iterations` and validations after `validated`, and damaged
-    lines, whose number is returned.
+    lines. Returns the number of lines that are kept, and of damaged ones.
 
     The last line of a killed run may be half a line, which is no damage.
     """
@@ -118,7 +122,7 @@ def keep_metrics(path: Path, iterations: int, validated: int) -> int:
         elif found["iteration"] <= (validated if "validation" in found else iterations):
             kept.append(line.decode())
     write_text(path, "".join(kept))
-    return damaged
+    return len(kept), damaged
 
 
 def written_line(record: Mapping[str, Any]) -> str:
@@ -164,7 +168,7 @@ def is_number(value: Any) -> bool:
 
 def checksum(text: str) -> str:
     """The CRC-32 of a text, in hexadecimal digits."""
-    return f"{zlib.crc32(text.encode(errors=UNWRITABLE)):08x}"
+    return f"{zlib.crc32(text.encode()):08x}"
 
 
 def begun_before(settings: Settings, out: Path) -> str:

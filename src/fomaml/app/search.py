@@ -15,7 +15,6 @@ from fomaml.app.settle import settle
 from fomaml.app.tune_options import TRIALS, TuneOptions
 from fomaml.app.wording import option as typed
 from fomaml.errors import InputError, positive, whole
-from fomaml.regular import read_text
 from fomaml.sealed import sealed, unsealed
 from fomaml.tuning import LogUniform, Space
 

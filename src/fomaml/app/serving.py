@@ -38,7 +38,6 @@ from fomaml.data.scaling import scaled_by
 from fomaml.errors import InputError, whole
 from fomaml.files import file_digest, load_tensors, save_tensors, write_json, write_text
 from fomaml.learning.learner import MetaLearner
-from fomaml.regular import read_text
 from fomaml.sealed import unsealed
 from fomaml.serve import adapted
 from fomaml.serve.export import signature

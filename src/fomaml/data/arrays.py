@@ -13,13 +13,7 @@ import numpy as np
 from fomaml import regular
 from fomaml.choices import nearest_first
 from fomaml.errors import InputError, in_one_line
-from fomaml.memory import check_fits, in_units
-from fomaml.regular import regular
-
-LARGE, RATIO = (
-    2**28,
-    100,
-)  # bytes of an array that is looked at twice, and how many times smaller one is believed
+from fomaml.memory import check_fits
 
 ARRAY = b"\x93NUMPY"  # the first bytes of one array
 DEFLATE = 1032  # how often zlib can repeat a byte that is there
@@ -101,6 +95,7 @@ def _member(archive: zipfile.ZipFile, key: str, path: Path) -> np.ndarray:
     if packed > there or (stored and size != packed) or size > DEFLATE * packed:
         raise ValueError(f"it cannot have {size} bytes in an archive of {there}")
     regular.check_unpacked(name, size, packed)
+    check_fits(name, size, "give a folder of .npy files, which are mapped")
     with archive.open(member) as file:
         version = np.lib.format.read_magic(file)
         read = (
@@ -117,39 +112,6 @@ def _member(archive: zipfile.ZipFile, key: str, path: Path) -> np.ndarray:
 def together(arrays: Mapping[str, Any], keys: Sequence[str]) -> Any:
     """The array of the one key, or a dict of those of several."""
     return arrays[keys[0]] if len(keys) == 1 else {key: arrays[key] for key in keys}
-
-
-def _check_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> None:
-    """Raise `InputError` where an array of an archive is not as large as it is declared, or cannot be meant.
-
-    What deflates to a hundredth is no measurement; so a small file does not fill the memory.
-    """
-    declared = _declared(archive, info)
-    if declared is not None and declared > info.file_size:
-        raise InputError(
-            f"{archive.filename or 'the archive'}: {info.filename} declares {in_units(declared)}, and has "
-            f"{in_units(info.file_size)}"
-        )
-    if info.file_size > LARGE and info.file_size > RATIO * max(1, info.compress_size):
-        raise InputError(
-            f"{info.filename} would expand from {in_units(info.compress_size)} to {in_units(info.file_size)}: save it "
-            "as it is, numpy.savez"
-        )
-    check_fits(f"the array {info.filename}", info.file_size, "give a folder of .npy files, which are mapped")
-
-
-def _declared(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> int | None:
-    """The bytes of an array by its own header; None of objects, and of what is no array."""
-    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    with archive.open(info) as member:
-        try:
-            read = readers.get(np.lib.format.read_magic(member))
-            if read is None:
-                return None
-            shape, _, dtype = read(member)
-        except ValueError:
-            return None
-    return None if dtype.hasobject else math.prod(shape) * dtype.itemsize
 
 
 def _why(error: Exception) -> str:

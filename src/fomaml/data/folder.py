@@ -64,7 +64,7 @@ def load_folder(
         in_memory: decode all images now, and keep them; or each one whenever it is drawn, to the same bits, after a
             look at the headers of all. By default in memory, unless they would take more than 2 GiB, which is logged.
 
-    PNG, JPEG, WebP, GIF, BMP, TIFF, JPEG 2000, AVIF, PPM, TGA, PCX and SGI, as far as this Pillow reads them; of an
+    PNG, JPEG, WebP, GIF, BMP, TIFF, JPEG 2000, AVIF, PPM, ICO, TGA and PCX, as far as this Pillow reads them; of an
     animation the first frame. Photographs are turned as their EXIF tag says, what is transparent becomes white. Files
     that are hidden, or of another suffix, are passed over; `origin` counts the latter. Names of classes that are no
     text, or break lines, are escaped. Directories that are there are used as they are; where one class is in more than

@@ -14,13 +14,12 @@ import numpy as np
 
 from fomaml import regular
 from fomaml.errors import InputError
-from fomaml.regular import regular
 
 log = logging.getLogger(__name__)
 
 # Of Pillow's formats those of pixels alone. Others start programs (EPS), or hold files of several kinds.
 FORMATS = (
-    "PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "JPEG2000", "AVIF", "PPM", "TGA", "PCX", "SGI",
+    "PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "JPEG2000", "AVIF", "PPM", "ICO", "TGA", "PCX",
 )  # fmt: skip
 WIDE = ("I", "F")  # more than 8 bits a pixel, which Pillow's conversion clips to white
 IN_MEMORY = (

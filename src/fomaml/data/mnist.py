@@ -22,7 +22,6 @@ from fomaml.data.download import downloading
 from fomaml.data.source import ClassSource, pixels
 from fomaml.errors import InputError
 from fomaml.files import user_cache
-from fomaml.regular import expanded, read_bytes
 
 log = logging.getLogger(__name__)
 FILES = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]

@@ -26,11 +26,9 @@ from fomaml.data.images import opened_image, pillow
 from fomaml.data.source import ClassSource, pixels
 from fomaml.errors import InputError, positive, whole
 from fomaml.files import load_tensors, save_tensors, user_cache
-from fomaml.regular import read_bytes, regular
 
 CHARACTERS = {"images_background": 964, "images_evaluation": 659}
 DRAWINGS, SIDE = 20, 105  # of a character, and of a drawing in pixels
-DRAWING = 2**16  # bytes that one may have
 MAML = (1100, 100)  # characters for training and for validation; the rest are for test
 ROTATIONS = ("rot000", "rot090", "rot180", "rot270")
 SPLITS = ("maml", "vinyals", "background-evaluation")

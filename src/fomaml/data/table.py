@@ -13,8 +13,6 @@ from fomaml.choices import check_choice, nearest_first
 from fomaml.data.keys import Kind, key_of
 from fomaml.data.table_files import read_file
 from fomaml.errors import InputError, in_one_line, shown
-from fomaml.memory import check_fits
-from fomaml.regular import regular
 
 MOST_CLASSES = 20  # whole numbers of more different values are quantities
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from fomaml import regular
 from fomaml.errors import InputError, in_one_line, shown
+from fomaml.memory import check_fits
 
 SEPARATORS = {"\t": "tabs", ";": "';'", "|": "'|'", ",": "','", " ": "spaces"}
 
@@ -24,6 +25,7 @@ def read_file(pd: Any, path: Path, separator: str | None, decimal: str) -> Any:
         raise InputError(f"{path} is a folder, expected a table" if path.is_dir() else f"no file {path}")
     try:
         size = regular.check_regular(path)
+        check_fits(f"the table {path}", size, "give a part of its rows")
         if suffix in (".parquet", ".pq"):
             _check_parquet(path, size)
             return pd.read_parquet(path)
