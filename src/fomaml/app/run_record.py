@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import shlex
+import zlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +21,6 @@ from fomaml.app.rundir import (
     MOST,
     RESULT,
     RESULT_TEXT,
-    checksum,
     is_number,
     load_settings,
     parsed_line,
@@ -165,9 +165,10 @@ def read_result(run: Path, checked: bool = False) -> dict[str, Any] | None:
         return None
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
         raise InputError(f"{path} is damaged: it is not the result of a run") from None
-    text, told = run / RESULT_TEXT, found.pop("text_crc32", None)
-    if told is not None and text.exists() and checksum(text.read_text("utf-8", "replace")) != told:
-        raise InputError(f"{text} is not what was written beside {RESULT}: delete it, or bring it back")
+    for name in (RESULT_TEXT, METRICS):
+        told, file = found.pop(f"{name} crc32", None), run / name
+        if told is not None and file.exists() and f"{zlib.crc32(read_bytes(file, MOST)):08x}" != told:
+            raise InputError(f"{file} is not what was written beside {RESULT}: bring it back, or delete it")
     return found
 
 

@@ -102,9 +102,16 @@ def alone(out: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def keep_metrics(path: Path, iterations: int, validated: int) -> int:
+def beside(out: Path) -> dict[str, str]:
+    """The checksums of the other figures of a run, which result.json keeps."""
+    return {
+        f"{name} crc32": f"{zlib.crc32(read_bytes(out / name, MOST)):08x}" for name in (RESULT_TEXT, METRICS)
+    }
+
+
+def keep_metrics(path: Path, iterations: int, validated: int) -> tuple[int, int]:
     """Drop what will be written again, measurements after `iterations` and validations after `validated`, and damaged
-    lines, whose number is returned.
+    lines. Returns the number of lines that are kept, and of damaged ones.
 
     The last line of a killed run may be half a line, which is no damage.
     """
@@ -117,7 +124,7 @@ def keep_metrics(path: Path, iterations: int, validated: int) -> int:
         elif found["iteration"] <= (validated if "validation" in found else iterations):
             kept.append(line.decode())
     write_text(path, "".join(kept))
-    return damaged
+    return len(kept), damaged
 
 
 def written_line(record: Mapping[str, Any]) -> str:

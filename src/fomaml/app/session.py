@@ -135,7 +135,7 @@ class Session:
         self.plan = build_plan(self.settings, self.learner, self.data)
         self.states = self.together.states(out, self.settings, self.learner, self.optimizer, say)
         self.best, self.clock = Best(), Clock()
-        self.done = self.validated = self.skipped = 0
+        self.done = self.validated = self.skipped = self.lines = 0
         self.scores: Mapping[int, Tensor] = {}
         self.interrupts = Interrupts()
         self.tell_logs: Callable[[Mapping[str, Any]], None] = lambda record: None
@@ -268,8 +268,8 @@ class Session:
         if not self.first:
             return result
         result |= {"iterations": self.done, "weights": weights, "preset": settings.preset}
-        spent = dataclasses.asdict(self.clock)
-        result |= {f"{name}_seconds": round(seconds, 1) for name, seconds in spent.items()}
+        spent = dataclasses.asdict(self.clock).items()
+        result |= {f"{name}_seconds": round(seconds, 1) for name, seconds in spent}
         result |= {"seed": settings.seed, **circumstances()}
         some = {"skipped": self.skipped, "changed": list(settings.changed or ()), "code": settings.code}
         result |= {name: value for name, value in some.items() if value}
@@ -307,7 +307,7 @@ class Session:
     def _write(self, result: dict) -> None:
         text = describe(result)
         write_text(self.out / rundir.RESULT_TEXT, text)
-        write_json(self.out / rundir.RESULT, result | {"text_crc32": rundir.checksum(text)})
+        write_json(self.out / rundir.RESULT, result | rundir.beside(self.out))
 
     def _noted(self, kind: str, what: str, episodes: Any, tasks: int) -> Any:
         """Episodes whose drawing tells how far their evaluation is."""
@@ -334,8 +334,11 @@ class Session:
         if self.best.iteration and not self.states.has_best(self.best.iteration):
             self.best = Best()
         if self.first and metrics.exists():
-            if lost := rundir.keep_metrics(metrics, self.done, self.validated):
-                self.say(f"{metrics}: {lost} damaged {'line' if lost == 1 else 'lines'} left out")
+            self.lines, damaged = rundir.keep_metrics(metrics, self.done, self.validated)
+            if lost := max(damaged, progress.get("lines", self.lines) - self.lines):
+                self.say(
+                    f"{metrics}: {lost} {'line is' if lost == 1 else 'lines are'} damaged or gone, and left out"
+                )
             limit = "" if settings.seconds else f" of {settings.iterations}"
             self.say(f"resuming after iteration {self.done}{limit}")
 
@@ -376,11 +379,12 @@ class Session:
         self.say(f"iteration {self.done}: validation {metric.name} {text}{best}")
 
     def _log(self, **facts) -> None:
-        record = {"iteration": self.done, **facts, "seconds": self.clock.training}
         if not self.first:
             return
+        record = {"iteration": self.done, **facts, "seconds": self.clock.training}
         with open(self.out / rundir.METRICS, "a", encoding="utf-8") as metrics:
             metrics.write(rundir.written_line(record))
+        self.lines += 1
         self.tell_logs(record)
 
     def _save(self) -> None:
@@ -389,6 +393,7 @@ class Session:
             "clock": dataclasses.asdict(self.clock),
             "validated": self.validated,
             "skipped": self.skipped,
+            "lines": self.lines,  # of metrics.jsonl
             "tasks_at_once": self.plan.tasks_at_once,  # halved where memory has run out
             "seen": sorted(self.plan.seen),  # shapes that are compiled when they come back
         }
