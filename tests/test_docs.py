@@ -145,6 +145,13 @@ def test_options_that_are_named_exist():
             with pytest.raises(SystemExit):
                 cli.main([command, "--help"])
     known = set(re.findall(r"--[\w-]+", said.getvalue()))
+    known |= {
+        "--nproc-per-node",
+        "--max-restarts",
+        "--nnodes",
+        "--rdzv-endpoint",
+        "--rdzv-backend",
+    }  # torchrun's
     for page in ("README.md", "docs/command-line.md", "docs/guide.md"):
         for line in (ROOT / page).read_text(encoding="utf-8").splitlines():
             for option in re.findall(r"(?<![\w-])--[a-z][\w-]+", line):
