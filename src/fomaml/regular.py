@@ -14,7 +14,7 @@ from typing import IO, BinaryIO
 from fomaml.errors import InputError
 
 TEXT = 32 * 2**20  # bytes of a file of JSON or code; parsed, JSON takes up to twenty times that
-LOG = 128 * 2**20  # bytes of a file with a line for each iteration or trial, of some 100 bytes
+LOG = 256 * 2**20  # bytes of a file with a line for each iteration or trial, of some 130 bytes: two million
 LINE = 2**20  # bytes of one such line, and of the first line of a table
 ARCHIVE = 64 * 2**20  # bytes of an archive that is read as a whole; Omniglot's larger one has 9.5 MB
 MEMBER = 2**20  # bytes of a drawing in it, which has some 200

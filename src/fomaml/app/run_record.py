@@ -170,7 +170,9 @@ def read_result(run: Path, checked: bool = False) -> dict[str, Any] | None:
         if weights := found.get("weights"):
             weights["kept"], weights["iteration"]
         metric_in(found)
-        describe(found)  # which looks at the rest
+        describe(
+            {"measured": "", **found}
+        )  # which looks at the rest; results of earlier versions have no such word
     except InputError:
         raise
     except OSError:
