@@ -186,7 +186,8 @@ def evaluate_all(
     tell(int(told[scores.numel() : -1].sum()))
     if told[-1]:
         number = int(told[scores.numel() : -1].sum())
-        text = f"outputs or losses of {number} of {tasks} tasks are no numbers, and count as wrong: try a smaller inner_lr"
+        which = f"outputs or losses of {number} of {tasks} tasks"
+        text = f"{which} are no numbers, and count as wrong: try a smaller inner_lr"
         warnings.warn(text, RuntimeWarning, stacklevel=3)
     scores = told[: scores.numel()].reshape(scores.shape)
     return {metric.name: dict(zip(points, own)) for metric, own in zip(metrics, scores)}
