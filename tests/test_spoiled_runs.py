@@ -1,20 +1,10 @@
 """What becomes of a run of which a file is damaged: the damage is noticed, or it changes nothing."""
 
-<<<<<<< HEAD
 import contextlib
 import io
 import random
 import shutil
 
-=======
-`test_hostile.py` changes more kinds of files, a few times each.
-"""
-
-import os
-import socket
-import time
-
->>>>>>> input
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -41,10 +31,6 @@ of_seeds = settings(
     max_examples=8, deadline=None, derandomize=True, database=None, suppress_health_check=[*HealthCheck]
 )
 
-<<<<<<< HEAD
-=======
-import mutations  # noqa: E402
->>>>>>> input
 
 def said(words):
     """(exit status, what stands on standard output, on standard error) of a command."""
@@ -115,7 +101,6 @@ def test_a_spoiled_stopped_run_ends_the_same_or_not_at_all(runs, name):
     holds()
 
 
-<<<<<<< HEAD
 @pytest.mark.parametrize("name", ["state.safetensors", "metrics.jsonl", "before.safetensors"])
 def test_what_is_lost_is_told(runs, name):
     own = spoilt(runs / "stopped", name, 0)
@@ -127,66 +112,3 @@ def test_what_is_lost_is_told(runs, name):
     }
     assert status == 0 and told.get(name, "resuming after iteration 3 of 4") in out
     assert ("going on from the state before it" in out) == (name == "state.safetensors")
-=======
-@hypothesis.settings(quick, max_examples=100)
-@hypothesis.given(words=mutations.command_lines())
-def test_any_words_are_a_command_or_one_line(tmp_path_factory, words):
-    folder = tmp_path_factory.getbasetemp()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        mutations.check_one_line(mutations.said(words), words)
-
-
-# --- what a program would be started for, or never end ---------------------------------------------
-
-
-def test_a_picture_that_is_a_program_is_not_run(bench, tmp_path, monkeypatch):
-    """Pillow has an interpreter of PostScript decode it, whatever its suffix."""
-    (tmp_path / "gs").write_text(f"#!/bin/sh\necho run > {tmp_path / 'marker'}\n")
-    (tmp_path / "gs").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    program = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
-    own = bench._copy(bench.data)
-    (own / "pictures" / "c1" / "1.png").write_bytes(program)
-    found = mutations.said(["data", f"folder:{own / 'pictures'}", "--out", str(tmp_path / "seen")])
-    assert found.status == 2 and "1.png cannot be read as an image" in found.error
-    assert not (tmp_path / "marker").exists()
-
-
-def endless(path, kind):
-    if kind == "pipe":
-        os.mkfifo(path)
-    elif kind == "socket":
-        here = os.getcwd()
-        os.chdir(path.parent)  # its name may not be long
-        with socket.socket(socket.AF_UNIX) as own:
-            own.bind(path.name)
-        os.chdir(here)
-    else:
-        path.symlink_to("/dev/zero")
-
-
-@pytest.mark.parametrize("kind", ["pipe", "socket", "device"])
-@pytest.mark.parametrize("name", [*mutations.DATA, *mutations.USES, "state.safetensors"])
-def test_what_never_ends_is_not_read(bench, name, kind, tmp_path):
-    if name in mutations.DATA:
-        own = bench._copy(bench.data)
-        use = mutations.DATA[name].replace("FILE", str(own / name)).replace("ROOT", str(own))
-        words = [*use.split(), "--out", str(tmp_path / "seen")]
-    else:
-        own = bench._copy(bench.killed if name.startswith("state") else bench.run)
-        use = mutations.USES.get(name, ("train --resume RUN",))[0]
-        words = use.replace("RUN", str(own)).split()
-    (own / name).unlink()
-    endless(own / name, kind)
-    began = time.monotonic()
-    found = mutations.said(words)
-    assert time.monotonic() - began < 30
-    if name == "state.safetensors":  # the one before it is whole
-        assert found.status == 0 and "going on from the state before it" in found.out
-        return
-    mutations.check_one_line(found, name)
-    if name == "MNIST/raw/train-images-idx3-ubyte.gz" or name not in mutations.DATA:
-        assert found.status == 2, found
-        assert "expected an ordinary file" in found.error or "is damaged" in found.error, found
->>>>>>> input
