@@ -364,7 +364,8 @@ def test_what_a_process_answers(error, monkeypatch):
     sender = type("Sender", (), {"send": staticmethod(answers.append)})
     isolating._answer(sender, work, (0,), threads=1)
     isolating._answer(sender, work, (1,), threads=1)
-    assert answers == [{"threads": 1}, {"failed": "no such thing"}]
+    said = r"no such\nthing" if error is InputError else "no such thing"
+    assert answers == [{"threads": 1}, {"failed": said}]
 
 
 def test_from_the_command_line(tmp_path, capsys):
