@@ -112,6 +112,20 @@ def of_outer_step(learner: MetaLearner, iteration: int) -> NotFiniteError:
     )
 
 
+@contextmanager
+def told_of_overflow(iteration: int) -> Iterator[None]:
+    """Within an outer step: torch refuses a step size that the dtype cannot hold, such as Adam's first ones of 1e38."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "without overflow" not in str(error):
+            raise
+        raise NotFiniteError(
+            iteration,
+            f"the outer step of iteration {iteration} is too large to be computed: try a smaller meta_lr",
+        ) from None
+
+
 def unsound(iteration: int) -> NotFiniteError:
     """That a training has gone on with numbers that are not finite, so that their cause was not looked for."""
     return NotFiniteError(

@@ -17,7 +17,7 @@ from fomaml.engines import Plan, check_outputs
 from fomaml.engines.plan import TaskWeights
 from fomaml.episodes import Episodes, TaskSequence
 from fomaml.errors import InputError, plain, positive, whole
-from fomaml.finite import IN_A_ROW, are_finite, as_drawn, cause, of_outer_step, unsound
+from fomaml.finite import IN_A_ROW, are_finite, as_drawn, cause, of_outer_step, told_of_overflow, unsound
 from fomaml.learning.algorithms import FOMAML
 from fomaml.learning.learner import MetaLearner
 from fomaml.metrics import Asked, check_ignored, ignored_label
@@ -166,7 +166,8 @@ def train(
             if clip is not None:
                 torch.nn.utils.clip_grad_norm_(meta_parameters.values(), clip)
             outer.carry_moments(step, iteration)
-            optimizer.step()
+            with told_of_overflow(iteration + 1):
+                optimizer.step()
             optimizer.zero_grad()
             outer.update_statistics(step, iteration)
             if check_each and not are_finite(meta_parameters.values()):
