@@ -12,8 +12,9 @@ from fomaml.data.source import ClassSource
 from fomaml.data.synthetic import Sinusoids
 from fomaml.episodes import Episodes, RegressionEpisodes
 from fomaml.errors import InputError
-from fomaml.evaluate import balance, estimate, evaluate
+from fomaml.evaluate import balance, estimate, evaluate, evaluate_all
 from fomaml.learning.algorithms import FOMAML
+from fomaml.metrics import ACCURACY, LOSS
 from fomaml.models import MLP, Conv4
 from fomaml.tasks import count, one
 
@@ -279,3 +280,26 @@ def test_pretrain_makes_a_classifier_of_all_classes_and_repeats_itself():
     inputs, labels = clusters()
     assert (found[0](inputs).argmax(-1) == labels).double().mean() > 0.95
     assert all(torch.equal(a, b) for a, b in zip(*(m.state_dict().values() for m in found)))
+
+
+@pytest.mark.parametrize("tasks_at_once", [2, 7])
+@pytest.mark.parametrize("engine", ["loop", "batched", "factored"])
+def test_tasks_whose_outputs_are_no_numbers_are_counted(engine, tasks_at_once):
+    class Diverging:
+        """In two of seven tasks the support set is so large that an inner step overflows."""
+
+        def batch(self, start, tasks):
+            found = episodes().batch(start, tasks)
+            for index in {1, 4} & set(range(start, start + tasks)):
+                found.support.inputs[index - start] = 3e38
+            return found
+
+    told = []
+    own = learner()
+    with pytest.warns(RuntimeWarning, match="of 2 of 7 tasks are no numbers, and count as wrong"):
+        evaluate_all(
+            own, Diverging(), [(0, "own"), (2, "own")], 7, tasks_at_once, engine, False, [ACCURACY],
+            tell=told.append,
+        )  # fmt: skip
+    evaluate_all(own, episodes(), [(2, "own")], 7, tasks_at_once, engine, False, [LOSS], tell=told.append)
+    assert told == [2, 0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple, overload
 
@@ -23,7 +23,7 @@ from fomaml.models import warn_of_unmoved
 from fomaml.ranks import as_ranks
 from fomaml.scoring import measured_for, metrics_of, query_targets
 from fomaml.streams import batch_of
-from fomaml.tasks import Batch, check_finite_tasks, device_of
+from fomaml.tasks import Batch, check_finite_tasks, count, device_of
 from fomaml.train import check_labels, check_width
 from fomaml.trees import Tree, leaves
 
@@ -150,8 +150,12 @@ def evaluate_all(
     balanced: bool,
     metrics: Sequence[Metric],
     group: Any = None,
+    tell: Callable[[int], None] = lambda spoiled: None,
 ) -> dict[str, dict[tuple[int, Statistics], Tensor]]:
-    """`evaluate_at` by each of several metrics, by name."""
+    """`evaluate_at` by each of several metrics, by name.
+
+    tell: receives the number of tasks with outputs, losses or scores that are no numbers.
+    """
     ranks = as_ranks(group)
     points = sorted(dict.fromkeys(points), key=lambda point: point[0])
     with ranks.agreeing(), ranks.computing():
@@ -161,7 +165,7 @@ def evaluate_all(
         pieces = ranks.portions(tasks, at_once)
         plan: Plan | None = None
         scores = torch.zeros(len(metrics), len(points), tasks, dtype=torch.float64)
-        spoiled = False
+        spoiled, silent = torch.zeros(tasks, dtype=torch.float64), False
         for index in ranks.share(len(pieces)):
             piece = pieces[index]
             batch = batch_of(episodes, piece.start, len(piece), learner.model)
@@ -170,14 +174,22 @@ def evaluate_all(
                 first = batch if group is None else batch_of(episodes, 0, len(pieces[0]), learner.model)
                 plan = make_plan(learner, first, engine=engine)
             with ranks.drawing(EVALUATED, index, 0, device_of(batch)) if group is not None else nullcontext():
-                found, nan = _scored(plan, batch, points, metrics, episodes, balanced, spoiled)
+                found, bad = _scored(plan, batch, points, metrics, episodes, balanced)
+            if bad.any() and not spoiled.any():
+                check_finite_tasks(batch)
             scores[:, :, piece.start : piece.stop] = found
-            spoiled = spoiled or nan
-    told = ranks.sum(torch.cat([scores.flatten(), torch.tensor([float(spoiled)], dtype=torch.float64)]))
+            spoiled[piece.start : piece.stop] = bad.double().cpu()
+            # a score that is no number speaks for itself
+            silent = silent or bool((bad.cpu() & found.isfinite().all(0).all(0)).any())
+    sums = torch.cat([scores.flatten(), spoiled, torch.tensor([float(silent)], dtype=torch.float64)])
+    told = ranks.sum(sums)
+    tell(int(told[scores.numel() : -1].sum()))
     if told[-1]:
-        text = "outputs or losses of some tasks are no numbers, and count as wrong: try a smaller inner_lr"
+        number = int(told[scores.numel() : -1].sum())
+        which = f"outputs or losses of {number} of {tasks} tasks"
+        text = f"{which} are no numbers, and count as wrong: try a smaller inner_lr"
         warnings.warn(text, RuntimeWarning, stacklevel=3)
-    scores = told[:-1].reshape(scores.shape)
+    scores = told[: scores.numel()].reshape(scores.shape)
     return {metric.name: dict(zip(points, own)) for metric, own in zip(metrics, scores)}
 
 
@@ -188,28 +200,36 @@ def _scored(
     metrics: Sequence[Metric],
     episodes: TaskSequence,
     balanced: bool,
-    spoiled: bool,
-) -> tuple[Tensor, bool]:
-    """(metrics, points, tasks) scores, and whether outputs or losses behind them hold what is no number."""
+) -> tuple[Tensor, Tensor]:
+    """(metrics, points, tasks) scores, and (tasks,) whether outputs, losses or scores hold what is no number."""
     targets = query_targets(batch)
     curves: dict[Any, list] = {}
-    found, nan = [], spoiled
+    found = []
+    bad = torch.zeros(count(batch), dtype=torch.bool, device=device_of(batch))
     for metric in metrics:
         kind = measured_for(plan.learner, metric)
         if kind not in curves:
             curves[kind] = plan.curve(batch, points, kind)
         for losses, outputs in curves[kind]:
             own = judged(episodes, metric, outputs, targets, losses, balanced)
-            # a score that is no number speaks for itself
-            if not nan and own.isfinite().all() and _holds_nan((losses, outputs)):
-                nan = True
-                check_finite_tasks(batch)
+            bad |= _without_numbers((losses, outputs, own), bad)
             found.append(own.double().cpu())
-    return torch.stack(found).unflatten(0, (len(metrics), len(points))), nan
+    return torch.stack(found).unflatten(0, (len(metrics), len(points))), bad
 
 
-def _holds_nan(tree: Tree) -> bool:
-    return any(leaf.isnan().any() for leaf in leaves(tree))
+def _without_numbers(found: tuple[Tensor, Tree, Tensor], like: Tensor) -> Tensor:
+    """(tasks,) bool: which tasks have a nan among losses (tasks,), outputs and scores (tasks,).
+
+    Outputs are tensors (tasks, ...), or of a list of tasks as many trees.
+    """
+    losses, outputs, scores = found
+    bad = losses.isnan().to(like.device) | scores.isnan().to(like.device)
+    if isinstance(outputs, list) and len(outputs) == len(like):
+        each = [any(leaf.isnan().any() for leaf in leaves(own)) for own in outputs]
+        return bad | torch.tensor(each, device=like.device)
+    for leaf in leaves(outputs):
+        bad = bad | leaf.isnan().reshape(len(like), -1).any(1).to(like.device)
+    return bad
 
 
 def balance(outputs: Tensor, targets: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ def test_each_file_and_the_names_of_each_part_are_told(name, run_of):
     text, parts = (run / "README.txt").read_text(), unsealed((run / "parts.json").read_text())
     there = {path.name for path in run.iterdir()} - {"README.txt", "report"}
     told = {line.split()[0] for line in text.splitlines() if line.split()[:1] and line.split()[0] in FILES}
-    assert told == there | {"state.safetensors"}  # which is there while it trains
+    assert told == there | {"state.safetensors", "before.safetensors"}  # which is there while it trains
     assert [*parts] == ["training", "validation", "test"]
     names = [own for part in parts.values() for own in part]
     kind = "class" if name == "grey" else "m"

@@ -21,6 +21,7 @@ FILES = {
     PARTS: "which classes or groups are for training, for validation and for the test",
     rundir.METRICS: "a line of JSON for each measured iteration and each validation",
     rundir.STATE: "while it trains: what an interrupted run goes on from",
+    rundir.STATE_BEFORE: "the state before that, should it be damaged",
     rundir.WEIGHTS: "the weights: the best by validation where there is one, else the last",
     rundir.LAST: "the last weights, where the others are the best",
     CALIBRATION: "temperatures, which make probabilities of classes mean something",

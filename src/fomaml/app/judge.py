@@ -40,8 +40,8 @@ def judge(
     """
     say(f"evaluating on {settings.test_tasks} unseen tasks")
     kinds = (settings.statistics, *_beside(settings, learner))
-    found, *others = _scored(settings, for_test(settings, learner), data, kinds, group=group)
-    result = summary(settings, learner, data, found, settings.statistics)
+    (found, *others), spoiled = _scored(settings, for_test(settings, learner), data, kinds, group=group)
+    result = summary(settings, learner, data, found, settings.statistics) | spoiled
     return result | _other_way(settings, data, others), found
 
 
@@ -66,18 +66,21 @@ def _scored(
     kinds: Sequence[Statistics],
     balanced: bool = False,
     group: Any = None,
-) -> list[Scores]:
-    """The scores with each kind of statistics."""
+) -> tuple[list[Scores], dict]:
+    """The scores with each kind of statistics; and how many tasks gave what is no number, where some did."""
     points = [(steps, kind) for kind in kinds for steps in settings.test_steps]
     asked = of_learner(tested, metrics_of(settings))
-    scores = evaluate_all(tested, data.test, points, settings.test_tasks, 100, "auto", balanced, asked, group)
-    return [
+    number = settings.test_tasks
+    told: list[int] = []
+    scores = evaluate_all(tested, data.test, points, number, 100, "auto", balanced, asked, group, told.append)
+    found: list[Scores] = [
         {
             name: {steps: each for (steps, own), each in of_metric.items() if own == kind}
             for name, of_metric in scores.items()
         }
         for kind in kinds
     ]
+    return found, {"spoiled_tasks": told[0]} if told[0] else {}
 
 
 def beside_baselines(
@@ -229,11 +232,12 @@ def evaluate_run(
     together = Together(launch, settings)
     with launch.computing(settings.threads if settings.same_bits else None), together.joined():
         tested = for_test(settings, learner)
-        found = _scored(settings, tested, data, [*kinds, *beside], balanced, together.ranks)
+        kept = _scored(settings, tested, data, [*kinds, *beside], balanced, together.ranks)
+    found, spoiled = kept
     result, *others = (
         summary(settings, learner, data, *each, balanced=balanced) for each in zip(found, kinds)
     )
-    result |= _other_way(settings, data, found[len(kinds) :])
+    result |= spoiled | _other_way(settings, data, found[len(kinds) :])
     if told:
         result["other_data"] = told
     result |= {"part": part, "seed": settings.seed if seed is None else seed}
@@ -297,6 +301,12 @@ def describe(result: dict) -> str:
         lines += ["", f"{how}: {found}"]
     if calibration := result.get("calibration"):
         lines += ["", worth(calibration)]
+    if "spoiled_tasks" in result:
+        lines += [
+            "",
+            f"note: {result['spoiled_tasks']} of {result['tasks']} tasks gave outputs that are no numbers: inner loops "
+            "that diverge; try a smaller inner_lr",
+        ]
     if "other_data" in result:
         lines += ["", f"note: {result['other_data']}"]
     if "warning" in result:
