@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from safetensors.torch import save_file
 
 from fomaml.app import session
 from fomaml.app.cli import main
@@ -27,6 +28,7 @@ from fomaml.data.arrays import Arrays
 from fomaml.data.images import Decoder
 from fomaml.data.mnist import FILES, load_mnist
 from fomaml.errors import InputError
+from fomaml.files import load_tensors
 from spoiling import WORDS, spoiled, spoiled_json, spoiled_lines, spoiled_tensors, spoiled_text, spoiled_zip
 
 QUICK = (
@@ -58,7 +60,8 @@ def write(base: Path) -> None:
     finally:
         session.train = real
     _files(base, numbers)
-    shutil.copy(base / "run" / "weights.safetensors", base / "files" / "w.safetensors")
+    tensors = load_tensors(base / "run" / "weights.safetensors")[0]
+    save_file(tensors, base / "files" / "w.safetensors")  # as other libraries write it, without a digest
 
 
 def stopping(real):
@@ -206,29 +209,36 @@ def names(base, place, random):
 
 
 def command(base, place, random):
-    """A command line with options and values of all sorts."""
-    options = sorted(OPTIONS)
-    kind = random.randint(0, 3)
-    if kind == 0:
-        own = ["train", f"folder:{base / 'data'}", *TINY, "--out", str(place / "out")]
-        return [*own, random.choice(options), *random.choices(WORDS, k=random.randint(0, 2))]
-    if kind == 1:
-        own = [
-            "train",
-            random.choice(["sinusoid", "mnist", "omniglot", f"folder:{base / 'data'}", *WORDS]),
-            "--dry-run",
-        ]
-    elif kind == 2:
-        own = [
-            random.choice(["evaluate", "show", "report", "calibrate", "data", "predict", "adapt"]),
-            *WORDS[:0],
-        ]
-        own += [random.choice([str(base / "run"), *WORDS])]
+    """A command line with options and values of all sorts; of some every word but one is right."""
+    options, values = sorted(OPTIONS), [*WORDS, *["1", "2", "3", "0.5", "none"] * 4]
+    kind = random.randint(0, 4)
+    if kind < 2:
+        own = ["train", f"folder:{base / 'data'}", *TINY, *["--dry-run"] * kind, "--out", str(place / "out")]
+        name, *right = random.choice(RIGHT)
+        own += [name, *(random.choice(values) if random.randint(0, 2) == 0 else value for value in right)]
+        return own
+    if kind == 2:
+        source = random.choice(["sinusoid", "mnist", "omniglot", f"folder:{base / 'data'}", *WORDS])
+        own = ["train", source, "--dry-run"]
+    elif kind == 3:
+        name = random.choice(["evaluate", "show", "report", "calibrate", "data", "predict", "adapt"])
+        own = [name, random.choice([str(base / "run"), *WORDS])]
     else:
         own = random.choices(WORDS, k=random.randint(0, 3))
     for _ in range(random.randint(0, 3)):
-        own += [random.choice(options), *random.choices(WORDS, k=random.randint(0, 2))]
+        own += [random.choice(options), *random.choices(values, k=random.randint(0, 2))]
     return own
+
+
+RIGHT = (
+    ("--inner-lr", "0.1"), ("--meta-lr", "0.01"), ("--seed", "3"), ("--iterations", "3"),
+    ("--shares", "0.5", "0.25", "0.25"),
+    ("--test-steps", "0", "2"), ("--algorithm", "reptile"), ("--model", "linear"), ("--channels", "2", "2", "2", "2"),
+    ("--meta-batch-size", "1"), ("--validate-every", "2"), ("--clip", "1"), ("--jitter", "0.1"),
+    ("--image-size", "16", "16"),
+    ("--checkpoint-every", "1"), ("--statistics", "own"), ("--decode", "drawn"),
+    ("--skip-small-classes",),
+)  # fmt: skip
 
 
 # those that start another program, reach for the network or take their time are not among them

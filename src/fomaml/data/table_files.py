@@ -59,7 +59,7 @@ def _check_parquet(path: Path, size: int) -> None:
     with regular.opened(path) as file:
         told = parquet.read_metadata(file)
     _check_columns(path, told.num_columns)
-    least = max(told.num_rows, 0) * told.num_columns  # a byte each
+    least = 8 * max(told.num_rows, 0) * told.num_columns  # as numbers, or as places of texts
     declared = sum(max(0, told.row_group(group).total_byte_size) for group in range(told.num_row_groups))
     regular.check_unpacked(str(path), max(least, declared), size)
 
