@@ -82,7 +82,7 @@ def test_many_processes_evaluate_what_one_does(alone, tmp_path, capsys):
     ("given", "of_rank", "message"),
     [
         (["--shots", "0"], {}, "fomaml: error: --shots must be a whole number of 1 or more, got 0\n"),
-        ([], {0: ["--ways", "x"]}, "fomaml: error: --ways: invalid int value: 'x'; see fomaml train --help\n"),
+        ([], {0: ["--ways", "x"]}, "fomaml: error: --ways takes a whole number, got 'x'; see fomaml train --help\n"),
         ([], {1: ["--clip", "0"]}, "fomaml: error: --clip must be a positive finite number, got 0.0 (rank 1 of 2)\n"),
         (["--threads", "2"], {}, "fomaml: error: --threads is of --same-bits, whose bits depend on it: give both, or "
          "OMP_NUM_THREADS\n"),

@@ -59,4 +59,4 @@ def _end_with_parent() -> None:
     wait([parent.sentinel])
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(LAST_WORDS)
-    os._exit(1)
+    os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))
