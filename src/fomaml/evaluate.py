@@ -183,9 +183,9 @@ def evaluate_all(
             silent = silent or bool((bad.cpu() & found.isfinite().all(0).all(0)).any())
     sums = torch.cat([scores.flatten(), spoiled, torch.tensor([float(silent)], dtype=torch.float64)])
     told = ranks.sum(sums)
-    tell(int(told[scores.numel() : -1].sum()))
+    number = int(told[scores.numel() : -1].sum())
+    tell(number)
     if told[-1]:
-        number = int(told[scores.numel() : -1].sum())
         which = f"outputs or losses of {number} of {tasks} tasks"
         text = f"{which} are no numbers, and count as wrong: try a smaller inner_lr"
         warnings.warn(text, RuntimeWarning, stacklevel=3)

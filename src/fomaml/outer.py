@@ -133,8 +133,8 @@ class SharedOuter(Outer):
     failed on a rank is read by all before they go on, which waits for the device.
     """
 
-    def __init__(self, ranks: Ranks, *arguments: Any):
-        super().__init__(*arguments)
+    def __init__(self, ranks: Ranks, own: Outer):
+        super().__init__(**vars(own))
         self.ranks = ranks
         own = self.learner.meta_parameters()
         self.like = {name: (parameter.shape, parameter.dtype) for name, parameter in own.items()}
@@ -294,28 +294,19 @@ class SharedOuter(Outer):
         return self._collected(found).mean()
 
 
-def outer_steps(
-    group: Any,
-    learner: MetaLearner,
-    episodes: TaskSequence,
-    meta_batch_size: int,
-    metric: Metric,
-    plan: Plan | None,
-    asked: Mapping[str, Any],
-    optimizer: torch.optim.Optimizer,
-    told: tuple,
-) -> Outer:
-    """The outer steps of this process, or of a group, whose processes have all been given the same. group: of `train`.
+def shared(group: Any, own: Outer, optimizer: torch.optim.Optimizer, told: tuple) -> Outer:
+    """The outer steps of this process among those of a group, whose processes have all been given the same; its own
+    where there is no group. group: of `train`.
 
     told: what else they must have in common.
     """
-    parts = learner, episodes, meta_batch_size, metric, plan, asked
     if group is None:
-        return Outer(*parts)
-    ranks = as_ranks(group)
-    shapes = [(name, p.shape, p.dtype, p.requires_grad) for name, p in learner.meta_parameters().items()]
-    plain = [value for value in asked.values() if not callable(value)]
-    numbers = ranks.same_bits, ranks.threads, ranks.piece, meta_batch_size, *told
+        return own
+    ranks, plan = as_ranks(group), own.plan
+    meta_parameters = own.learner.meta_parameters()
+    shapes = [(name, p.shape, p.dtype, p.requires_grad) for name, p in meta_parameters.items()]
+    plain = [value for value in own.asked.values() if not callable(value)]
+    numbers = ranks.same_bits, ranks.threads, ranks.piece, own.meta_batch_size, *told
     ranks.check_same(
         {
             "the learner": shapes,
@@ -323,4 +314,4 @@ def outer_steps(
             "what train is told": (numbers, plain, plan and (plan.choice, plan.compile, plan.autocast)),
         }
     )
-    return SharedOuter(ranks, *parts)
+    return SharedOuter(ranks, own)

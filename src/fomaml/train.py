@@ -22,7 +22,7 @@ from fomaml.learning.algorithms import FOMAML
 from fomaml.learning.learner import MetaLearner
 from fomaml.metrics import Asked, check_ignored, ignored_label
 from fomaml.models import warn_of_unmoved
-from fomaml.outer import outer_steps
+from fomaml.outer import Outer, shared
 from fomaml.ranks import Ranks, as_ranks
 from fomaml.scoring import metrics_of
 from fomaml.streams import TaskStream, as_sequence, batch_of
@@ -133,7 +133,7 @@ def train(
         episodes = as_sequence(episodes, learner.model, start)
         check_width(learner, episodes)
     told = start, iterations, measure_every, clip, on_nonfinite, check_each
-    outer = outer_steps(group, learner, episodes, meta_batch_size, score, plan, asked, optimizer, told)
+    outer = shared(group, Outer(learner, episodes, meta_batch_size, score, plan, asked), optimizer, told)
     meta_parameters = learner.meta_parameters()
     on_cpu = all(parameter.device.type == "cpu" for parameter in meta_parameters.values())
     check_each = on_nonfinite == "skip" or (on_cpu if check_each is None else check_each)

@@ -13,7 +13,7 @@ from typing import Any
 
 from fomaml import regular
 from fomaml.app.build import Data
-from fomaml.app.settings import Settings
+from fomaml.app.settings import DIGESTS, Settings
 from fomaml.app.sources import source_of, split_name
 from fomaml.data.images import readable_suffixes
 from fomaml.errors import InputError
@@ -33,7 +33,7 @@ def with_identity(settings: Settings, data: Data) -> Settings:
     Raises:
         InputError: the data are not those that the run began with.
     """
-    if settings.format < 2:  # of an earlier version: unknown
+    if settings.format < DIGESTS:  # of an earlier version: unknown
         return settings
     found = identity_of(settings, data)
     if settings.data is not None and settings.data != found:

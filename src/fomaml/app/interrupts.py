@@ -28,8 +28,13 @@ class Interrupts:
     """What was asked for so far, and when it is heard."""
 
     def __init__(self) -> None:
-        self.asked: int | None = None
+        self.wanted: int | None = None
         self._finishing = False
+
+    @property
+    def asked(self) -> int | None:
+        """The signal that is to be obeyed, if any."""
+        return self.wanted
 
     @contextlib.contextmanager
     def finishing(self) -> Iterator[None]:
@@ -41,7 +46,7 @@ class Interrupts:
             self._finishing = False
 
     def heard(self, number: int, frame: FrameType | None) -> None:
-        again, self.asked = self.asked is not None, number
+        again, self.wanted = self.wanted is not None, number
         if again or not self._finishing:
             raise Stopped(number)
 

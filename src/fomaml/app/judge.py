@@ -232,8 +232,7 @@ def evaluate_run(
     together = Together(launch, settings)
     with launch.computing(settings.threads if settings.same_bits else None), together.joined():
         tested = for_test(settings, learner)
-        kept = _scored(settings, tested, data, [*kinds, *beside], balanced, together.ranks)
-    found, spoiled = kept
+        found, spoiled = _scored(settings, tested, data, [*kinds, *beside], balanced, together.ranks)
     result, *others = (
         summary(settings, learner, data, *each, balanced=balanced) for each in zip(found, kinds)
     )

@@ -39,8 +39,9 @@ def resumed_settings(out: Path, asked: dict[str, Any]) -> Settings:
     settings = logs_again(settings, out, log)
     if "iterations" in changes and settings.seconds is not None:
         raise InputError(f"the run in {out} is limited by --seconds: give no --iterations")
-    settings = changed_settings(settings, _iteration(out), **changes)
-    check_settings(settings)
+    if changes:
+        settings = changed_settings(settings, _iteration(out), **changes)
+        check_settings(settings)
     return settings
 
 

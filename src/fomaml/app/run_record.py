@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import shlex
-import zlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +21,7 @@ from fomaml.app.rundir import (
     METRICS,
     RESULT,
     RESULT_TEXT,
+    checksum,
     is_number,
     load_settings,
     parsed_line,
@@ -181,11 +181,7 @@ def read_result(run: Path, checked: bool = False) -> dict[str, Any] | None:
         raise InputError(f"{path} is damaged: it is not the result of a run") from None
     for name in (RESULT_TEXT, METRICS):
         told, file = found.pop(f"{name} crc32", None), run / name
-        if (
-            told is not None
-            and file.exists()
-            and f"{zlib.crc32(regular.read_bytes(file, regular.LOG)):08x}" != told
-        ):
+        if told is not None and file.exists() and checksum(regular.read_bytes(file, regular.LOG)) != told:
             raise InputError(f"{file} is not what was written beside {RESULT}: bring it back, or delete it")
     return found
 

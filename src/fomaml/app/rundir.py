@@ -104,7 +104,7 @@ def alone(out: Path) -> Iterator[None]:
 def beside(out: Path) -> dict[str, str]:
     """The checksums of the other figures of a run, which result.json keeps."""
     read = {name: regular.read_bytes(out / name, regular.LOG) for name in (RESULT_TEXT, METRICS)}
-    return {f"{name} crc32": f"{zlib.crc32(data):08x}" for name, data in read.items()}
+    return {f"{name} crc32": checksum(data) for name, data in read.items()}
 
 
 def keep_metrics(path: Path, iterations: int, validated: int) -> tuple[int, int]:
@@ -128,7 +128,7 @@ def keep_metrics(path: Path, iterations: int, validated: int) -> tuple[int, int]
 def written_line(record: Mapping[str, Any]) -> str:
     """A line of metrics.jsonl: the record, and a checksum of it."""
     text = json.dumps(finite(record))
-    return f'{text[:-1]}, "{CHECKSUM}": "{checksum(text)}"}}\n'
+    return f'{text[:-1]}, "{CHECKSUM}": "{checksum(text.encode())}"}}\n'
 
 
 def checked_line(line: bytes | str) -> dict[str, Any]:
@@ -141,7 +141,7 @@ def checked_line(line: bytes | str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError("expected an object")
     told = found.pop(CHECKSUM, None)
-    if told not in (None, checksum(json.dumps(found))):
+    if told not in (None, checksum(json.dumps(found).encode())):
         raise ValueError("it holds something else than what was written")
     return found
 
@@ -166,9 +166,9 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def checksum(text: str) -> str:
-    """The CRC-32 of a text, in hexadecimal digits."""
-    return f"{zlib.crc32(text.encode()):08x}"
+def checksum(data: bytes) -> str:
+    """The CRC-32 of some bytes, in hexadecimal digits."""
+    return f"{zlib.crc32(data):08x}"
 
 
 def begun_before(settings: Settings, out: Path) -> str:

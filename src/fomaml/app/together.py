@@ -8,14 +8,13 @@ import signal
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any, Protocol, TypeVar
 
 import torch
 
 from fomaml.app import rundir
 from fomaml.app.build import Data
-from fomaml.app.interrupts import Interrupts, Stopped, listening
+from fomaml.app.interrupts import Interrupts, listening
 from fomaml.app.inventory import describe_directory
 from fomaml.app.launch import Launch
 from fomaml.app.settings import Settings, to_json
@@ -149,28 +148,18 @@ class SharedInterrupts(Interrupts):
     """
 
     def __init__(self, together: Together):
-        self.wanted: int | None = None
-        self._together = together
         super().__init__()
+        self._together = together
 
     @property
-    def asked(self) -> int | None:  # type: ignore[override]
+    def asked(self) -> int | None:
         ranks = self._together.ranks
         if ranks is None:
-            return self.wanted
+            return super().asked
         if not ranks.noted:
             return None
         by_keyboard, by_signal, *_ = ranks.noted
         return signal.SIGTERM if by_signal else signal.SIGINT if by_keyboard else None
-
-    @asked.setter
-    def asked(self, number: int | None) -> None:
-        self.wanted = number
-
-    def heard(self, number: int, frame: FrameType | None) -> None:
-        again, self.wanted = self.wanted is not None, number
-        if again or not self._finishing:
-            raise Stopped(number)
 
 
 class SharedStates(States):
