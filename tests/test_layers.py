@@ -20,6 +20,7 @@ LAYERS = [
         "tasks",
         "measures",
         "memory",
+        "blocks",
         "metrics",
         "submodules",
     },
@@ -29,6 +30,8 @@ LAYERS = [
     {"engines"},
     {
         "ranks",
+        "ahead",
+        "optimizers",
         "outer",
         "features",
         "scoring",

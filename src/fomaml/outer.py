@@ -37,11 +37,6 @@ class Step(NamedTuple):
     tasks: Batch | None
     random: Tensor
 
-    def apply_to(self, learner: MetaLearner) -> None:
-        """Set `.grad` of the learner's meta-parameters, for any `torch.optim` optimiser to step on."""
-        for name, parameter in learner.meta_parameters().items():
-            parameter.grad = self.gradients[name]
-
 
 class Outer:
     """The outer steps of one process.
