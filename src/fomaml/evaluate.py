@@ -18,6 +18,7 @@ from fomaml.engines import plan as make_plan
 from fomaml.episodes import TaskSequence, copies_of
 from fomaml.errors import InputError, plain, whole
 from fomaml.learning.learner import MetaLearner
+from fomaml.measures import exact
 from fomaml.metrics import LOSS, Asked, Metric, scores
 from fomaml.models import warn_of_unmoved
 from fomaml.ranks import as_ranks
@@ -40,7 +41,7 @@ class Estimate(NamedTuple):
 
 def estimate(values: Tensor) -> Estimate:
     """The mean of (tasks,) independent values with its interval; one value has an interval of nan."""
-    values = values.double()
+    values = exact(values)
     error = values.std(correction=1).item() if len(values) > 1 else math.nan
     return Estimate(values.mean().item(), 1.96 * error / math.sqrt(len(values)))
 
@@ -178,7 +179,7 @@ def evaluate_all(
             if bad.any() and not spoiled.any():
                 check_finite_tasks(batch)
             scores[:, :, piece.start : piece.stop] = found
-            spoiled[piece.start : piece.stop] = bad.double().cpu()
+            spoiled[piece.start : piece.stop] = exact(bad)
             # a score that is no number speaks for itself
             silent = silent or bool((bad.cpu() & found.isfinite().all(0).all(0)).any())
     sums = torch.cat([scores.flatten(), spoiled, torch.tensor([float(silent)], dtype=torch.float64)])
@@ -213,7 +214,7 @@ def _scored(
         for losses, outputs in curves[kind]:
             own = judged(episodes, metric, outputs, targets, losses, balanced)
             bad |= _without_numbers((losses, outputs, own), bad)
-            found.append(own.double().cpu())
+            found.append(exact(own))
     return torch.stack(found).unflatten(0, (len(metrics), len(points))), bad
 
 

@@ -14,6 +14,7 @@ from fomaml.engines import plan as make_plan
 from fomaml.engines.common import check_sum
 from fomaml.episodes import TaskSequence
 from fomaml.learning.learner import MetaLearner
+from fomaml.measures import exact
 from fomaml.metrics import Metric, scores
 from fomaml.models import BatchNorm
 from fomaml.ranks import OTHERS, Ranks, as_ranks, digest_of
@@ -284,7 +285,7 @@ class SharedOuter(Outer):
         own = torch.zeros(self.meta_batch_size, dtype=torch.float64)
         for piece, values in found:
             assert values is not None
-            own[piece.start : piece.stop] = values.detach().double().cpu()
+            own[piece.start : piece.stop] = exact(values.detach())
         return self.ranks.sum(own)
 
     def _scored(self, parts: list[Part]) -> Tensor:

@@ -32,8 +32,8 @@ from fomaml.tasks import Batch, Task, check_finite_tasks, singles
 class Record(NamedTuple):
     """One outer step. iteration: from 1. meta_loss: (), the mean query loss at φ_K, on its device.
 
-    before, after: () the mean score of the query sets, see `train`'s metric, at θ and at φ_K, both before this outer
-    step moves θ; None unless asked for by `measure_every`.
+    before, after: () float64 on the CPU, the mean score of the query sets, see `train`'s metric, at θ and at φ_K, both
+    before this outer step moves θ; None unless asked for by `measure_every`.
     skipped: whether the outer step was skipped, as its meta-loss or meta-gradient was not finite.
     first_bad: (), int64 on the device: the first iteration so far whose meta-loss or meta-gradient was not finite, 0
     while there is none; None where each one is checked before it is taken.

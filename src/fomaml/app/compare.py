@@ -41,6 +41,7 @@ from fomaml.files import write_json, write_text
 from fomaml.learning.algorithms import FOMAML, MAML
 from fomaml.learning.learner import MetaLearner
 from fomaml.learning.objectives import Implicit
+from fomaml.measures import exact
 from fomaml.metrics import Metric
 from fomaml.tasks import Batch, Task, one
 
@@ -224,7 +225,7 @@ def first_order_cosine(settings: Settings, model: nn.Module, tasks: Batch) -> fl
     like = dataclasses.replace(settings, algorithm="fomaml")
     judged = judged_by(like)
     first, second = (
-        torch.cat([g.flatten().double() for g in meta_gradient(learner, tasks).gradients.values()])
+        torch.cat([exact(g.flatten()) for g in meta_gradient(learner, tasks).gradients.values()])
         for learner in (
             preset(model, settings.inner_lr, settings.inner_steps, **judged) for preset in (FOMAML, MAML)
         )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fomaml.episodes import TaskSequence
 from fomaml.errors import InputError
 from fomaml.evaluate import batches, judged
+from fomaml.measures import exact
 from fomaml.metrics import Asked, as_asked, metrics_for
 from fomaml.tasks import Task, are_labels, singles
 from fomaml.trees import Tree
@@ -47,7 +48,7 @@ def nearest_centroid(
             nearness = _nearness(own)
             for each in metrics:
                 scored = judged(episodes, each, nearness, own.query.targets)
-                found[each.name].append(scored.double().cpu())
+                found[each.name].append(exact(scored))
     return as_asked(metric, {name: torch.cat(parts) for name, parts in found.items()})
 
 

@@ -97,13 +97,15 @@ def _rounds_so(apart: tuple[float, float], learner: MetaLearner, find: Find, chu
 
 
 def _exactly_found(learner: MetaLearner, find: Find, chunk: Task) -> Found:
-    """What the eager engine finds in float64."""
+    """What the eager engine finds in float64: on a CPU where the device may lack it."""
+    device = device_of(chunk)
+    device = device if device.type == "cuda" else torch.device("cpu")
     holder = Holder(learner)
     state = {}
     for name, tensor in (*holder.named_parameters(), *holder.named_buffers()):
-        exact = tensor.detach().double() if tensor.is_floating_point() else tensor.detach()
+        exact = tensor.detach().to(device, torch.float64 if tensor.is_floating_point() else None)
         state[name] = exact.requires_grad_(tensor.requires_grad)
-    return holder.at(state, chunk.to(dtype=torch.float64), find)
+    return holder.at(state, chunk.to(device).to(dtype=torch.float64), find)
 
 
 def _apart(found: Found, expected: Found) -> tuple[float, float]:
@@ -136,7 +138,8 @@ def _norm(tensors: Sequence[Tensor]) -> float:
 
 
 def _exactly(tensor: Tensor) -> Tensor:
-    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float64))
+    # on the CPU, as a device may lack float64
+    return tensor.detach().cpu().to(torch.promote_types(tensor.dtype, torch.float64))
 
 
 def _moved(tasks: Task, by: float = 0.01) -> Iterator[Task]:
