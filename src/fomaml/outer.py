@@ -86,13 +86,15 @@ class Outer:
 
     def carry_moments(self, step: Step, iteration: int) -> None:
         """See `MetaLearner.carry_moments`."""
-        assert step.tasks is not None
-        self.learner.carry_moments(step.tasks)
+        assert step.tasks is not None and self.plan is not None
+        with self.plan.precision(step.tasks):
+            self.learner.carry_moments(step.tasks)
 
     def update_statistics(self, step: Step, iteration: int) -> None:
         """See `MetaLearner.update_statistics`."""
-        assert step.tasks is not None
-        self.learner.update_statistics(step.tasks)
+        assert step.tasks is not None and self.plan is not None
+        with self.plan.precision(step.tasks):
+            self.learner.update_statistics(step.tasks)
 
     def batch(self, start: int, tasks: int) -> Batch:
         return batch_of(self.episodes, start, tasks, self.learner.model)
@@ -199,22 +201,24 @@ class SharedOuter(Outer):
 
     def carry_moments(self, step: Step, iteration: int) -> None:
         if self.learner.moments.names:
-            self._of_first(step, iteration, self.learner.carry_moments, list(self.learner.moments.buffers()))
+            moved = list(self.learner.moments.buffers())
+            self._of_first(
+                step, iteration, lambda: super(SharedOuter, self).carry_moments(step, iteration), moved
+            )
 
     def update_statistics(self, step: Step, iteration: int) -> None:
         layers = [m for m in self.learner.model.modules() if isinstance(m, BatchNorm)]
         buffers = [b for layer in layers if layer.policy in ("running", "per-step") for b in layer.buffers()]
         if buffers:
-            self._of_first(step, iteration, self.learner.update_statistics, buffers)
+            self._of_first(
+                step, iteration, lambda: super(SharedOuter, self).update_statistics(step, iteration), buffers
+            )
 
-    def _of_first(
-        self, step: Step, iteration: int, move: Callable[[Batch], None], moved: list[Tensor]
-    ) -> None:
+    def _of_first(self, step: Step, iteration: int, move: Callable[[], None], moved: list[Tensor]) -> None:
         """What the first task of the meta-batch moves: rank 0 has it, and the others take over what it has become."""
         with self.ranks.agreeing(), self._drawing(iteration, OTHERS):
             if self.ranks.rank == 0:
-                assert step.tasks is not None
-                move(step.tasks)
+                move()
         self.ranks.take_over(moved)
 
     def _drawing(self, iteration: int, piece: int) -> AbstractContextManager[None]:

@@ -16,8 +16,9 @@ from fomaml.trees import Tree
 
 
 def scores_at(plan: Plan, tasks: Batch, metric: Metric, steps: int) -> Tensor:
-    """(tasks,) the scores of the query sets after so many inner steps."""
-    [(losses, outputs)] = plan.curve(tasks, [(steps, "own")], measured_for(plan.learner, metric))
+    """(tasks,) the scores of the query sets after so many inner steps, in the precision of training."""
+    with plan.precision(tasks):
+        [(losses, outputs)] = plan.curve(tasks, [(steps, "own")], measured_for(plan.learner, metric))
     return scores(metric, outputs, query_targets(tasks), losses)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from hashlib import sha256
 from typing import Literal, NamedTuple
@@ -219,7 +219,7 @@ class Plan:
         """Query losses (tasks,) and outputs (tasks, examples, ...) at each pair of a number of inner steps and
         statistics, ascending by steps: tasks are adapted once for all of them. Of a list of tasks outputs are lists.
 
-        Never compiled, and in the model's own precision. statistics: see `Problem.query`.
+        Never compiled, and in the model's own precision but within `precision`. statistics: see `Problem.query`.
         measured: True for the outputs of a learner with a `loss` too, see `Problem`; or a function (the model at φ,
             query examples) → a number, whose values (tasks,) are given in place of outputs, task by task.
         """
@@ -342,9 +342,14 @@ class Plan:
 
     def _find(self, chunk: Task, ways: int | None, engine: str, tasks: int = 1) -> Found:
         """What a chunk contributes to a meta-gradient, by an engine. tasks: see `differentiate`."""
-        device = device_of(chunk).type
-        with torch.autocast(device, self.autocast) if self.autocast is not None else nullcontext():
+        with self.precision(chunk):
             return differentiate(self.learner, ENGINES[engine](self.learner, chunk, ways=ways), tasks)
+
+    def precision(self, tasks: Batch) -> AbstractContextManager:
+        """Within it forward passes are of the precision in which these tasks are trained on."""
+        return (
+            nullcontext() if self.autocast is None else torch.autocast(device_of(tasks).type, self.autocast)
+        )
 
     def _halve(self, size: int, error: Exception, tasks: Task) -> None:
         """Half as many tasks at once from now on, if that may mend the error of so many; else raise it."""

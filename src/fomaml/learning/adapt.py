@@ -29,6 +29,18 @@ def ordinary_modes() -> Iterator[None]:
         yield
 
 
+def not_autocast(device: str) -> AbstractContextManager:
+    """Within it nothing is cast to a lower precision on devices of this type: of what autocast is for, forward passes,
+    starts and inner steps are none.
+    """
+    known = torch.amp.is_autocast_available(device)
+    return (
+        torch.autocast(device, enabled=False)
+        if known and torch.is_autocast_enabled(device)
+        else nullcontext()
+    )
+
+
 @contextmanager
 def open_attention(everywhere: bool) -> Iterator[None]:
     """No fused layers, and, `everywhere`, no fused attention either.
@@ -163,20 +175,21 @@ def inner_loop(
                     found = _gradients(term.sum(), list(point.values()), not first_order)
                 gradients = [g if f is None else f if g is None else g + f for g, f in zip(gradients, found)]
                 loss = term.detach() if loss is None else loss + term.detach()
-        alpha = rates(step)
-        following = {}
-        for (name, parameter), gradient in zip(current.items(), gradients):
-            if gradient is None:  # the loss does not depend on it
-                following[name] = parameter
-                continue
-            with torch.no_grad() if first_order else torch.enable_grad():
-                arguments = gradient, point[name], state[name], taken[name]
-                if stacked and not optimizer.elementwise:
-                    direction = _task_by_task(optimizer, *arguments)
-                else:
-                    direction = optimizer.direction(*arguments)
-            taken[name] += 1
-            following[name] = parameter - alpha[name] * direction
+        with not_autocast(loss.device.type) if loss is not None else nullcontext():
+            alpha = rates(step)
+            following = {}
+            for (name, parameter), gradient in zip(current.items(), gradients):
+                if gradient is None:  # the loss does not depend on it
+                    following[name] = parameter
+                    continue
+                with torch.no_grad() if first_order else torch.enable_grad():
+                    arguments = gradient, point[name], state[name], taken[name]
+                    if stacked and not optimizer.elementwise:
+                        direction = _task_by_task(optimizer, *arguments)
+                    else:
+                        direction = optimizer.direction(*arguments)
+                taken[name] += 1
+                following[name] = parameter - alpha[name] * direction
         current = following
         assert loss is not None
         yield current, loss

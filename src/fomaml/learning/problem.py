@@ -86,7 +86,9 @@ class Problem:
             self.start = {n: p.expand(tasks, *p.shape) for n, p in self.start.items()}
             self.buffers = {n: b.expand(tasks, *b.shape).clone() for n, b in self.buffers.items()}
         if learner.start is not None:
-            self.start = learner.start(self.start, self)
+            made, own = learner.start(self.start, self), self.start
+            # what a forward pass under autocast gives is too coarse to take small steps from
+            self.start = {n: p.to(own[n].dtype) if n in own else p for n, p in made.items()}
         twice = not self.first_order or learner.objective.differentiates_twice
         if learner.loss is not None and twice and not evaluating:
             refuse_third_order(learner.model)
