@@ -42,17 +42,18 @@ def not_autocast(device: str) -> AbstractContextManager:
 
 
 @contextmanager
-def open_attention(everywhere: bool) -> Iterator[None]:
-    """No fused layers, and, `everywhere`, no fused attention either.
+def open_attention() -> Iterator[None]:
+    """No fused layers and no fused attention, on any device.
 
-    Fused kernels have no second derivative, and for a CPU's flash attention vmap has no rule and takes one task after
-    the other. In evaluation mode torch's transformer layers do not see under vmap that their parameters are to be
+    Fused kernels have no second derivative. Under vmap a CPU's flash attention takes one task after the other, and a
+    GPU's memory-efficient one is chosen without what its backward pass needs, as vmap does not tell it that there will
+    be one. In evaluation mode torch's transformer layers do not see under vmap that their parameters are to be
     differentiated.
     """
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with sdpa_kernel(SDPBackend.MATH) if everywhere else nullcontext():
+        with sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
@@ -247,7 +248,7 @@ class FastModel(nn.Module):
     def forward(self, *args, **kwargs):
         """The model's forward with the fast weights in place of its own."""
         holding = self._replicas.holding(self.weights, self._buffers_copy, keep=True)
-        with nullcontext() if self.first_order else open_attention(everywhere=True), holding as (model, _):
+        with nullcontext() if self.first_order else open_attention(), holding as (model, _):
             return model(*args, **kwargs)
 
     def step(self, loss: Tensor, lr: float | Mapping[str, float | Tensor]) -> None:

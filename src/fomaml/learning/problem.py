@@ -335,11 +335,7 @@ class Problem:
 
     def _attention(self):
         """Attention written out, where it is differentiated twice or under vmap; as it is elsewhere."""
-        twice = self._differentiates_twice
-        if not (self.stacked or twice):
-            return nullcontext()
-        on_cpu = first_of(self.task.support.inputs).device.type == "cpu"
-        return open_attention(everywhere=twice or on_cpu)
+        return open_attention() if self.stacked or self._differentiates_twice else nullcontext()
 
     def _outputs(self, model, inputs, support, step, apart=False) -> tuple[Tree, Any]:
         """The outputs for the inputs of one task, batch norms told what they need to know: the tensors, and the object
