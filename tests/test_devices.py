@@ -8,13 +8,17 @@ from torch import nn
 from elsewhere import Elsewhere
 from family import ALGORITHMS
 from fomaml.baselines import fine_tune, fit_estimator, nearest_centroid, pretrain, unadapted
+from fomaml.checkpoint import load_state, save_state
 from fomaml.data.groups import GroupSource
 from fomaml.data.source import ClassSource
-from fomaml.engines import meta_gradient
+from fomaml.devices import forked_random, set_random_state
+from fomaml.engines import check_outputs, meta_gradient, plan
 from fomaml.episodes import Episodes
+from fomaml.errors import InputError
 from fomaml.evaluate import estimate, evaluate
 from fomaml.group_episodes import GroupEpisodes
 from fomaml.learning.algorithms import FOMAML
+from fomaml.ranks import Ranks
 from fomaml.serve.calibration import calibration_error, fit_temperature
 from fomaml.tasks import Examples, Task
 from fomaml.train import train
@@ -164,6 +168,117 @@ def test_a_device_without_float64_gives_what_the_cpu_gives(situation):
     with Elsewhere() as machine:
         found = SITUATIONS[situation](machine.device)
     same(found, expected)
+
+
+class Drawing(nn.Linear):
+    """A layer with noise that a device draws. state: of that device's random numbers, one number."""
+
+    state = torch.zeros(8, dtype=torch.uint8)
+
+    def forward(self, inputs):
+        number = int(self.state[0])
+        self.state[0] = (number + 1) % 256
+        noise = torch.randn(inputs.shape, generator=torch.Generator().manual_seed(number))
+        return super().forward(inputs + 0.1 * noise)
+
+
+@pytest.fixture(params=["cuda", "mps"])
+def device_states(request, monkeypatch):
+    """A device that draws random numbers: the keeper of its state."""
+    state = Drawing.state
+    state.zero_()
+    own = getattr(torch, request.param)
+    monkeypatch.setattr(own, "get_rng_state", lambda *device: state.clone())
+    monkeypatch.setattr(own, "set_rng_state", lambda new, *device: state.copy_(new))
+    monkeypatch.setattr(own, "manual_seed", lambda seed: state.fill_(seed % 256))
+    if request.param == "mps":
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    else:
+        monkeypatch.setattr(own, "manual_seed_all", lambda seed: state.fill_(seed % 256))
+        monkeypatch.setattr(own, "is_available", lambda: True)
+        monkeypatch.setattr(own, "is_initialized", lambda: True)
+        monkeypatch.setattr(own, "device_count", lambda: 1)
+    return state
+
+
+def noisy() -> FOMAML:
+    torch.manual_seed(0)
+    return FOMAML(nn.Sequential(nn.Flatten(), Drawing(16, 3)), 0.1, 1)
+
+
+def failing(learner, tasks):
+    with pytest.raises(InputError, match="takes whole numbers"):
+        meta_gradient(learner, tasks.map(lambda t: t if t.is_floating_point() else t[..., None]))
+
+
+def stopping(learner, tasks):
+    def by_values(outputs, targets):
+        return F.cross_entropy(outputs, targets) if outputs[0, 0] < 1e9 else outputs.sum()
+
+    learner.criterion = by_values
+    own = plan(learner, tasks, engine="batched")
+    before = Drawing.state.clone()
+    with pytest.raises(InputError, match="'loop' does"):
+        own(tasks)
+    assert Drawing.state[0] == before[0] + 1  # what the engine has drawn before it failed, and no more
+    Drawing.state.copy_(before)
+
+
+def drawn_for_a_rank(learner, tasks):
+    with Ranks().drawing(3, 1, 2):
+        learner.model(tasks.support.inputs[0])
+
+
+PROBES = {
+    "a choice": lambda learner, tasks: plan(learner, tasks),
+    "a check of the outputs": lambda learner, tasks: check_outputs(learner, tasks),
+    "an error that is explained": failing,
+    "a criterion that vmap does not take": stopping,
+    "numbers drawn for a rank": drawn_for_a_rank,
+}
+
+
+@pytest.mark.parametrize("probe", PROBES)
+def test_probes_draw_nothing_from_a_device(device_states, probe):
+    learner, tasks = noisy(), classes("cpu").batch(0, 2)
+    device_states.fill_(7)
+    PROBES[probe](learner, tasks)
+    assert device_states.tolist() == [7] * 8
+
+
+def test_a_run_goes_on_with_the_random_numbers_of_its_device(device_states, tmp_path):
+    def run(start: int, iterations: int) -> dict:
+        learner = noisy()
+        optimizer = torch.optim.SGD(learner.parameters(), 0.01, momentum=0.9)
+        if start:
+            assert load_state(tmp_path / "state", learner, optimizer) == start
+        told = {"iterations": 4, "meta_batch_size": 2, "start": start, "engine": "loop"}
+        for record in train(learner, classes("cpu"), optimizer, **told):
+            if record.iteration == iterations:
+                save_state(tmp_path / "state", learner, optimizer, iterations)
+                break
+        return learner.state_dict()
+
+    device_states.fill_(5)
+    expected = run(0, 4)
+    device_states.fill_(5)
+    run(0, 2)
+    device_states.fill_(99)
+    found = run(2, 4)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_state_of_another_device_is_taken_up(device_states, tmp_path):
+    """As of a run that was begun elsewhere."""
+    learner = noisy()
+    optimizer = torch.optim.Adam(learner.parameters(), 0.01)
+    with forked_random():
+        set_random_state({"cpu": torch.Generator().manual_seed(3).get_state(), "cuda:9": device_states + 1})
+        assert device_states.tolist() == [0] * 8  # there is no tenth GPU
+        save_state(tmp_path / "state", learner, optimizer, 1)
+        expected = torch.rand(3)
+    assert load_state(tmp_path / "state", learner, optimizer) == 1
+    assert torch.equal(torch.rand(3), expected)
 
 
 def test_what_fails_on_a_device_fails_on_the_one_that_is_played():

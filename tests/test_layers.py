@@ -19,6 +19,7 @@ LAYERS = [
         "trees",
         "tasks",
         "measures",
+        "devices",
         "memory",
         "metrics",
         "submodules",

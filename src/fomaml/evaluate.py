@@ -174,7 +174,7 @@ def evaluate_all(
             if plan is None:
                 first = batch if group is None else batch_of(episodes, 0, len(pieces[0]), learner.model)
                 plan = make_plan(learner, first, engine=engine)
-            with ranks.drawing(EVALUATED, index, 0, device_of(batch)) if group is not None else nullcontext():
+            with ranks.drawing(EVALUATED, index, 0) if group is not None else nullcontext():
                 found, bad = _scored(plan, batch, points, metrics, episodes, balanced)
             if bad.any() and not spoiled.any():
                 check_finite_tasks(batch)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fomaml.devices import random_state
 from fomaml.engines import MetaGradient, Plan
 from fomaml.engines import plan as make_plan
 from fomaml.engines.common import check_sum
@@ -28,7 +29,7 @@ class Step(NamedTuple):
 
     meta_loss: (). before: () the mean score at θ, and after: what gives the one at φ_K; None where the step is not
     measured. tasks: those that this process has, the first of the meta-batch among them where it is rank 0. random: the
-    state of torch's random numbers on the CPU before the meta-gradient.
+    states of torch's random numbers before the meta-gradient, by device.
     """
 
     gradients: dict[str, Tensor]
@@ -36,7 +37,7 @@ class Step(NamedTuple):
     before: Tensor | None
     after: Callable[[], Tensor] | None
     tasks: Batch | None
-    random: Tensor
+    random: dict[str, Tensor]
 
     def apply_to(self, learner: MetaLearner) -> None:
         """Set `.grad` of the learner's meta-parameters, for any `torch.optim` optimiser to step on."""
@@ -68,7 +69,7 @@ class Outer:
         plan = self.plan = self.plan or make_plan(self.learner, tasks, **self.asked)
         before = self._scores(plan, tasks, 0).mean() if measured else None
         adapted = self._adapted(plan, tasks, measured)
-        random = torch.get_rng_state()
+        random = random_state()
         result = plan(tasks)
         return Step(
             result.gradients,
@@ -193,7 +194,7 @@ class SharedOuter(Outer):
             self._collected([(part.piece, part.before) for part in parts]).mean() if measured else None,
             (lambda: self._scored(parts)) if measured else None,
             parts[0].tasks if parts else None,
-            torch.get_rng_state(),
+            random_state(),
         )
 
     def all_tasks(self, step: Step, iteration: int) -> Batch:
@@ -222,7 +223,7 @@ class SharedOuter(Outer):
         self.ranks.take_over(moved)
 
     def _drawing(self, iteration: int, piece: int) -> AbstractContextManager[None]:
-        return self.ranks.drawing(self.seed, iteration, piece, self.nothing.device)
+        return self.ranks.drawing(self.seed, iteration, piece)
 
     def _weights(
         self, plan: Plan, first: int, own: Mapping[int, range], drawn: dict[int, Batch]

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from fomaml.choices import OnNonfinite, check_choice
 from fomaml.data.source import ClassSource
+from fomaml.devices import forked_random
 from fomaml.engines import Plan, check_outputs
 from fomaml.engines.plan import TaskWeights
 from fomaml.episodes import Episodes, TaskSequence
 from fomaml.errors import InputError, plain, positive, whole
-from fomaml.finite import IN_A_ROW, are_finite, as_drawn, cause, of_outer_step, told_of_overflow, unsound
+from fomaml.finite import IN_A_ROW, are_finite, cause, of_outer_step, told_of_overflow, unsound
 from fomaml.learning.algorithms import FOMAML
 from fomaml.learning.learner import MetaLearner
 from fomaml.metrics import Asked, check_ignored, ignored_label
@@ -155,7 +156,7 @@ def train(
                 number = None if isinstance(episodes, TaskStream) else iteration * meta_batch_size
                 skipped += 1
                 if on_nonfinite == "stop" or skipped == IN_A_ROW:
-                    with as_drawn(step.random):
+                    with forked_random(step.random):
                         raise cause(learner, outer.all_tasks(step, iteration), number, iteration + 1)
                 yield Record(iteration + 1, step.meta_loss, None, None, skipped=True)
                 continue

@@ -34,6 +34,7 @@ from fomaml.app.session import NO_LIMIT, session
 from fomaml.app.settings import Settings
 from fomaml.app.settle import settle
 from fomaml.checkpoint import load_weights, save_weights
+from fomaml.devices import forked_random
 from fomaml.engines import meta_gradient, plan
 from fomaml.errors import positive
 from fomaml.evaluate import estimate
@@ -142,7 +143,7 @@ def run_one(settings: Settings, out: Path, cosine_every: int | None, threads: in
         settings, learner, model = run.settings, run.learner, run.learner.model
         first = run.data.train.batch(0, 1)
         gradients, products = gradient_evaluations(learner, one(first, 0))
-        with torch.random.fork_rng(devices=[]):
+        with forked_random():
             meta_gradient(learner, first, engine=run.plan.engine)
         every = cosine_every or max(1, settings.iterations // 10)
         snapshots: dict[int, Path] = {}

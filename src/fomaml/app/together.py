@@ -20,6 +20,7 @@ from fomaml.app.launch import Launch
 from fomaml.app.settings import Settings, to_json
 from fomaml.app.states import States
 from fomaml.checkpoint import load_progress, load_state, save_state
+from fomaml.devices import forked_random
 from fomaml.errors import InputError
 from fomaml.files import write_text
 from fomaml.ranks import Ranks
@@ -131,7 +132,7 @@ def begun(
         with launch.checking():
             if launch.first:
                 stack.enter_context((rundir.alone if resume else rundir.claimed)(out))
-        stack.enter_context(torch.random.fork_rng(devices=[]))
+        stack.enter_context(forked_random())
         stack.enter_context(together.joined())
         run.interrupts = stack.enter_context(listening(together.interrupts))
         torch.manual_seed(settings.seed)  # dropout draws from there

@@ -9,9 +9,9 @@ from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor, nn
-from torch.random import fork_rng
 from torch.utils.flop_counter import FlopCounterMode
 
+from fomaml.devices import forked_random
 from fomaml.engines import batched, factored, loop
 from fomaml.engines.common import Engine, differentiate, first_line, out_of_memory
 from fomaml.errors import InputError
@@ -20,7 +20,7 @@ from fomaml.learning.learner import MetaLearner
 from fomaml.learning.mistakes import THIRD_ORDER, refuse_written
 from fomaml.learning.problem import Problem
 from fomaml.metrics import ignored_label
-from fomaml.tasks import Batch, Task, chunks, device_of, one, singles, ways_each
+from fomaml.tasks import Batch, Task, chunks, one, singles, ways_each
 from fomaml.trees import Tree
 
 CONVOLUTIONS = (
@@ -83,8 +83,7 @@ def _as_for_a_gradient(tasks: Task, number: int) -> Iterator[Task]:
     """The first tasks, in the modes in which a meta-gradient is computed, whatever the caller's are; random numbers
     are drawn as if nothing had happened.
     """
-    device = device_of(tasks)
-    with fork_rng(devices=[device] if device.type == "cuda" else []), ordinary_modes():
+    with forked_random(), ordinary_modes():
         few = next(chunks(tasks, number))
         yield few.map(lambda tensor: tensor.clone() if tensor.is_inference() else tensor)
 
@@ -120,7 +119,7 @@ def explain(error: Exception, learner: MetaLearner, tasks: Task, engine: str) ->
             raise InputError(reason) from error
     if engine == "loop":
         return
-    with fork_rng(devices=[]):
+    with forked_random():
         loop_does = all(_taken(learner, loop.problem, task, always=False) for task in chunks(tasks, 1))
     if loop_does:
         raise InputError(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.fx import GraphModule
 
+from fomaml.devices import forked_random
 from fomaml.engines import _torch
 from fomaml.engines.common import Found
 from fomaml.engines.compiled import products
@@ -78,7 +79,7 @@ class Compiled:
                 return _torch.trace(flat, *self._state(), *_tensors(tasks))
 
         on_cpu = device_of(tasks).type == "cpu"
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
+        with forked_random(), torch.no_grad():
             self._run = None if alone is None else self._stacked(trace, alone, tasks)
             if self._run is None:
                 graph = trace(find, tasks)
