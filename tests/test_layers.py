@@ -34,6 +34,7 @@ LAYERS = [
         "features",
         "scoring",
         "finite",
+        "portions",
         "train",
         "evaluate",
         "tuning",

@@ -56,6 +56,7 @@ if TYPE_CHECKING:  # a checker of types is to know all modules, and no other nam
     from fomaml import metrics as metrics
     from fomaml import models as models
     from fomaml import outer as outer
+    from fomaml import portions as portions
     from fomaml import ranks as ranks
     from fomaml import regular as regular
     from fomaml import scoring as scoring

@@ -21,6 +21,7 @@ from fomaml.learning.learner import MetaLearner
 from fomaml.measures import exact
 from fomaml.metrics import LOSS, Asked, Metric, scores
 from fomaml.models import warn_of_unmoved
+from fomaml.portions import Portions
 from fomaml.ranks import as_ranks
 from fomaml.scoring import measured_for, metrics_of, query_targets
 from fomaml.streams import batch_of
@@ -167,9 +168,11 @@ def evaluate_all(
         plan: Plan | None = None
         scores = torch.zeros(len(metrics), len(points), tasks, dtype=torch.float64)
         spoiled, silent = torch.zeros(tasks, dtype=torch.float64), False
-        for index in ranks.share(len(pieces)):
-            piece = pieces[index]
-            batch = batch_of(episodes, piece.start, len(piece), learner.model)
+        portions = Portions(at_once)
+
+        def score(part: range) -> tuple[Tensor, Tensor]:
+            nonlocal plan
+            batch = batch_of(episodes, part.start, len(part), learner.model)
             check_labels(learner, batch)
             if plan is None:
                 first = batch if group is None else batch_of(episodes, 0, len(pieces[0]), learner.model)
@@ -178,10 +181,14 @@ def evaluate_all(
                 found, bad = _scored(plan, batch, points, metrics, episodes, balanced)
             if bad.any() and not spoiled.any():
                 check_finite_tasks(batch)
-            scores[:, :, piece.start : piece.stop] = found
-            spoiled[piece.start : piece.stop] = exact(bad)
-            # a score that is no number speaks for itself
-            silent = silent or bool((bad.cpu() & found.isfinite().all(0).all(0)).any())
+            return found, bad.cpu()
+
+        for index in ranks.share(len(pieces)):
+            for part, (found, bad) in portions(pieces[index], score):
+                scores[:, :, part.start : part.stop] = found
+                spoiled[part.start : part.stop] = bad.double()
+                # a score that is no number speaks for itself
+                silent = silent or bool((bad & found.isfinite().all(0).all(0)).any())
     sums = torch.cat([scores.flatten(), spoiled, torch.tensor([float(silent)], dtype=torch.float64)])
     told = ranks.sum(sums)
     number = int(told[scores.numel() : -1].sum())
@@ -289,7 +296,10 @@ def judged(
 
 
 def batches(episodes: TaskSequence, tasks: int, tasks_at_once: int, model: nn.Module) -> Iterator[Batch]:
-    """So many tasks, so many at once. model: see `as_batch`."""
+    """So many tasks, so many at once, where they fit into memory. model: see `as_batch`."""
     tasks, tasks_at_once = whole("tasks", tasks, 1), whole("tasks_at_once", tasks_at_once, 1)
-    for start in range(0, tasks, tasks_at_once):
-        yield batch_of(episodes, start, min(tasks_at_once, tasks - start), model)
+    drawn = Portions(tasks_at_once)(
+        range(tasks), lambda part: batch_of(episodes, part.start, len(part), model)
+    )
+    for _, batch in drawn:
+        yield batch

@@ -237,13 +237,21 @@ def check_sum(weights: Sequence[float]) -> None:
         raise InputError(f"the weights of all {len(weights)} tasks of a meta-batch are 0")
 
 
-def out_of_memory(error: Exception) -> bool:
-    text = str(error)
-    return (
-        isinstance(error, torch.OutOfMemoryError)
-        or "out of memory" in text
-        or "can't allocate memory" in text
-    )
+OUT_OF_MEMORY = (
+    "out of memory",  # CUDA's and MPS's allocators, and the system's
+    "can't allocate memory",  # the CPU's allocator
+    "not enough memory",  # the same on Windows
+    "Cannot allocate memory",
+    "ALLOC_FAILED",  # CUBLAS_STATUS_ALLOC_FAILED, CUDNN_STATUS_ALLOC_FAILED
+    "OUT_OF_MEMORY",
+)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there was too little memory, on whatever device."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError | OSError) and any(text in str(error) for text in OUT_OF_MEMORY)
 
 
 def first_line(error: Exception) -> str:

@@ -20,7 +20,7 @@ from fomaml.learning.learner import MetaLearner
 from fomaml.learning.mistakes import THIRD_ORDER, refuse_written
 from fomaml.learning.problem import Problem
 from fomaml.metrics import ignored_label
-from fomaml.tasks import Batch, Task, chunks, one, singles, ways_each
+from fomaml.tasks import Batch, Task, chunks, count, one, singles, ways_each
 from fomaml.trees import Tree
 
 CONVOLUTIONS = (
@@ -34,9 +34,18 @@ def is_convolutional(learner: MetaLearner) -> bool:
 
 def takers(learner: MetaLearner, tasks: Task) -> tuple[bool, dict[str, int]]:
     """Whether vmap takes the learner, and, where the factored engine does, how many vectors of a support set go
-    through each Linear weight.
+    through each Linear weight. Tried on a stack of two tasks, of one where two take more memory than there is.
     """
-    with _as_for_a_gradient(tasks, 2) as pair:
+    try:
+        return _takers(learner, tasks, 2)
+    except Exception as error:  # whatever a module raises
+        if count(tasks) == 1 or not out_of_memory(error):
+            raise
+    return _takers(learner, tasks, 1)
+
+
+def _takers(learner: MetaLearner, tasks: Task, number: int) -> tuple[bool, dict[str, int]]:
+    with _as_for_a_gradient(tasks, number) as pair:
         vmaps = _taken(learner, batched.problem, pair) is not None
         if not vmaps or factored.refusal(learner) is not None:
             return vmaps, {}
@@ -60,21 +69,26 @@ def try_once(learner: MetaLearner, tasks: Task) -> None:
         except InputError:
             raise
         except Exception as error:  # whatever a module raises
+            if out_of_memory(error):
+                raise
             # here, as what a criterion does not take may pass under vmap, and mean something else
             explain(error, learner, single, "loop")
 
 
 def flops(learner: MetaLearner, tasks: Task) -> int:
     """The floating-point operations of the model on one task's query set."""
-    # whatever fails, such as the loss of too few outputs, fails again where it is told in words
     with (
         _as_for_a_gradient(tasks, 1) as single,
         FlopCounterMode(display=False) as counter,
         torch.no_grad(),
-        suppress(Exception),
     ):
-        problem = loop.problem(learner, single)
-        problem.query(problem.start)
+        try:
+            problem = loop.problem(learner, single)
+            problem.query(problem.start)
+        except Exception as error:
+            # whatever else fails, such as the loss of too few outputs, fails again where it is told in words
+            if out_of_memory(error):
+                raise
     return counter.get_total_flops()
 
 
@@ -89,14 +103,19 @@ def _as_for_a_gradient(tasks: Task, number: int) -> Iterator[Task]:
 
 
 def _taken(learner: MetaLearner, engine: Engine, tasks: Task, always: bool = True) -> Problem | None:
-    """A problem of this engine whose gradient could be computed, if it could; `always`: at every outer iteration."""
+    """A problem of this engine whose gradient could be computed, if it could; `always`: at every outer iteration.
+
+    Raises: that there is too little memory, which says nothing of the engine.
+    """
     try:
         problem = engine(learner, tasks)
         if always and callable(learner.first_order):
             problem.first_order = False  # the order that asks for more
         differentiate(learner, problem)
         return engine(learner, tasks)
-    except Exception:  # whatever a module raises
+    except Exception as error:  # whatever a module raises
+        if out_of_memory(error):
+            raise
         return None
 
 
