@@ -69,7 +69,8 @@ class Away(Tensor):
 
 
 class Elsewhere(TorchDispatchMode):
-    """waits: how often each operation has waited for the device. copies: how often numbers were copied to it: "copy",
+    """dead: whether an index or a label out of range has ended in an assertion of the device, after which nothing runs.
+    waits: how often each operation has waited for the device. copies: how often numbers were copied to it: "copy",
     which waits, or "copy without waiting".
     """
 
@@ -79,6 +80,7 @@ class Elsewhere(TorchDispatchMode):
         super().__init__()
         self.waits: Counter[str] = Counter()
         self.copies: Counter[str] = Counter()
+        self.dead = False
         self.patch = pytest.MonkeyPatch()
 
     def __enter__(self) -> Elsewhere:
@@ -111,7 +113,13 @@ class Elsewhere(TorchDispatchMode):
         asked = kwargs.get("device")
         away = some_away if asked is None else torch.device(asked).type == DEVICE.type
         self._look(func, args, kwargs, given, some_away, away)
-        found = func(*tree_map(_held, args), **tree_map(_held, kwargs))
+        if self.dead and (some_away or away):
+            raise RuntimeError("CUDA error: device-side assert triggered")
+        try:
+            found = func(*tree_map(_held, args), **tree_map(_held, kwargs))
+        except (IndexError, RuntimeError) as error:
+            self.dead = (some_away or away) and "out of" in str(error)
+            raise
         if not away:
             return found
         found = tree_map(lambda each: Away(each, self) if isinstance(each, Tensor) else each, found)

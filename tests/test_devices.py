@@ -17,10 +17,10 @@ from fomaml.episodes import Episodes
 from fomaml.errors import InputError
 from fomaml.evaluate import estimate, evaluate
 from fomaml.group_episodes import GroupEpisodes
-from fomaml.learning.algorithms import FOMAML
+from fomaml.learning.algorithms import FOMAML, ZeroHeadMAML
 from fomaml.ranks import Ranks
 from fomaml.serve.calibration import calibration_error, fit_temperature
-from fomaml.tasks import Examples, Task
+from fomaml.tasks import Examples, Task, one
 from fomaml.train import train
 
 INPUTS = torch.randn(48, 1, 4, 4, generator=torch.Generator().manual_seed(1))
@@ -281,6 +281,52 @@ def test_a_state_of_another_device_is_taken_up(device_states, tmp_path):
     assert torch.equal(torch.rand(3), expected)
 
 
+LABELS_BEYOND = {
+    "a query label of the last task": (lambda s, q: q[-1, -1].fill_(3), None, "too narrow for 4 ways"),
+    "a support label of the second": (lambda s, q: s[1, 0].fill_(9), None, "too narrow for 10 ways"),
+    "below 0": (lambda s, q: q[1, 2].fill_(-1), None, "the query labels hold -1"),
+    "one that is ignored": (lambda s, q: q[1, 2].fill_(-100), None, None),
+    "all as they should be": (lambda s, q: None, None, None),
+    "a head as wide as the support set": (lambda s, q: q[1, 2].fill_(2), ZeroHeadMAML, None),
+    "beyond a head as wide as the support set": (
+        lambda s, q: q[1, 2].fill_(3), ZeroHeadMAML, "has the labels up to 2 alone",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("engine", ["auto", "loop", "batched"])
+@pytest.mark.parametrize("what", LABELS_BEYOND)
+def test_labels_beyond_the_outputs_are_told_before_the_device_sees_them(what, engine):
+    change, preset, message = LABELS_BEYOND[what]
+    tasks = classes("cpu").batch(0, 3)
+    change(tasks.support.targets, tasks.query.targets)
+    with Elsewhere() as machine:
+        learner = (preset or FOMAML)(network(), 0.1, 1, **({"head": "4"} if preset else {})).to(
+            machine.device
+        )
+        own = tasks.to(machine.device)
+        for given in (own, [one(own, index) for index in range(3)]):
+            if message is None:
+                assert meta_gradient(learner, given, engine=engine).query_losses.shape == (3,)
+                continue
+            with pytest.raises(InputError, match=message):
+                meta_gradient(learner, given, engine=engine)
+        assert not machine.dead
+
+
+@pytest.mark.parametrize("of", ["autocast", "parameters"])
+def test_float16_is_refused(of):
+    model = network().half() if of == "parameters" else network()
+    tasks = classes("cpu").batch(0, 2).to(dtype=next(model.parameters()).dtype)
+    told = {"autocast": torch.float16} if of == "autocast" else {}
+    for make in (plan, meta_gradient):
+        with pytest.raises(InputError, match=r"float16.*below 6e-8.*bfloat16"):
+            make(FOMAML(model, 0.1, 1), tasks, **told)
+    low = classes("cpu").batch(0, 2).to(dtype=torch.bfloat16)
+    found = meta_gradient(FOMAML(network().bfloat16(), 0.1, 1), low)
+    assert all(gradient.dtype == torch.bfloat16 for gradient in found.gradients.values())
+
+
 def test_what_fails_on_a_device_fails_on_the_one_that_is_played():
     with Elsewhere() as machine:
         there = torch.ones(2).to(machine.device)
@@ -292,3 +338,7 @@ def test_what_fails_on_a_device_fails_on_the_one_that_is_played():
         assert machine.waits == {"copy to the CPU": 1} and machine.copies == {"copy": 1}
         assert there.sum().item() == 2 and there[there > 0].shape == (2,)
         assert machine.waits["_local_scalar_dense"] and machine.waits["index by a mask"]
+        with pytest.raises(IndexError):
+            F.cross_entropy(there[None], torch.tensor([2]).to(machine.device))
+        with pytest.raises(RuntimeError, match="device-side assert"):
+            there + 1

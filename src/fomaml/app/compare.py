@@ -114,7 +114,7 @@ def compare(
         "cosines": cosines,
         "seed": first.seed,
         "device": first.device,
-        **circumstances(),
+        **circumstances(first.device),
     }
     if launch.first:
         write_json(out / COMPARISON, result)

@@ -14,6 +14,7 @@ import torch
 
 from fomaml.app import rundir
 from fomaml.app.build import Data
+from fomaml.app.device import reproducible
 from fomaml.app.interrupts import Interrupts, listening
 from fomaml.app.inventory import describe_directory
 from fomaml.app.launch import Launch
@@ -117,6 +118,7 @@ def begun(
     is there goes on, without `resume` too; one that was finished says so, and nothing is begun.
     """
     with contextlib.ExitStack() as stack:
+        stack.enter_context(reproducible(settings.device))
         stack.enter_context(launch.computing(settings.threads if settings.same_bits else None))
         with launch.checking():
             if resume and launch.first and rundir.is_finished(out):

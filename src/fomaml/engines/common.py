@@ -6,13 +6,13 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from operator import itemgetter
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fomaml.choices import Statistics
+from fomaml.choices import Statistics, check_choice
 from fomaml.engines import _torch
 from fomaml.errors import InputError
 from fomaml.learning.learner import MetaLearner
@@ -21,6 +21,7 @@ from fomaml.metrics import ignored_label
 from fomaml.tasks import Batch, Examples, Task, are_labels, count, shape_of, stack, ways_each
 from fomaml.trees import Tree, joined, mapped
 
+TaskWeights = Literal["equal", "examples"] | Callable[[Task], float]
 # (the model at φ, the query set of one task) → a number
 Measure = Callable[[Callable[..., Any], Examples], Tensor]
 
@@ -229,6 +230,26 @@ def put_together(groups: Sequence[Group], parts: Sequence[MetaGradient], listed:
         outputs,
         parts[0].engine,
     )
+
+
+def check_asked(weights: TaskWeights, autocast: torch.dtype | None) -> None:
+    """Raise `InputError` for weights of tasks that are neither a name nor a function, and for float16."""
+    if not callable(weights):
+        check_choice("task_weights", weights, ("equal", "examples"))
+    if autocast == torch.float16:
+        raise InputError(f"autocast={autocast} {UNSCALED}: take torch.bfloat16")
+
+
+UNSCALED = "makes gradients below 6e-8 zero, in each inner step too, and nothing here scales them"
+
+
+def refuse_half(learner: MetaLearner) -> None:
+    """Raise `InputError` for parameters in float16."""
+    for name, parameter in learner.model.named_parameters():
+        if parameter.dtype == torch.float16:
+            raise InputError(
+                f"the parameter {name} is torch.float16, which {UNSCALED}: model.bfloat16() or model.float()"
+            )
 
 
 def check_sum(weights: Sequence[float]) -> None:

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from hashlib import sha256
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +24,9 @@ from fomaml.engines.common import (
     Group,
     Measure,
     MetaGradient,
+    TaskWeights,
     accumulate,
+    check_asked,
     check_sum,
     curves,
     differentiate,
@@ -34,7 +36,7 @@ from fomaml.engines.common import (
     out_of_memory,
     put_together,
 )
-from fomaml.engines.probes import explain, flops, is_convolutional, takers, try_once
+from fomaml.engines.probes import explain, flops, is_convolutional, takers, tried
 from fomaml.errors import not_negative, positive
 from fomaml.learning.adapt import ordinary_modes
 from fomaml.learning.learner import MetaLearner
@@ -49,9 +51,6 @@ ENGINES: dict[str, Engine] = {
 }
 
 # --- the rule -------------------------------------------------------------------------------------
-
-
-TaskWeights = Literal["equal", "examples"] | Callable[[Task], float]
 
 
 class Choice(NamedTuple):
@@ -111,10 +110,10 @@ def choice(
     if not isinstance(tasks, Task):
         own = [group.tasks for group in groups(learner, tasks)]
         for each in own:
-            try_once(learner, each)
+            tried(learner, each)
         tasks = max(own, key=lambda each: sum(leaf.numel() for leaf in leaves(each)))
     else:
-        try_once(learner, tasks)
+        tried(learner, tasks)
     engine, why = choose(learner, tasks, compile) if engine == "auto" else (engine, "as asked")
     on_cpu = device_of(tasks).type == "cpu"
     stacks = compile and engine == "batched" and on_cpu and is_convolutional(learner)
@@ -361,12 +360,6 @@ class Plan:
         warnings.warn(text, RuntimeWarning, stacklevel=4)
 
 
-def check_weights(given: TaskWeights) -> None:
-    """Raise `InputError` for weights of tasks that are neither a name nor a function."""
-    if not callable(given):
-        check_choice("task_weights", given, ("equal", "examples"))
-
-
 def plan(
     learner: MetaLearner,
     tasks: Batch,
@@ -388,14 +381,14 @@ def plan(
         thread; by default as many as suit the engine.
     compile: compile the whole meta-gradient, once for each shape of the tasks, of a list the shapes that come back;
         where that cannot be, a warning says so and the engine runs uncompiled.
-    autocast: run the forward passes in this lower precision (`torch.bfloat16`), see `torch.autocast`.
+    autocast: run the forward passes in this lower precision, `torch.bfloat16`, see `torch.autocast`.
     task_weights: how much each task counts in the meta-loss, Σ wᵢ Lᵢ / Σ wᵢ: "equal", "examples" for the number of its
         query examples, or a function of the `Task`.
 
     Raises:
-        InputError: an unknown engine, or tasks_at_once that is no positive whole number.
+        InputError: an unknown engine, tasks_at_once that is no positive whole number, or float16.
     """
-    check_weights(task_weights)
+    check_asked(task_weights, autocast)
     with turn_of(learner.model), ordinary_modes():
         tasks = as_batch(tasks, learner.model)
         own = choice(learner, tasks, engine, tasks_at_once, compile)

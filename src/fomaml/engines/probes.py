@@ -13,14 +13,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fomaml.devices import forked_random
 from fomaml.engines import batched, factored, loop
-from fomaml.engines.common import Engine, differentiate, first_line, out_of_memory
+from fomaml.engines.common import Engine, differentiate, first_line, out_of_memory, refuse_half
 from fomaml.errors import InputError
 from fomaml.learning.adapt import ordinary_modes
 from fomaml.learning.learner import MetaLearner
 from fomaml.learning.mistakes import THIRD_ORDER, refuse_written
 from fomaml.learning.problem import Problem
 from fomaml.metrics import ignored_label
-from fomaml.tasks import Batch, Task, chunks, count, one, singles, ways_each
+from fomaml.tasks import Batch, Task, are_labels, chunks, count, device_of, one, singles, ways_each
 from fomaml.trees import Tree
 
 CONVOLUTIONS = (
@@ -73,6 +73,39 @@ def try_once(learner: MetaLearner, tasks: Task) -> None:
                 raise
             # here, as what a criterion does not take may pass under vmap, and mean something else
             explain(error, learner, single, "loop")
+
+
+def tried(learner: MetaLearner, tasks: Task) -> None:
+    """Raise `InputError` for what can be seen before a stack of tasks is computed: parameters in float16, labels beyond
+    the outputs, and what `try_once` sees.
+    """
+    refuse_half(learner)
+    check_labels_fit(learner, tasks)
+    try_once(learner, tasks)
+
+
+def check_labels_fit(learner: MetaLearner, tasks: Task) -> None:
+    """Raise `InputError` where a cross-entropy would be given labels that the model has no outputs for, in any task.
+
+    Before anything is computed of them: elsewhere than on a CPU such a label ends in an assertion of the device, after
+    which the process can use it no more.
+    """
+    ignored = ignored_label(learner.criterion)
+    if ignored is None or device_of(tasks).type == "cpu":
+        return
+    with _as_for_a_gradient(tasks, 1) as single, torch.no_grad():
+        try:
+            problem = loop.problem(learner, single, evaluating=True)
+            outputs = problem.outputs(problem.start)
+        except Exception as error:  # whatever a module raises is told where it is tried
+            if out_of_memory(error):
+                raise
+            return
+        reason = _refused(learner, problem.task, outputs)
+        if reason is None and isinstance(outputs, Tensor) and are_labels(tasks.query.targets):
+            reason = _refused_labels(learner, tasks, outputs)
+    if reason is not None:
+        raise InputError(reason)
 
 
 def flops(learner: MetaLearner, tasks: Task) -> int:
@@ -201,15 +234,27 @@ def _refused(learner: MetaLearner, task: Task, outputs: Tree) -> str | None:
         )
     if shape[:1] + shape[2:] != task.query.targets.shape:
         return None
-    labels = [targets.long() for _, targets in task]
+    return _refused_labels(learner, task.map(lambda tensor: tensor[None]), outputs)
+
+
+def _refused_labels(learner: MetaLearner, tasks: Task, outputs: Tensor) -> str | None:
+    """`_refused` of the labels of a stack of tasks. outputs: of the first of them.
+
+    With a start, which makes heads as wide as a task has classes, of those tasks that have as many as the first.
+    """
+    ignored = ignored_label(learner.criterion)
+    shape = tuple(outputs.shape)
+    labels = [targets.long() for _, targets in tasks]
     for name, targets in zip(Task._fields, labels):
-        negative = targets[(targets < 0) & (targets != ignored)]
-        if len(negative):
+        negative = int(targets.where(targets != ignored, 0).min())
+        if negative < 0:
             return (
-                f"the {name} labels hold {negative[0]}: labels are whole numbers from 0 on, or {ignored}, which is "
+                f"the {name} labels hold {negative}: labels are whole numbers from 0 on, or {ignored}, which is "
                 "ignored"
             )
-    support, ways = (max(ways_each(targets[None], ignored)) for targets in labels)
+    of_support, of_query = (ways_each(targets, ignored) for targets in labels)
+    alike = [n for n, own in enumerate(of_support) if learner.start is None or own == of_support[0]]
+    support, ways = (max(each[n] for n in alike) for each in (of_support, of_query))
     if max(support, ways) <= shape[1]:
         return None
     if learner.start is not None and support == shape[1]:
