@@ -12,9 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
+
+from fomaml.data.source import ClassSource
+from fomaml.episodes import Episodes
 
 DEVICE = torch.device("meta")
 aten = torch.ops.aten
@@ -163,3 +166,19 @@ def _held(each: Any) -> Any:
     if isinstance(each, torch.device) and each.type == DEVICE.type:
         return torch.device("cpu")
     return each
+
+
+# --- what is computed there ----
+
+INPUTS = torch.randn(48, 1, 4, 4, generator=torch.Generator().manual_seed(1))
+LABELS = torch.arange(6).repeat_interleave(8)
+
+
+def network(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Flatten(), nn.Linear(16, 7), nn.LayerNorm(7), nn.ReLU(), nn.Linear(7, 3))
+
+
+def classes(device, **more) -> Episodes:
+    own = {"ways": 3, "shots": 1, "query_shots": 2, **more}
+    return Episodes(ClassSource(INPUTS, LABELS).to(device), **own)

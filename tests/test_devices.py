@@ -5,15 +5,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from elsewhere import Elsewhere
+from elsewhere import Elsewhere, classes, network
 from family import ALGORITHMS
 from fomaml.baselines import fine_tune, fit_estimator, nearest_centroid, pretrain, unadapted
 from fomaml.checkpoint import load_state, save_state
 from fomaml.data.groups import GroupSource
-from fomaml.data.source import ClassSource
 from fomaml.devices import forked_random, set_random_state
 from fomaml.engines import check_outputs, meta_gradient, plan
-from fomaml.episodes import Episodes
 from fomaml.errors import InputError
 from fomaml.evaluate import estimate, evaluate
 from fomaml.group_episodes import GroupEpisodes
@@ -22,19 +20,6 @@ from fomaml.ranks import Ranks
 from fomaml.serve.calibration import calibration_error, fit_temperature
 from fomaml.tasks import Examples, Task, one
 from fomaml.train import train
-
-INPUTS = torch.randn(48, 1, 4, 4, generator=torch.Generator().manual_seed(1))
-LABELS = torch.arange(6).repeat_interleave(8)
-
-
-def network(seed: int = 0) -> nn.Module:
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Flatten(), nn.Linear(16, 7), nn.LayerNorm(7), nn.ReLU(), nn.Linear(7, 3))
-
-
-def classes(device, **more) -> Episodes:
-    own = {"ways": 3, "shots": 1, "query_shots": 2, **more}
-    return Episodes(ClassSource(INPUTS, LABELS).to(device), **own)
 
 
 class Lines:

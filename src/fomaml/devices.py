@@ -1,12 +1,35 @@
-"""What differs from device to device: the random numbers that each of them draws."""
+"""What differs from device to device: the random numbers that each of them draws, and the way to them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+
+ALIGNED = 64  # bytes, at a multiple of which a tensor that is sent begins: kernels may round by how it lies
+
+
+def sent(tensors: Sequence[Tensor], device: torch.device | str | None) -> list[Tensor]:
+    """Tensors of the CPU on a device, by one copy of all of them; to a CUDA device from pinned memory, so that nobody
+    waits for it. None: where they are.
+    """
+    device = torch.device("cpu" if device is None else device)
+    if device.type == "cpu":
+        return list(tensors)
+    if device.type == "mps":  # whose tensors are not seen as another dtype
+        return [tensor.to(device) for tensor in tensors]
+    places, end = [], 0
+    for tensor in tensors:
+        places.append(slice(end, end + tensor.nbytes))
+        end += -(-tensor.nbytes // ALIGNED) * ALIGNED
+    pinned = device.type == "cuda"
+    packed = torch.empty(end, dtype=torch.uint8, pin_memory=pinned)
+    for tensor, place in zip(tensors, places):
+        packed[place].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+    there = packed.to(device, non_blocking=pinned)
+    return [there[place].view(tensor.dtype).view(tensor.shape) for tensor, place in zip(tensors, places)]
 
 
 def random_state() -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fomaml.choices import Statistics
 from fomaml.engines import Plan
 from fomaml.engines import plan as make_plan
-from fomaml.episodes import TaskSequence, copies_of
+from fomaml.episodes import TaskSequence, copies_of, ways_of_each
 from fomaml.errors import InputError, plain, whole
 from fomaml.learning.learner import MetaLearner
 from fomaml.measures import exact
@@ -217,7 +217,7 @@ def _scored(
     for metric in metrics:
         kind = measured_for(plan.learner, metric)
         if kind not in curves:
-            curves[kind] = plan.curve(batch, points, kind)
+            curves[kind] = plan.curve(batch, points, kind, ways_of_each(episodes))
         for losses, outputs in curves[kind]:
             own = judged(episodes, metric, outputs, targets, losses, balanced)
             bad |= _without_numbers((losses, outputs, own), bad)

@@ -13,7 +13,7 @@ from fomaml.devices import random_state
 from fomaml.engines import MetaGradient, Plan
 from fomaml.engines import plan as make_plan
 from fomaml.engines.common import check_sum
-from fomaml.episodes import TaskSequence
+from fomaml.episodes import TaskSequence, ways_of_each
 from fomaml.learning.learner import MetaLearner
 from fomaml.measures import exact
 from fomaml.metrics import Metric, scores
@@ -70,7 +70,7 @@ class Outer:
         before = self._scores(plan, tasks, 0).mean() if measured else None
         adapted = self._adapted(plan, tasks, measured)
         random = random_state()
-        result = plan(tasks)
+        result = plan(tasks, ways=ways_of_each(self.episodes))
         return Step(
             result.gradients,
             weighted_mean(result.query_losses, plan.weights(tasks)),
@@ -101,7 +101,7 @@ class Outer:
         return batch_of(self.episodes, start, tasks, self.learner.model)
 
     def _scores(self, plan: Plan, tasks: Batch, steps: int) -> Tensor:
-        return scores_at(plan, tasks, self.metric, steps)
+        return scores_at(plan, tasks, self.metric, steps, ways_of_each(self.episodes))
 
     def _adapted(self, plan: Plan, tasks: Batch, measured: bool) -> Tensor | None:
         """The scores at φ_K where the meta-gradient gives no outputs to score."""
@@ -182,7 +182,7 @@ class SharedOuter(Outer):
                 # that a shape has come before is known from earlier steps alone, whoever has computed it
                 plan.seen, found = set(known), plan.seen
                 with self._drawing(iteration, index):
-                    result = plan(tasks, part_of=among)
+                    result = plan(tasks, part_of=among, ways=ways_of_each(self.episodes))
                 plan.seen |= found
                 parts.append(Part(piece, tasks, result, before, adapted))
         except Exception as raised:  # whatever a module raises

@@ -151,21 +151,27 @@ class Group(NamedTuple):
     weight: float
 
 
-def groups(learner: MetaLearner, tasks: Batch, weights: Sequence[float] | None = None) -> list[Group]:
+def groups(
+    learner: MetaLearner, tasks: Batch, weights: Sequence[float] | None = None, ways: int | None = None
+) -> list[Group]:
     """A meta-batch by what tasks must have in common to be stacked: shapes, ways and weight, in the order of the first
     of each.
 
-    weights: of the tasks; all 1 by default.
+    weights: of the tasks; all 1 by default. ways: of each task, where it is known; else read from the labels for a
+        start, which waits for a device.
     """
     number = count(tasks)
-    if isinstance(tasks, Task) and learner.start is None and weights is None:
-        return [Group([*range(number)], tasks, None, 1.0)]
+    if ways is not None and ignored_label(learner.criterion) in range(ways):
+        ways = None  # a label that counts for nothing is no class
+    if isinstance(tasks, Task) and weights is None and (learner.start is None or ways is not None):
+        own = None if learner.start is None or not are_labels(tasks.support.targets) else ways
+        return [Group([*range(number)], tasks, own, 1.0)]
     each = [1.0] * number if weights is None else weights
     if isinstance(tasks, Task):
-        kinds: list[tuple] = [*zip(_ways(learner, tasks), each)]
+        kinds: list[tuple] = [*zip(_ways(learner, tasks, ways), each)]
     else:
         stacks = [task.map(lambda tensor: tensor[None]) for task in tasks]
-        kinds = [(shape_of(own), *_ways(learner, own), weight) for own, weight in zip(stacks, each)]
+        kinds = [(shape_of(own), *_ways(learner, own, ways), weight) for own, weight in zip(stacks, each)]
     found = []
     for kind in dict.fromkeys(kinds):
         rows = [row for row in range(number) if kinds[row] == kind]
@@ -177,11 +183,13 @@ def groups(learner: MetaLearner, tasks: Batch, weights: Sequence[float] | None =
     return found
 
 
-def _ways(learner: MetaLearner, tasks: Task) -> list[int | None]:
+def _ways(learner: MetaLearner, tasks: Task, known: int | None = None) -> list[int | None]:
     """By task, see `Group`."""
     targets = tasks.support.targets
     if learner.start is None or not are_labels(targets):
         return [None] * count(tasks)
+    if known is not None:
+        return [known] * count(tasks)
     return [*ways_each(targets, ignored_label(learner.criterion))]
 
 

@@ -53,6 +53,9 @@ ENGINES: dict[str, Engine] = {
 # --- the rule -------------------------------------------------------------------------------------
 
 
+PartOf = tuple[Sequence[float] | None, float] | None  # see `Plan.__call__`
+
+
 class Choice(NamedTuple):
     """What follows from a learner, the shapes of its tasks, the device and the number of threads; see `Plan`.
 
@@ -195,43 +198,47 @@ class Plan:
     def tasks_at_once(self) -> int:
         return self.choice.tasks_at_once
 
-    def __call__(
-        self, tasks: Batch, part_of: tuple[Sequence[float] | None, float] | None = None
-    ) -> MetaGradient:
+    def __call__(self, tasks: Batch, part_of: PartOf = None, ways: int | None = None) -> MetaGradient:
         """The gradient of the meta-loss, averaged over a batch of tasks; see `meta_gradient`.
 
         part_of: where they are a part of a meta-batch, the weights of these tasks, None for 1 each, and the sum of the
             weights of all its tasks: what these contribute to the mean over all is computed.
+        ways: the number of classes of each support set where it is known, see `groups`.
         """
         with turn_of(self.learner.model):
             if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
-                return self._compute(self._looked_at(tasks), part_of)
+                return self._compute(self._looked_at(tasks), part_of, ways)
             with ordinary_modes():
-                return self._compute(self._looked_at(tasks), part_of)
+                return self._compute(self._looked_at(tasks), part_of, ways)
 
     def curve(
         self,
         tasks: Batch,
         points: Sequence[tuple[int, Statistics]],
         measured: Measure | bool = False,
+        ways: int | None = None,
     ) -> list[tuple[Tensor, Tree]]:
         """Query losses (tasks,) and outputs (tasks, examples, ...) at each pair of a number of inner steps and
         statistics, ascending by steps: tasks are adapted once for all of them. Of a list of tasks outputs are lists.
 
         Never compiled, and in the model's own precision but within `precision`. statistics: see `Problem.query`.
         measured: True for the outputs of a learner with a `loss` too, see `Problem`; or a function (the model at φ,
-            query examples) → a number, whose values (tasks,) are given in place of outputs, task by task.
+            query examples) → a number, whose values (tasks,) are given in place of outputs. ways: as of a call.
         """
         with turn_of(self.learner.model), ordinary_modes():
-            return self._curve(self._looked_at(tasks), points, measured)
+            return self._curve(self._looked_at(tasks), points, measured, ways)
 
     def _curve(
-        self, tasks: Batch, points: Sequence[tuple[int, Statistics]], measured: Measure | bool = False
+        self,
+        tasks: Batch,
+        points: Sequence[tuple[int, Statistics]],
+        measured: Measure | bool = False,
+        ways: int | None = None,
     ) -> list[tuple[Tensor, Tree]]:
         measure = measured if callable(measured) else None
         engine = "loop" if measure else self.engine
         problem = partial(ENGINES[engine], self.learner, evaluating=True, measured=measured is True)
-        own = groups(self.learner, tasks)
+        own = groups(self.learner, tasks, ways=ways)
         parts: list[list[tuple[Tensor, Tree]]] = []
         for number, group in enumerate(own):
             while len(parts) <= number:
@@ -268,9 +275,7 @@ class Plan:
             return 1.0 if self.task_weights == "equal" else float(count_of(task.query))
         return not_negative("the weight of a task", self.task_weights(task))
 
-    def _compute(
-        self, tasks: Batch, part_of: tuple[Sequence[float] | None, float] | None = None
-    ) -> MetaGradient:
+    def _compute(self, tasks: Batch, part_of: PartOf = None, ways: int | None = None) -> MetaGradient:
         """As `__call__`, of a batch that was looked at; a frame between what the user calls and what warns, so that
         warnings name the user's line.
         """
@@ -278,7 +283,7 @@ class Plan:
             weights = self.weights(tasks)
             part_of = weights, float(count(tasks)) if weights is None else sum(weights)
         weights, total = part_of
-        own = groups(self.learner, tasks, weights)
+        own = groups(self.learner, tasks, weights, ways)
         # a mean over a number that stays the same is in the graph of what is compiled, where it costs nothing
         fixed = count(tasks) if isinstance(tasks, Task) and weights is None else 1
         parts: list[MetaGradient] = []
