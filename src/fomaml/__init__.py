@@ -44,6 +44,7 @@ if TYPE_CHECKING:  # a checker of types is to know all modules, and no other nam
     from fomaml import checkpoint as checkpoint
     from fomaml import choices as choices
     from fomaml import data as data
+    from fomaml import devices as devices
     from fomaml import engines as engines
     from fomaml import episodes as episodes
     from fomaml import errors as errors
@@ -58,6 +59,7 @@ if TYPE_CHECKING:  # a checker of types is to know all modules, and no other nam
     from fomaml import models as models
     from fomaml import optimizers as optimizers
     from fomaml import outer as outer
+    from fomaml import portions as portions
     from fomaml import ranks as ranks
     from fomaml import regular as regular
     from fomaml import scoring as scoring

@@ -12,6 +12,7 @@ from torch import Tensor
 from fomaml.data.augment import jittered, turned
 from fomaml.data.source import ClassSource
 from fomaml.data.synthetic import Sinusoids
+from fomaml.devices import sent
 from fomaml.errors import InputError, not_negative, positive, shown, whole
 from fomaml.memory import check_fits
 from fomaml.tasks import Batch, Examples, Task, one, stack
@@ -53,10 +54,11 @@ class TaskSequence(Protocol):
     """What training and evaluation take tasks from, each a function of its index alone; `Episodes` is one.
 
     ways: the number of classes of a task; None for regression, or where it is not known.
+    complete: whether the support set of each task has examples of all of them, with the labels 0 … ways - 1.
     copies: how many times each image of a set stands in it, one after the other, see `Episodes`.
 
     An object of one's own may have `batch` alone: it then counts as tasks of unknown ways and of one copy. A type
-    checker wants all three, which a subclass of this has.
+    checker wants `ways` and `copies` too, which a subclass of this has.
     """
 
     @property
@@ -74,6 +76,11 @@ class TaskSequence(Protocol):
 
 def ways_of(episodes: TaskSequence) -> int | None:
     return getattr(episodes, "ways", None)
+
+
+def ways_of_each(episodes: TaskSequence) -> int | None:
+    """The number of classes that each support set has, where the episodes know it, so that no label has to be read."""
+    return ways_of(episodes) if getattr(episodes, "complete", False) else None
 
 
 def copies_of(episodes: TaskSequence) -> int:
@@ -200,6 +207,8 @@ class Episodes:
             square image, or jitter of what is no image, or copies without jitter; what `Augmentation` raises.
     """
 
+    complete = True
+
     def __init__(
         self,
         source: ClassSource,
@@ -275,21 +284,25 @@ class Episodes:
         for_classes, for_examples, for_order, for_turns, for_jitter = np.split(
             randoms, np.cumsum(parts)[:-1], axis=1
         )
-        classes = for_classes.argsort(axis=1)[:, : self.ways]  # (tasks, ways)
+        classes = _first(for_classes, self.ways)  # (tasks, ways)
         rows = _distinct(
             self.source.counts.numpy()[classes],
             for_examples.reshape(tasks, self.ways, drawn),
             for_order.reshape(tasks, self.ways, drawn),
         )  # (tasks, ways, drawn)
-        rows = torch.from_numpy(rows + self.source.offsets.numpy()[classes][..., None])
-        targets = torch.arange(self.ways).view(1, -1, 1).expand(rows.shape)
-        split = [self.shots, self.query_shots]
-        quarters = torch.from_numpy((4 * for_turns).astype(np.int64)) if self.turns else None  # (tasks, ways)
-        maps = (None, None)
+        device = self.source.inputs.device if isinstance(self.source.inputs, Tensor) else torch.device("cpu")
+        numbers = [torch.from_numpy(rows + self.source.offsets.numpy()[classes][..., None])]
+        if self.turns:
+            numbers.append(torch.from_numpy((4 * for_turns).astype(np.int64)))  # (tasks, ways)
         if self.jitter:
-            maps = (
-                torch.from_numpy(for_jitter).view(tasks, self.ways, drawn, self.copies, 6).split(split, dim=2)
-            )
+            own = torch.from_numpy(for_jitter).view(tasks, self.ways, drawn, self.copies, 6)
+            exact = torch.float64 in (self.source.inputs.dtype, torch.get_default_dtype())
+            numbers.append(own if exact or device.type == "cpu" else own.float())
+        rows, *others = sent(numbers, device)
+        split = [self.shots, self.query_shots]
+        quarters = others.pop(0) if self.turns else None
+        maps = others.pop().split(split, dim=2) if self.jitter else (None, None)
+        targets = torch.arange(self.ways, device=device).view(1, -1, 1).expand(rows.shape)
         batch = Task(
             *(
                 self._examples(own, labels, quarters, own_maps)
@@ -316,6 +329,20 @@ class Episodes:
             inputs = moved.flatten(2, 3)
             targets = targets.repeat_interleave(self.copies, dim=2)
         return Examples(inputs.flatten(1, 2), targets.flatten(1).contiguous().to(inputs.device))
+
+
+def _first(randoms: np.ndarray, number: int) -> np.ndarray:
+    """(tasks, number) places of the smallest of (tasks, …) random numbers, in their order: the first of `argsort`."""
+    few = np.argpartition(randoms, number - 1, axis=1)[:, :number]
+    values = np.take_along_axis(randoms, few, axis=1)
+    order = values.argsort(axis=1)
+    found = np.take_along_axis(few, order, axis=1)
+    ordered = np.take_along_axis(values, order, axis=1)
+    # which of equal numbers comes first is for argsort to say
+    equal = (np.diff(ordered, axis=1) == 0).any(axis=1) | ((randoms <= ordered[:, -1:]).sum(axis=1) > number)
+    if equal.any():
+        found[equal] = randoms[equal].argsort(axis=1)[:, :number]
+    return found
 
 
 def _distinct(counts: np.ndarray, randoms: np.ndarray, order: np.ndarray) -> np.ndarray:
@@ -369,7 +396,7 @@ class RegressionEpisodes:
         start, tasks = whole("the number of the first task", start), whole("tasks", tasks)
         drawn = self.shots + self.query_shots
         check_fits(f"{tasks} tasks of {drawn} examples", 2 * FLOAT64 * tasks * drawn, FEWER)
-        if isinstance(self.family, Sinusoids):
+        if type(self.family) is Sinusoids:
             inputs, targets = self.family.many(uniforms(self.seed, start, tasks, Sinusoids.numbers + drawn))
         else:
             inputs, targets = self._one_by_one(start, tasks, drawn)
@@ -380,11 +407,9 @@ class RegressionEpisodes:
                 f"{shown(self.family)}, or the interval of its inputs"
             )
         dtype = torch.get_default_dtype()
-        inputs, targets = (
-            torch.from_numpy(a).to(self.device, dtype).split([self.shots, self.query_shots], dim=1)
-            for a in (inputs, targets)
-        )
-        return Task(*map(Examples, inputs, targets))
+        both = sent([torch.from_numpy(each).to(dtype) for each in (inputs, targets)], self.device)
+        parts = [each.split([self.shots, self.query_shots], dim=1) for each in both]
+        return Task(*map(Examples, *parts))
 
     def _one_by_one(self, start: int, tasks: int, drawn: int) -> tuple[np.ndarray, np.ndarray]:
         """(tasks, drawn, 1) inputs and targets."""

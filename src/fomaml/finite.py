@@ -57,14 +57,6 @@ def not_finite(tensors: Mapping[str, Tensor]) -> set[str]:
     return {name for name, tensor in tensors.items() if not are_finite([tensor]).item()}
 
 
-@contextmanager
-def as_drawn(random: Tensor) -> Iterator[None]:
-    """Within it torch's random numbers on the CPU are those that came after this state of theirs."""
-    with torch.random.fork_rng(devices=[]):
-        torch.set_rng_state(random)
-        yield
-
-
 def cause(learner: MetaLearner, tasks: Batch, first: int | None, iteration: int) -> NotFiniteError:
     """What made the meta-loss or the meta-gradient of these tasks no longer finite: each task is computed alone, by
     `loop`, at the meta-parameters as they are.

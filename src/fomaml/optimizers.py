@@ -18,6 +18,8 @@ def fuse(optimizer: torch.optim.Optimizer, gradients: Iterable[Tensor]) -> None:
     """Have an optimiser of torch take its fused form, where it leaves the choice to torch and has not stepped yet."""
     if type(optimizer) not in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW) or optimizer.state:
         return
+    if all(group["fused"] is not None for group in optimizer.param_groups):
+        return
     if any(gradient.layout is not torch.strided for gradient in gradients):
         return
     for group in optimizer.param_groups:

@@ -13,12 +13,13 @@ from torch import Tensor
 from fomaml.ahead import Ahead
 from fomaml.choices import OnNonfinite, check_choice
 from fomaml.data.source import ClassSource
+from fomaml.devices import forked_random
 from fomaml.engines import Plan, check_outputs
 from fomaml.engines.cpu.threads import alone
 from fomaml.engines.plan import TaskWeights
 from fomaml.episodes import Episodes, TaskSequence
 from fomaml.errors import InputError, positive, whole
-from fomaml.finite import IN_A_ROW, are_finite, as_drawn, cause, of_outer_step, told_of_overflow, unsound
+from fomaml.finite import IN_A_ROW, are_finite, cause, of_outer_step, told_of_overflow, unsound
 from fomaml.learning.algorithms import FOMAML
 from fomaml.learning.learner import MetaLearner
 from fomaml.metrics import Asked, check_ignored, ignored_label
@@ -34,8 +35,8 @@ from fomaml.tasks import Batch, Task, check_finite_tasks, singles
 class Record(NamedTuple):
     """One outer step. iteration: from 1. meta_loss: (), the mean query loss at φ_K, on its device.
 
-    before, after: () the mean score of the query sets, see `train`'s metric, at θ and at φ_K, both before this outer
-    step moves θ; None unless asked for by `measure_every`.
+    before, after: () float64 on the CPU, the mean score of the query sets, see `train`'s metric, at θ and at φ_K, both
+    before this outer step moves θ; None unless asked for by `measure_every`.
     skipped: whether the outer step was skipped, as its meta-loss or meta-gradient was not finite.
     first_bad: (), int64 on the device: the first iteration so far whose meta-loss or meta-gradient was not finite, 0
     while there is none; None where each one is checked before it is taken.
@@ -177,15 +178,14 @@ def train(
                 number = None if isinstance(episodes, TaskStream) else iteration * meta_batch_size
                 skipped += 1
                 if on_nonfinite == "stop" or skipped == IN_A_ROW:
-                    with as_drawn(step.random):
+                    with forked_random(step.random):
                         raise cause(learner, outer.all_tasks(step, iteration), number, iteration + 1)
                 yield Record(iteration + 1, step.meta_loss, None, None, skipped=True)
                 continue
             skipped = 0
             if schedule is not None:
                 set_rates(optimizer, schedule(iteration), iteration)
-            if iteration == start:
-                fuse(optimizer, step.gradients.values())
+            fuse(optimizer, step.gradients.values())
             with alone(between):
                 taken(step, iteration)
             after = None

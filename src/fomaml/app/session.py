@@ -270,7 +270,7 @@ class Session:
         result |= {"iterations": self.done, "weights": weights, "preset": settings.preset}
         spent = dataclasses.asdict(self.clock).items()
         result |= {f"{name}_seconds": round(seconds, 1) for name, seconds in spent}
-        result |= {"seed": settings.seed, **circumstances()}
+        result |= {"seed": settings.seed, **circumstances(settings.device)}
         some = {"skipped": self.skipped, "changed": list(settings.changed or ()), "code": settings.code}
         result |= {name: value for name, value in some.items() if value}
         if settings.validate_every and source_of(settings).kind == "classification":

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from hashlib import sha256
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +24,9 @@ from fomaml.engines.common import (
     Group,
     Measure,
     MetaGradient,
+    TaskWeights,
     accumulate,
+    check_asked,
     check_sum,
     curves,
     differentiate,
@@ -34,7 +36,7 @@ from fomaml.engines.common import (
     out_of_memory,
     put_together,
 )
-from fomaml.engines.probes import explain, flops, is_convolutional, takers, try_once
+from fomaml.engines.probes import explain, flops, is_convolutional, takers, tried
 from fomaml.errors import not_negative, positive
 from fomaml.learning.adapt import ordinary_modes
 from fomaml.learning.learner import MetaLearner
@@ -51,7 +53,7 @@ ENGINES: dict[str, Engine] = {
 # --- the rule -------------------------------------------------------------------------------------
 
 
-TaskWeights = Literal["equal", "examples"] | Callable[[Task], float]
+PartOf = tuple[Sequence[float] | None, float] | None  # see `Plan.__call__`
 
 
 class Choice(NamedTuple):
@@ -111,10 +113,10 @@ def choice(
     if not isinstance(tasks, Task):
         own = [group.tasks for group in groups(learner, tasks)]
         for each in own:
-            try_once(learner, each)
+            tried(learner, each)
         tasks = max(own, key=lambda each: sum(leaf.numel() for leaf in leaves(each)))
     else:
-        try_once(learner, tasks)
+        tried(learner, tasks)
     engine, why = choose(learner, tasks, compile) if engine == "auto" else (engine, "as asked")
     on_cpu = device_of(tasks).type == "cpu"
     stacks = compile and engine == "batched" and on_cpu and is_convolutional(learner)
@@ -196,43 +198,47 @@ class Plan:
     def tasks_at_once(self) -> int:
         return self.choice.tasks_at_once
 
-    def __call__(
-        self, tasks: Batch, part_of: tuple[Sequence[float] | None, float] | None = None
-    ) -> MetaGradient:
+    def __call__(self, tasks: Batch, part_of: PartOf = None, ways: int | None = None) -> MetaGradient:
         """The gradient of the meta-loss, averaged over a batch of tasks; see `meta_gradient`.
 
         part_of: where they are a part of a meta-batch, the weights of these tasks, None for 1 each, and the sum of the
             weights of all its tasks: what these contribute to the mean over all is computed.
+        ways: the number of classes of each support set where it is known, see `groups`.
         """
         with turn_of(self.learner.model):
             if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
-                return self._compute(self._looked_at(tasks), part_of)
+                return self._compute(self._looked_at(tasks), part_of, ways)
             with ordinary_modes():
-                return self._compute(self._looked_at(tasks), part_of)
+                return self._compute(self._looked_at(tasks), part_of, ways)
 
     def curve(
         self,
         tasks: Batch,
         points: Sequence[tuple[int, Statistics]],
         measured: Measure | bool = False,
+        ways: int | None = None,
     ) -> list[tuple[Tensor, Tree]]:
         """Query losses (tasks,) and outputs (tasks, examples, ...) at each pair of a number of inner steps and
         statistics, ascending by steps: tasks are adapted once for all of them. Of a list of tasks outputs are lists.
 
-        Never compiled, and in the model's own precision. statistics: see `Problem.query`.
+        Never compiled, and in the model's own precision but within `precision`. statistics: see `Problem.query`.
         measured: True for the outputs of a learner with a `loss` too, see `Problem`; or a function (the model at φ,
-            query examples) → a number, whose values (tasks,) are given in place of outputs, task by task.
+            query examples) → a number, whose values (tasks,) are given in place of outputs. ways: as of a call.
         """
         with turn_of(self.learner.model), ordinary_modes():
-            return self._curve(self._looked_at(tasks), points, measured)
+            return self._curve(self._looked_at(tasks), points, measured, ways)
 
     def _curve(
-        self, tasks: Batch, points: Sequence[tuple[int, Statistics]], measured: Measure | bool = False
+        self,
+        tasks: Batch,
+        points: Sequence[tuple[int, Statistics]],
+        measured: Measure | bool = False,
+        ways: int | None = None,
     ) -> list[tuple[Tensor, Tree]]:
         measure = measured if callable(measured) else None
         engine = "loop" if measure else self.engine
         problem = partial(ENGINES[engine], self.learner, evaluating=True, measured=measured is True)
-        own = groups(self.learner, tasks)
+        own = groups(self.learner, tasks, ways=ways)
         parts: list[list[tuple[Tensor, Tree]]] = []
         for number, group in enumerate(own):
             while len(parts) <= number:
@@ -269,9 +275,7 @@ class Plan:
             return 1.0 if self.task_weights == "equal" else float(count_of(task.query))
         return not_negative("the weight of a task", self.task_weights(task))
 
-    def _compute(
-        self, tasks: Batch, part_of: tuple[Sequence[float] | None, float] | None = None
-    ) -> MetaGradient:
+    def _compute(self, tasks: Batch, part_of: PartOf = None, ways: int | None = None) -> MetaGradient:
         """As `__call__`, of a batch that was looked at; a frame between what the user calls and what warns, so that
         warnings name the user's line.
         """
@@ -279,7 +283,7 @@ class Plan:
             weights = self.weights(tasks)
             part_of = weights, float(count(tasks)) if weights is None else sum(weights)
         weights, total = part_of
-        own = groups(self.learner, tasks, weights)
+        own = groups(self.learner, tasks, weights, ways)
         # a mean over a number that stays the same is in the graph of what is compiled, where it costs nothing
         fixed = count(tasks) if isinstance(tasks, Task) and weights is None else 1
         parts: list[MetaGradient] = []
@@ -342,9 +346,14 @@ class Plan:
 
     def _find(self, chunk: Task, ways: int | None, engine: str, tasks: int = 1) -> Found:
         """What a chunk contributes to a meta-gradient, by an engine. tasks: see `differentiate`."""
-        device = device_of(chunk).type
-        with torch.autocast(device, self.autocast) if self.autocast is not None else nullcontext():
+        with self.precision(chunk):
             return differentiate(self.learner, ENGINES[engine](self.learner, chunk, ways=ways), tasks)
+
+    def precision(self, tasks: Batch) -> AbstractContextManager:
+        """Within it forward passes are of the precision in which these tasks are trained on."""
+        return (
+            nullcontext() if self.autocast is None else torch.autocast(device_of(tasks).type, self.autocast)
+        )
 
     def _halve(self, size: int, error: Exception, tasks: Task) -> None:
         """Half as many tasks at once from now on, if that may mend the error of so many; else raise it."""
@@ -354,12 +363,6 @@ class Plan:
         self.choice = self.choice._replace(tasks_at_once=(size + 1) // 2)
         text = f"out of memory: {self.tasks_at_once} tasks at once from now on"
         warnings.warn(text, RuntimeWarning, stacklevel=4)
-
-
-def check_weights(given: TaskWeights) -> None:
-    """Raise `InputError` for weights of tasks that are neither a name nor a function."""
-    if not callable(given):
-        check_choice("task_weights", given, ("equal", "examples"))
 
 
 def plan(
@@ -383,14 +386,14 @@ def plan(
         thread; by default as many as suit the engine.
     compile: compile the whole meta-gradient, once for each shape of the tasks, of a list the shapes that come back;
         where that cannot be, a warning says so and the engine runs uncompiled.
-    autocast: run the forward passes in this lower precision (`torch.bfloat16`), see `torch.autocast`.
+    autocast: run the forward passes in this lower precision, `torch.bfloat16`, see `torch.autocast`.
     task_weights: how much each task counts in the meta-loss, Σ wᵢ Lᵢ / Σ wᵢ: "equal", "examples" for the number of its
         query examples, or a function of the `Task`.
 
     Raises:
-        InputError: an unknown engine, or tasks_at_once that is no positive whole number.
+        InputError: an unknown engine, tasks_at_once that is no positive whole number, or float16.
     """
-    check_weights(task_weights)
+    check_asked(task_weights, autocast)
     with turn_of(learner.model), ordinary_modes():
         tasks = as_batch(tasks, learner.model)
         own = choice(learner, tasks, engine, tasks_at_once, compile)

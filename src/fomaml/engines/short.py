@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fomaml.choices import Statistics
-from fomaml.engines.common import Measure, MetaGradient
-from fomaml.engines.plan import Choice, Plan, TaskWeights, check_weights, choice
+from fomaml.engines.common import Measure, MetaGradient, TaskWeights, check_asked
+from fomaml.engines.plan import Choice, Plan, choice
 from fomaml.learning.adapt import ordinary_modes
 from fomaml.learning.learner import MetaLearner
 from fomaml.learning.turns import turn_of
@@ -37,7 +37,7 @@ def meta_gradient(
         InputError: an unknown engine, one that does not take this learner, or outputs narrower than
             the number of classes.
     """
-    check_weights(task_weights)
+    check_asked(task_weights, autocast)
     with turn_of(learner.model), ordinary_modes():
         tasks = as_batch(tasks, learner.model)
         known, key = _known(learner, tasks, engine, tasks_at_once, compile, autocast)
