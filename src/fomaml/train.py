@@ -14,6 +14,7 @@ from torch import Tensor
 from fomaml.choices import OnNonfinite, check_choice
 from fomaml.data.source import ClassSource
 from fomaml.engines import Plan, check_outputs
+from fomaml.engines.pays import Compile
 from fomaml.engines.plan import TaskWeights
 from fomaml.episodes import Episodes, TaskSequence
 from fomaml.errors import InputError, plain, positive, whole
@@ -60,7 +61,7 @@ def train(
     clip: float | None = None,
     engine: str = "auto",
     tasks_at_once: int | None = None,
-    compile: bool = False,
+    compile: Compile = "auto",
     autocast: torch.dtype | None = None,
     plan: Plan | None = None,
     metric: Asked = None,
@@ -80,7 +81,8 @@ def train(
     schedule: iteration (from 0) → factor of the meta_lr.
     measure_every: on every so-many-th iteration, and the last, the record has `before` and `after`.
     clip: the largest norm of the whole meta-gradient; a longer one is scaled down to it.
-    engine, tasks_at_once, compile, autocast, task_weights: of the plan for the whole run, see `engines.plan`.
+    engine, tasks_at_once, compile, autocast, task_weights: of the plan for the whole run, see `engines.plan`. Whether
+        "auto" compiles depends on all `iterations`, so that a training that goes on from `start` decides the same.
     plan: in place of these five, a plan of the caller's for this learner, whose `tasks_at_once` a run can save and
         its continuation begin with.
     metric: what records score by, as in `evaluate`; the mean over the tasks, whatever their weights. Of a learner with
@@ -133,7 +135,12 @@ def train(
         episodes = as_sequence(episodes, learner.model, start)
         check_width(learner, episodes)
     told = start, iterations, measure_every, clip, on_nonfinite, check_each
-    outer = shared(group, Outer(learner, episodes, meta_batch_size, score, plan, asked), optimizer, told)
+    outer = shared(
+        group,
+        Outer(learner, episodes, meta_batch_size, score, plan, asked | {"iterations": iterations}),
+        optimizer,
+        told,
+    )
     meta_parameters = learner.meta_parameters()
     on_cpu = all(parameter.device.type == "cpu" for parameter in meta_parameters.values())
     check_each = on_nonfinite == "skip" or (on_cpu if check_each is None else check_each)
@@ -309,7 +316,7 @@ def check_plan(plan: Plan, learner: MetaLearner, asked: dict[str, Any]) -> None:
     if plan.learner is not learner:
         raise InputError("the plan was made for another learner; make one for this one")
     plain = {
-        "engine": "auto", "tasks_at_once": None, "compile": False, "autocast": None, "task_weights": "equal",
+        "engine": "auto", "tasks_at_once": None, "compile": "auto", "autocast": None, "task_weights": "equal",
     }  # fmt: skip
     for name, value in asked.items():
         if value != plain[name]:
