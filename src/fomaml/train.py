@@ -16,6 +16,7 @@ from fomaml.data.source import ClassSource
 from fomaml.devices import forked_random
 from fomaml.engines import Plan, check_outputs
 from fomaml.engines.cpu.threads import alone
+from fomaml.engines.pays import Compile
 from fomaml.engines.plan import TaskWeights
 from fomaml.episodes import Episodes, TaskSequence
 from fomaml.errors import InputError, positive, whole
@@ -63,7 +64,7 @@ def train(
     clip: float | None = None,
     engine: str = "auto",
     tasks_at_once: int | None = None,
-    compile: bool = False,
+    compile: Compile = "auto",
     autocast: torch.dtype | None = None,
     plan: Plan | None = None,
     metric: Asked = None,
@@ -84,7 +85,8 @@ def train(
     measure_every: on every so-many-th iteration, and the last, the record has `before` and `after`, which cost another
         forward pass; by default a hundred times or more seldom, see `measured_by_default`.
     clip: the largest norm of the whole meta-gradient; a longer one is scaled down to it.
-    engine, tasks_at_once, compile, autocast, task_weights: of the plan for the whole run, see `engines.plan`.
+    engine, tasks_at_once, compile, autocast, task_weights: of the plan for the whole run, see `engines.plan`. Whether
+        "auto" compiles depends on all `iterations`, so that a training that goes on from `start` decides the same.
     plan: in place of these five, a plan of the caller's for this learner, whose `tasks_at_once` a run can save and
         its continuation begin with.
     metric: what records score by, as in `evaluate`; the mean over the tasks, whatever their weights. Of a learner with
@@ -139,6 +141,7 @@ def train(
         episodes = as_sequence(episodes, learner.model, start)
         check_width(learner, episodes)
     told = start, iterations, measure_every, clip, on_nonfinite, check_each
+    asked["iterations"] = iterations
     ahead = Ahead(episodes, meta_batch_size, iterations * meta_batch_size)
     outer = shared(group, Outer(learner, ahead, meta_batch_size, score, plan, asked), optimizer, told)
     meta_parameters = learner.meta_parameters()
@@ -273,7 +276,7 @@ def check_plan(plan: Plan, learner: MetaLearner, asked: dict[str, Any]) -> None:
     if plan.learner is not learner:
         raise InputError("the plan was made for another learner; make one for this one")
     plain = {
-        "engine": "auto", "tasks_at_once": None, "compile": False, "autocast": None, "task_weights": "equal",
+        "engine": "auto", "tasks_at_once": None, "compile": "auto", "autocast": None, "task_weights": "equal",
     }  # fmt: skip
     for name, value in asked.items():
         if value != plain[name]:
