@@ -306,13 +306,11 @@ class Plan:
                             self.learner, next(rest), mean, facts, alone, side_by_side, rest
                         )
                     divisor = total / group.weight if group.weight else math.inf
+                    names = list(self.learner.meta_parameters())
                     if function is None:
-                        names, found = (
-                            list(self.learner.meta_parameters()),
-                            map(find, chunks(group.tasks, size)),
-                        )
+                        found = map(find, chunks(group.tasks, size))
                     else:
-                        names, found = function.names, function.map(chunks(group.tasks, size))
+                        found = function.map(chunks(group.tasks, size))
                         divisor /= fixed
                     part = accumulate(names, found, self.engine, divisor)
                     parts.append(part if group.weight else part.without_gradients())

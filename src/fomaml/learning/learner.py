@@ -240,20 +240,41 @@ class MetaLearner(nn.Module):
             support = mapped(torch.clone, given)
             problem = checked(Problem(self, Task(support, support), evaluating=True))
             adapted = problem.start
-            for adapted, _ in islice(problem.path(first_order=True), steps):
+            for adapted, _ in islice(problem.path(first_order=True, overwrite=True), steps):
                 pass
-            if not all(value.isfinite().all() for value in adapted.values()):
-                raise InputError(f"after {steps} steps the parameters are not finite: try a smaller inner_lr")
-            own = {name: b for name, b in problem.buffers.items() if "/" not in name}  # but the criterion's
-            module = load(problem.replicas.duplicate(), adapted, own)
-            if statistics == "support" or self.uses_support_statistics():
-                refuse_native(module)
-                seen: list[Seen] = []
-                with torch.no_grad(), normalising(record=seen):
-                    call(module, support.inputs)
-                for layer, _, mean, variance in seen:
-                    layer.freeze(mean, variance)
+            module = self.module_at(problem, adapted, problem.buffers, steps, statistics)
             refuse_written(Task(given, given), Task(support, support))
+        return module
+
+    def module_at(
+        self,
+        problem: Problem,
+        adapted: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        steps: int,
+        statistics: Statistics,
+    ) -> nn.Module:
+        """What `adapt` returns, of the φ of one task: a tensor that is not the problem's φ₀ becomes the module's own.
+
+        Raises:
+            InputError: φ is not finite.
+        """
+        if not all(map(_finite, adapted.values())):
+            raise InputError(f"after {steps} steps the parameters are not finite: try a smaller inner_lr")
+        start = problem.start
+        moved = {name: value for name, value in adapted.items() if value is not start[name]}
+        module = problem.replicas.duplicate(moved)
+        rest = {
+            n: value for n, value in adapted.items() if module.get_parameter(n).data_ptr() != value.data_ptr()
+        }
+        load(module, rest, {n: b for n, b in buffers.items() if "/" not in n})  # but the criterion's
+        if statistics == "support" or self.uses_support_statistics():
+            refuse_native(module)
+            seen: list[Seen] = []
+            with torch.no_grad(), normalising(record=seen):
+                call(module, problem.task.support.inputs)
+            for layer, _, mean, variance in seen:
+                layer.freeze(mean, variance)
         return module
 
     def uses_support_statistics(self) -> bool:
@@ -292,6 +313,12 @@ class MetaLearner(nn.Module):
             for _ in islice(problem.path(first_order=True, state=state), self.inner_steps):
                 pass
             self.moments.keep(state)
+
+
+def _finite(values: Tensor) -> bool:
+    """Whether all are finite numbers."""
+    # one pass where the sum is: nothing that is not finite has a finite one
+    return bool(values.sum().isfinite()) or bool(values.isfinite().all())
 
 
 def checked(problem: Problem) -> Problem:

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,6 @@ from torch.func import functional_call
 from torch.fx import GraphModule
 
 from fomaml.engines import _torch
-from fomaml.engines.common import Found
 from fomaml.engines.compiled import products
 from fomaml.engines.cpu import fusion, kernels, lifted
 from fomaml.engines.cpu.build import library
@@ -28,15 +28,15 @@ from fomaml.learning.learner import MetaLearner
 from fomaml.tasks import Task, chunks, count, device_of, tensors_of
 from fomaml.trees import Tree, leaves, mapped, rebuilt
 
-Find = Callable[[Task], Found]
+# a chunk → what is found of it, a named tuple: first a list of tensors, sums over tasks; the rest (tasks, ...) each
+Find = Callable[[Task], Any]
 FEW_OPERATIONS = 10_000_000  # with a second thread, 6 million took 1.3 times as long
 
 
 class Compiled:
     """A compiled `find` for chunks of one shape; see `cache.function`.
 
-    names: the meta-parameters' names, in the order of the gradients. draws_its_own: random numbers that are others than
-        the eager engine's.
+    draws_its_own: random numbers that are others than the eager engine's.
     """
 
     def __init__(
@@ -47,7 +47,6 @@ class Compiled:
         alone: Find | None = None,
         side_by_side: bool = False,
     ):
-        self.names = list(learner.meta_parameters())
         holder = Holder(learner)
         tensors = dict(holder.named_parameters()) | dict(holder.named_buffers())
         learned = {name for name, tensor in tensors.items() if tensor.requires_grad}
@@ -57,7 +56,9 @@ class Compiled:
         self._on_one_thread = False
         self._memory: kernels.Memory | None = None
         self.draws_its_own = False
-        self._outputs: Tree = ()
+        self._summed = 0  # so many of the results, the first
+        self._kind: Callable[..., Any] = tuple
+        self._rest: Tree = ()  # how the others are nested
 
         def trace(find: Find, tasks: Task) -> GraphModule:
             def flat(*arguments: Tensor) -> list[Tensor]:
@@ -67,12 +68,10 @@ class Compiled:
                     for name, value in zip(tensors, values)
                 }
                 chunk = rebuilt(tasks, iter(examples))
-                gradients, losses, support_losses, outputs = holder.at(state, chunk, find)
-                self._outputs = outputs
-                return [
-                    *(gradient.detach() for gradient in gradients),
-                    *(losses, support_losses, *leaves(outputs)),
-                ]
+                found = holder.at(state, chunk, find)
+                summed, *rest = found
+                self._summed, self._kind, self._rest = len(summed), type(found), tuple(rest)
+                return [*(tensor.detach() for tensor in summed), *leaves(self._rest)]
 
             with torch.enable_grad():
                 return _torch.trace(flat, *self._state(), *_tensors(tasks))
@@ -92,7 +91,8 @@ class Compiled:
             if isinstance(self._run, GraphModule):
                 self._run = _forward(self._run)
             # its structure alone
-            self._outputs = mapped(lambda tensor: tensor.new_empty(0), self._outputs)
+            self._rest = mapped(lambda tensor: tensor.new_empty(0), self._rest)
+            self._flat = all(isinstance(part, Tensor) for part in self._rest)
             gc.collect()  # the graphs, whose nodes refer to each other
 
     def _fuse(self, graph: GraphModule) -> bool:
@@ -112,7 +112,7 @@ class Compiled:
             state = self._state()
             with suppress(InputError, RuntimeError):
                 found = lifted.lift(
-                    graph, [*state, *_tensors(single)], len(state), len(self.names), count(tasks)
+                    graph, [*state, *_tensors(single)], len(state), self._summed, count(tasks)
                 )
                 self._memory = kernels.Memory() if count(tasks) > 1 else None
                 return found
@@ -131,7 +131,7 @@ class Compiled:
             options["cpp.threads"] = 1
         return _torch.induce(graph, [*self._state(), *_tensors(tasks)], options)
 
-    def map(self, chunks: Iterable[Task]) -> Iterator[Found]:
+    def map(self, chunks: Iterable[Task]) -> Iterator[Any]:
         """What is found for each chunk, at the learner's present state."""
         run = partial(self._call, self._state())
         if self._memory is not None:
@@ -140,14 +140,11 @@ class Compiled:
             return side_by_side(run, chunks)
         return on_one_thread(run, chunks) if self._on_one_thread else map(run, chunks)
 
-    def _call(self, state: list[Tensor], tasks: Task) -> Found:
+    def _call(self, state: list[Tensor], tasks: Task) -> Any:
         with torch.no_grad():
             found = self._run(*state, *_tensors(tasks))
-        gradients, (losses, support_losses, *outputs) = found[: len(self.names)], found[len(self.names) :]
-        one = isinstance(self._outputs, Tensor)
-        return Found(
-            gradients, losses, support_losses, outputs[0] if one else rebuilt(self._outputs, iter(outputs))
-        )
+        summed, rest = found[: self._summed], found[self._summed :]
+        return self._kind(summed, *(rest if self._flat else rebuilt(self._rest, iter(rest))))
 
     def _state(self) -> list[Tensor]:
         state = [owner[name].detach() for owner, name in self._slots]
@@ -183,10 +180,10 @@ class Holder(nn.Module):
         super().__init__()
         self.learner = learner
 
-    def forward(self, tasks: Task, find: Find) -> Found:
+    def forward(self, tasks: Task, find: Find) -> Any:
         return find(tasks)
 
-    def at(self, state: dict[str, Tensor], tasks: Task, find: Find) -> Found:
+    def at(self, state: dict[str, Tensor], tasks: Task, find: Find) -> Any:
         """What is found where these are the learner's parameters and buffers; it has its own again afterwards.
 
         `functional_call` swaps those of a module that is reachable under two names twice, and puts the wrong ones back.
