@@ -64,8 +64,8 @@ def try_once(learner: MetaLearner, tasks: Task) -> None:
             explain(error, learner, single, "loop")
 
 
-def flops(learner: MetaLearner, tasks: Task) -> int:
-    """The floating-point operations of the model on one task's query set."""
+def flops(learner: MetaLearner, tasks: Task, of_support: bool = False) -> int:
+    """The floating-point operations of the model on one task's query set, or on its support set."""
     # whatever fails, such as the loss of too few outputs, fails again where it is told in words
     with (
         _as_for_a_gradient(tasks, 1) as single,
@@ -73,7 +73,7 @@ def flops(learner: MetaLearner, tasks: Task) -> int:
         torch.no_grad(),
         suppress(Exception),
     ):
-        problem = loop.problem(learner, single)
+        problem = loop.problem(learner, single._replace(query=single.support) if of_support else single)
         problem.query(problem.start)
     return counter.get_total_flops()
 

@@ -37,7 +37,7 @@ from fomaml.learning.mistakes import refuse_as_loss, refuse_written
 from fomaml.learning.moments import SecondMoments
 from fomaml.learning.objectives import QueryLoss
 from fomaml.learning.problem import Problem
-from fomaml.learning.replica import original
+from fomaml.learning.replica import Replicas, original
 from fomaml.learning.turns import turn_of
 from fomaml.models import BatchNorm, Seen, normalising, refuse_native, warn_of_unmoved
 from fomaml.tasks import Batch, Examples, Task, as_batch, as_examples, count, one
@@ -242,28 +242,33 @@ class MetaLearner(nn.Module):
             adapted = problem.start
             for adapted, _ in islice(problem.path(first_order=True, overwrite=True), steps):
                 pass
-            module = self.module_at(problem, adapted, problem.buffers, steps, statistics)
+            moved = all(value is not problem.start[name] for name, value in adapted.items())
+            module = self.module_at(
+                problem.replicas, adapted, problem.buffers, support, steps, statistics, fresh=moved
+            )
             refuse_written(Task(given, given), Task(support, support))
         return module
 
     def module_at(
         self,
-        problem: Problem,
+        replicas: Replicas,
         adapted: Mapping[str, Tensor],
         buffers: Mapping[str, Tensor],
+        support: Examples,
         steps: int,
         statistics: Statistics,
+        fresh: bool,
     ) -> nn.Module:
-        """What `adapt` returns, of the φ of one task: a tensor that is not the problem's φ₀ becomes the module's own.
+        """What `adapt` returns, of the φ of one task, its buffers and its support set.
+
+        fresh: nobody else holds φ, which becomes the module's own.
 
         Raises:
             InputError: φ is not finite.
         """
         if not all(map(_finite, adapted.values())):
             raise InputError(f"after {steps} steps the parameters are not finite: try a smaller inner_lr")
-        start = problem.start
-        moved = {name: value for name, value in adapted.items() if value is not start[name]}
-        module = problem.replicas.duplicate(moved)
+        module = replicas.duplicate(adapted if fresh else {})
         rest = {
             n: value for n, value in adapted.items() if module.get_parameter(n).data_ptr() != value.data_ptr()
         }
@@ -272,7 +277,7 @@ class MetaLearner(nn.Module):
             refuse_native(module)
             seen: list[Seen] = []
             with torch.no_grad(), normalising(record=seen):
-                call(module, problem.task.support.inputs)
+                call(module, support.inputs)
             for layer, _, mean, variance in seen:
                 layer.freeze(mean, variance)
         return module

@@ -196,7 +196,7 @@ class Replicas:
         for name, value in (parameters or {}).items():
             own = self.modules[0].get_parameter(name)
             same = (own.shape, own.stride(), own.dtype) == (value.shape, value.stride(), value.dtype)
-            if same and type(own) is nn.Parameter:
+            if same and type(own) is nn.Parameter and value.data_ptr() != own.data_ptr():
                 memo[id(own)] = nn.Parameter(value, own.requires_grad)
         for module in self.modules:
             for value in vars(module).values():
@@ -273,7 +273,8 @@ def _deepcopied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """`copy.deepcopy`, which takes a tenth of the time of a small adaptation for what is the same in both."""
     if id(module) in memo:
         return memo[id(module)]
-    if _copies_itself(type(module)):
+    kind: Any = type(module)
+    if _copies_itself(kind):
         return copy.deepcopy(module, memo)
     memo[id(module)] = made = object.__new__(type(module))
     for key, value in vars(module).items():

@@ -18,7 +18,6 @@ from fomaml.engines.common import first_line, out_of_memory
 from fomaml.engines.cpu.build import compiler
 from fomaml.errors import InputError
 from fomaml.learning.learner import MetaLearner
-from fomaml.learning.objectives import MultiStepLoss
 from fomaml.tasks import Task, count, device_of, shape_of
 
 if TYPE_CHECKING:  # with all that compiling needs of torch: loaded below, where its absence is a warning
@@ -33,23 +32,18 @@ def function(
     alone: Find | None = None,
     side_by_side: bool = False,
     others: Iterable[Task] = (),
+    plainly: bool = False,
 ) -> Compiled | None:
     """`find` compiled for chunks of this shape, the same function at every call; None if it cannot be compiled,
     which a warning has then said. Where several tasks are out of memory, that error goes through.
 
-    find: what `differentiate` finds for a chunk of tasks. facts: what it depends on beside the learner and
+    find: what is found of a chunk of tasks. facts: what it depends on beside the learner and
         the shapes.
     alone: finds the same for a chunk of one task; given where convolutions on a CPU are to be stacked.
     side_by_side: there are chunks for all threads, so that on a CPU each can take its own.
     others: chunks of the same meta-batch, to compare with the eager engine where this one does not settle it.
-
-    Raises:
-        InputError: the multi-step loss, whose weights change at every iteration.
+    plainly: without torch's compiler, which takes seconds: its operators are called one after the other.
     """
-    if isinstance(learner.objective, MultiStepLoss):
-        raise InputError(
-            "compile=True does not take the multi-step loss: its weights change at every iteration"
-        )
     watched = _current(learner)
     judge = learner.criterion if learner.loss is None else learner.loss
     parts = (learner.optimizer, learner.objective, judge, learner.output, learner.start)
@@ -69,7 +63,7 @@ def function(
     )
     found = watched.known.get(key)  # once: the key's hash takes a hundredth of a small compiled meta-gradient
     if found is None:
-        made = _made(learner, tasks, find, alone, side_by_side, others)
+        made = _made(learner, tasks, find, alone, side_by_side, others, plainly)
         found = watched.known[key] = made, parts  # held, so that their ids stay theirs
         watched.settle()
     return found[0]
@@ -99,7 +93,7 @@ class Key(NamedTuple):
     parts: tuple[int, ...]
 
 
-def _made(learner, tasks, find, alone, side_by_side, others) -> Compiled | None:
+def _made(learner, tasks, find, alone, side_by_side, others, plainly) -> Compiled | None:
     """What is compiled, once it was seen to agree with the eager engine; None where a warning says why not."""
     reason = too_old()
     if reason:
@@ -110,7 +104,7 @@ def _made(learner, tasks, find, alone, side_by_side, others) -> Compiled | None:
         from fomaml.engines.compiled.trust import compare
 
         _torch.check_hooks(learner)
-        made = Compiled(learner, tasks, find, alone, side_by_side)
+        made = Compiled(learner, tasks, find, alone, side_by_side, plainly)
         unchecked = compare(learner, made, find, tasks, others)
     except InputError:
         raise

@@ -36,7 +36,7 @@ FEW_OPERATIONS = 10_000_000  # with a second thread, 6 million took 1.3 times as
 class Compiled:
     """A compiled `find` for chunks of one shape; see `cache.function`.
 
-    draws_its_own: random numbers that are others than the eager engine's.
+    draws: it draws random numbers; draws_its_own: ones that are others than the eager engine's.
     """
 
     def __init__(
@@ -46,6 +46,7 @@ class Compiled:
         find: Find,
         alone: Find | None = None,
         side_by_side: bool = False,
+        plainly: bool = False,
     ):
         holder = Holder(learner)
         tensors = dict(holder.named_parameters()) | dict(holder.named_buffers())
@@ -55,7 +56,7 @@ class Compiled:
         self._side_by_side = False
         self._on_one_thread = False
         self._memory: kernels.Memory | None = None
-        self.draws_its_own = False
+        self.draws = self.draws_its_own = False
         self._summed = 0  # so many of the results, the first
         self._kind: Callable[..., Any] = tuple
         self._rest: Tree = ()  # how the others are nested
@@ -78,15 +79,16 @@ class Compiled:
 
         on_cpu = device_of(tasks).type == "cpu"
         with torch.random.fork_rng(devices=[]), torch.no_grad():
-            self._run = None if alone is None else self._stacked(trace, alone, tasks)
+            self._run = None if alone is None else self._stacked(trace, alone, tasks, plainly)
             if self._run is None:
                 graph = trace(find, tasks)
                 if on_cpu and self._fuse(graph):
                     self._run = graph
                 else:
-                    self.draws_its_own = _draws(graph)
-                    self._side_by_side = on_cpu and side_by_side and not self.draws_its_own
-                    self._run = self._induced(graph, tasks, on_cpu)
+                    self.draws = _draws(graph)
+                    self._side_by_side = on_cpu and side_by_side and not self.draws
+                    self._run = self._replayed(graph) if plainly else self._induced(graph, tasks, on_cpu)
+                    self.draws_its_own = self.draws and not plainly
                 del graph
             if isinstance(self._run, GraphModule):
                 self._run = _forward(self._run)
@@ -100,11 +102,12 @@ class Compiled:
         if not fusion.convolutional(graph.graph):
             return False
         library()
-        self._side_by_side = not _draws(graph)
+        self.draws = _draws(graph)
+        self._side_by_side = not self.draws
         self._channels_last = fusion.rewrite(graph)
         return True
 
-    def _stacked(self, trace: Callable, alone: Find, tasks: Task) -> GraphModule | None:
+    def _stacked(self, trace: Callable, alone: Find, tasks: Task, plainly: bool) -> GraphModule | None:
         """The function of one task, stacked; None where that cannot be."""
         single = next(chunks(tasks, 1))
         graph = trace(alone, single)
@@ -114,10 +117,17 @@ class Compiled:
                 found = lifted.lift(
                     graph, [*state, *_tensors(single)], len(state), self._summed, count(tasks)
                 )
-                self._memory = kernels.Memory() if count(tasks) > 1 else None
+                self._memory = kernels.Memory() if count(tasks) > 1 or plainly else None
                 return found
         self._channels_last, self._side_by_side = set(), False
         return None
+
+    def _replayed(self, graph: GraphModule) -> GraphModule:
+        """The function by torch's own operators, one after the other, as traced."""
+        products.rewrite(graph)
+        products.call_less(graph)
+        self._on_one_thread = products.operations(graph.graph) < FEW_OPERATIONS
+        return graph
 
     def _induced(self, graph: GraphModule, tasks: Task, on_cpu: bool) -> Callable:
         """The function by `torch.compile`'s backend."""
@@ -139,6 +149,17 @@ class Compiled:
         if self._side_by_side:
             return side_by_side(run, chunks)
         return on_one_thread(run, chunks) if self._on_one_thread else map(run, chunks)
+
+    @property
+    def lends(self) -> bool:
+        """Whether results may lie in memory that the kernels lend."""
+        return self._memory is not None
+
+    def __call__(self, tasks: Task) -> Any:
+        """What is found for one chunk that comes alone, with all of torch's threads where they help."""
+        if self._memory is not None or self._on_one_thread:
+            return next(iter(self.map([tasks])))
+        return self._call(self._state(), tasks)
 
     def _call(self, state: list[Tensor], tasks: Task) -> Any:
         with torch.no_grad():
