@@ -48,11 +48,11 @@ class Job:
 JOBS = {
     "mnist": Job(
         "MNIST digits under new labels, MLP 784-256-10", "mnist", ("--question", "new-labels"),
-        iterations=1000, query_shots=10, inner_lr=0.05, inner_steps=5, meta_lr=0.005,
+        iterations=500, query_shots=10, inner_lr=0.05, inner_steps=5, meta_lr=0.005,
     ),
     "omniglot": Job(
         "Omniglot, strided net of 64 channels", "omniglot", (),
-        iterations=1000, query_shots=5, inner_lr=0.4, inner_steps=3, meta_lr=0.002,
+        iterations=500, query_shots=5, inner_lr=0.4, inner_steps=3, meta_lr=0.002,
     ),
 }  # fmt: skip
 

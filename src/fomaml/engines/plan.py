@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from fomaml.choices import Statistics, check_choice
-from fomaml.engines import batched, factored, loop
+from fomaml.engines.adaptation import Way, curve_of
 from fomaml.engines.common import (
-    Engine,
     Found,
     Measure,
     MetaGradient,
@@ -25,29 +24,22 @@ from fomaml.engines.common import (
     accumulate,
     check_asked,
     check_sum,
-    curves,
     differentiate,
     groups,
-    in_order,
-    one_by_one,
     out_of_memory,
     put_together,
 )
 from fomaml.engines.compiling import Choice, Choosing, Compiling, like_of
+from fomaml.engines.known import AS_ASKED, ENGINES
 from fomaml.engines.pays import Compile, check_compile, pays
 from fomaml.engines.probes import explain, flops, is_convolutional, takers, tried
-from fomaml.errors import not_negative, positive
+from fomaml.errors import InputError, not_negative, positive
 from fomaml.learning.adapt import ordinary_modes
 from fomaml.learning.learner import MetaLearner
+from fomaml.learning.objectives import MultiStepLoss
 from fomaml.learning.turns import turn_of
 from fomaml.tasks import Batch, Task, as_batch, chunks, count, count_of, device_of, one
 from fomaml.trees import Tree, leaves
-
-ENGINES: dict[str, Engine] = {
-    "loop": loop.problem,
-    "batched": batched.problem,
-    "factored": factored.problem,
-}
 
 # --- the rule -------------------------------------------------------------------------------------
 
@@ -104,7 +96,7 @@ def choice(
         tasks = max(own, key=lambda each: sum(leaf.numel() for leaf in leaves(each)))
     else:
         tried(learner, tasks)
-    engine, why = choose(learner, tasks, compile) if engine == "auto" else (engine, "as asked")
+    engine, why = choose(learner, tasks, compile) if engine == "auto" else (engine, AS_ASKED)
     on_cpu = device_of(tasks).type == "cpu"
     stacks = compile and engine == "batched" and on_cpu and is_convolutional(learner)
     return Choice(engine, why, _at_once(learner, tasks, number, engine, tasks_at_once, compile), stacks)
@@ -171,6 +163,7 @@ class Plan(Choosing):
         self.autocast = autocast
         self.task_weights = task_weights
         self._like: list[tuple] = []
+        self.way: Way | None = None  # how tasks are adapted when compiled
 
     def __call__(self, tasks: Batch, part_of: PartOf = None, ways: int | None = None) -> MetaGradient:
         """The gradient of the meta-loss, averaged over a batch of tasks; see `meta_gradient`.
@@ -191,42 +184,21 @@ class Plan(Choosing):
         points: Sequence[tuple[int, Statistics]],
         measured: Measure | bool = False,
         ways: int | None = None,
+        compile: bool = False,
+        quietly: bool = False,
     ) -> list[tuple[Tensor, Tree]]:
         """Query losses (tasks,) and outputs (tasks, examples, ...) at each pair of a number of inner steps and
         statistics, ascending by steps: tasks are adapted once for all of them. Of a list of tasks outputs are lists.
 
-        Never compiled, and in the model's own precision but within `precision`. statistics: see `Problem.query`.
+        In the model's own precision but within `precision`. statistics: see `Problem.query`.
         measured: True for the outputs of a learner with a `loss` too, see `Problem`; or a function (the model at φ,
             query examples) → a number, whose values (tasks,) are given in place of outputs. ways: as of a call.
+        compile: trace it once for each shape of the tasks, points and statistics, and compare it with the engine;
+            without torch's compiler on a CPU, so that it takes seconds. Few tasks of a shape among a list of others,
+            and functions that measure, are never compiled. quietly: no warning where it cannot be.
         """
         with turn_of(self.learner.model), ordinary_modes():
-            return self._curve(self._looked_at(tasks), points, measured, ways)
-
-    def _curve(
-        self,
-        tasks: Batch,
-        points: Sequence[tuple[int, Statistics]],
-        measured: Measure | bool = False,
-        ways: int | None = None,
-    ) -> list[tuple[Tensor, Tree]]:
-        measure = measured if callable(measured) else None
-        engine = "loop" if measure else self.engine
-        problem = partial(ENGINES[engine], self.learner, evaluating=True, measured=measured is True)
-        own = groups(self.learner, tasks, ways=ways)
-        parts: list[list[tuple[Tensor, Tree]]] = []
-        for number, group in enumerate(own):
-            while len(parts) <= number:
-                size = 1 if measure else min(self.tasks_at_once, len(group.rows))
-                try:
-                    problems = (problem(chunk, ways=group.ways) for chunk in chunks(group.tasks, size))
-                    parts.append(curves(problems, points, measure))
-                except Exception as error:  # whatever a module raises
-                    self._halve(size, error, group.tasks)
-        listed = not isinstance(tasks, Task) and measure is None
-        return [
-            (in_order(own, losses), (one_by_one if listed else in_order)(own, outputs))
-            for losses, outputs in (zip(*of_groups) for of_groups in zip(*parts))
-        ]
+            return curve_of(self, self._looked_at(tasks), points, measured, compile, quietly, ways)
 
     def weights(self, tasks: Batch) -> list[float] | None:
         """The weights of the tasks of a batch in the meta-loss; None if they are all the same.
@@ -269,6 +241,11 @@ class Plan(Choosing):
                 try:
                     function = None
                     if compiles and self.compile:
+                        if isinstance(self.learner.objective, MultiStepLoss):
+                            raise InputError(
+                                "compile=True does not take the multi-step loss: its weights change at every "
+                                "iteration"
+                            )
                         function, size = self.compiling.function(
                             self.learner, group, find, self.choice, self.autocast, fixed
                         )
@@ -276,18 +253,16 @@ class Plan(Choosing):
                             self.run_eagerly(self.compiling.failure)
                             continue
                     divisor = total / group.weight if group.weight else math.inf
+                    names = list(self.learner.meta_parameters())
                     if function is None:
-                        names, found = (
-                            list(self.learner.meta_parameters()),
-                            map(find, chunks(group.tasks, size)),
-                        )
+                        found = map(find, chunks(group.tasks, size))
                     else:
-                        names, found = function.names, function.map(chunks(group.tasks, size))
+                        found = function.map(chunks(group.tasks, size))
                         divisor /= fixed
                     part = accumulate(names, found, self.engine, divisor)
                     parts.append(part if group.weight else part.without_gradients())
                 except Exception as error:  # whatever a module raises
-                    self._halve(most, error, group.tasks)
+                    self.halve(most, error, group.tasks)
         return put_together(own, parts, listed=not isinstance(tasks, Task))
 
     def _looked_at(self, tasks: Batch) -> Batch:
@@ -314,12 +289,13 @@ class Plan(Choosing):
             nullcontext() if self.autocast is None else torch.autocast(device_of(tasks).type, self.autocast)
         )
 
-    def _halve(self, size: int, error: Exception, tasks: Task) -> None:
+    def halve(self, size: int, error: Exception, tasks: Task) -> None:
         """Half as many tasks at once from now on, if that may mend the error of so many; else raise it."""
         if size == 1 or not out_of_memory(error):
             explain(error, self.learner, tasks, self.engine)
             raise error
         self.choice = self.choice._replace(tasks_at_once=(size + 1) // 2)
+        self.way = self.way and self.way._replace(tasks_at_once=self.tasks_at_once)
         text = f"out of memory: {self.tasks_at_once} tasks at once from now on"
         warnings.warn(text, RuntimeWarning, stacklevel=4)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import math
 import threading
 from collections.abc import Iterator, Sequence
@@ -142,16 +143,37 @@ def convolution_backward(
 
 
 def takes(
-    inputs: Tensor, weights: Tensor, stride: Sequence[int], padding: Sequence[int], by_inputs: bool = False
+    inputs: Tensor,
+    weights: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    by_inputs: bool = False,
+    pixels: int = 1000,
 ) -> bool:
-    """Whether `convolution` takes these, and is faster than torch's; by_inputs: for the derivatives by the inputs."""
+    """Whether `convolution` takes these, and is faster than torch's; by_inputs: for the derivatives by the inputs.
+
+    pixels: at most so many of the outputs of a task.
+    """
     if inputs.dtype not in NAMES:
         return False
-    _, (_, images, height, width, _) = _convolution_sizes(
-        inputs.movedim(-3, -1), weights.movedim(-3, -1), None, stride, padding
+    return _takes(inputs.shape, weights.shape, tuple(stride), tuple(padding), by_inputs, pixels)
+
+
+@functools.lru_cache(1000)  # asked at each call, where it would take as long as what stands around the kernel
+def _takes(
+    inputs: torch.Size,
+    weights: torch.Size,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    by_inputs: bool,
+    pixels: int,
+) -> bool:
+    height, width = (
+        (size + 2 * around - kernel) // step + 1
+        for size, kernel, step, around in zip(inputs[-2:], weights[-2:], stride, padding)
     )
     narrow = _is_narrow(weights) and not by_inputs
-    return images * height * width <= 1000 and (inputs.shape[-3] % 16 == 0 or narrow)
+    return inputs[1] * height * width <= pixels and (inputs[-3] % 16 == 0 or narrow)
 
 
 def sums(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -194,20 +216,27 @@ def images(tensor: Tensor) -> Tensor:
     return tensor.movedim(-1, -3)
 
 
-def _is_narrow(weights: Tensor) -> bool:
+def _is_narrow(weights: torch.Size) -> bool:
     """Whether vectors run over the outputs, as there are too few channels."""
-    outputs, channels, rows, columns = weights.shape[-4:]
+    outputs, channels, rows, columns = weights[-4:]
     return channels % 16 != 0 and outputs % 16 == 0 and channels * rows * columns <= 64
 
 
 def _convolution_sizes(inputs, weights, bias, stride, padding) -> tuple[ctypes.Array, tuple[int, ...]]:
     """What convolution.cpp wants to know, and the shape of the outputs; all with pixels first."""
-    tasks, examples, height, width, channels = inputs.shape
-    outputs, rows, columns, _ = weights.shape[-4:]
+    return _sizes_of(inputs.shape, weights.shape, _step(bias), tuple(stride), tuple(padding))
+
+
+@functools.lru_cache(1000)
+def _sizes_of(
+    inputs: torch.Size, weights: torch.Size, step: int, stride: tuple[int, ...], padding: tuple[int, ...]
+) -> tuple[ctypes.Array, tuple[int, ...]]:
+    tasks, examples, height, width, channels = inputs
+    outputs, rows, columns, _ = weights[-4:]
     down = (height + 2 * padding[0] - rows) // stride[0] + 1
     across = (width + 2 * padding[1] - columns) // stride[1] + 1
-    steps = (weights[0].numel() if weights.dim() == 5 else 0, _step(bias))
-    narrow = _is_narrow(images(weights))
+    steps = (math.prod(weights[1:]) if len(weights) == 5 else 0, step)
+    narrow = _is_narrow(torch.Size([*weights[:-3], weights[-1], *weights[-3:-1]]))
     sizes = (examples, height, width, channels, outputs, rows, columns, *stride, *padding)
     return _sizes(tasks, *steps, narrow, *sizes), (tasks, examples, down, across, outputs)
 
@@ -247,5 +276,7 @@ def _pointers(*tensors: Tensor | None) -> list[int | None]:
     return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
+@functools.lru_cache(1000)
 def _sizes(*sizes: int) -> ctypes.Array:
+    """For a kernel to read."""
     return (ctypes.c_longlong * len(sizes))(*sizes)
