@@ -53,6 +53,7 @@ class Away(Tensor):
         self.held, self.machine = held, machine
 
     __torch_function__ = torch._C._disabled_torch_function_impl
+    is_meta = False  # it holds numbers
 
     def __deepcopy__(self, memo: dict) -> Tensor:
         found = Away(self.held.clone(), self.machine).requires_grad_(self.requires_grad)

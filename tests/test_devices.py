@@ -279,8 +279,10 @@ LABELS_BEYOND = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("engine", ["auto", "loop", "batched"])
-@pytest.mark.parametrize("what", LABELS_BEYOND)
+@pytest.mark.parametrize(
+    ("what", "engine"),
+    [*((what, "auto") for what in LABELS_BEYOND), (next(iter(LABELS_BEYOND)), "loop")],
+)
 def test_labels_beyond_the_outputs_are_told_before_the_device_sees_them(what, engine):
     change, preset, message = LABELS_BEYOND[what]
     tasks = classes("cpu").batch(0, 3)

@@ -7,7 +7,9 @@ import os
 import pytest
 import torch
 
-from fomaml.app import device, rundir, together
+import characters
+from elsewhere import Elsewhere
+from fomaml.app import build, device, networks, rundir, together
 from fomaml.app.cli import main
 from fomaml.app.device import device_facts, reproducible
 from fomaml.engines import Plan
@@ -73,3 +75,47 @@ def test_a_run_is_computed_so_and_its_result_says_it(tmp_path, monkeypatch):
     main(["train", *RUN.split(), "--out", str(tmp_path / "run")])
     assert seen == [["cpu"]] and not within
     assert json.loads((tmp_path / "run" / "result.json").read_text())["gpu"] == "of cpu"
+
+
+@pytest.fixture
+def on_any_device(monkeypatch):
+    """The names of devices are not checked."""
+    for module in (build, networks):
+        monkeypatch.setattr(module, "check_device", torch.device)
+
+
+SHORT = "--iterations 3 --meta-batch-size 2 --test-tasks 5 --test-steps 0 1"
+KINDS = {
+    "regression": "sinusoid",
+    "classes, validated and calibrated": "omniglot --ways 3 --channels 4 --query-shots 2 --validate-every 2 "
+    "--validation-tasks 5 --augment turns --inner-momentum 0.5",
+    "heads of prototypes": "omniglot --ways 3 --channels 4 --query-shots 2 --algorithm proto-maml",
+}
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[] if kind == "regression" else pytest.mark.long) for kind in KINDS]
+)
+def test_a_run_elsewhere_is_that_of_the_cpu(kind, tmp_path, monkeypatch, capsys, on_any_device):
+    characters.shrink(monkeypatch)
+    root = characters.write(tmp_path / "data")
+    data = ["--data-root", str(root)] if "omniglot" in KINDS[kind] else []
+    told = [*KINDS[kind].split(), *data, *SHORT.split()]
+    rows, told_then = [], []
+    for name in ("cpu", "meta"):
+        out = tmp_path / name
+        with contextlib.nullcontext() if name == "cpu" else Elsewhere():
+            main(["train", *told, "--no-baselines", "--device", name, "--out", str(out)])
+            capsys.readouterr()
+            main(["evaluate", str(out), "--tasks", "4"])
+        told_then.append(capsys.readouterr().out)
+        rows.append(json.loads((out / "result.json").read_text())["rows"])
+    assert _near(*rows) and told_then[0] == told_then[1]
+
+
+def _near(one, other) -> bool:
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_near(one[name], other[name]) for name in one)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(_near, one, other))
+    return one == (pytest.approx(other, rel=1e-4) if isinstance(one, float) else other)

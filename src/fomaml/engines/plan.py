@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fomaml.choices import Statistics, check_choice
+from fomaml.engines import gpu
 from fomaml.engines.adaptation import Way, curve_of
 from fomaml.engines.common import (
     Found,
@@ -57,8 +58,8 @@ def choose(learner: MetaLearner, tasks: Task, compile: bool = False) -> tuple[st
     where few vectors go through wide Linear layers; other wide layers take the loop (1.3-1.8 times faster than vmap
     on a 784-256-10 MLP, second order and Reptile), or, compiled, vmap.
     """
-    device = device_of(tasks).type
-    if is_convolutional(learner) and device == "cpu":
+    on_cpu = device_of(tasks).type == "cpu"
+    if is_convolutional(learner) and on_cpu:
         millions = flops(learner, tasks) / 1e6
         how = ", compiled" if compile else ""
         if millions > 50 or not takers(learner, tasks)[0]:
@@ -71,13 +72,13 @@ def choose(learner: MetaLearner, tasks: Task, compile: bool = False) -> tuple[st
     wide = [
         own[n] for n, rows in vectors.items() if min(own[n].shape) > 2 * rows or own[n].shape[1] > 8 * rows
     ]
-    large = sum(weight.numel() for weight in wide)
+    large, rows = sum(weight.numel() for weight in wide), max(vectors.values(), default=0)
+    large = large if large > sum(own[n].numel() for n in learner.adapted) / 2 else 0
+    if not on_cpu:
+        return gpu.choose(learner, tasks, large, rows, compile)
     # below 20 000 the bookkeeping costs more: 1.2 times on a 1-40-40-1 MLP
-    if large > max(20_000, sum(own[n].numel() for n in learner.adapted) / 2):
-        rows = max(vectors.values())
+    if large > 20_000:
         return "factored", f"linear layers much wider than the {rows} vectors of a support set"
-    if device != "cpu":
-        return "batched", f"one kernel for all tasks on {device}"
     if max(own[n].numel() for n in learner.adapted) > 100_000 and not compile:
         return "loop", "wide layers on a CPU, which the factored engine does not take here"
     return "batched", "dense layers, compiled" if compile else "small dense layers"
@@ -97,8 +98,7 @@ def choice(
     else:
         tried(learner, tasks)
     engine, why = choose(learner, tasks, compile) if engine == "auto" else (engine, AS_ASKED)
-    on_cpu = device_of(tasks).type == "cpu"
-    stacks = compile and engine == "batched" and on_cpu and is_convolutional(learner)
+    stacks = compile and engine == "batched" and is_convolutional(learner) and device_of(tasks).type == "cpu"
     return Choice(engine, why, _at_once(learner, tasks, number, engine, tasks_at_once, compile), stacks)
 
 
@@ -112,7 +112,9 @@ def _at_once(
         return 1
     if tasks_at_once is not None:
         return min(tasks_at_once, number)
-    if number > 8 and device_of(tasks).type == "cpu":
+    if device_of(tasks).type != "cpu":
+        return gpu.at_once(learner, tasks, number, engine, compile)
+    if number > 8:
         if is_convolutional(learner):
             # measured on small strided convolutions: 8 or 16 at once are 1.2 times as fast as 32, which leave the
             # cache; but stacked 32 are 1.2 times as fast as 8, as there is less between their kernels

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fomaml.devices import forked_random
-from fomaml.engines import batched, factored, loop
+from fomaml.engines import _torch, batched, factored, loop
 from fomaml.engines.common import Engine, differentiate, first_line, out_of_memory, refuse_half
 from fomaml.errors import InputError
 from fomaml.learning.adapt import ordinary_modes
@@ -110,9 +110,17 @@ def check_labels_fit(learner: MetaLearner, tasks: Task) -> None:
 
 def flops(learner: MetaLearner, tasks: Task, of_support: bool = False) -> int:
     """The floating-point operations of the model on one task's query set, or on its support set."""
+    return work(learner, tasks, of_support)[0]
+
+
+def work(learner: MetaLearner, tasks: Task, of_support: bool = False) -> tuple[int, int]:
+    """The floating-point operations of the model on one task's query or support set, and the calls of torch that they
+    take.
+    """
     with (
         _as_for_a_gradient(tasks, 1) as single,
         FlopCounterMode(display=False) as counter,
+        _torch.draws() as watched,
         torch.no_grad(),
     ):
         try:
@@ -122,7 +130,9 @@ def flops(learner: MetaLearner, tasks: Task, of_support: bool = False) -> int:
             # whatever else fails, such as the loss of too few outputs, fails again where it is told in words
             if out_of_memory(error):
                 raise
-    return counter.get_total_flops()
+    # where they cannot be counted: about one for each module
+    calls = sum(1 for _ in learner.model.modules()) if watched.calls is None else watched.calls
+    return counter.get_total_flops(), calls
 
 
 @contextmanager
