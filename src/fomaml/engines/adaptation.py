@@ -296,7 +296,7 @@ class Adapter:
         if own is None:
             # whatever is wrong with the learner or the examples is told in words
             self.learner.adapt(given, self.steps, self.statistics)
-            own = kept.ways[key] = way(self.learner, tasks, "loop", False, 1)
+            own = kept.ways[key] = way(self.learner, tasks, "loop", True, 1)
         find = partial(_reach, self.learner, self.steps, group.ways)
         facts = ("adapt", own.engine, group.ways, self.steps)
         return _function(self.learner, [tasks], find, facts, own, quietly=self.compile == "auto")

@@ -88,6 +88,9 @@ class Compiled:
             if self._run is None:
                 graph = trace(find, tasks)
                 if on_cpu and self._fuse(graph):
+                    if plainly and not side_by_side and not self.draws:
+                        lifted.by_kernels(graph)
+                        self._memory = kernels.Memory()
                     self._run = graph
                 else:
                     self.draws = _draws(graph)

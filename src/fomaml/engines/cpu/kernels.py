@@ -31,12 +31,13 @@ def sharing(threads: int, memory: Memory) -> Iterator[None]:
 
 
 _own = threading.local()
+SMALL = 16_000  # numbers, below which the system's allocator gives the same pages again
 
 
 def _empty(like: Tensor, shape: Sequence[int]) -> Tensor:
     """For a kernel to write into, in the memory of `sharing`."""
     memory = getattr(_own, "memory", None)
-    if memory is None or not math.prod(shape):
+    if memory is None or math.prod(shape) < SMALL:
         return like.new_empty(shape)
     return memory.empty(shape, like.dtype)
 
