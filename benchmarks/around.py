@@ -18,6 +18,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from benchmarks import report
 from benchmarks.__main__ import CORES, _commit, _processor
 from benchmarks.process import ROOT
 from benchmarks.workloads import TINY, WORKLOADS, Workload, build, find
@@ -28,7 +29,6 @@ from fomaml.episodes import TaskSequence
 from fomaml.train import train
 
 RESULTS = ROOT / "benchmarks" / "results" / "around.json"
-BEGIN, END = "<!-- around: begin -->", "<!-- around: end -->"  # of the table in the page
 CLASSES, EACH = 64, 40  # of the data that tasks are drawn from
 
 
@@ -117,16 +117,13 @@ def render() -> None:
     """Write the table of the results into the page."""
     results = json.loads(RESULTS.read_text(encoding="utf-8"))
     page = ROOT / "docs" / "performance.md"
-    text = page.read_text(encoding="utf-8")
     head = "| workload | meta-gradient, ms | step of `train`, ms | ratio |\n|---|---|---|---|"
     rows = [_row(name, facts) for name, facts in results["workloads"].items()]
     origin = (
         f"{results['processor']}, {results['cores']} cores, torch {results['torch']}, commit {results['commit']}, "
         f"{results['date']}, seed {results['seed']}."
     )
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    table = "\n".join([BEGIN, origin, "", head, *rows, END])
-    page.write_text(before + table + after, encoding="utf-8")
+    report.put("\n".join([origin, "", head, *rows]), page, "around")
 
 
 if __name__ == "__main__":

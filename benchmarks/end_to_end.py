@@ -21,10 +21,10 @@ from statistics import median
 
 import torch
 
+from benchmarks import report
 from benchmarks.process import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results" / "end_to_end.json"
-BEGIN, END = "<!-- end to end: begin -->", "<!-- end to end: end -->"  # of the table in the page
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,6 @@ def render() -> None:
     """Write the table of the results into the page."""
     results = json.loads(RESULTS.read_text(encoding="utf-8"))
     page = ROOT / "docs" / "performance.md"
-    text = page.read_text(encoding="utf-8")
     head = (
         "| job | `fomaml train`, s | plain, s | times faster | accuracy in % | of the plain script |\n"
         "|---|---|---|---|---|---|"
@@ -152,8 +151,7 @@ def render() -> None:
         f"{results['date']}, seed 0."
     )
     rows = [_row(name, facts) for name, facts in results["jobs"].items()]
-    table = "\n".join([BEGIN, origin, "", head, *rows, END])
-    page.write_text(text.split(BEGIN)[0] + table + text.split(END)[1], encoding="utf-8")
+    report.put("\n".join([origin, "", head, *rows]), page, "end to end")
 
 
 if __name__ == "__main__":

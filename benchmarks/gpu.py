@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import by_hand, exactness
+from benchmarks import by_hand, exactness, report
 from benchmarks.__main__ import circumstances, write
 from benchmarks.contestants import contestants
 from benchmarks.gpu_checks import checked
@@ -35,7 +35,6 @@ from fomaml.learning.algorithms import FOMAML
 from fomaml.tasks import Examples, Task
 
 RESULTS = ROOT / "benchmarks" / "results" / "gpu.json"
-BEGIN, END = "<!-- gpu: begin -->", "<!-- gpu: end -->"
 
 
 def main() -> None:
@@ -53,7 +52,7 @@ def main() -> None:
     text = page(results)
     print(text)
     if not arguments.tiny and arguments.out == RESULTS:
-        put(text, ROOT / "docs" / "benchmarks.md")
+        report.put(text, ROOT / "docs" / "benchmarks.md", "gpu")
 
 
 # --- the race -------------------------------------------------------------------------------------
@@ -247,13 +246,6 @@ def page(results: dict) -> str:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.3g}"
-
-
-def put(text: str, document: Path) -> None:
-    """Replace what stands between the markers of the document."""
-    whole = document.read_text()
-    before, rest = whole.split(BEGIN, 1)
-    document.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END, 1)[1]}")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_checks
+from benchmarks import gpu, gpu_checks, report
 
 CPU = torch.device("cpu")
 
@@ -57,8 +57,8 @@ def test_the_command_from_end_to_end(tmp_path, monkeypatch, capsys):
     text = capsys.readouterr().out
     assert "### tiny-F on a GPU" in text and "| stacked attention | passed |" in text
     page = tmp_path / "page.md"
-    page.write_text(f"before\n{gpu.BEGIN}\nold\n{gpu.END}\nafter\n")
-    gpu.put(gpu.page(found), page)
+    page.write_text("before\n<!-- gpu: begin -->\nold\n<!-- gpu: end -->\nafter\n")
+    report.put(gpu.page(found), page, "gpu")
     assert (
         "old" not in page.read_text()
         and page.read_text().startswith("before")

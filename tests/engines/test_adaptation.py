@@ -1,6 +1,5 @@
 """Adaptation compiled: curves and adapted modules against the slow loops of reference.py and the eager engines."""
 
-
 import pytest
 import torch
 import torch.nn.functional as F
