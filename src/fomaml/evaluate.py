@@ -217,7 +217,7 @@ def _scored(
     for metric in metrics:
         kind = measured_for(plan.learner, metric)
         if kind not in curves:
-            curves[kind] = plan.curve(batch, points, kind, ways_of_each(episodes))
+            curves[kind] = plan.curve(batch, points, kind, ways=ways_of_each(episodes))
         for losses, outputs in curves[kind]:
             own = judged(episodes, metric, outputs, targets, losses, balanced)
             bad |= _without_numbers((losses, outputs, own), bad)
