@@ -21,6 +21,7 @@ LAYERS = [
         "measures",
         "devices",
         "memory",
+        "blocks",
         "metrics",
         "submodules",
     },
@@ -30,6 +31,8 @@ LAYERS = [
     {"engines"},
     {
         "ranks",
+        "ahead",
+        "optimizers",
         "outer",
         "features",
         "scoring",

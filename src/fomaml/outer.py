@@ -39,11 +39,6 @@ class Step(NamedTuple):
     tasks: Batch | None
     random: dict[str, Tensor]
 
-    def apply_to(self, learner: MetaLearner) -> None:
-        """Set `.grad` of the learner's meta-parameters, for any `torch.optim` optimiser to step on."""
-        for name, parameter in learner.meta_parameters().items():
-            parameter.grad = self.gradients[name]
-
 
 class Outer:
     """The outer steps of one process.
@@ -161,10 +156,15 @@ class SharedOuter(Outer):
             with ranks.agreeing(), self._drawing(iteration, OTHERS):
                 whole = self.batch(first, self.meta_batch_size)
                 self.plan = make_plan(self.learner, whole, **self.asked)
-        plan = self.plan
+            agree(ranks, self.plan)
+        return self._step(iteration, measured, self.plan, {})
+
+    def _step(self, iteration: int, measured: bool, plan: Plan, drawn: dict[int, Batch]) -> Step:
+        """The step by a plan. drawn: the tasks that this rank has already."""
+        ranks, first = self.ranks, iteration * self.meta_batch_size
         pieces = ranks.pieces(self.meta_batch_size)
         own = {index: pieces[index] for index in ranks.share(len(pieces))}
-        drawn: dict[int, Batch] = {}
+        compiled = plan.compile
         known, at_once, parts = set(plan.seen), plan.tasks_at_once, []
         weights, total = None, float(self.meta_batch_size)
         if plan.task_weights != "equal":
@@ -172,7 +172,7 @@ class SharedOuter(Outer):
         error: Exception | None = None
         try:
             for index, piece in own.items():
-                tasks = drawn.get(index) or self.batch(first + piece.start, len(piece))
+                tasks = drawn[index] = drawn.get(index) or self.batch(first + piece.start, len(piece))
                 before = adapted = None
                 if measured:
                     with self._drawing(iteration, OTHERS + 1 + index):
@@ -188,6 +188,8 @@ class SharedOuter(Outer):
         except Exception as raised:  # whatever a module raises
             error, parts = raised, []
         gradient, losses = self._added_up(parts, len(pieces), error, plan, known, at_once)
+        if compiled and not plan.compile:  # the same on all ranks
+            return self._step(iteration, measured, plan, drawn)
         return Step(
             gradient,
             weighted_mean(losses, weights),
@@ -262,7 +264,8 @@ class SharedOuter(Outer):
         for part in parts:
             losses[part.piece.start : part.piece.stop] = part.result.query_losses
         changed = plan.seen != known or plan.tasks_at_once != at_once
-        told = [float(error is not None), float(changed), *map(float, ranks.notes())]
+        told = [float(error is not None), float(changed), float(bool(plan.compiling.failure))]
+        told += map(float, ranks.notes())
         facts = torch.cat([losses, self.nothing.new_tensor(told)])
         if ranks.same_bits:
             facts = ranks.sum(facts)
@@ -270,9 +273,11 @@ class SharedOuter(Outer):
             flat_and_facts = ranks.sum(torch.cat([flat[0] if flat else self.nothing, facts]))
             whole, facts = flat_and_facts.split([len(self.nothing), len(facts)])
         losses, rest = facts.split([len(losses), len(told)])
-        failed, any_changed, *ranks.noted = rest.tolist()
+        failed, any_changed, uncompiled, *ranks.noted = rest.tolist()
         if failed:
             ranks.fail(error)
+        if uncompiled and plan.compile:
+            plan.run_eagerly(plan.compiling.failure or ELSEWHERE)
         if ranks.same_bits:
             whole = ranks.in_order(flat, pieces, self.nothing)
         if any_changed:
@@ -300,6 +305,16 @@ class SharedOuter(Outer):
         return self._collected(found).mean()
 
 
+ELSEWHERE = "another process cannot"
+
+
+def agree(ranks: Ranks, plan: Plan | None) -> None:
+    """Where one process runs uncompiled, such as for want of a compiler, all do."""
+    compiled = int(plan is None or plan.compile)
+    if ranks.fewest(compiled) < compiled and plan is not None:
+        plan.run_eagerly(ELSEWHERE)
+
+
 def shared(group: Any, own: Outer, optimizer: torch.optim.Optimizer, told: tuple) -> Outer:
     """The outer steps of this process among those of a group, whose processes have all been given the same; its own
     where there is no group. group: of `train`.
@@ -312,12 +327,14 @@ def shared(group: Any, own: Outer, optimizer: torch.optim.Optimizer, told: tuple
     meta_parameters = own.learner.meta_parameters()
     shapes = [(name, p.shape, p.dtype, p.requires_grad) for name, p in meta_parameters.items()]
     plain = [value for value in own.asked.values() if not callable(value)]
+    agree(ranks, plan)
+    of_plan = plan and (plan.choice._replace(why=""), plan.compile, plan.autocast)
     numbers = ranks.same_bits, ranks.threads, ranks.piece, own.meta_batch_size, *told
     ranks.check_same(
         {
             "the learner": shapes,
             "the optimiser": (type(optimizer).__name__, digest_of(optimizer.state_dict())),
-            "what train is told": (numbers, plain, plan and (plan.choice, plan.compile, plan.autocast)),
+            "what train is told": (numbers, plain, of_plan),
         }
     )
     return SharedOuter(ranks, own)

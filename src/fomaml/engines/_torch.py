@@ -9,6 +9,7 @@ Not here: `_parameters`, `_buffers` and `_modules` of a module, which modules th
 from __future__ import annotations
 
 import functools
+import logging
 import pkgutil
 import re
 import warnings
@@ -87,10 +88,19 @@ def induce(graph: GraphModule, inputs: Sequence[Tensor], options: dict) -> Calla
 
 @contextmanager
 def _without_torchs_warnings() -> Iterator[None]:
-    """No warnings of torch about itself: of deprecated names in its own files, say. A module's own ones are shown."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"torch(\.|$)")
-        yield
+    """No warnings of torch about itself: of deprecated names in its own files, say. A module's own ones are shown.
+
+    Its compiler looks for CUDA where there is none, and logs that it has found none.
+    """
+    log = logging.getLogger("torch.utils.cpp_extension")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"torch(\.|$)")
+            yield
+    finally:
+        log.setLevel(level)
 
 
 def depends_on_values(error: Exception) -> bool:

@@ -79,6 +79,48 @@ class Found(NamedTuple):
     support_losses: Tensor
     query_outputs: Tree
 
+    def slopes(self, learner: MetaLearner) -> list[Tensor]:
+        """What is compared as gradients are, where it was compiled; the rest as losses are."""
+        return self.gradients
+
+    def values(self) -> Tree:
+        return self[1:]
+
+
+class Curve(NamedTuple):
+    """What a chunk of tasks shows on its way. summed: nothing. points: at each, query losses (tasks,) and outputs."""
+
+    summed: list[Tensor]
+    points: tuple[tuple[Tensor, Tree], ...]
+
+    def slopes(self, learner: MetaLearner) -> list[Tensor]:
+        return []
+
+    def values(self) -> Tree:
+        return self.points
+
+
+class Reached(NamedTuple):
+    """Where a chunk of tasks ends. summed: nothing. parameters, buffers: by name, (tasks, ...) each. support_losses:
+    (tasks, steps).
+    """
+
+    summed: list[Tensor]
+    parameters: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    support_losses: Tensor
+
+    def slopes(self, learner: MetaLearner) -> list[Tensor]:
+        """What the steps have changed: beside φ itself it would be lost in the rounding."""
+        own = dict(learner.model.named_parameters())
+        return [
+            value - own[name].detach() if value.shape[1:] == own[name].shape else value
+            for name, value in self.parameters.items()
+        ]
+
+    def values(self) -> Tree:
+        return self.buffers, self.support_losses
+
 
 def differentiate(learner: MetaLearner, problem: Problem, tasks: int = 1) -> Found:
     """What one problem contributes: the gradients summed over its tasks, and divided by a number.

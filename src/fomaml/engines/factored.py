@@ -186,7 +186,10 @@ class FactoredProblem(Problem):
         self.start = _State({n: p for n, p in self.start.items() if n not in self.weights}, {})
 
     def path(
-        self, first_order: bool | None = None, state: Mapping[str, dict] | None = None
+        self,
+        first_order: bool | None = None,
+        state: Mapping[str, dict] | None = None,
+        overwrite: bool = False,
     ) -> Iterator[tuple[_State, Tensor]]:
         """(φₖ₊₁, support losses at φₖ) for k = 0, 1, …, without end. Always of first order; plain SGD has no state."""
         dense, changes = self.start

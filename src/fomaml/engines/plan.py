@@ -10,61 +10,42 @@ import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from hashlib import sha256
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fomaml.choices import Statistics, check_choice
-from fomaml.engines import batched, factored, gpu, loop
+from fomaml.engines import gpu
+from fomaml.engines.adaptation import Way, curve_of
 from fomaml.engines.common import (
-    Engine,
     Found,
-    Group,
     Measure,
     MetaGradient,
     TaskWeights,
     accumulate,
     check_asked,
     check_sum,
-    curves,
     differentiate,
     groups,
-    in_order,
-    one_by_one,
     out_of_memory,
     put_together,
 )
+from fomaml.engines.compiling import Choice, Choosing, Compiling, like_of
+from fomaml.engines.known import AS_ASKED, ENGINES
+from fomaml.engines.pays import Compile, check_compile, pays
 from fomaml.engines.probes import explain, flops, is_convolutional, takers, tried
-from fomaml.errors import not_negative, positive
+from fomaml.errors import InputError, not_negative, positive
 from fomaml.learning.adapt import ordinary_modes
 from fomaml.learning.learner import MetaLearner
+from fomaml.learning.objectives import MultiStepLoss
 from fomaml.learning.turns import turn_of
-from fomaml.tasks import Batch, Task, as_batch, chunks, count, count_of, device_of, one, shape_of
+from fomaml.tasks import Batch, Task, as_batch, chunks, count, count_of, device_of, one
 from fomaml.trees import Tree, leaves
-
-ENGINES: dict[str, Engine] = {
-    "loop": loop.problem,
-    "batched": batched.problem,
-    "factored": factored.problem,
-}
-PartOf = tuple[Sequence[float] | None, float] | None  # see `Plan.__call__`
-
 
 # --- the rule -------------------------------------------------------------------------------------
 
 
-class Choice(NamedTuple):
-    """What follows from a learner, the shapes of its tasks, the device and the number of threads; see `Plan`.
-
-    stacks: whether convolutions are to be stacked when compiled.
-    """
-
-    engine: str
-    why: str
-    tasks_at_once: int
-    stacks: bool
+PartOf = tuple[Sequence[float] | None, float] | None  # see `Plan.__call__`
 
 
 def choose(learner: MetaLearner, tasks: Task, compile: bool = False) -> tuple[str, str]:
@@ -116,7 +97,7 @@ def choice(
         tasks = max(own, key=lambda each: sum(leaf.numel() for leaf in leaves(each)))
     else:
         tried(learner, tasks)
-    engine, why = choose(learner, tasks, compile) if engine == "auto" else (engine, "as asked")
+    engine, why = choose(learner, tasks, compile) if engine == "auto" else (engine, AS_ASKED)
     stacks = compile and engine == "batched" and is_convolutional(learner) and device_of(tasks).type == "cpu"
     return Choice(engine, why, _at_once(learner, tasks, number, engine, tasks_at_once, compile), stacks)
 
@@ -160,7 +141,7 @@ def _few(learner: MetaLearner, tasks: Task, number: int, engine: str) -> int:
 # --- the plan -------------------------------------------------------------------------------------
 
 
-class Plan:
+class Plan(Choosing):
     """How the meta-gradient of a learner is computed: `plan(tasks)`; see the function `plan`, which makes it.
 
     engine: the engine's name. why: the reason, in one line.
@@ -174,29 +155,17 @@ class Plan:
         self,
         learner: MetaLearner,
         choice: Choice,
-        compile: bool = False,
+        compiling: Compiling | None = None,
         autocast: torch.dtype | None = None,
         task_weights: TaskWeights = "equal",
     ):
         self.learner = learner
         self.choice = choice
-        self.compile = compile
+        self.compiling = compiling or Compiling(False)
         self.autocast = autocast
         self.task_weights = task_weights
-        self.seen: set[str] = set()
         self._like: list[tuple] = []
-
-    @property
-    def engine(self) -> str:
-        return self.choice.engine
-
-    @property
-    def why(self) -> str:
-        return self.choice.why
-
-    @property
-    def tasks_at_once(self) -> int:
-        return self.choice.tasks_at_once
+        self.way: Way | None = None  # how tasks are adapted when compiled
 
     def __call__(self, tasks: Batch, part_of: PartOf = None, ways: int | None = None) -> MetaGradient:
         """The gradient of the meta-loss, averaged over a batch of tasks; see `meta_gradient`.
@@ -217,42 +186,21 @@ class Plan:
         points: Sequence[tuple[int, Statistics]],
         measured: Measure | bool = False,
         ways: int | None = None,
+        compile: bool = False,
+        quietly: bool = False,
     ) -> list[tuple[Tensor, Tree]]:
         """Query losses (tasks,) and outputs (tasks, examples, ...) at each pair of a number of inner steps and
         statistics, ascending by steps: tasks are adapted once for all of them. Of a list of tasks outputs are lists.
 
-        Never compiled, and in the model's own precision but within `precision`. statistics: see `Problem.query`.
+        In the model's own precision but within `precision`. statistics: see `Problem.query`.
         measured: True for the outputs of a learner with a `loss` too, see `Problem`; or a function (the model at φ,
             query examples) → a number, whose values (tasks,) are given in place of outputs. ways: as of a call.
+        compile: trace it once for each shape of the tasks, points and statistics, and compare it with the engine;
+            without torch's compiler on a CPU, so that it takes seconds. Few tasks of a shape among a list of others,
+            and functions that measure, are never compiled. quietly: no warning where it cannot be.
         """
         with turn_of(self.learner.model), ordinary_modes():
-            return self._curve(self._looked_at(tasks), points, measured, ways)
-
-    def _curve(
-        self,
-        tasks: Batch,
-        points: Sequence[tuple[int, Statistics]],
-        measured: Measure | bool = False,
-        ways: int | None = None,
-    ) -> list[tuple[Tensor, Tree]]:
-        measure = measured if callable(measured) else None
-        engine = "loop" if measure else self.engine
-        problem = partial(ENGINES[engine], self.learner, evaluating=True, measured=measured is True)
-        own = groups(self.learner, tasks, ways=ways)
-        parts: list[list[tuple[Tensor, Tree]]] = []
-        for number, group in enumerate(own):
-            while len(parts) <= number:
-                size = 1 if measure else min(self.tasks_at_once, len(group.rows))
-                try:
-                    problems = (problem(chunk, ways=group.ways) for chunk in chunks(group.tasks, size))
-                    parts.append(curves(problems, points, measure))
-                except Exception as error:  # whatever a module raises
-                    self._halve(size, error, group.tasks)
-        listed = not isinstance(tasks, Task) and measure is None
-        return [
-            (in_order(own, losses), (one_by_one if listed else in_order)(own, outputs))
-            for losses, outputs in (zip(*of_groups) for of_groups in zip(*parts))
-        ]
+            return curve_of(self, self._looked_at(tasks), points, measured, compile, quietly, ways)
 
     def weights(self, tasks: Batch) -> list[float] | None:
         """The weights of the tasks of a batch in the meta-loss; None if they are all the same.
@@ -288,48 +236,36 @@ class Plan:
         fixed = count(tasks) if isinstance(tasks, Task) and weights is None else 1
         parts: list[MetaGradient] = []
         for number, group in enumerate(own):
-            compiles = self.compile and (isinstance(tasks, Task) or self._came_back(group))
-            find = partial(self._find, ways=group.ways, engine=self.engine)
+            compiles = self.compiling.takes(group, isinstance(tasks, Task), len(own))
             while len(parts) <= number:
+                find = partial(self._find, ways=group.ways, engine=self.engine)
                 size = most = min(self.tasks_at_once, len(group.rows))
                 try:
                     function = None
-                    if compiles:
-                        from fomaml.engines.compiled import cache
-
-                        # one shape, compiled once
-                        size = next(n for n in range(most, 0, -1) if len(group.rows) % n == 0)
-                        mean = partial(find, tasks=fixed)
-                        alone = partial(mean, engine="loop") if self.choice.stacks else None
-                        side_by_side = size < len(group.rows) and size * torch.get_num_threads() <= len(
-                            group.rows
+                    if compiles and self.compile:
+                        if isinstance(self.learner.objective, MultiStepLoss):
+                            raise InputError(
+                                "compile=True does not take the multi-step loss: its weights change at every "
+                                "iteration"
+                            )
+                        function, size = self.compiling.function(
+                            self.learner, group, find, self.choice, self.autocast, fixed
                         )
-                        facts = (self.engine, group.ways, self.autocast, fixed)
-                        rest = chunks(group.tasks, size)
-                        function = cache.function(
-                            self.learner, next(rest), mean, facts, alone, side_by_side, rest
-                        )
+                        if not self.compile:  # it cannot be: another engine takes over
+                            self.run_eagerly(self.compiling.failure)
+                            continue
                     divisor = total / group.weight if group.weight else math.inf
+                    names = list(self.learner.meta_parameters())
                     if function is None:
-                        names, found = (
-                            list(self.learner.meta_parameters()),
-                            map(find, chunks(group.tasks, size)),
-                        )
+                        found = map(find, chunks(group.tasks, size))
                     else:
-                        names, found = function.names, function.map(chunks(group.tasks, size))
+                        found = function.map(chunks(group.tasks, size))
                         divisor /= fixed
                     part = accumulate(names, found, self.engine, divisor)
                     parts.append(part if group.weight else part.without_gradients())
                 except Exception as error:  # whatever a module raises
-                    self._halve(most, error, group.tasks)
+                    self.halve(most, error, group.tasks)
         return put_together(own, parts, listed=not isinstance(tasks, Task))
-
-    def _came_back(self, group: Group) -> bool:
-        """Whether tasks of a list like these, as many of this shape, have come before: then they are compiled."""
-        key = sha256(repr((len(group.rows), group.ways, shape_of(group.tasks))).encode()).hexdigest()[:16]
-        came = key in self.seen
-        self.seen.add(key)
-        return came
 
     def _looked_at(self, tasks: Batch) -> Batch:
         """A batch of tasks, see `as_batch`; tensors like those of the call before are not looked at again."""
@@ -355,12 +291,13 @@ class Plan:
             nullcontext() if self.autocast is None else torch.autocast(device_of(tasks).type, self.autocast)
         )
 
-    def _halve(self, size: int, error: Exception, tasks: Task) -> None:
+    def halve(self, size: int, error: Exception, tasks: Task) -> None:
         """Half as many tasks at once from now on, if that may mend the error of so many; else raise it."""
         if size == 1 or not out_of_memory(error):
             explain(error, self.learner, tasks, self.engine)
             raise error
         self.choice = self.choice._replace(tasks_at_once=(size + 1) // 2)
+        self.way = self.way and self.way._replace(tasks_at_once=self.tasks_at_once)
         text = f"out of memory: {self.tasks_at_once} tasks at once from now on"
         warnings.warn(text, RuntimeWarning, stacklevel=4)
 
@@ -371,9 +308,11 @@ def plan(
     *,
     engine: str = "auto",
     tasks_at_once: int | None = None,
-    compile: bool = False,
+    compile: Compile = False,
     autocast: torch.dtype | None = None,
     task_weights: TaskWeights = "equal",
+    iterations: int | None = None,
+    decided: bool | None = None,
 ) -> Plan:
     """The plan for a learner as it is now and for batches like `tasks`, to be kept for a whole run.
 
@@ -385,16 +324,33 @@ def plan(
     tasks_at_once: at most so many tasks in memory at a time ("loop" takes one in any case), compiled on a CPU by each
         thread; by default as many as suit the engine.
     compile: compile the whole meta-gradient, once for each shape of the tasks, of a list the shapes that come back;
-        where that cannot be, a warning says so and the engine runs uncompiled.
+        where that cannot be, a warning says so and the engine runs uncompiled. "auto": where it pays, by a rule that
+        `why` tells, for tasks like these; where it cannot be, `why` says so.
     autocast: run the forward passes in this lower precision, `torch.bfloat16`, see `torch.autocast`.
     task_weights: how much each task counts in the meta-loss, Σ wᵢ Lᵢ / Σ wᵢ: "equal", "examples" for the number of its
         query examples, or a function of the `Task`.
+    iterations: how often the plan will be called in all, for "auto", which takes an unknown number for few.
+    decided: in place of that rule, what a run had decided that goes on: it stops where it was compiled and cannot be.
 
     Raises:
-        InputError: an unknown engine, tasks_at_once that is no positive whole number, or float16.
+        InputError: an unknown engine, tasks_at_once or iterations that are no positive whole number, or float16.
     """
     check_asked(task_weights, autocast)
+    check_compile(compile)
     with turn_of(learner.model), ordinary_modes():
         tasks = as_batch(tasks, learner.model)
-        own = choice(learner, tasks, engine, tasks_at_once, compile)
-        return Plan(learner, own, compile, autocast, task_weights)
+        given = learner, tasks, engine, tasks_at_once
+        if compile != "auto":
+            on = compile if decided is None else decided
+            return Plan(
+                learner,
+                choice(*given, compile),
+                Compiling(on, stops=on and decided is True),
+                autocast,
+                task_weights,
+            )
+        eager = choice(*given, False)
+        on, why = pays(learner, tasks, eager.engine, autocast, iterations, decided)
+        own = choice(*given, True) if on else eager
+        compiling = Compiling(on, eager, like_of(groups(learner, tasks)[0]), stops=on and decided is True)
+        return Plan(learner, own._replace(why=f"{own.why}; {why}"), compiling, autocast, task_weights)

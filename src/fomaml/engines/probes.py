@@ -108,13 +108,15 @@ def check_labels_fit(learner: MetaLearner, tasks: Task) -> None:
         raise InputError(reason)
 
 
-def flops(learner: MetaLearner, tasks: Task) -> int:
-    """The floating-point operations of the model on one task's query set."""
-    return work(learner, tasks)[0]
+def flops(learner: MetaLearner, tasks: Task, of_support: bool = False) -> int:
+    """The floating-point operations of the model on one task's query set, or on its support set."""
+    return work(learner, tasks, of_support)[0]
 
 
-def work(learner: MetaLearner, tasks: Task) -> tuple[int, int]:
-    """The floating-point operations of the model on one task's query set, and the calls of torch that they take."""
+def work(learner: MetaLearner, tasks: Task, of_support: bool = False) -> tuple[int, int]:
+    """The floating-point operations of the model on one task's query or support set, and the calls of torch that they
+    take.
+    """
     with (
         _as_for_a_gradient(tasks, 1) as single,
         FlopCounterMode(display=False) as counter,
@@ -122,7 +124,7 @@ def work(learner: MetaLearner, tasks: Task) -> tuple[int, int]:
         torch.no_grad(),
     ):
         try:
-            problem = loop.problem(learner, single)
+            problem = loop.problem(learner, single._replace(query=single.support) if of_support else single)
             problem.query(problem.start)
         except Exception as error:
             # whatever else fails, such as the loss of too few outputs, fails again where it is told in words

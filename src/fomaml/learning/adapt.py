@@ -145,6 +145,7 @@ def inner_loop(
     state: Mapping[str, dict] | None = None,
     stacked: bool = False,
     guard: Callable[[], AbstractContextManager] = nullcontext,
+    overwrite: bool = False,
 ) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
     """Adapt without end: yields (φₖ₊₁, losses at φₖ) for k = 0, 1, … (Finn et al. 2017, algorithm 1, line 6).
 
@@ -156,10 +157,13 @@ def inner_loop(
         inner graph outlives its step: φ depends on θ through φₖ₊₁ = φₖ - α g alone.
     state: the optimiser's by parameter, updated in place; by default a fresh one.
     stacked: φ is of a stack of tasks. guard: within what gradients are taken.
+    overwrite: each φ takes the place of the one before, in first order and without a graph back to θ: a fourth of the
+        time of a step of wide layers. φ₀ stays as it is.
     """
     current = dict(start)
     state = {name: {} for name in current} if state is None else state
     taken = dict.fromkeys(current, 0)
+    overwrite = overwrite and type(optimizer) in (SGD, Adam, Sign)  # others may keep what they were given
     for step in itertools.count():
         with torch.enable_grad():
             # Nodes of their own also in second order: φ₀ may hold tensors that depend on one another, such as a
@@ -173,27 +177,59 @@ def inner_loop(
             terms = losses(point, first_order, step)
             for term in [terms] if isinstance(terms, Tensor) else terms:
                 with guard():
-                    found = _gradients(term.sum(), list(point.values()), not first_order)
+                    found = _gradients(term.sum() if stacked else term, list(point.values()), not first_order)
                 gradients = [g if f is None else f if g is None else g + f for g, f in zip(gradients, found)]
                 loss = term.detach() if loss is None else loss + term.detach()
         with not_autocast(loss.device.type) if loss is not None else nullcontext():
             alpha = rates(step)
-            following = {}
-            for (name, parameter), gradient in zip(current.items(), gradients):
-                if gradient is None:  # the loss does not depend on it
-                    following[name] = parameter
-                    continue
-                with torch.no_grad() if first_order else torch.enable_grad():
-                    arguments = gradient, point[name], state[name], taken[name]
-                    if stacked and not optimizer.elementwise:
-                        direction = _task_by_task(optimizer, *arguments)
-                    else:
-                        direction = optimizer.direction(*arguments)
-                taken[name] += 1
-                following[name] = parameter - alpha[name] * direction
-        current = following
+            if overwrite:
+                current = _overwritten(current, alpha, point, gradients, optimizer, state, taken)
+            else:
+                following = {}
+                for (name, parameter), gradient in zip(current.items(), gradients):
+                    if gradient is None:  # the loss does not depend on it
+                        following[name] = parameter
+                        continue
+                    with torch.no_grad() if first_order else torch.enable_grad():
+                        arguments = gradient, point[name], state[name], taken[name]
+                        if stacked and not optimizer.elementwise:
+                            direction = _task_by_task(optimizer, *arguments)
+                        else:
+                            direction = optimizer.direction(*arguments)
+                    taken[name] += 1
+                    following[name] = parameter - alpha[name] * direction
+                current = following
         assert loss is not None
+        del point, gradients, found  # the next forward pass finds their memory, which is still near
         yield current, loss
+
+
+@torch.no_grad()
+def _overwritten(
+    current: dict[str, Tensor],
+    rates: Mapping[str, float | Tensor],
+    point: dict[str, Tensor],
+    gradients: list[Tensor | None],
+    optimizer: InnerOptimizer,
+    state: Mapping[str, dict],
+    taken: dict[str, int],
+) -> dict[str, Tensor]:
+    """φₖ₊₁, each tensor in the memory of φₖ from its second step on; rounded as in `torch.optim.SGD` where α is a
+    number: once.
+    """
+    following = {}
+    for (name, parameter), gradient in zip(current.items(), gradients):
+        following[name] = parameter
+        if gradient is None:  # the loss does not depend on it
+            continue
+        direction = optimizer.direction(gradient, point[name], state[name], taken[name])
+        alpha = rates[name]
+        if direction.is_sparse or isinstance(alpha, Tensor):
+            direction, alpha = alpha * direction, 1
+        subtract = parameter.sub_ if taken[name] else parameter.sub
+        following[name] = subtract(direction, alpha=alpha)
+        taken[name] += 1
+    return following
 
 
 def _gradients(loss: Tensor, values: list[Tensor], create_graph: bool) -> tuple[Tensor | None, ...]:

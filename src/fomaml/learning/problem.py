@@ -111,9 +111,15 @@ class Problem:
         return targets.shape[axis]  # probabilities of classes
 
     def path(
-        self, first_order: bool | None = None, state: Mapping[str, dict] | None = None
+        self,
+        first_order: bool | None = None,
+        state: Mapping[str, dict] | None = None,
+        overwrite: bool = False,
     ) -> Iterator[tuple[Adapted, Tensor]]:
-        """(φₖ₊₁, support losses at φₖ) for k = 0, 1, …, without end. state: the inner optimiser's, see `inner_loop`."""
+        """(φₖ₊₁, support losses at φₖ) for k = 0, 1, …, without end.
+
+        state: the inner optimiser's. overwrite: φₖ₊₁ may take the place of φₖ; see `inner_loop`.
+        """
         return inner_loop(
             self._support_parts,
             self.start,
@@ -123,6 +129,7 @@ class Problem:
             state=self.learner.moments.state(self.start) if state is None else state,
             stacked=self.stacked,
             guard=self.guard,
+            overwrite=overwrite,
         )
 
     def support_losses(

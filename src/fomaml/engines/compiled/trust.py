@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fomaml.devices import forked_random, random_state
-from fomaml.engines.common import Found, out_of_memory
+from fomaml.engines.common import Curve, Found, Reached, out_of_memory
 from fomaml.engines.compiled.trace import Compiled, Find, Holder
 from fomaml.learning.learner import MetaLearner
 from fomaml.tasks import Task, device_of
@@ -21,6 +21,7 @@ from fomaml.trees import leaves, mapped
 TOLERANCE = 1e-3
 TOLERANCE_OF_FLOAT64 = 1e-6
 CHUNKS = 3
+Results = Found | Curve | Reached
 SMALL = 0.01
 
 
@@ -52,7 +53,7 @@ def compare(
             if out_of_memory(error):
                 return "that takes more memory than there is"
             raise
-        apart = _apart(found, expected)
+        apart = _apart(learner, found, expected)
         if max(apart) <= _least(learner) or _rounds_so(apart, learner, find, chunk):
             return ""
         if compiled.draws_its_own and not _same(drawn, drawn_eagerly):
@@ -93,12 +94,12 @@ def _rounds_so(apart: tuple[float, float], learner: MetaLearner, find: Find, chu
         found, drawn_so = _run(lambda rounded=rounded: find(rounded))
         if not _same(drawn, drawn_so):
             return False  # float64 draws other numbers
-        if all(one <= max(TOLERANCE, 4 * own) for one, own in zip(apart, _apart(found, exact))):
+        if all(one <= max(TOLERANCE, 4 * own) for one, own in zip(apart, _apart(learner, found, exact))):
             return True
     return False
 
 
-def _exactly_found(learner: MetaLearner, find: Find, chunk: Task) -> Found:
+def _exactly_found(learner: MetaLearner, find: Find, chunk: Task) -> Results:
     """What the eager engine finds in float64: on a CPU where the device may lack it."""
     device = device_of(chunk)
     device = device if device.type == "cuda" else torch.device("cpu")
@@ -110,19 +111,23 @@ def _exactly_found(learner: MetaLearner, find: Find, chunk: Task) -> Found:
     return holder.at(state, chunk.to(device).to(dtype=torch.float64), find)
 
 
-def _apart(found: Found, expected: Found) -> tuple[float, float]:
+def _apart(learner: MetaLearner, found: Results, expected: Results) -> tuple[float, float]:
     """How far losses and outputs, and gradients, are from the expected ones, relative to the norm of each tensor.
 
     A gradient that is small beside the others, as that of a bias before a batch norm, which is nothing but rounding,
     is measured by `SMALL` of the norm of all.
     """
-    gradients = [_norm([tensor]) for tensor in expected.gradients]
-    least = SMALL * _norm(expected.gradients)
+    slopes = expected.slopes(learner)
+    least = SMALL * _norm(slopes)
+    values = zip(leaves(found.values()), leaves(expected.values()))
     return (
-        max(_off(one, other, _norm([other])) for one, other in zip(leaves(found[1:]), leaves(expected[1:]))),
+        max((_off(one, other, _norm([other])) for one, other in values), default=0.0),
         max(
-            _off(one, other, max(size, least))
-            for one, other, size in zip(found.gradients, expected.gradients, gradients)
+            (
+                _off(one, other, max(_norm([other]), least))
+                for one, other in zip(found.slopes(learner), slopes)
+            ),
+            default=0.0,
         ),
     )
 
