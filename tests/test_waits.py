@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from elsewhere import Elsewhere, classes, network
 from family import ALGORITHMS
+from fomaml import ahead
 from fomaml.data.groups import GroupSource
 from fomaml.devices import sent
 from fomaml.episodes import _first
@@ -60,8 +61,11 @@ def test_groups_of_rows_are_drawn_with_one_copy(classification):
 @pytest.mark.parametrize(
     "algorithm", ["fomaml", "maml", "reptile", "fomaml-adam", "meta-sgd", "proto-maml", "zero-head"]
 )
-def test_an_outer_step_does_not_wait(algorithm, engine):
+def test_an_outer_step_does_not_wait(algorithm, engine, monkeypatch):
     """Nor does it copy anything but the episodes: what is measured apart, and what is done once."""
+    # in this thread, each batch by itself: the device that is played is that of one thread
+    monkeypatch.setattr(ahead, "SMALL", 0)
+    monkeypatch.setattr(ahead, "LARGE", 0)
     with Elsewhere() as machine:
         learner = ALGORITHMS[algorithm].learner(network(), F.cross_entropy).to(machine.device)
         optimizer = torch.optim.SGD(learner.parameters(), 0.01)
