@@ -10,7 +10,7 @@ from family import ALGORITHMS
 from fomaml import ahead
 from fomaml.data.groups import GroupSource
 from fomaml.devices import sent
-from fomaml.episodes import _first
+from fomaml.draws import first
 from fomaml.group_episodes import GroupEpisodes
 from fomaml.train import train
 
@@ -85,7 +85,7 @@ def test_the_first_classes_are_those_of_a_full_sort(ways):
     randoms = np.random.default_rng(ways).random((200, 41))
     randoms[7, 3] = randoms[7, 30] = randoms[8].min() / 2  # equal ones too
     randoms[9] = 0.5
-    assert (_first(randoms, ways) == randoms.argsort(axis=1)[:, :ways]).all()
+    assert (first(randoms, ways) == randoms.argsort(axis=1)[:, :ways]).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float64, torch.int64, torch.bool])
