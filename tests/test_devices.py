@@ -15,7 +15,9 @@ from fomaml.engines import check_outputs, meta_gradient, plan
 from fomaml.errors import InputError
 from fomaml.evaluate import estimate, evaluate
 from fomaml.group_episodes import GroupEpisodes
+from fomaml.learning.adapt import Adam
 from fomaml.learning.algorithms import FOMAML, ZeroHeadMAML
+from fomaml.models import BatchNorm
 from fomaml.ranks import Ranks
 from fomaml.serve.calibration import calibration_error, fit_temperature
 from fomaml.tasks import Examples, Task, one
@@ -103,6 +105,16 @@ def grouped(device):
     return evaluate(FOMAML(model.to(device), 0.1, 2, F.mse_loss), episodes, tasks=4, metric=["rmse", "loss"])
 
 
+def moved(device, norm=None, **choices):
+    """A training whose outer steps move more than the meta-parameters."""
+    model = network()
+    model[2] = model[2] if norm is None else norm
+    learner = FOMAML(model, 0.1, 2, **choices).to(device)
+    optimizer = torch.optim.SGD(learner.parameters(), 0.1)
+    list(train(learner, classes(device), optimizer, iterations=2, meta_batch_size=2))
+    return {name: value.cpu() for name, value in learner.state_dict().items()}
+
+
 SITUATIONS = {
     **{
         f"training, {algorithm} on {engine}": lambda device, a=algorithm, e=engine: trained(device, a, e)
@@ -110,6 +122,10 @@ SITUATIONS = {
         for engine in ("loop", "batched")
     },
     "training, factored": lambda device: trained(device, engine="factored"),
+    "training, running statistics": lambda device: moved(
+        device, norm=BatchNorm(7, policy="per-step", steps=2)
+    ),
+    "training, carried moments": lambda device: moved(device, optimizer=Adam((0, 0.999), carried=True)),
     "training, weighted tasks": lambda device: trained(device, task_weights=lambda task: 2.0),
     "evaluation by names": lambda device: evaluated(
         device, metric=["accuracy", "loss", "balanced-accuracy", "f1", "auprc", of_function]

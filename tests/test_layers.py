@@ -26,7 +26,7 @@ LAYERS = [
         "submodules",
     },
     {"data"},
-    {"models", "episodes", "group_episodes", "streams", "backbones"},
+    {"models", "draws", "episodes", "group_episodes", "streams", "backbones"},
     {"learning"},
     {"engines"},
     {

@@ -7,9 +7,10 @@ import torch.nn.functional as F
 
 from elsewhere import Elsewhere, classes, network
 from family import ALGORITHMS
+from fomaml import ahead
 from fomaml.data.groups import GroupSource
 from fomaml.devices import sent
-from fomaml.episodes import _first
+from fomaml.draws import first
 from fomaml.group_episodes import GroupEpisodes
 from fomaml.train import train
 
@@ -60,8 +61,11 @@ def test_groups_of_rows_are_drawn_with_one_copy(classification):
 @pytest.mark.parametrize(
     "algorithm", ["fomaml", "maml", "reptile", "fomaml-adam", "meta-sgd", "proto-maml", "zero-head"]
 )
-def test_an_outer_step_does_not_wait(algorithm, engine):
+def test_an_outer_step_does_not_wait(algorithm, engine, monkeypatch):
     """Nor does it copy anything but the episodes: what is measured apart, and what is done once."""
+    # in this thread, each batch by itself: the device that is played is that of one thread
+    monkeypatch.setattr(ahead, "SMALL", 0)
+    monkeypatch.setattr(ahead, "LARGE", 0)
     with Elsewhere() as machine:
         learner = ALGORITHMS[algorithm].learner(network(), F.cross_entropy).to(machine.device)
         optimizer = torch.optim.SGD(learner.parameters(), 0.01)
@@ -81,7 +85,7 @@ def test_the_first_classes_are_those_of_a_full_sort(ways):
     randoms = np.random.default_rng(ways).random((200, 41))
     randoms[7, 3] = randoms[7, 30] = randoms[8].min() / 2  # equal ones too
     randoms[9] = 0.5
-    assert (_first(randoms, ways) == randoms.argsort(axis=1)[:, :ways]).all()
+    assert (first(randoms, ways) == randoms.argsort(axis=1)[:, :ways]).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float64, torch.int64, torch.bool])

@@ -45,6 +45,7 @@ if TYPE_CHECKING:  # a checker of types is to know all modules, and no other nam
     from fomaml import choices as choices
     from fomaml import data as data
     from fomaml import devices as devices
+    from fomaml import draws as draws
     from fomaml import engines as engines
     from fomaml import episodes as episodes
     from fomaml import errors as errors

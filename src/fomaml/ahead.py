@@ -39,6 +39,10 @@ class Ahead(TaskSequence):
     def copies(self) -> int:
         return copies_of(self.episodes)
 
+    @property
+    def complete(self) -> bool:
+        return getattr(self.episodes, "complete", False)
+
     def batch(self, start: int, tasks: int) -> Batch:
         """Tasks start … start + tasks - 1."""
         if self._block is not None:

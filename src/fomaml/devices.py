@@ -37,7 +37,7 @@ def random_state() -> dict[str, Tensor]:
     or "mps". It does not wait for a device.
     """
     found = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():
         found |= {f"cuda:{n}": torch.cuda.get_rng_state(n) for n in range(torch.cuda.device_count())}
     if torch.backends.mps.is_available():
         found["mps"] = torch.mps.get_rng_state()

@@ -13,6 +13,7 @@ from fomaml.data.augment import jittered, turned
 from fomaml.data.source import ClassSource
 from fomaml.data.synthetic import Sinusoids
 from fomaml.devices import sent
+from fomaml.draws import distinct, first
 from fomaml.errors import InputError, not_negative, positive, shown, whole
 from fomaml.memory import check_fits
 from fomaml.tasks import Batch, Examples, Task, one, stack
@@ -284,8 +285,8 @@ class Episodes:
         for_classes, for_examples, for_order, for_turns, for_jitter = np.split(
             randoms, np.cumsum(parts)[:-1], axis=1
         )
-        classes = _first(for_classes, self.ways)  # (tasks, ways)
-        rows = _distinct(
+        classes = first(for_classes, self.ways)  # (tasks, ways)
+        rows = distinct(
             self.source.counts.numpy()[classes],
             for_examples.reshape(tasks, self.ways, drawn),
             for_order.reshape(tasks, self.ways, drawn),
@@ -329,35 +330,6 @@ class Episodes:
             inputs = moved.flatten(2, 3)
             targets = targets.repeat_interleave(self.copies, dim=2)
         return Examples(inputs.flatten(1, 2), targets.flatten(1).contiguous().to(inputs.device))
-
-
-def _first(randoms: np.ndarray, number: int) -> np.ndarray:
-    """(tasks, number) places of the smallest of (tasks, …) random numbers, in their order: the first of `argsort`."""
-    few = np.argpartition(randoms, number - 1, axis=1)[:, :number]
-    values = np.take_along_axis(randoms, few, axis=1)
-    order = values.argsort(axis=1)
-    found = np.take_along_axis(few, order, axis=1)
-    ordered = np.take_along_axis(values, order, axis=1)
-    # which of equal numbers comes first is for argsort to say
-    equal = (np.diff(ordered, axis=1) == 0).any(axis=1) | ((randoms <= ordered[:, -1:]).sum(axis=1) > number)
-    if equal.any():
-        found[equal] = randoms[equal].argsort(axis=1)[:, :number]
-    return found
-
-
-def _distinct(counts: np.ndarray, randoms: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """Distinct random integers below `counts` (…), as many as the last axis of `randoms`, in random order.
-
-    Floyd's algorithm (Bentley and Floyd 1987) gives a uniform subset; `order` shuffles it.
-    """
-    drawn = randoms.shape[-1]
-    chosen = np.full(randoms.shape, -1, dtype=np.int64)
-    for position in range(drawn):
-        last = counts - drawn + position
-        candidate = (randoms[..., position] * (last + 1)).astype(np.int64)
-        taken = (chosen[..., :position] == candidate[..., None]).any(axis=-1)
-        chosen[..., position] = np.where(taken, last, candidate)
-    return np.take_along_axis(chosen, order.argsort(axis=-1), axis=-1)
 
 
 class Family(Protocol):

@@ -18,7 +18,9 @@ from fomaml.trees import Tree
 def scores_at(plan: Plan, tasks: Batch, metric: Metric, steps: int, ways: int | None = None) -> Tensor:
     """(tasks,) the scores of the query sets after so many inner steps, in the precision of training."""
     with plan.precision(tasks):
-        [(losses, outputs)] = plan.curve(tasks, [(steps, "own")], measured_for(plan.learner, metric), ways)
+        [(losses, outputs)] = plan.curve(
+            tasks, [(steps, "own")], measured_for(plan.learner, metric), ways=ways
+        )
     return scores(metric, outputs, query_targets(tasks), losses)
 
 

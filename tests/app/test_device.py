@@ -9,6 +9,7 @@ import torch
 
 import characters
 from elsewhere import Elsewhere
+from fomaml import ahead
 from fomaml.app import build, device, networks, rundir, together
 from fomaml.app.cli import main
 from fomaml.app.device import device_facts, reproducible
@@ -79,7 +80,8 @@ def test_a_run_is_computed_so_and_its_result_says_it(tmp_path, monkeypatch):
 
 @pytest.fixture
 def on_any_device(monkeypatch):
-    """The names of devices are not checked."""
+    """The names of devices are not checked, and tasks are drawn in this thread, as the device that is played is its."""
+    monkeypatch.setattr(ahead, "LARGE", 0)
     for module in (build, networks):
         monkeypatch.setattr(module, "check_device", torch.device)
 

@@ -37,7 +37,7 @@ from fomaml.learning.mistakes import refuse_as_loss, refuse_written
 from fomaml.learning.moments import SecondMoments
 from fomaml.learning.objectives import QueryLoss
 from fomaml.learning.problem import Problem
-from fomaml.learning.replica import Replicas, original
+from fomaml.learning.replica import Replicas, original, same_memory
 from fomaml.learning.turns import turn_of
 from fomaml.models import BatchNorm, Seen, normalising, refuse_native, warn_of_unmoved
 from fomaml.tasks import Batch, Examples, Task, as_batch, as_examples, count, one
@@ -269,9 +269,7 @@ class MetaLearner(nn.Module):
         if not all(map(_finite, adapted.values())):
             raise InputError(f"after {steps} steps the parameters are not finite: try a smaller inner_lr")
         module = replicas.duplicate(adapted if fresh else {})
-        rest = {
-            n: value for n, value in adapted.items() if module.get_parameter(n).data_ptr() != value.data_ptr()
-        }
+        rest = {n: value for n, value in adapted.items() if not same_memory(module.get_parameter(n), value)}
         load(module, rest, {n: b for n, b in buffers.items() if "/" not in n})  # but the criterion's
         if statistics == "support" or self.uses_support_statistics():
             refuse_native(module)

@@ -196,7 +196,7 @@ class Replicas:
         for name, value in (parameters or {}).items():
             own = self.modules[0].get_parameter(name)
             same = (own.shape, own.stride(), own.dtype) == (value.shape, value.stride(), value.dtype)
-            if same and type(own) is nn.Parameter and value.data_ptr() != own.data_ptr():
+            if same and type(own) is nn.Parameter and not same_memory(value, own):
                 memo[id(own)] = nn.Parameter(value, own.requires_grad)
         for module in self.modules:
             for value in vars(module).values():
@@ -267,6 +267,12 @@ class Replicas:
         if len(held) > 100 and set(map(type, held)) <= PLAIN:
             return False
         return any(type(part) not in PLAIN and self.refers(part, seen) for part in held)
+
+
+def same_memory(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors begin at one address; those that have none, as wrappers of others, do not."""
+    place = one.data_ptr()
+    return place != 0 and place == other.data_ptr()
 
 
 def _deepcopied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
