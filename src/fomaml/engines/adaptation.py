@@ -17,7 +17,7 @@ from fomaml.choices import Statistics, check_choice
 from fomaml.engines.common import Curve, Group, Measure, Reached, curves, groups, in_order, one_by_one
 from fomaml.engines.cpu.build import compiler
 from fomaml.engines.plan import AS_ASKED, ENGINES, Plan
-from fomaml.engines.probes import flops, is_convolutional, takers
+from fomaml.engines.probes import flops, is_convolutional, vmaps
 from fomaml.errors import InputError, whole
 from fomaml.learning.adapt import ordinary_modes
 from fomaml.learning.learner import MetaLearner
@@ -108,11 +108,16 @@ def way(learner: MetaLearner, tasks: Task, engine: str, asked: bool, most: int) 
     if not (on_cpu and is_convolutional(learner)):
         return Way(engine, 1 if engine == "loop" else min(most, number), False)
     if not asked:
-        small = flops(learner, tasks, of_support=True) <= SMALL and takers(learner, tasks)[0]
+        small = flops(learner, tasks, of_support=True) <= SMALL and vmaps(learner, tasks)
         engine = "batched" if small else "loop"
     if engine == "loop":
         return Way(engine, 1, False)
     return Way(engine, even(number, STACK), True)
+
+
+def way_of(plan: Plan, group: Group) -> Way:
+    """How to adapt such tasks of a plan."""
+    return way(plan.learner, group.tasks, plan.engine, plan.why == AS_ASKED, plan.tasks_at_once)
 
 
 def even(number: int, most: int) -> int:
@@ -140,7 +145,7 @@ def curve_of(
     for number, group in enumerate(own):
         compiles = compile and measure is None
         if compiles and plan.way is None:
-            plan.way = way(plan.learner, group.tasks, plan.engine, plan.why == AS_ASKED, plan.tasks_at_once)
+            plan.way = way_of(plan, group)
         if (
             plan.way is not None
         ):  # few tasks of a shape are not worth a trace, and a stack that they do not fill

@@ -44,6 +44,12 @@ def takers(learner: MetaLearner, tasks: Task) -> tuple[bool, dict[str, int]]:
         return vmaps, factored.rows(problem) if isinstance(problem, factored.FactoredProblem) else {}
 
 
+def vmaps(learner: MetaLearner, tasks: Task) -> bool:
+    """Whether vmap takes the learner."""
+    with _as_for_a_gradient(tasks, 2) as pair:
+        return _taken(learner, batched.problem, pair) is not None
+
+
 def try_once(learner: MetaLearner, tasks: Task) -> None:
     """The model and the criterion on one task as it is: raises `InputError` for what they return, as `Problem` does.
 
