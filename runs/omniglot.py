@@ -45,7 +45,7 @@ class Row:
     copies: int = 1
     turned: bool = False
     balanced: bool = False
-    options: tuple[str, ...] = ("--compile",)
+    options: tuple[str, ...] = ("--compile", "yes")
 
 
 ROWS = {name: Row() for name, preset in PRESETS.items() if preset.settings["source"] == "omniglot"} | {

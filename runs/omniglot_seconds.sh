@@ -10,7 +10,7 @@ out=${OUT:-out}/seconds-$(date +%Y%m%d-%H%M%S)
 export OMP_NUM_THREADS=1
 
 "$python" -m fomaml train --preset best-omniglot --ways 5 --test-augment turns --jitter 0 \
-    --iterations 1200 --validate-every 100 --seed 0 --compile --no-baselines --validation-tasks 200 --out "$out" \
+    --iterations 1200 --validate-every 100 --seed 0 --compile yes --no-baselines --validation-tasks 200 --out "$out" \
     ${OMNIGLOT:+--data-root "$OMNIGLOT"}
 mkdir -p "$kept"
 cp "$out/metrics.jsonl" "$kept"

@@ -26,8 +26,8 @@ GRAPHS = WeakKeyDictionary()  # by what runs
 
 def graph(learner):
     """The one compiled graph of a learner."""
-    [(made, _)] = cache._watched[learner].known.values()
-    return GRAPHS[made._run].graph
+    [made] = cache._watched[learner].known.values()
+    return GRAPHS[made.function._run].graph
 
 
 def targets(learner):

@@ -29,6 +29,7 @@ from fomaml import (
     iMAML,
 )
 from fomaml.engines import ENGINES, plan
+from fomaml.engines.pays import Cost
 from fomaml.episodes import TaskSequence
 from fomaml.errors import InputError
 from fomaml.evaluate import evaluate
@@ -233,6 +234,8 @@ def fail_in_turn(rank: int, folder: Path) -> None:
     tell("begun", run)
     tell("halved", lambda: halved(rank))
     tell("notes", lambda: noted(rank))
+    for case in UNCOMPILED:
+        tell(case, lambda case=case: uncompiled(rank, case))
 
 
 def halved(rank: int) -> int:
@@ -255,6 +258,38 @@ def halved(rank: int) -> int:
     finally:
         ENGINES["batched"] = problem
     return made.tasks_at_once
+
+
+UNCOMPILED = ("no compiler", "no compiler, a plan", "fails", "fails, as asked", "none fails")
+
+
+def uncompiled(rank: int, case: str) -> str:
+    """Whether a training is compiled that rank 1 cannot compile, and whether it ends as one that never was to be."""
+    world = distributed.group.WORLD
+
+    def run(compile):
+        own = learner()
+        made = plan(own, episodes().batch(0, META_BATCH), compile=compile, iterations=10**9)
+        optimizer = torch.optim.SGD(own.parameters(), lr=0.1)
+        given = {"compile": compile} if case == "no compiler" else {"plan": made}
+        list(
+            train(own, episodes(), optimizer, iterations=3, meta_batch_size=META_BATCH, group=world, **given)
+        )
+        return made.compile, own
+
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        if case == "fails, as asked":
+            warnings.simplefilter("ignore")
+        patch.setattr("fomaml.engines.pays.cost", lambda *_: Cost(1.0, 1.0, 1.0))  # pays from 2 on
+        patch.setattr(torch._inductor, "compile", lambda graph, *arguments: graph)
+        if rank == 1 and case.startswith("no compiler"):
+            patch.setattr("fomaml.engines.cpu.build.compiler", list)
+        if rank == 1 and case.startswith("fails"):
+            patch.setattr(torch._inductor, "compile", lambda *arguments: 1 / 0)
+        compiled, found = run(True if case.endswith("as asked") else "auto")
+        _, expected = run(False)
+    same = all(map(torch.equal, found.parameters(), expected.parameters()))
+    return f"{'compiled' if compiled else 'uncompiled'}, {'the same' if same else 'other'} bits"
 
 
 def noted(rank: int) -> list[list[float]]:

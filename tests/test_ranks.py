@@ -89,6 +89,17 @@ def test_memory_that_runs_out_on_one_rank_halves_the_tasks_of_all(faults):
     assert [(faults / f"halved {rank}").read_text() for rank in range(3)] == ["1"] * 3
 
 
+@pytest.mark.parametrize("case", ranked.UNCOMPILED)
+def test_what_one_rank_cannot_compile_none_does(faults, case):
+    found = {(faults / f"{case} {rank}").read_text() for rank in range(3)}
+    if case == "none fails":
+        assert found <= {"compiled, the same bits", "compiled, other bits"} and len(found) == 1
+    elif case == "no compiler":  # its plan is made by train
+        assert {text.partition(", ")[2] for text in found} == {"the same bits"}
+    else:
+        assert found == {"uncompiled, the same bits"}
+
+
 def test_what_each_rank_notes_is_added_up(faults):
     assert [(faults / f"notes {rank}").read_text() for rank in range(3)] == ["[[3.0, 2.0], [6.0, 2.0]]"] * 3
 

@@ -14,13 +14,16 @@ from torch import Tensor, nn
 
 from fomaml.choices import Statistics
 from fomaml.engines import Plan
-from fomaml.engines.adaptation import Compile, check_compile, compiles
+from fomaml.engines.adaptation import compiles
+from fomaml.engines.pays import Compile, check_compile
 from fomaml.engines.short import kept_plan
-from fomaml.episodes import TaskSequence, copies_of
+from fomaml.episodes import TaskSequence, copies_of, ways_of_each
 from fomaml.errors import InputError, plain, whole
 from fomaml.learning.learner import MetaLearner
+from fomaml.measures import exact
 from fomaml.metrics import LOSS, Asked, Metric, scores
 from fomaml.models import warn_of_unmoved
+from fomaml.portions import Portions
 from fomaml.ranks import as_ranks
 from fomaml.scoring import measured_for, metrics_of, query_targets
 from fomaml.streams import batch_of
@@ -41,7 +44,7 @@ class Estimate(NamedTuple):
 
 def estimate(values: Tensor) -> Estimate:
     """The mean of (tasks,) independent values with its interval; one value has an interval of nan."""
-    values = values.double()
+    values = exact(values)
     error = values.std(correction=1).item() if len(values) > 1 else math.nan
     return Estimate(values.mean().item(), 1.96 * error / math.sqrt(len(values)))
 
@@ -181,24 +184,30 @@ def evaluate_all(
         compiled = False
         scores = torch.zeros(len(metrics), len(points), tasks, dtype=torch.float64)
         spoiled, silent = torch.zeros(tasks, dtype=torch.float64), False
-        for index in ranks.share(len(pieces)):
-            piece = pieces[index]
-            batch = batch_of(episodes, piece.start, len(piece), learner.model)
+        portions = Portions(at_once)
+
+        def score(part: range) -> tuple[Tensor, Tensor]:
+            nonlocal plan, compiled
+            batch = batch_of(episodes, part.start, len(part), learner.model)
             check_labels(learner, batch)
             if plan is None:
                 first = batch if group is None else batch_of(episodes, 0, len(pieces[0]), learner.model)
                 compiled = compiles(compile, learner, first, times * tasks, points)
                 plan = kept_plan(learner, first, engine, compiled)
-            with ranks.drawing(EVALUATED, index, 0, device_of(batch)) if group is not None else nullcontext():
+            with ranks.drawing(EVALUATED, index, 0) if group is not None else nullcontext():
                 found, bad = _scored(
                     plan, batch, points, metrics, episodes, balanced, compiled, compile == "auto"
                 )
             if bad.any() and not spoiled.any():
                 check_finite_tasks(batch)
-            scores[:, :, piece.start : piece.stop] = found
-            spoiled[piece.start : piece.stop] = bad.double().cpu()
-            # a score that is no number speaks for itself
-            silent = silent or bool((bad.cpu() & found.isfinite().all(0).all(0)).any())
+            return found, bad.cpu()
+
+        for index in ranks.share(len(pieces)):
+            for part, (found, bad) in portions(pieces[index], score):
+                scores[:, :, part.start : part.stop] = found
+                spoiled[part.start : part.stop] = bad.double()
+                # a score that is no number speaks for itself
+                silent = silent or bool((bad & found.isfinite().all(0).all(0)).any())
     sums = torch.cat([scores.flatten(), spoiled, torch.tensor([float(silent)], dtype=torch.float64)])
     told = ranks.sum(sums)
     number = int(told[scores.numel() : -1].sum())
@@ -229,11 +238,11 @@ def _scored(
     for metric in metrics:
         kind = measured_for(plan.learner, metric)
         if kind not in curves:
-            curves[kind] = plan.curve(batch, points, kind, compile, quietly)
+            curves[kind] = plan.curve(batch, points, kind, ways_of_each(episodes), compile, quietly)
         for losses, outputs in curves[kind]:
             own = judged(episodes, metric, outputs, targets, losses, balanced)
             bad |= _without_numbers((losses, outputs, own), bad)
-            found.append(own.double().cpu())
+            found.append(exact(own))
     return torch.stack(found).unflatten(0, (len(metrics), len(points))), bad
 
 
@@ -308,7 +317,10 @@ def judged(
 
 
 def batches(episodes: TaskSequence, tasks: int, tasks_at_once: int, model: nn.Module) -> Iterator[Batch]:
-    """So many tasks, so many at once. model: see `as_batch`."""
+    """So many tasks, so many at once, where they fit into memory. model: see `as_batch`."""
     tasks, tasks_at_once = whole("tasks", tasks, 1), whole("tasks_at_once", tasks_at_once, 1)
-    for start in range(0, tasks, tasks_at_once):
-        yield batch_of(episodes, start, min(tasks_at_once, tasks - start), model)
+    drawn = Portions(tasks_at_once)(
+        range(tasks), lambda part: batch_of(episodes, part.start, len(part), model)
+    )
+    for _, batch in drawn:
+        yield batch

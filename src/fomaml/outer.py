@@ -9,11 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fomaml.devices import random_state
 from fomaml.engines import MetaGradient, Plan
 from fomaml.engines import plan as make_plan
 from fomaml.engines.common import check_sum
-from fomaml.episodes import TaskSequence
+from fomaml.episodes import TaskSequence, ways_of_each
 from fomaml.learning.learner import MetaLearner
+from fomaml.measures import exact
 from fomaml.metrics import Metric, scores
 from fomaml.models import BatchNorm
 from fomaml.ranks import OTHERS, Ranks, as_ranks, digest_of
@@ -27,7 +29,7 @@ class Step(NamedTuple):
 
     meta_loss: (). before: () the mean score at θ, and after: what gives the one at φ_K; None where the step is not
     measured. tasks: those that this process has, the first of the meta-batch among them where it is rank 0. random: the
-    state of torch's random numbers on the CPU before the meta-gradient.
+    states of torch's random numbers before the meta-gradient, by device.
     """
 
     gradients: dict[str, Tensor]
@@ -35,12 +37,7 @@ class Step(NamedTuple):
     before: Tensor | None
     after: Callable[[], Tensor] | None
     tasks: Batch | None
-    random: Tensor
-
-    def apply_to(self, learner: MetaLearner) -> None:
-        """Set `.grad` of the learner's meta-parameters, for any `torch.optim` optimiser to step on."""
-        for name, parameter in learner.meta_parameters().items():
-            parameter.grad = self.gradients[name]
+    random: dict[str, Tensor]
 
 
 class Outer:
@@ -67,8 +64,8 @@ class Outer:
         plan = self.plan = self.plan or make_plan(self.learner, tasks, **self.asked)
         before = self._scores(plan, tasks, 0).mean() if measured else None
         adapted = self._adapted(plan, tasks, measured)
-        random = torch.get_rng_state()
-        result = plan(tasks)
+        random = random_state()
+        result = plan(tasks, ways=ways_of_each(self.episodes))
         return Step(
             result.gradients,
             weighted_mean(result.query_losses, plan.weights(tasks)),
@@ -85,19 +82,21 @@ class Outer:
 
     def carry_moments(self, step: Step, iteration: int) -> None:
         """See `MetaLearner.carry_moments`."""
-        assert step.tasks is not None
-        self.learner.carry_moments(step.tasks)
+        assert step.tasks is not None and self.plan is not None
+        with self.plan.precision(step.tasks):
+            self.learner.carry_moments(step.tasks)
 
     def update_statistics(self, step: Step, iteration: int) -> None:
         """See `MetaLearner.update_statistics`."""
-        assert step.tasks is not None
-        self.learner.update_statistics(step.tasks)
+        assert step.tasks is not None and self.plan is not None
+        with self.plan.precision(step.tasks):
+            self.learner.update_statistics(step.tasks)
 
     def batch(self, start: int, tasks: int) -> Batch:
         return batch_of(self.episodes, start, tasks, self.learner.model)
 
     def _scores(self, plan: Plan, tasks: Batch, steps: int) -> Tensor:
-        return scores_at(plan, tasks, self.metric, steps)
+        return scores_at(plan, tasks, self.metric, steps, ways_of_each(self.episodes))
 
     def _adapted(self, plan: Plan, tasks: Batch, measured: bool) -> Tensor | None:
         """The scores at φ_K where the meta-gradient gives no outputs to score."""
@@ -157,10 +156,15 @@ class SharedOuter(Outer):
             with ranks.agreeing(), self._drawing(iteration, OTHERS):
                 whole = self.batch(first, self.meta_batch_size)
                 self.plan = make_plan(self.learner, whole, **self.asked)
-        plan = self.plan
+            agree(ranks, self.plan)
+        return self._step(iteration, measured, self.plan, {})
+
+    def _step(self, iteration: int, measured: bool, plan: Plan, drawn: dict[int, Batch]) -> Step:
+        """The step by a plan. drawn: the tasks that this rank has already."""
+        ranks, first = self.ranks, iteration * self.meta_batch_size
         pieces = ranks.pieces(self.meta_batch_size)
         own = {index: pieces[index] for index in ranks.share(len(pieces))}
-        drawn: dict[int, Batch] = {}
+        compiled = plan.compile
         known, at_once, parts = set(plan.seen), plan.tasks_at_once, []
         weights, total = None, float(self.meta_batch_size)
         if plan.task_weights != "equal":
@@ -168,7 +172,7 @@ class SharedOuter(Outer):
         error: Exception | None = None
         try:
             for index, piece in own.items():
-                tasks = drawn.get(index) or self.batch(first + piece.start, len(piece))
+                tasks = drawn[index] = drawn.get(index) or self.batch(first + piece.start, len(piece))
                 before = adapted = None
                 if measured:
                     with self._drawing(iteration, OTHERS + 1 + index):
@@ -178,19 +182,21 @@ class SharedOuter(Outer):
                 # that a shape has come before is known from earlier steps alone, whoever has computed it
                 plan.seen, found = set(known), plan.seen
                 with self._drawing(iteration, index):
-                    result = plan(tasks, part_of=among)
+                    result = plan(tasks, part_of=among, ways=ways_of_each(self.episodes))
                 plan.seen |= found
                 parts.append(Part(piece, tasks, result, before, adapted))
         except Exception as raised:  # whatever a module raises
             error, parts = raised, []
         gradient, losses = self._added_up(parts, len(pieces), error, plan, known, at_once)
+        if compiled and not plan.compile:  # the same on all ranks
+            return self._step(iteration, measured, plan, drawn)
         return Step(
             gradient,
             weighted_mean(losses, weights),
             self._collected([(part.piece, part.before) for part in parts]).mean() if measured else None,
             (lambda: self._scored(parts)) if measured else None,
             parts[0].tasks if parts else None,
-            torch.get_rng_state(),
+            random_state(),
         )
 
     def all_tasks(self, step: Step, iteration: int) -> Batch:
@@ -198,26 +204,28 @@ class SharedOuter(Outer):
 
     def carry_moments(self, step: Step, iteration: int) -> None:
         if self.learner.moments.names:
-            self._of_first(step, iteration, self.learner.carry_moments, list(self.learner.moments.buffers()))
+            moved = list(self.learner.moments.buffers())
+            self._of_first(
+                step, iteration, lambda: super(SharedOuter, self).carry_moments(step, iteration), moved
+            )
 
     def update_statistics(self, step: Step, iteration: int) -> None:
         layers = [m for m in self.learner.model.modules() if isinstance(m, BatchNorm)]
         buffers = [b for layer in layers if layer.policy in ("running", "per-step") for b in layer.buffers()]
         if buffers:
-            self._of_first(step, iteration, self.learner.update_statistics, buffers)
+            self._of_first(
+                step, iteration, lambda: super(SharedOuter, self).update_statistics(step, iteration), buffers
+            )
 
-    def _of_first(
-        self, step: Step, iteration: int, move: Callable[[Batch], None], moved: list[Tensor]
-    ) -> None:
+    def _of_first(self, step: Step, iteration: int, move: Callable[[], None], moved: list[Tensor]) -> None:
         """What the first task of the meta-batch moves: rank 0 has it, and the others take over what it has become."""
         with self.ranks.agreeing(), self._drawing(iteration, OTHERS):
             if self.ranks.rank == 0:
-                assert step.tasks is not None
-                move(step.tasks)
+                move()
         self.ranks.take_over(moved)
 
     def _drawing(self, iteration: int, piece: int) -> AbstractContextManager[None]:
-        return self.ranks.drawing(self.seed, iteration, piece, self.nothing.device)
+        return self.ranks.drawing(self.seed, iteration, piece)
 
     def _weights(
         self, plan: Plan, first: int, own: Mapping[int, range], drawn: dict[int, Batch]
@@ -256,7 +264,8 @@ class SharedOuter(Outer):
         for part in parts:
             losses[part.piece.start : part.piece.stop] = part.result.query_losses
         changed = plan.seen != known or plan.tasks_at_once != at_once
-        told = [float(error is not None), float(changed), *map(float, ranks.notes())]
+        told = [float(error is not None), float(changed), float(bool(plan.compiling.failure))]
+        told += map(float, ranks.notes())
         facts = torch.cat([losses, self.nothing.new_tensor(told)])
         if ranks.same_bits:
             facts = ranks.sum(facts)
@@ -264,9 +273,11 @@ class SharedOuter(Outer):
             flat_and_facts = ranks.sum(torch.cat([flat[0] if flat else self.nothing, facts]))
             whole, facts = flat_and_facts.split([len(self.nothing), len(facts)])
         losses, rest = facts.split([len(losses), len(told)])
-        failed, any_changed, *ranks.noted = rest.tolist()
+        failed, any_changed, uncompiled, *ranks.noted = rest.tolist()
         if failed:
             ranks.fail(error)
+        if uncompiled and plan.compile:
+            plan.run_eagerly(plan.compiling.failure or ELSEWHERE)
         if ranks.same_bits:
             whole = ranks.in_order(flat, pieces, self.nothing)
         if any_changed:
@@ -284,7 +295,7 @@ class SharedOuter(Outer):
         own = torch.zeros(self.meta_batch_size, dtype=torch.float64)
         for piece, values in found:
             assert values is not None
-            own[piece.start : piece.stop] = values.detach().double().cpu()
+            own[piece.start : piece.stop] = exact(values.detach())
         return self.ranks.sum(own)
 
     def _scored(self, parts: list[Part]) -> Tensor:
@@ -292,6 +303,16 @@ class SharedOuter(Outer):
         with self.ranks.agreeing():
             found = [(part.piece, self._after(part.tasks, part.result, part.adapted)) for part in parts]
         return self._collected(found).mean()
+
+
+ELSEWHERE = "another process cannot"
+
+
+def agree(ranks: Ranks, plan: Plan | None) -> None:
+    """Where one process runs uncompiled, such as for want of a compiler, all do."""
+    compiled = int(plan is None or plan.compile)
+    if ranks.fewest(compiled) < compiled and plan is not None:
+        plan.run_eagerly(ELSEWHERE)
 
 
 def shared(group: Any, own: Outer, optimizer: torch.optim.Optimizer, told: tuple) -> Outer:
@@ -306,12 +327,14 @@ def shared(group: Any, own: Outer, optimizer: torch.optim.Optimizer, told: tuple
     meta_parameters = own.learner.meta_parameters()
     shapes = [(name, p.shape, p.dtype, p.requires_grad) for name, p in meta_parameters.items()]
     plain = [value for value in own.asked.values() if not callable(value)]
+    agree(ranks, plan)
+    of_plan = plan and (plan.choice._replace(why=""), plan.compile, plan.autocast)
     numbers = ranks.same_bits, ranks.threads, ranks.piece, own.meta_batch_size, *told
     ranks.check_same(
         {
             "the learner": shapes,
             "the optimiser": (type(optimizer).__name__, digest_of(optimizer.state_dict())),
-            "what train is told": (numbers, plain, plan and (plan.choice, plan.compile, plan.autocast)),
+            "what train is told": (numbers, plain, of_plan),
         }
     )
     return SharedOuter(ranks, own)

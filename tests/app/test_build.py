@@ -175,12 +175,13 @@ def test_the_engines_options_reach_the_plan(root, tmp_path, monkeypatch):
     real = build.plan
     monkeypatch.setattr(build, "plan", spy)
     quick = ["--iterations", "1", "--meta-batch-size", "2", "--test-tasks", "2", "--no-baselines"]
-    options = ["--engine", "batched", "--tasks-at-once", "2", "--compile", "--autocast", "bfloat16"]
+    options = ["--engine", "batched", "--tasks-at-once", "2", "--compile", "yes", "--autocast", "bfloat16"]
     base = ["train", "omniglot", "--channels", "4", "--data-root", str(root), "--validate-every", "0"]
     main([*base, *quick, *options, "--out", str(tmp_path / "a")])
     main([*base, *quick, "--out", str(tmp_path / "b")])
-    asked = {"engine": "batched", "tasks_at_once": 2, "compile": True, "autocast": torch.bfloat16}
-    plain = {"engine": "auto", "tasks_at_once": None, "compile": False, "autocast": None}
+    both = {"iterations": 1, "decided": None}
+    asked = {"engine": "batched", "tasks_at_once": 2, "compile": True, "autocast": torch.bfloat16, **both}
+    plain = {"engine": "auto", "tasks_at_once": None, "compile": "auto", "autocast": None, **both}
     assert seen == [asked, plain]
 
 

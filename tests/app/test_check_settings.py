@@ -61,7 +61,7 @@ def test_what_a_run_writes_is_read():
         ({"inner_lr": "0.1"}, "--inner-lr must be a number, got '0.1'"),
         ({"inner_lr": False}, "--inner-lr must be a number, got False"),
         ({"baselines": 1}, "--baselines must be true or false, got 1"),
-        ({"compile": "yes"}, "--compile must be true or false, got 'yes'"),
+        ({"compile": 3}, "unknown compile 3; there are: auto, yes, no"),
         ({"test_steps": 5}, "--test-steps must be a list of one or more whole numbers, got 5"),
         ({"test_steps": []}, "--test-steps must be a list of one or more whole numbers, got []"),
         ({"test_steps": [0, "1"]}, "--test-steps must be a list of one or more whole numbers, got [0, '1']"),

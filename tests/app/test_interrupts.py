@@ -95,6 +95,8 @@ def test_ctrl_c_in_a_shell(tmp_path):
         "-m",
         "fomaml",
         *TRAIN.replace("30", "100000").split(),
+        "--compile",
+        "no",
         "--out",
         str(tmp_path / "run"),
     ]

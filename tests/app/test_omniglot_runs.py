@@ -313,7 +313,7 @@ def test_a_row_is_trained_then_gone_on_with_then_only_judged(tmp_path, monkeypat
     monkeypatch.setattr(omniglot.subprocess, "run", lambda command, check: kept.append(command[1].name))
     name, run = "fomaml-omniglot-5w1s-short", tmp_path / "omniglot_fomaml_5w1s_short"
     options = omniglot.Options(name, out=tmp_path, data_root=tmp_path / "a b", threads=threads)
-    train = ["train", "--preset", name, "--no-baselines", "--compile", "--out", str(run)]
+    train = ["train", "--preset", name, "--no-baselines", "--compile", "yes", "--out", str(run)]
 
     def steps(options):
         asked.clear()

@@ -29,7 +29,7 @@ OTHERS = "--steps is an option of fomaml evaluate, fomaml adapt, fomaml demo, no
         ("train sinusoid --iterations five", "--iterations takes a whole number, got 'five'; see"),
         ("train sinusoid --iterations 5.0", "--iterations takes a whole number, got '5.0'; see"),
         ("train sinusoid --inner-lr x", "--inner-lr takes a number, got 'x'; see"),
-        ("train sinusoid --compile=yes", "--compile takes no value, got 'yes'; see"),
+        ("train sinusoid --compile", "--compile needs one value, {auto,yes,no}; see"),
         ("train sinusoid more stuff", "fomaml train takes only SOURCE without the name of an option, got 'more' too;"),
         ("train sinusoid -- --iterations", "fomaml train takes only SOURCE without the name of an option"),
         ("evaluate", "these are missing: RUN; see fomaml evaluate --help"),

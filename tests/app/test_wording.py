@@ -37,7 +37,7 @@ WRONG = [
     "train sinusoid --baseline-size small",
     "train sinusoid --engine factored --algorithm maml",
     "train sinusoid --engine factored --algorithm anil --inner-momentum 0.5",
-    "train sinusoid --compile --multi-step-iterations 5",
+    "train sinusoid --compile yes --multi-step-iterations 5",
     "train sinusoid --iterations 2 --seconds 2",
     "train sinusoid --iterations 40 --inner-lr 1e30",
     "train mnist --jitter 1",
@@ -81,7 +81,8 @@ def test_a_wrong_command_is_answered_in_options(command, images, tmp_path, capsy
     [
         ("use engine='batched' or 'loop'", "use --engine batched or loop"),
         ("engine='batched' does not take it", "--engine batched does not take it"),
-        ("compile=True does not", "--compile does not"),
+        ("compile=True does not", "--compile yes does not"),
+        ("compile=False goes on", "--compile no goes on"),
         ("try a smaller inner_lr or meta_lr", "try a smaller --inner-lr or --meta-lr"),
         ("with statistics='support', say", "with --statistics support, say"),
         ("give the size=(height, width) to resize to", "give --image-size HEIGHT WIDTH to resize them to"),

@@ -91,7 +91,7 @@ SHORTEST = {("batch-norm", "batched"), ("own-norm", "loop"), ("conv4-running", "
 
 def made(learner):
     """What was compiled for a learner; a failure shows as a warning, which is an error in tests."""
-    return [found[0] for found in cache._watched[learner].known.values()]
+    return [found.function for found in cache._watched[learner].known.values() if found.function]
 
 
 @pytest.mark.parametrize(

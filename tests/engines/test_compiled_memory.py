@@ -26,7 +26,7 @@ def test_the_memory_of_a_stack_does_not_grow_with_the_inner_steps():
         tasks = draw((2, 16, 16), F.cross_entropy, tasks=6).to(dtype=torch.float32)
         for _ in range(2):
             meta_gradient(learner, tasks, engine="batched", compile=True)
-        [(function, _)] = cache._watched[learner].known.values()
+        function = next(iter(cache._watched[learner].known.values())).function
         return sum(block.nbytes for free in function._memory._free.values() for block, _ in free)
 
     assert kept(5) <= 1.05 * kept(2) > 0

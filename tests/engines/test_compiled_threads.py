@@ -153,7 +153,7 @@ def test_chunks_of_dense_layers_are_computed_side_by_side(two_threads, monkeypat
     tasks = draw(shape, F.cross_entropy, tasks=6)
     learner = FOMAML(make().double(), LR, 1)
     meta_gradient(learner, tasks, engine="batched", tasks_at_once=3, compile=True)
-    [(function, _)] = cache._watched[learner].known.values()
+    function = next(iter(cache._watched[learner].known.values())).function
     both, threads, run = Barrier(2), [], function._run
 
     def watched(*arguments):
@@ -173,7 +173,7 @@ def test_a_function_of_few_operations_runs_on_one_thread(few, threads, two_threa
     tasks = draw(shape, F.cross_entropy, tasks=6)
     learner = FOMAML(make().double(), LR, 1)
     meta_gradient(learner, tasks, engine="batched", compile=True)
-    [(function, _)] = cache._watched[learner].known.values()
+    function = next(iter(cache._watched[learner].known.values())).function
     seen, run = [], function._run
     monkeypatch.setattr(function, "_run", lambda *args: (seen.append(torch.get_num_threads()), run(*args))[1])
     assert_current(learner, tasks, engine="batched")

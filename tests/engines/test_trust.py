@@ -190,8 +190,8 @@ def test_random_numbers_that_are_others_are_told_once(monkeypatch):
 
 
 def graph_is_compiled(learner):
-    [(function, _)] = cache._watched[learner].known.values()
-    return function is not None
+    [made] = cache._watched[learner].known.values()
+    return made.function is not None
 
 
 def test_an_eager_engine_out_of_memory_leaves_it_unchecked(monkeypatch):

@@ -20,11 +20,12 @@ from fomaml.app.frozen import prepared, shape_of
 from fomaml.app.grouped import Groups
 from fomaml.app.named import own_of
 from fomaml.app.networks import head_of
-from fomaml.app.settings import Settings
+from fomaml.app.settings import Compiled, Settings
 from fomaml.app.sources import Functions, source_of
 from fomaml.data.augment import rotated, warped
 from fomaml.data.source import ClassSource
 from fomaml.engines import Plan, plan
+from fomaml.engines.pays import Compile, calls_within
 from fomaml.episodes import Episodes, RegressionEpisodes
 from fomaml.errors import InputError
 from fomaml.group_episodes import GroupEpisodes
@@ -224,16 +225,31 @@ def build_optimizer(settings: Settings, learner: MetaLearner) -> torch.optim.Opt
     return torch.optim.Adam(groups, lr=settings.meta_lr)
 
 
+COMPILE: dict[Compiled, Compile] = {"auto": "auto", "yes": True, "no": False}
+
+
 def build_plan(
-    settings: Settings, learner: MetaLearner, data: Data, tasks_at_once: int | None = None
+    settings: Settings,
+    learner: MetaLearner,
+    data: Data,
+    tasks_at_once: int | None = None,
+    decided: bool | None = None,
 ) -> Plan:
-    """How the whole run's meta-gradients are computed. tasks_at_once: other than the settings', as memory ran out."""
+    """How the whole run's meta-gradients are computed.
+
+    tasks_at_once: other than the settings', as memory ran out. decided: whether it was compiled, where a run goes on.
+    """
+    tasks, iterations = data.train.batch(0, settings.meta_batch_size), settings.iterations
+    if settings.seconds is not None:
+        iterations = calls_within(settings.seconds, learner, tasks)
     return plan(
         learner,
-        data.train.batch(0, settings.meta_batch_size),
+        tasks,
         engine=settings.engine,
         tasks_at_once=tasks_at_once or settings.tasks_at_once,
-        compile=settings.compile,
+        compile=COMPILE[settings.compile],
+        iterations=iterations,
+        decided=decided,
         autocast=None if settings.autocast == "none" else getattr(torch, settings.autocast),
     )
 

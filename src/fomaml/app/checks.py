@@ -251,9 +251,9 @@ def _check_algorithm(settings: Settings) -> None:
         )
     if settings.learn_rates != "none" and settings.inner_optimizer != "sgd":
         raise InputError(f"--learn-rates goes with --inner-optimizer sgd, got {settings.inner_optimizer}")
-    if settings.multi_step_iterations is not None and settings.compile:
+    if settings.multi_step_iterations is not None and settings.compile == "yes":
         raise InputError(
-            "--compile does not take the multi-step loss, whose weights change at every iteration"
+            "--compile yes does not take the multi-step loss, whose weights change at every iteration"
         )
     if settings.patience is not None and settings.validate_every == 0:
         raise InputError("--patience counts validations: give --validate-every 1 or more, got 0")

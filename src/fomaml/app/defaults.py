@@ -48,7 +48,7 @@ DEFAULTS: dict[str, Any] = {
     "baseline_size": "run",
     "engine": "auto",
     "tasks_at_once": None,
-    "compile": False,
+    "compile": "auto",
     "autocast": "none",
     "same_bits": False,
     "threads": None,

@@ -8,7 +8,7 @@ from typing import get_args
 
 from fomaml.app.algorithms import ANY_WAYS
 from fomaml.app.parser import option, positional
-from fomaml.app.settings import BaselineSize, Better, Part, Precision, TestAugmentation, Weights
+from fomaml.app.settings import BaselineSize, Better, Compiled, Part, Precision, TestAugmentation, Weights
 from fomaml.choices import Statistics
 from fomaml.engines import ENGINES
 from fomaml.metrics import METRICS
@@ -51,8 +51,9 @@ class MachineOptions:
     tasks_at_once: int | None = option(
         "at most so many tasks in memory at a time; default: what suits the engine"
     )
-    compile: bool = option(
-        "compile the meta-gradient: seconds to a minute at the start, faster steps after it", False
+    compile: Compiled | None = option(
+        "compile the meta-gradient, seconds to a minute at the start and faster steps after it: auto (where the run is "
+        "long enough for it, by a rule; default), yes or no"
     )
     autocast: Precision | None = option(
         "the precision of forward passes in training: none (that of the weights; default), bfloat16, or auto (bfloat16 "
@@ -138,6 +139,6 @@ class EvaluateOptions:
         "the classes: test (default), or validation, by which the weights were selected", "test"
     )
     seed: int | None = option("the seed of the tasks; default: as the run, which gives the same tasks")
-    data_root: Path | None = option("the folder of the data, as in `fomaml train`; default: as the run")
+    data_root: Path | None = option("where the run's data are by now")
     device: str | None = option("cpu, cuda, cuda:N or mps; default: as the run")
     json: bool = option("print one JSON object instead of a table", False)

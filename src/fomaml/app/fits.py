@@ -72,7 +72,7 @@ def check_network_fits(settings: Settings, make: Callable[[], nn.Module]) -> Non
         f"the network {settings.model} of {number} weights", NUMBER * number, cure,
         settings.device,
     )  # fmt: skip
-    if settings.algorithm == "maml" and not settings.compile:
+    if settings.algorithm == "maml" and settings.compile != "yes":
         # differentiated through, every step keeps the weights that it has made; batch norms may stay as they are
         moved = sum(weight.numel() for weight in weights if weight.dim() > 1)
         check_fits(

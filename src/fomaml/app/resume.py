@@ -16,7 +16,15 @@ from fomaml.errors import InputError
 from fomaml.files import load_tensors
 
 # What a run may go on with otherwise: how far, on what, where its data lie, how it is saved and judged. It is recorded.
-CHANGEABLE = ("iterations", "device", "data_root", "test_tasks", "checkpoint_seconds", "on_nonfinite")
+CHANGEABLE = (
+    "iterations",
+    "device",
+    "compile",
+    "data_root",
+    "test_tasks",
+    "checkpoint_seconds",
+    "on_nonfinite",
+)
 
 
 def resumed_settings(out: Path, asked: dict[str, Any]) -> Settings:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fomaml.app import rundir
+from fomaml.app import planned, rundir
 from fomaml.app.agenda import Agenda, Clock, Noted, Progress
 from fomaml.app.announced import announced
 from fomaml.app.build import (
@@ -44,7 +44,7 @@ from fomaml.checkpoint import save_weights
 from fomaml.errors import InputError
 from fomaml.files import write_json, write_text
 from fomaml.finite import NotFiniteError
-from fomaml.train import Record, check_width, train
+from fomaml.train import Record, check_width, measured_by_default, train
 
 NO_LIMIT = 2**62
 PARTS = ("train", "validation", "test")
@@ -146,7 +146,7 @@ class Session:
         """Train from the last checkpoint on, if there is one, to the end.
 
         At the end the learner has the last weights, and weights.safetensors the best ones, if there is validation.
-        measure_every: see `train`; by default the run is measured a hundred times. after: is told each iteration, its
+        measure_every: see `train`. after: is told each iteration, its
         time not counted.
         """
         settings, limit = self.settings, NO_LIMIT if self.settings.seconds else self.settings.iterations
@@ -156,7 +156,7 @@ class Session:
         after(self.done)
         if self.first:
             (self.out / rundir.METRICS).touch()
-        every = measure_every or max(1, settings.iterations // 100)
+        every = measure_every or measured_by_default(settings.iterations)
         no_logs = contextlib.nullcontext(self.tell_logs)
         with opened(settings, self.out, self.done) if self.first else no_logs as self.tell_logs:
             try:
@@ -270,7 +270,8 @@ class Session:
         result |= {"iterations": self.done, "weights": weights, "preset": settings.preset}
         spent = dataclasses.asdict(self.clock).items()
         result |= {f"{name}_seconds": round(seconds, 1) for name, seconds in spent}
-        result |= {"seed": settings.seed, **circumstances()}
+        told = {"compile": planned.told(self.plan)}
+        result |= {"seed": settings.seed, **told, **circumstances(settings.device)}
         some = {"skipped": self.skipped, "changed": list(settings.changed or ()), "code": settings.code}
         result |= {name: value for name, value in some.items() if value}
         if settings.validate_every and source_of(settings).kind == "classification":
@@ -325,9 +326,7 @@ class Session:
         self.learner.iteration = max(0, self.done - 1)
         self.best, self.clock = Best(**progress.get("best", {})), Clock(**progress.get("clock", {}))
         self.validated, self.skipped = progress.get("validated", 0), progress.get("skipped", 0)
-        if progress.get("tasks_at_once", self.plan.tasks_at_once) != self.plan.tasks_at_once:
-            self.plan = build_plan(self.settings, self.learner, self.data, progress["tasks_at_once"])
-        self.plan.seen |= set(progress.get("seen", ()))
+        self.plan = planned.going_on(self.settings, self.learner, self.data, self.plan, progress)
         settings, metrics = self.settings, self.out / rundir.METRICS
         if settings.iterations < self.done and not settings.seconds:
             raise InputError(f"the run in {self.out} has {self.done} iterations: give no fewer --iterations")
@@ -394,7 +393,6 @@ class Session:
             "validated": self.validated,
             "skipped": self.skipped,
             "lines": self.lines,  # of metrics.jsonl
-            "tasks_at_once": self.plan.tasks_at_once,  # halved where memory has run out
-            "seen": sorted(self.plan.seen),  # shapes that are compiled when they come back
+            **planned.kept_of(self.settings, self.plan),
         }
         self.states.save(self.done, progress)

@@ -34,6 +34,7 @@ InnerOptimizer = Literal["sgd", "adam", "carried-adam"]
 LearnedRates = Literal["none", "per-step", "elementwise"]
 Schedule = Literal["constant", "cosine", "linear"]
 Precision = Literal["none", "bfloat16", "auto"]
+Compiled = Literal["auto", "yes", "no"]
 BaselineSize = Literal["run", "full"]
 Part = Literal["test", "validation"]
 Weights = Literal["best", "last"]
@@ -110,7 +111,7 @@ class Settings:
     # the machine
     engine: str
     tasks_at_once: int | None
-    compile: bool
+    compile: Compiled
     autocast: Precision
     seed: int
     device: str
@@ -219,6 +220,7 @@ def identity(settings: Settings) -> dict[str, Any]:
             kept[change["setting"]] = change["from"]
     if settings.format < DIGESTS:
         del kept["format"]
+    kept["compile"] = {"yes": True, "no": False}.get(kept["compile"], kept["compile"])  # as it was at first
     return json.loads(json.dumps(kept, default=str))
 
 
@@ -262,6 +264,8 @@ def from_json(text: str, origin: str) -> Settings:
         for name in ("out", "data_root", "features_in"):
             given = values.get(name)
             values[name] = Path(given) if isinstance(given, str) and given else given
+        if isinstance(values.get("compile"), bool):  # as it was at first
+            values["compile"] = "yes" if values["compile"] else "no"
         for name, value in values.items():
             if name not in ("facts", "model_options", "code", "data") and isinstance(value, list):
                 values[name] = tuple(value)
@@ -294,6 +298,6 @@ def _of_format_0(values: dict[str, Any]) -> dict[str, Any]:
     if values.get("statistics") == "inductive":
         values["statistics"] = "support"
     others: dict[str, Any] = {"split": None, "resize": None, "image_size": None, "rgb": False, "image": None}
-    others |= {"validation_tasks": 200, "baseline_size": "full"}
+    others |= {"validation_tasks": 200, "baseline_size": "full", "compile": "no"}
     values = {**DEFAULTS, **others, **values, "question": values["question"] or None}
     return {**{name: values[other] for name, other in FOLLOWING.items()}, **values}

@@ -62,6 +62,10 @@ def settle_with_origins(given: Mapping[str, Any]) -> tuple[Settings, dict[str, s
     for option in OF_SOURCES:
         if option in asked and asked[option] != OF_SOURCES[option] and option not in source.options:
             raise InputError(f"the source {name} takes no {typed(option)}, got {asked[option]!r}")
+    if path and asked.get("data_root") is not None:
+        raise InputError(
+            f"{asked['source']} says itself where its data are: no --data-root, which a run takes whose data have moved"
+        )
     algorithm = asked.get("algorithm", DEFAULTS["algorithm"])
     check_choice("algorithm", algorithm, ALGORITHMS)
     question = asked.get("question", source.options.get("question"))
@@ -117,12 +121,14 @@ def settle_with_origins(given: Mapping[str, Any]) -> tuple[Settings, dict[str, s
 
 
 def as_kept(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of the user's own code as the settings keep them."""
+    """Options as the settings keep them, where Python's words for them are others."""
     kept: dict[str, Any] = {}
     if "model_options" in given:
         options = given["model_options"]
         pairs = options.items() if isinstance(options, Mapping) else parsed(options).items()
         kept["model_options"] = {name: plain(name, value) for name, value in pairs}
+    if isinstance(given.get("compile"), bool):
+        kept["compile"] = "yes" if given["compile"] else "no"
     if "metric" in given:
         asked = given["metric"]
         kept["metric"] = (asked,) if isinstance(asked, str) else tuple(asked)

@@ -18,6 +18,7 @@ from fomaml import regular, tuning
 from fomaml.app import rundir
 from fomaml.app.algorithms import ALGORITHMS
 from fomaml.app.build import (
+    COMPILE,
     Data,
     build_learner,
     build_optimizer,
@@ -191,7 +192,7 @@ def trained(settings: Settings, data: Data) -> Any:
         clip=settings.clip,
         engine=settings.engine,
         tasks_at_once=settings.tasks_at_once,
-        compile=settings.compile,
+        compile=COMPILE[settings.compile],
         autocast=None if settings.autocast == "none" else getattr(torch, settings.autocast),
     )
     for _ in steps:

@@ -19,6 +19,8 @@ _ANY = "|".join(sorted(NAMES, key=len, reverse=True))
 _LONG = "|".join(sorted((name for name in NAMES if "_" in name), key=len, reverse=True))
 # What a general rule would garble, first; the rules after it are of any argument that is an option too.
 PHRASES: list[tuple[str, str]] = [
+    (r"(?<![\w'/.-])compile=True\b", "--compile yes"),
+    (r"(?<![\w'/.-])compile=False\b", "--compile no"),
     (r"give the size=\(height, width\) to resize to", "give --image-size HEIGHT WIDTH to resize them to"),
     (r"(?<![\w'-])each side of size\b", "each number of --image-size"),
     (r"(?:fomaml\.)?convert_batch_norm\([^)]*\)", "--norm-policy"),

@@ -9,6 +9,7 @@ Not here: `_parameters`, `_buffers` and `_modules` of a module, which modules th
 from __future__ import annotations
 
 import functools
+import logging
 import pkgutil
 import re
 import warnings
@@ -36,7 +37,7 @@ NAMES = {
     "torch:ops.aten._native_batch_norm_legit": "the batch norms of torch 2.7 and 2.8 are not fused",
     "torch._subclasses.fake_tensor:DataDependentOutputException": "a warning gives torch's reason alone",
     "torch._subclasses.fake_tensor:DynamicOutputShapeException": "a warning gives torch's reason alone",
-    "torch.utils._python_dispatch:TorchDispatchMode": "a forward pass counts as one that draws random numbers",
+    "torch.utils._python_dispatch:TorchDispatchMode": "a forward pass counts as random, a module as one launch",
     "torch:Tensor._version": "a buffer counts as written",
     "torch:_foreach_add": "tensors are added one by one",
     "torch:_foreach_div": "tensors are divided one by one",
@@ -87,10 +88,19 @@ def induce(graph: GraphModule, inputs: Sequence[Tensor], options: dict) -> Calla
 
 @contextmanager
 def _without_torchs_warnings() -> Iterator[None]:
-    """No warnings of torch about itself: of deprecated names in its own files, say. A module's own ones are shown."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"torch(\.|$)")
-        yield
+    """No warnings of torch about itself: of deprecated names in its own files, say. A module's own ones are shown.
+
+    Its compiler looks for CUDA where there is none, and logs that it has found none.
+    """
+    log = logging.getLogger("torch.utils.cpp_extension")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"torch(\.|$)")
+            yield
+    finally:
+        log.setLevel(level)
 
 
 def depends_on_values(error: Exception) -> bool:
@@ -171,7 +181,8 @@ def cpu_has_bfloat16() -> bool:
 
 
 def draws() -> AbstractContextManager:
-    """A context whose `found` says whether an operator within it may have drawn random numbers, in a trace too.
+    """A context whose `found` says whether an operator within it may have drawn random numbers, in a trace too; `calls`
+    is the number of those that compute something, None where that is not known.
 
     Operators that are not torch's own count as such, as they can hide anything.
     """
@@ -183,6 +194,7 @@ def draws() -> AbstractContextManager:
 
 class _Unknown(nullcontext):
     found = True
+    calls = None
 
     def __enter__(self):
         return self
@@ -200,10 +212,12 @@ def _watching(mode: type) -> type:
         def __init__(self):
             super().__init__()
             self.found = False
+            self.calls = 0
 
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             own = getattr(function, "namespace", None) in ("aten", "prim")
             self.found = self.found or not own or is_random(function)
+            self.calls += not getattr(function, "is_view", False)
             return function(*args, **(kwargs or {}))
 
     return Draws

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -16,9 +16,10 @@ from torch import Tensor
 from fomaml.choices import Statistics, check_choice
 from fomaml.engines.common import Curve, Group, Measure, Reached, curves, groups, in_order, one_by_one
 from fomaml.engines.cpu.build import compiler
-from fomaml.engines.plan import AS_ASKED, ENGINES, Plan
+from fomaml.engines.known import AS_ASKED, ENGINES
+from fomaml.engines.pays import Compile, check_compile
 from fomaml.engines.probes import flops, is_convolutional, vmaps
-from fomaml.errors import InputError, whole
+from fomaml.errors import whole
 from fomaml.learning.adapt import ordinary_modes
 from fomaml.learning.learner import MetaLearner
 from fomaml.learning.replica import Replicas
@@ -29,17 +30,10 @@ from fomaml.trees import Tree, joined, mapped
 if TYPE_CHECKING:
     from fomaml.engines.compiled.trace import Compiled
 
-Compile = bool | Literal["auto"]
 SMALL = 5e7  # operations of the support set, up to which convolutions are stacked
 STACK = 16  # stacked convolutions at once: 32 leave the cache
 
 # --- what pays --------------------------------------------------------------------------------------
-
-
-def check_compile(compile: Compile) -> None:
-    """Raise `InputError` for what is none of the three."""
-    if not isinstance(compile, bool) and compile != "auto":
-        raise InputError(f'compile is True, False or "auto", got {compile!r}')
 
 
 def compiles(
@@ -98,6 +92,21 @@ class Way(NamedTuple):
     stacks: bool
 
 
+class Adapting(Protocol):
+    """What a plan has by which curves are computed."""
+
+    learner: MetaLearner
+    way: Way | None
+
+    @property
+    def engine(self) -> str: ...
+    @property
+    def why(self) -> str: ...
+    @property
+    def tasks_at_once(self) -> int: ...
+    def halve(self, size: int, error: Exception, tasks: Task) -> None: ...
+
+
 def way(learner: MetaLearner, tasks: Task, engine: str, asked: bool, most: int) -> Way:
     """How to adapt tasks like these.
 
@@ -115,7 +124,7 @@ def way(learner: MetaLearner, tasks: Task, engine: str, asked: bool, most: int) 
     return Way(engine, even(number, STACK), True)
 
 
-def way_of(plan: Plan, group: Group) -> Way:
+def way_of(plan: Adapting, group: Group) -> Way:
     """How to adapt such tasks of a plan."""
     return way(plan.learner, group.tasks, plan.engine, plan.why == AS_ASKED, plan.tasks_at_once)
 
@@ -129,26 +138,25 @@ def even(number: int, most: int) -> int:
 
 
 def curve_of(
-    plan: Plan,
+    plan: Adapting,
     tasks: Batch,
     points: Sequence[tuple[int, Statistics]],
     measured: Measure | bool = False,
     compile: bool = False,
     quietly: bool = False,
+    ways: int | None = None,
 ) -> list[tuple[Tensor, Tree]]:
     """`Plan.curve`, of a batch that was looked at."""
     measure = measured if callable(measured) else None
     engine = "loop" if measure else plan.engine
     problem = partial(ENGINES[engine], plan.learner, evaluating=True, measured=measured is True)
-    own = groups(plan.learner, tasks)
+    own = groups(plan.learner, tasks, ways=ways)
     parts: list[list[tuple[Tensor, Tree]]] = []
     for number, group in enumerate(own):
         compiles = compile and measure is None
         if compiles and plan.way is None:
             plan.way = way_of(plan, group)
-        if (
-            plan.way is not None
-        ):  # few tasks of a shape are not worth a trace, and a stack that they do not fill
+        if plan.way is not None:  # few tasks of a shape do not fill a stack
             compiles = compiles and (isinstance(tasks, Task) or 2 * len(group.rows) > plan.way.tasks_at_once)
         while len(parts) <= number:
             size = most = 1 if measure else min(plan.tasks_at_once, len(group.rows))
@@ -205,20 +213,12 @@ def _function(
     alone = partial(find, "loop") if own.stacks else None
     side_by_side = len(parts) >= torch.get_num_threads()
     on_cpu = device_of(parts[0]).type == "cpu"
-    with warnings.catch_warnings():
-        if quietly:
-            warnings.filterwarnings("ignore", "compile=True ")
-        function = cache.function(
-            learner,
-            parts[0],
-            partial(find, own.engine),
-            facts,
-            alone,
-            side_by_side,
-            parts[1:],
-            plainly=on_cpu,
-        )
-    return None if function is None or function.draws else function
+    made = cache.function(
+        learner, parts[0], partial(find, own.engine), facts, alone, side_by_side, parts[1:], plainly=on_cpu
+    )
+    if not quietly and (text := made.warning()):
+        warnings.warn(text, RuntimeWarning, stacklevel=6)
+    return None if made.function is None or made.function.draws else made.function
 
 
 def _curve(

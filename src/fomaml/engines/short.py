@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
@@ -10,8 +11,10 @@ from torch import Tensor
 
 from fomaml.choices import Statistics
 from fomaml.engines.adaptation import Way, curve_of, way_of
-from fomaml.engines.common import Measure, MetaGradient, groups
-from fomaml.engines.plan import Choice, Plan, TaskWeights, check_weights, choice
+from fomaml.engines.common import Measure, MetaGradient, TaskWeights, check_asked, groups
+from fomaml.engines.compiling import Choice, Compiling, like_of
+from fomaml.engines.pays import Compile, check_compile, least
+from fomaml.engines.plan import Plan, choice
 from fomaml.learning.adapt import ordinary_modes
 from fomaml.learning.learner import MetaLearner
 from fomaml.learning.turns import turn_of
@@ -25,7 +28,7 @@ def meta_gradient(
     *,
     engine: str = "auto",
     tasks_at_once: int | None = None,
-    compile: bool = False,
+    compile: Compile = False,
     autocast: torch.dtype | None = None,
     task_weights: TaskWeights = "equal",
 ) -> MetaGradient:
@@ -33,25 +36,62 @@ def meta_gradient(
     single tasks of any shapes.
 
     The short form of a call of a `plan`, which has the same arguments. A plan is kept for each learner and shapes.
+    How often it will be called nobody knows: `compile="auto"` compiles when there have been so many calls with these
+    shapes that compiling would have paid.
 
     Raises:
         InputError: an unknown engine, one that does not take this learner, or outputs narrower than
             the number of classes.
     """
-    check_weights(task_weights)
+    check_asked(task_weights, autocast)
+    check_compile(compile)
     with turn_of(learner.model), ordinary_modes():
         tasks = as_batch(tasks, learner.model)
-        known, key = _known(learner, tasks, engine, tasks_at_once, compile, autocast)
+        compiling = Compiling(compile is True)
+        if compile == "auto":
+            compiling = _by_now(learner, tasks, engine, tasks_at_once, autocast)
+        known, key = _known(learner, tasks, engine, tasks_at_once, compiling.on, autocast)
         kept = known.get(key)
-        chosen = kept or choice(learner, tasks, engine, tasks_at_once, compile)
-        own = Plan(learner, chosen, compile, autocast, task_weights)
+        chosen = kept or choice(learner, tasks, engine, tasks_at_once, compiling.on)
+        own = Plan(learner, chosen, compiling, autocast, task_weights)
         own.seen = _kept[learner].seen
         result = own._compute(tasks)
+        if compiling.failure and compile == "auto":
+            return result
     if own.choice is not kept:
         if len(known) >= MOST:  # lists of tasks of any sizes seldom come back
             known.clear()
         known[key] = own.choice  # only now: what fails may be the fault of these very tasks
     return result
+
+
+def _by_now(
+    learner: MetaLearner, tasks: Batch, engine: str, tasks_at_once: int | None, autocast: torch.dtype | None
+) -> Compiling:
+    """Whether "auto" compiles this call: see `meta_gradient`. What cannot be compiled is not tried again."""
+    known, key = _known(learner, tasks, engine, tasks_at_once, False, autocast)
+    if key not in known:
+        known[key] = choice(learner, tasks, engine, tasks_at_once, False)
+    counted = _kept[learner].counted
+    if key not in counted:
+        if len(counted) >= MOST:
+            counted.clear()
+        counted[key] = Counted(least(learner, tasks, known[key].engine, autocast))
+    own = counted[key]
+    own.calls += 1
+    if own.calls <= own.least or (own.compiling is not None and not own.compiling.on):
+        return Compiling(False)
+    own.compiling = own.compiling or Compiling(True, known[key], like_of(groups(learner, tasks)[0]))
+    return own.compiling
+
+
+@dataclass
+class Counted:
+    """Calls with "auto" of a learner and such tasks. least: from how many on compiling pays."""
+
+    least: float
+    calls: int = 0
+    compiling: Compiling | None = None
 
 
 def curve(
@@ -155,6 +195,7 @@ class _Kept:
 
     def __init__(self, learner: MetaLearner):
         self.choices: dict[tuple, Choice] = {}
+        self.counted: dict[tuple, Counted] = {}
         self.ways: dict[tuple, Way] = {}
         self.seen: set[str] = set()  # see `Plan`
         self.modules = tuple(learner.modules())[1:]  # not itself: it would live as long as what is kept

@@ -7,6 +7,7 @@ import functools
 import types
 import warnings
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -15,7 +16,7 @@ from torch import nn
 
 from fomaml.engines import _torch
 from fomaml.engines.common import first_line, out_of_memory
-from fomaml.engines.cpu.build import compiler
+from fomaml.engines.cpu.build import NO_COMPILER, compiler
 from fomaml.errors import InputError
 from fomaml.learning.learner import MetaLearner
 from fomaml.tasks import Task, count, device_of, shape_of
@@ -32,19 +33,23 @@ def function(
     alone: Find | None = None,
     side_by_side: bool = False,
     others: Iterable[Task] = (),
+    again: bool = True,
     plainly: bool = False,
-) -> Compiled | None:
-    """`find` compiled for chunks of this shape, the same function at every call; None if it cannot be compiled,
-    which a warning has then said. Where several tasks are out of memory, that error goes through.
+) -> Made:
+    """`find` compiled for chunks of this shape, the same at every call. Where several tasks are out of memory, that
+    error goes through.
 
     find: what is found of a chunk of tasks. facts: what it depends on beside the learner and
         the shapes.
     alone: finds the same for a chunk of one task; given where convolutions on a CPU are to be stacked.
     side_by_side: there are chunks for all threads, so that on a CPU each can take its own.
     others: chunks of the same meta-batch, to compare with the eager engine where this one does not settle it.
+    again: compile anew where something has changed that is built in.
     plainly: without torch's compiler, which takes seconds: its operators are called one after the other.
     """
-    watched = _current(learner)
+    watched, changed = _current(learner, again)
+    if watched is None:
+        return Made(None, f"{changed} has changed since it was compiled")
     judge = learner.criterion if learner.loss is None else learner.loss
     parts = (learner.optimizer, learner.objective, judge, learner.output, learner.start)
     key = Key(
@@ -63,10 +68,32 @@ def function(
     )
     found = watched.known.get(key)  # once: the key's hash takes a hundredth of a small compiled meta-gradient
     if found is None:
-        made = _made(learner, tasks, find, alone, side_by_side, others, plainly)
-        found = watched.known[key] = made, parts  # held, so that their ids stay theirs
+        found = _made(learner, tasks, find, alone, side_by_side, others, plainly)
+        found.parts = parts
+        watched.known[key] = found
         watched.settle()
-    return found[0]
+    return found
+
+
+@dataclass
+class Made:
+    """What came of compiling. function: None where it cannot be. why: it cannot be, or was not compared with the eager
+    engine; "" where the two agree. parts: held, so that their ids stay theirs. told: in a warning.
+    """
+
+    function: Compiled | None
+    why: str = ""
+    parts: tuple = ()
+    told: bool = False
+
+    def warning(self) -> str:
+        """What to say where compiling was asked for; "" where all is well or was said before."""
+        if self.told or not self.why:
+            return ""
+        self.told = True
+        if self.function is not None:
+            return f"compile=True runs what was not compared with the eager engine: {self.why}"
+        return self.why if self.why == too_old() else f"compile=True runs uncompiled: {self.why}"
 
 
 class Key(NamedTuple):
@@ -93,19 +120,18 @@ class Key(NamedTuple):
     parts: tuple[int, ...]
 
 
-def _made(learner, tasks, find, alone, side_by_side, others, plainly) -> Compiled | None:
-    """What is compiled, once it was seen to agree with the eager engine; None where a warning says why not."""
+def _made(learner, tasks, find, alone, side_by_side, others, plainly) -> Made:
+    """What is compiled, once it was seen to agree with the eager engine."""
     reason = too_old()
     if reason:
-        _warn(reason)
-        return None
+        return Made(None, reason)
     try:
         from fomaml.engines.compiled.trace import Compiled
         from fomaml.engines.compiled.trust import compare
 
         _torch.check_hooks(learner)
         made = Compiled(learner, tasks, find, alone, side_by_side, plainly)
-        unchecked = compare(learner, made, find, tasks, others)
+        return Made(made, compare(learner, made, find, tasks, others))
     except InputError:
         raise
     except Exception as error:  # the compilers' errors have no common base
@@ -115,12 +141,8 @@ def _made(learner, tasks, find, alone, side_by_side, others, plainly) -> Compile
         if _torch.depends_on_values(error):
             reason = f"what {reason} gives depends on values, which a trace does not have"
         elif device_of(tasks).type == "cpu" and not compiler():
-            reason = "there is no C++ compiler on this machine"
-        _warn(f"compile=True runs uncompiled: {reason}")
-        return None
-    if unchecked:
-        _warn(f"compile=True runs what was not compared with the eager engine: {unchecked}")
-    return made
+            reason = NO_COMPILER
+    return Made(None, reason)
 
 
 OLDEST = (2, 7)  # the first torch on which every kind of compiled function works, see runs/torch_versions.sh
@@ -134,27 +156,28 @@ def too_old() -> str:
     return f"compile=True needs torch >= {'.'.join(map(str, OLDEST))}, this is {torch.__version__}: runs uncompiled"
 
 
-def _warn(text: str) -> None:
-    """Warn in the line of whoever called `meta_gradient` or a plan; for what `function` calls."""
-    warnings.warn(text, RuntimeWarning, stacklevel=6)
-
-
 # --- what changes -----------------------------------------------------------------------------------
 
 
-def _current(learner: MetaLearner) -> Watched:
-    """What was compiled for a learner whose modules are as they were; nothing yet where one has changed."""
+def _current(learner: MetaLearner, again: bool) -> tuple[Watched | None, str]:
+    """What was compiled for a learner whose modules are as they were; nothing yet where one has changed, and None where
+    it is not to be compiled again. And what has changed.
+    """
     watched = _watched.get(learner)
-    changed = watched and watched.changed()
+    changed = watched.changed() if watched else ""
+    if changed and not again:
+        return None, changed
     if watched is None or changed:
         times = watched.times + 1 if watched else 0
         if times == MANY_TIMES:
-            _warn(
+            text = (
                 f"{changed} has changed {times} times; what is compiled has it built in, and is compiled anew: "
                 "make it a buffer, or use compile=False"
             )
+            # in the line that called `meta_gradient` or a plan
+            warnings.warn(text, RuntimeWarning, stacklevel=6)
         watched = _watched[learner] = Watched(learner, times)
-    return watched
+    return watched, changed
 
 
 class Watched:
@@ -165,7 +188,7 @@ class Watched:
     """
 
     def __init__(self, learner: MetaLearner, times: int = 0):
-        self.known: dict[tuple, tuple] = {}
+        self.known: dict[tuple, Made] = {}
         self.times = times
         self.modules = tuple(learner.modules())[1:]
         self.parameters = tuple(learner.parameters())

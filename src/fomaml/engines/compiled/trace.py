@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.fx import GraphModule
 
+from fomaml.devices import forked_random
 from fomaml.engines import _torch
 from fomaml.engines.compiled import products
 from fomaml.engines.cpu import fusion, kernels, lifted
@@ -37,6 +38,7 @@ class Compiled:
     """A compiled `find` for chunks of one shape; see `cache.function`.
 
     draws: it draws random numbers; draws_its_own: ones that are others than the eager engine's.
+    calls_before: so many calls are made before what is compiled runs as it will for good.
     """
 
     def __init__(
@@ -56,7 +58,9 @@ class Compiled:
         self._side_by_side = False
         self._on_one_thread = False
         self._memory: kernels.Memory | None = None
+        self._replayed = False
         self.draws = self.draws_its_own = False
+        self.calls_before = 0
         self._summed = 0  # so many of the results, the first
         self._kind: Callable[..., Any] = tuple
         self._rest: Tree = ()  # how the others are nested
@@ -77,8 +81,9 @@ class Compiled:
             with torch.enable_grad():
                 return _torch.trace(flat, *self._state(), *_tensors(tasks))
 
-        on_cpu = device_of(tasks).type == "cpu"
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
+        device = device_of(tasks).type
+        on_cpu = device == "cpu"
+        with forked_random(), torch.no_grad():
             self._run = None if alone is None else self._stacked(trace, alone, tasks, plainly)
             if self._run is None:
                 graph = trace(find, tasks)
@@ -90,7 +95,7 @@ class Compiled:
                 else:
                     self.draws = _draws(graph)
                     self._side_by_side = on_cpu and side_by_side and not self.draws
-                    self._run = self._replayed(graph) if plainly else self._induced(graph, tasks, on_cpu)
+                    self._run = self._as_traced(graph) if plainly else self._induced(graph, tasks, device)
                     self.draws_its_own = self.draws and not plainly
                 del graph
             if isinstance(self._run, GraphModule):
@@ -125,21 +130,27 @@ class Compiled:
         self._channels_last, self._side_by_side = set(), False
         return None
 
-    def _replayed(self, graph: GraphModule) -> GraphModule:
+    def _as_traced(self, graph: GraphModule) -> GraphModule:
         """The function by torch's own operators, one after the other, as traced."""
         products.rewrite(graph)
         products.call_less(graph)
         self._on_one_thread = products.operations(graph.graph) < FEW_OPERATIONS
         return graph
 
-    def _induced(self, graph: GraphModule, tasks: Task, on_cpu: bool) -> Callable:
-        """The function by `torch.compile`'s backend."""
+    def _induced(self, graph: GraphModule, tasks: Task, device: str) -> Callable:
+        """The function by `torch.compile`'s backend. On CUDA the backend records its launches as a graph, which a GPU
+        replays: the first call warms it up, the second is recorded.
+        """
+        on_cpu = device == "cpu"
         products.rewrite(graph)
         self._on_one_thread = on_cpu and products.operations(graph.graph) < FEW_OPERATIONS
         for node in graph.graph.nodes:
             node.meta.pop("val", None)  # of a fake mode that is not the compiler's
         # calls between kernels in C++: 1.1 times faster on F; they also leave the interpreter's lock to others
         options = {"cpp_wrapper": True} if on_cpu else {}
+        if device == "cuda":
+            options["triton.cudagraphs"] = True
+            self._replayed, self.calls_before = True, 2
         if self._side_by_side or self._on_one_thread:
             options["cpp.threads"] = 1
         return _torch.induce(graph, [*self._state(), *_tensors(tasks)], options)
@@ -166,7 +177,11 @@ class Compiled:
 
     def _call(self, state: list[Tensor], tasks: Task) -> Any:
         with torch.no_grad():
+            if self._replayed:
+                torch.compiler.cudagraph_mark_step_begin()
             found = self._run(*state, *_tensors(tasks))
+            if self._replayed:
+                found = [tensor.clone() for tensor in found]  # the next call writes over these
         summed, rest = found[: self._summed], found[self._summed :]
         return self._kind(summed, *(rest if self._flat else rebuilt(self._rest, iter(rest))))
 

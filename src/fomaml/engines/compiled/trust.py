@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.random import fork_rng
 
+from fomaml.devices import forked_random, random_state
 from fomaml.engines.common import Curve, Found, Reached, out_of_memory
 from fomaml.engines.compiled.trace import Compiled, Find, Holder
 from fomaml.learning.learner import MetaLearner
@@ -43,11 +43,12 @@ def compare(
     Raises:
         Wrong: three misses.
     """
-    device = device_of(tasks)
+    for _ in range(compiled.calls_before):
+        _run(lambda: [*compiled.map([tasks])])
     for chunk in islice(chain([tasks], others, _moved(tasks)), CHUNKS):
-        [found], drawn = _run(lambda chunk=chunk: [*compiled.map([chunk])], device)
+        [found], drawn = _run(lambda chunk=chunk: [*compiled.map([chunk])])
         try:
-            expected, drawn_eagerly = _run(lambda chunk=chunk: find(chunk), device)
+            expected, drawn_eagerly = _run(lambda chunk=chunk: find(chunk))
         except Exception as error:  # whatever a module raises
             if out_of_memory(error):
                 return "that takes more memory than there is"
@@ -55,7 +56,7 @@ def compare(
         apart = _apart(learner, found, expected)
         if max(apart) <= _least(learner) or _rounds_so(apart, learner, find, chunk):
             return ""
-        if compiled.draws_its_own and not torch.equal(drawn, drawn_eagerly):
+        if compiled.draws_its_own and not _same(drawn, drawn_eagerly):
             return "its random numbers are others"
     losses, gradients = apart
     raise Wrong(
@@ -63,12 +64,14 @@ def compare(
     )
 
 
-def _run(function: Callable, device: torch.device) -> tuple[Any, Tensor]:
-    """What a function finds, and the state of the random numbers after it, which is then as it was before."""
-    on_gpu = device.type == "cuda"
-    with fork_rng(devices=[device] if on_gpu else []), torch.enable_grad():
-        found = function()
-        return found, torch.cuda.get_rng_state(device) if on_gpu else torch.get_rng_state()
+def _run(function: Callable) -> tuple[Any, dict[str, Tensor]]:
+    """What a function finds, and the states of the random numbers after it, which are then as they were before."""
+    with forked_random(), torch.enable_grad():
+        return function(), random_state()
+
+
+def _same(states: dict[str, Tensor], others: dict[str, Tensor]) -> bool:
+    return states.keys() == others.keys() and all(torch.equal(states[name], others[name]) for name in states)
 
 
 def _least(learner: MetaLearner) -> float:
@@ -81,16 +84,15 @@ def _rounds_so(apart: tuple[float, float], learner: MetaLearner, find: Find, chu
     """Whether the eager engine is so far off float64 itself, by a fourth at least."""
     if _least(learner) < TOLERANCE:
         return False
-    device = device_of(chunk)
     try:
-        exact, drawn = _run(lambda: _exactly_found(learner, find, chunk), device)
+        exact, drawn = _run(lambda: _exactly_found(learner, find, chunk))
     except Exception:  # whatever a module raises that does not run in float64
         return False
     # whether a ReLU rounds the other way is chance: three roundings show it where one may not
     others = islice(_moved(chunk, torch.finfo(torch.float32).eps), 2 if _floating(chunk) else 0)
     for rounded in (chunk, *others):
-        found, drawn_so = _run(lambda rounded=rounded: find(rounded), device)
-        if not torch.equal(drawn, drawn_so):
+        found, drawn_so = _run(lambda rounded=rounded: find(rounded))
+        if not _same(drawn, drawn_so):
             return False  # float64 draws other numbers
         if all(one <= max(TOLERANCE, 4 * own) for one, own in zip(apart, _apart(learner, found, exact))):
             return True
@@ -98,13 +100,15 @@ def _rounds_so(apart: tuple[float, float], learner: MetaLearner, find: Find, chu
 
 
 def _exactly_found(learner: MetaLearner, find: Find, chunk: Task) -> Results:
-    """What the eager engine finds in float64."""
+    """What the eager engine finds in float64: on a CPU where the device may lack it."""
+    device = device_of(chunk)
+    device = device if device.type == "cuda" else torch.device("cpu")
     holder = Holder(learner)
     state = {}
     for name, tensor in (*holder.named_parameters(), *holder.named_buffers()):
-        exact = tensor.detach().double() if tensor.is_floating_point() else tensor.detach()
+        exact = tensor.detach().to(device, torch.float64 if tensor.is_floating_point() else None)
         state[name] = exact.requires_grad_(tensor.requires_grad)
-    return holder.at(state, chunk.to(dtype=torch.float64), find)
+    return holder.at(state, chunk.to(device).to(dtype=torch.float64), find)
 
 
 def _apart(learner: MetaLearner, found: Results, expected: Results) -> tuple[float, float]:
@@ -141,7 +145,8 @@ def _norm(tensors: Sequence[Tensor]) -> float:
 
 
 def _exactly(tensor: Tensor) -> Tensor:
-    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float64))
+    # on the CPU, as a device may lack float64
+    return tensor.detach().cpu().to(torch.promote_types(tensor.dtype, torch.float64))
 
 
 def _moved(tasks: Task, by: float = 0.01) -> Iterator[Task]:

@@ -22,6 +22,7 @@ NATIVE = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-mar
 FAST = ("-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math")
 FLAGS = (*FAST, NATIVE, "-std=c++17", "-shared", "-fPIC", "-pthread")
 COMPILERS = ("c++", "g++", "clang++")
+NO_COMPILER = "there is no C++ compiler on this machine"
 TENSOR, TENSORS = ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p)
 NUMBER, NUMBERS = ctypes.c_longlong, ctypes.POINTER(ctypes.c_longlong)
 ARGUMENTS = {
@@ -49,7 +50,7 @@ def library() -> ctypes.CDLL:
     """
     command = compiler()
     if not command:
-        raise RuntimeError("there is no C++ compiler on this machine")
+        raise RuntimeError(NO_COMPILER)
     facts = [
         *(source.read_text(encoding="utf-8") for source in (*SOURCES, *HEADERS)),
         *command,

@@ -7,13 +7,12 @@ import ctypes
 import functools
 import math
 import threading
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from fomaml.blocks import Memory
 from fomaml.engines.cpu.build import library
 
 NAMES = {torch.float32: "float32", torch.float64: "float64"}
@@ -29,40 +28,6 @@ def sharing(threads: int, memory: Memory) -> Iterator[None]:
     finally:
         _own.memory = None
         library().use_threads(1)
-
-
-class Memory:
-    """Keeps the memory of tensors that nobody holds any more for the next ones of the same size.
-
-    The system's own allocator gives large pieces back, and fresh pages cost more than the kernels that fill them.
-    """
-
-    ALIGNMENT = 64
-
-    def __init__(self):
-        self._free: defaultdict[int, list[tuple[np.ndarray, int]]] = defaultdict(list)
-
-    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A contiguous tensor; its memory comes back when it and all its views are gone."""
-        count = math.prod(shape)
-        free = self._free[count * dtype.itemsize]
-        if free:
-            block, offset = free.pop()
-        else:
-            block = np.empty(count * dtype.itemsize + self.ALIGNMENT, np.uint8)
-            offset = -block.ctypes.data % self.ALIGNMENT
-        lent = block.view(_Lent)
-        lent.give_back = functools.partial(free.append, (block, offset))
-        return torch.frombuffer(lent, dtype=dtype, count=count, offset=offset).view(shape)
-
-
-class _Lent(np.ndarray):
-    """A block while a tensor holds it."""
-
-    give_back: Callable[[], None]
-
-    def __del__(self):
-        self.give_back()
 
 
 _own = threading.local()
