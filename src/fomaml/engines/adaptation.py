@@ -15,7 +15,6 @@ from torch import Tensor
 
 from fomaml.choices import Statistics, check_choice
 from fomaml.engines.common import Curve, Group, Measure, Reached, curves, groups, in_order, one_by_one
-from fomaml.engines.cpu.build import compiler
 from fomaml.engines.known import AS_ASKED, ENGINES
 from fomaml.engines.pays import Compile, check_compile
 from fomaml.engines.probes import flops, is_convolutional, vmaps
@@ -56,6 +55,7 @@ def pays(learner: MetaLearner, tasks: Task, number: int, steps: int, points: int
     a trace saves.
     """
     from fomaml.engines.compiled.cache import too_old
+    from fomaml.engines.cpu.build import compiler
 
     exact = all(p.dtype in (torch.float32, torch.float64) for p in learner.parameters())
     if device_of(tasks).type != "cpu" or not exact or too_old():
