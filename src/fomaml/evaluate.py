@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from fomaml.choices import Statistics
 from fomaml.engines import Plan
-from fomaml.engines import plan as make_plan
 from fomaml.engines.adaptation import compiles
 from fomaml.engines.pays import Compile, check_compile
+from fomaml.engines.short import kept_plan
 from fomaml.episodes import TaskSequence, copies_of, ways_of_each
 from fomaml.errors import InputError, plain, whole
 from fomaml.learning.learner import MetaLearner
@@ -192,8 +192,8 @@ def evaluate_all(
             check_labels(learner, batch)
             if plan is None:
                 first = batch if group is None else batch_of(episodes, 0, len(pieces[0]), learner.model)
-                plan = make_plan(learner, first, engine=engine)
                 compiled = compiles(compile, learner, first, times * tasks, points)
+                plan = kept_plan(learner, first, engine, compiled)
             with ranks.drawing(EVALUATED, index, 0) if group is not None else nullcontext():
                 found, bad = _scored(
                     plan, batch, points, metrics, episodes, balanced, compiled, compile == "auto"

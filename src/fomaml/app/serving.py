@@ -35,6 +35,8 @@ from fomaml.checkpoint import fill, save_weights
 from fomaml.choices import check_choice
 from fomaml.data.keys import few
 from fomaml.data.scaling import scaled_by
+from fomaml.engines import adapt
+from fomaml.engines.adaptation import Compile
 from fomaml.errors import InputError, whole
 from fomaml.files import file_digest, load_tensors, save_tensors, write_json, write_text
 from fomaml.learning.learner import MetaLearner
@@ -133,7 +135,12 @@ class Run(Pretrained):
         return load_run(folder, **options)
 
     def adapt(
-        self, support: Any, *, steps: int | Literal["auto"] | None = None, statistics: Served = "support"
+        self,
+        support: Any,
+        *,
+        steps: int | Literal["auto"] | None = None,
+        statistics: Served = "support",
+        compile: Compile = False,
     ) -> AdaptedModel:
         """The model that these labelled examples make of the run's.
 
@@ -142,6 +149,7 @@ class Run(Pretrained):
         steps: inner steps; by default as many as the run's figure is of, "auto" those that were best in validation.
         statistics: whose examples batch norms normalise by: "support", so that each input is judged alone; "own", by
             those that are judged together.
+        compile: as of `fomaml.engines.adapt`, for a program that adapts to one task after the other.
 
         Raises:
             InputError: examples that are none for the run; more classes than its head has outputs, or one class only;
@@ -161,7 +169,7 @@ class Run(Pretrained):
             found = nearest(known, len(classes), shots)
         count = self.steps_of(steps, found)
         learner = for_test(self.settings, self.learner)
-        module = learner.adapt(Examples(taken.inputs, targets), count, statistics).eval()
+        module = adapt(learner, Examples(taken.inputs, targets), count, statistics, compile=compile).eval()
         settings = self.settings
         return AdaptedModel(
             module,

@@ -13,8 +13,10 @@ from fomaml.app.group_tasks import of_units
 from fomaml.app.scores import headline
 from fomaml.app.settings import Settings
 from fomaml.errors import InputError
-from fomaml.evaluate import Estimate, estimate, evaluate
+from fomaml.evaluate import Estimate, estimate, evaluate_all
 from fomaml.learning.learner import MetaLearner
+from fomaml.models import warn_of_unmoved
+from fomaml.scoring import metrics_of
 
 
 @dataclass
@@ -75,13 +77,15 @@ def validate(settings: Settings, learner: MetaLearner, data: Data, group: Any = 
     group: see `evaluate`.
     """
     assert data.validation is not None  # as `with_validation` has made sure
-    found = evaluate(
-        for_test(settings, learner),
-        data.validation,
-        tasks=settings.validation_tasks,
-        at_steps=settings.test_steps,
-        statistics=settings.statistics,
-        metric=headline(settings),
-        group=group,
+    tested = for_test(settings, learner)
+    warn_of_unmoved(tested.model)
+    # what is compiled is kept with the learner, and serves all validations of a run
+    times = (
+        settings.iterations // (settings.validate_every or settings.iterations) if tested is learner else 1
     )
-    return {steps: estimate(of_units(data.validation, scores)) for steps, scores in found.items()}
+    points = [(steps, settings.statistics) for steps in settings.test_steps]
+    number, metrics = settings.validation_tasks, metrics_of(tested, [headline(settings)])
+    [found] = evaluate_all(
+        tested, data.validation, points, number, 100, "auto", False, metrics, group, times=times
+    ).values()
+    return {steps: estimate(of_units(data.validation, scores)) for (steps, _), scores in found.items()}

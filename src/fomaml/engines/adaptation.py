@@ -15,10 +15,9 @@ from torch import Tensor
 
 from fomaml.choices import Statistics, check_choice
 from fomaml.engines.common import Curve, Group, Measure, Reached, curves, groups, in_order, one_by_one
-from fomaml.engines.cpu.build import compiler
 from fomaml.engines.known import AS_ASKED, ENGINES
 from fomaml.engines.pays import Compile, check_compile
-from fomaml.engines.probes import flops, is_convolutional, takers
+from fomaml.engines.probes import flops, is_convolutional, vmaps
 from fomaml.errors import whole
 from fomaml.learning.adapt import ordinary_modes
 from fomaml.learning.learner import MetaLearner
@@ -56,6 +55,7 @@ def pays(learner: MetaLearner, tasks: Task, number: int, steps: int, points: int
     a trace saves.
     """
     from fomaml.engines.compiled.cache import too_old
+    from fomaml.engines.cpu.build import compiler
 
     exact = all(p.dtype in (torch.float32, torch.float64) for p in learner.parameters())
     if device_of(tasks).type != "cpu" or not exact or too_old():
@@ -117,11 +117,16 @@ def way(learner: MetaLearner, tasks: Task, engine: str, asked: bool, most: int) 
     if not (on_cpu and is_convolutional(learner)):
         return Way(engine, 1 if engine == "loop" else min(most, number), False)
     if not asked:
-        small = flops(learner, tasks, of_support=True) <= SMALL and takers(learner, tasks)[0]
+        small = flops(learner, tasks, of_support=True) <= SMALL and vmaps(learner, tasks)
         engine = "batched" if small else "loop"
     if engine == "loop":
         return Way(engine, 1, False)
     return Way(engine, even(number, STACK), True)
+
+
+def way_of(plan: Adapting, group: Group) -> Way:
+    """How to adapt such tasks of a plan."""
+    return way(plan.learner, group.tasks, plan.engine, plan.why == AS_ASKED, plan.tasks_at_once)
 
 
 def even(number: int, most: int) -> int:
@@ -150,10 +155,8 @@ def curve_of(
     for number, group in enumerate(own):
         compiles = compile and measure is None
         if compiles and plan.way is None:
-            plan.way = way(plan.learner, group.tasks, plan.engine, plan.why == AS_ASKED, plan.tasks_at_once)
-        if (
-            plan.way is not None
-        ):  # few tasks of a shape are not worth a trace, and a stack that they do not fill
+            plan.way = way_of(plan, group)
+        if plan.way is not None:  # few tasks of a shape do not fill a stack
             compiles = compiles and (isinstance(tasks, Task) or 2 * len(group.rows) > plan.way.tasks_at_once)
         while len(parts) <= number:
             size = most = 1 if measure else min(plan.tasks_at_once, len(group.rows))

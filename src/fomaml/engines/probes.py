@@ -53,6 +53,12 @@ def _takers(learner: MetaLearner, tasks: Task, number: int) -> tuple[bool, dict[
         return vmaps, factored.rows(problem) if isinstance(problem, factored.FactoredProblem) else {}
 
 
+def vmaps(learner: MetaLearner, tasks: Task) -> bool:
+    """Whether vmap takes the learner."""
+    with _as_for_a_gradient(tasks, 2) as pair:
+        return _taken(learner, batched.problem, pair) is not None
+
+
 def try_once(learner: MetaLearner, tasks: Task) -> None:
     """The model and the criterion on one task as it is: raises `InputError` for what they return, as `Problem` does.
 

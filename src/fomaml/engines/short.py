@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fomaml.choices import Statistics
-from fomaml.engines.adaptation import curve_of
+from fomaml.engines.adaptation import Way, curve_of, way_of
 from fomaml.engines.common import Measure, MetaGradient, TaskWeights, check_asked, groups
 from fomaml.engines.compiling import Choice, Compiling, like_of
 from fomaml.engines.pays import Compile, check_compile, least
@@ -134,6 +134,22 @@ def curve_at(
     return result
 
 
+def kept_plan(learner: MetaLearner, tasks: Batch, engine: str = "auto", compile: bool = False) -> Plan:
+    """A plan for curves, whose choices are kept as those of `curve` are: to evaluate a learner again tries nothing."""
+    with turn_of(learner.model), ordinary_modes():
+        tasks = as_batch(tasks, learner.model)
+        known, key = _known(learner, tasks, engine, None)
+        if key not in known:
+            known[key] = choice(learner, tasks, engine, None, compile=False)
+        plan = Plan(learner, known[key])
+        if compile:
+            ways = _kept[learner].ways
+            if key not in ways:
+                ways[key] = way_of(plan, groups(learner, tasks)[0])
+            plan.way = ways[key]
+    return plan
+
+
 MOST = 100
 
 
@@ -180,6 +196,7 @@ class _Kept:
     def __init__(self, learner: MetaLearner):
         self.choices: dict[tuple, Choice] = {}
         self.counted: dict[tuple, Counted] = {}
+        self.ways: dict[tuple, Way] = {}
         self.seen: set[str] = set()  # see `Plan`
         self.modules = tuple(learner.modules())[1:]  # not itself: it would live as long as what is kept
         slots = [slot for module in learner.modules() for slot in (module._modules, module._parameters)]

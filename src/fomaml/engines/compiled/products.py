@@ -94,7 +94,7 @@ def _same_as(node: Node) -> Node | None:
         return node.args[0]
     if node.target is aten.t.default and node.args[0].target is aten.t.default:
         return node.args[0].args[0]
-    if node.target not in (aten.view.default, aten._unsafe_view.default, aten.expand.default):
+    if node.target not in (aten.view.default, aten.reshape.default, aten.expand.default):
         return None
     now, then = node.meta["val"], node.args[0].meta["val"]
     return node.args[0] if now.shape == then.shape and now.stride() == then.stride() else None

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import torch
 
-from fomaml.engines.cpu import kernels
+from fomaml.blocks import Memory
 
 
 def on_one_thread(function: Callable, items: Iterable) -> Iterator:
@@ -24,12 +24,14 @@ def on_one_thread(function: Callable, items: Iterable) -> Iterator:
         torch.set_num_threads(threads)
 
 
-def one_by_one(function: Callable, items: Iterable, memory: kernels.Memory) -> Iterator:
+def one_by_one(function: Callable, items: Iterable, memory: Memory) -> Iterator:
     """`map(function, items)`, each a stack of tasks whose kernels use as many threads as torch has.
 
     Between kernels the interpreter runs once, not on all threads in turns. torch's own operators have one thread, as
     below.
     """
+    from fomaml.engines.cpu import kernels  # which only what is compiled needs
+
     with kernels.sharing(torch.get_num_threads(), memory):
         yield from on_one_thread(function, items)
 
