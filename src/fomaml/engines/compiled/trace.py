@@ -19,7 +19,7 @@ from torch.fx import GraphModule
 
 from fomaml.engines import _torch
 from fomaml.engines.common import Found
-from fomaml.engines.compiled import products
+from fomaml.engines.compiled import kept, products
 from fomaml.engines.cpu import fusion, kernels, lifted
 from fomaml.engines.cpu.build import library
 from fomaml.engines.cpu.threads import on_one_thread, one_by_one, side_by_side
@@ -126,10 +126,10 @@ class Compiled:
         for node in graph.graph.nodes:
             node.meta.pop("val", None)  # of a fake mode that is not the compiler's
         # calls between kernels in C++: 1.1 times faster on F; they also leave the interpreter's lock to others
-        options = {"cpp_wrapper": True} if on_cpu else {}
+        options: dict = {"cpp_wrapper": True, "cpp_cache_precompile_headers": False} if on_cpu else {}
         if self._side_by_side or self._on_one_thread:
             options["cpp.threads"] = 1
-        return _torch.induce(graph, [*self._state(), *_tensors(tasks)], options)
+        return kept.induced(graph, [*self._state(), *_tensors(tasks)], options)
 
     def map(self, chunks: Iterable[Task]) -> Iterator[Found]:
         """What is found for each chunk, at the learner's present state."""
