@@ -24,8 +24,6 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from fomaml.engines.cpu.build import compiler, knows
-
 COMPILING = "compile=True warns, and the engine runs uncompiled"
 KEEPING = "what is compiled is not kept for other processes"
 # name → what happens without it
@@ -154,8 +152,10 @@ def _quick_probes() -> Iterator[None]:
         yield
         return
 
+    from fomaml.engines.cpu.build import compiler, knows  # not where nothing is compiled
+
     def check_build(self: Any, code: str) -> bool:
-        return knows(tuple(compiler()), tuple(self._arch_flags.split()))
+        return knows(tuple(compiler()), tuple(self.build_arch_flags().split()))
 
     with _replaced(owner, "check_build", check_build):
         yield
