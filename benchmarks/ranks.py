@@ -22,6 +22,7 @@ from statistics import median
 import torch
 from torch import distributed, multiprocessing
 
+from benchmarks import report
 from benchmarks.__main__ import CORES, _commit, _processor
 from benchmarks.process import ROOT
 from benchmarks.workloads import TINY, WORKLOADS, build, find
@@ -31,7 +32,6 @@ from fomaml.train import train
 
 RESULTS = ROOT / "benchmarks" / "results" / "ranks.json"
 SIZES = tuple(4**power for power in range(5, 13))  # bytes, 1 kB to 16 MB
-BEGIN, END = "<!-- ranks: begin -->", "<!-- ranks: end -->"  # of the tables in the page
 WORKERS = (8, 64, 1024)
 # seconds of a message, bytes a second: what is written on the box of a network, to be put in the place of what was
 # measured between two processes of one machine
@@ -249,8 +249,7 @@ def main() -> None:
     print(text)
     if options.render:
         document = ROOT / "docs" / "performance.md"
-        before, rest = document.read_text().split(BEGIN)
-        document.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
+        report.put(text, document, "ranks")
 
 
 if __name__ == "__main__":

@@ -79,19 +79,20 @@ def details(results: dict) -> str:
     return "\n\n".join(parts)
 
 
-def put(text: str, document: Path) -> None:
-    """Replace what stands between the two markers of a document.
+def put(text: str, document: Path, name: str = "benchmarks") -> None:
+    """Replace what stands between the two markers of this name in a document.
 
     Raises:
         ValueError: the markers are not there.
     """
-    whole = document.read_text()
-    if BEGIN not in whole or END not in whole.split(BEGIN, 1)[1]:
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    whole = document.read_text(encoding="utf-8")
+    if begin not in whole or end not in whole.split(begin, 1)[1]:
         raise ValueError(
-            f"{document} has no place for the table: put {BEGIN} and {END} on lines of their own"
+            f"{document} has no place for the table: put {begin} and {end} on lines of their own"
         )
-    before, rest = whole.split(BEGIN, 1)
-    document.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END, 1)[1]}")
+    before, rest = whole.split(begin, 1)
+    document.write_text(f"{before}{begin}\n{text}\n{end}{rest.split(end, 1)[1]}", encoding="utf-8")
 
 
 def _compared(results: dict) -> Iterator[tuple[str, dict, dict, dict]]:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from fomaml import FOMAML, ClassSource, FastModel, evaluate
+from fomaml import FOMAML, ClassSource, FastModel, evaluate, meta_gradient
 from fomaml.baselines import nearest_centroid
 from fomaml.errors import InputError
 from fomaml.metrics import Metric
@@ -146,6 +146,10 @@ ROWS = [
     Row(5, "a model that is no module", lambda: gradient(torch.tanh)),
     Row(5, "a criterion that is a class", lambda: gradient(criterion=nn.CrossEntropyLoss)),
     Row(5, "inputs of another dtype than the model's parameters", lambda: gradient(given=tasks(dtype=torch.float64))),
+    Row(5, "parameters in float16", lambda: gradient(classifier().half(), tasks(dtype=torch.float16))),
+    Row(5, "autocast to float16", lambda: meta_gradient(
+        FOMAML(classifier(), 0.1, 1), tasks(), autocast=torch.float16
+    )),
     Row(5, "images of bytes", lambda: gradient(given=tasks(dtype=torch.uint8))),
     Row(5, "a single task in place of a batch", lambda: gradient(given=one_task())),
     Row(5, "no tasks", lambda: gradient(given=tasks(0))),

@@ -19,7 +19,7 @@ from pages import PAGES, ROOT, blocks, read
 # Why a block may stay out, in a comment before it.
 EXCUSES = {
     "downloads", "installs", "takes minutes", "takes hours", "needs Omniglot", "needs files of yours",
-    "needs images of yours", "needs a run of yours", "starts processes",
+    "needs images of yours", "needs a run of yours", "starts processes", "needs a GPU",
 }  # fmt: skip
 # In CONTRIBUTING.md the first line of a block names the file that it goes to: tests/test_docs.py puts it there.
 RUN = [page for page in PAGES if page.name != "CONTRIBUTING.md" and any(

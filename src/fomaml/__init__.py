@@ -35,13 +35,17 @@ from fomaml.train import fomaml_train, train
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:  # a checker of types is to know all modules, and no other name
+    from fomaml import ahead as ahead
     from fomaml import app as app
     from fomaml import backbones as backbones
     from fomaml import baselines as baselines
+    from fomaml import blocks as blocks
     from fomaml import check as check
     from fomaml import checkpoint as checkpoint
     from fomaml import choices as choices
     from fomaml import data as data
+    from fomaml import devices as devices
+    from fomaml import draws as draws
     from fomaml import engines as engines
     from fomaml import episodes as episodes
     from fomaml import errors as errors
@@ -54,7 +58,9 @@ if TYPE_CHECKING:  # a checker of types is to know all modules, and no other nam
     from fomaml import memory as memory
     from fomaml import metrics as metrics
     from fomaml import models as models
+    from fomaml import optimizers as optimizers
     from fomaml import outer as outer
+    from fomaml import portions as portions
     from fomaml import ranks as ranks
     from fomaml import regular as regular
     from fomaml import scoring as scoring

@@ -9,9 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fomaml.devices import random_state, set_random_state
 from fomaml.errors import InputError, plain, whole
 from fomaml.files import load_tensors, save_tensors
 from fomaml.finite import not_finite
+
+RANDOM = "random"  # the name of the CPU's state; "random/cuda:0" is that of a GPU
 
 
 def save_weights(path: str | Path, module: nn.Module, settings: Mapping[str, Any] | None = None) -> None:
@@ -73,7 +76,7 @@ def save_state(
     settings: Mapping[str, Any] | None = None,
 ) -> None:
     """Write all that a run needs to go on: parameters, buffers, the optimiser's state, the iteration, and the
-    state of torch's random numbers on the CPU, which dropout draws from.
+    states of torch's random numbers, which dropout draws from, on the CPU and on each GPU in use.
 
     progress: further JSON-able facts, for `load_progress`.
     settings: JSON-able; the file keeps their digest, for `load_state` to compare.
@@ -83,7 +86,7 @@ def save_state(
     """
     state = optimizer.state_dict()
     tensors = {f"module/{name}": t for name, t in module.state_dict().items()}
-    tensors["random"] = torch.get_rng_state()
+    tensors |= {RANDOM if name == "cpu" else f"{RANDOM}/{name}": own for name, own in random_state().items()}
     numbers: dict[str, dict] = {}
     for index, entries in state["state"].items():
         for key, value in entries.items():
@@ -135,7 +138,8 @@ def load_state(
         ]
         fill(module, own, path)
         optimizer.load_state_dict({"state": state, "param_groups": groups})
-        torch.set_rng_state(tensors["random"])
+        of_gpus = {n.removeprefix(f"{RANDOM}/"): t for n, t in tensors.items() if n.startswith(f"{RANDOM}/")}
+        set_random_state({"cpu": tensors[RANDOM], **of_gpus})
         return whole("iteration", facts["iteration"])
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from fomaml.data.augment import jittered, turned
 from fomaml.data.source import ClassSource
+from fomaml.data.synthetic import Sinusoids
+from fomaml.devices import sent
+from fomaml.draws import distinct, first
 from fomaml.errors import InputError, not_negative, positive, shown, whole
 from fomaml.memory import check_fits
 from fomaml.tasks import Batch, Examples, Task, one, stack
@@ -28,6 +31,21 @@ def generator(seed: int, index: int, stream: int = 0) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=checked_seed(seed), counter=[0, 0, stream, index]))
 
 
+def uniforms(seed: int, start: int, tasks: int, numbers: int) -> np.ndarray:
+    """(tasks, numbers) in [0, 1), the first that `generator` gives for the indices start, start + 1 …"""
+    found = np.empty((tasks, numbers))
+    if not tasks:
+        return found
+    philox = np.random.Philox(key=checked_seed(seed), counter=[0, 0, 0, start])
+    random, state = np.random.Generator(philox), philox.state
+    counter = state["state"]["counter"]
+    for row in range(tasks):
+        counter[3] = start + row
+        philox.state = state  # a sixth of the time that another generator takes
+        random.random(out=found[row])
+    return found
+
+
 def checked_seed(seed: int) -> int:
     """The seed as Python's int, if it is one that `generator` takes."""
     return whole("seed", seed, below=2**128, range=" from 0 to 2**128 - 1")
@@ -37,10 +55,11 @@ class TaskSequence(Protocol):
     """What training and evaluation take tasks from, each a function of its index alone; `Episodes` is one.
 
     ways: the number of classes of a task; None for regression, or where it is not known.
+    complete: whether the support set of each task has examples of all of them, with the labels 0 … ways - 1.
     copies: how many times each image of a set stands in it, one after the other, see `Episodes`.
 
     An object of one's own may have `batch` alone: it then counts as tasks of unknown ways and of one copy. A type
-    checker wants all three, which a subclass of this has.
+    checker wants `ways` and `copies` too, which a subclass of this has.
     """
 
     @property
@@ -58,6 +77,11 @@ class TaskSequence(Protocol):
 
 def ways_of(episodes: TaskSequence) -> int | None:
     return getattr(episodes, "ways", None)
+
+
+def ways_of_each(episodes: TaskSequence) -> int | None:
+    """The number of classes that each support set has, where the episodes know it, so that no label has to be read."""
+    return ways_of(episodes) if getattr(episodes, "complete", False) else None
 
 
 def copies_of(episodes: TaskSequence) -> int:
@@ -184,6 +208,8 @@ class Episodes:
             square image, or jitter of what is no image, or copies without jitter; what `Augmentation` raises.
     """
 
+    complete = True
+
     def __init__(
         self,
         source: ClassSource,
@@ -230,6 +256,11 @@ class Episodes:
                 f"{shots} shots + {query_shots} query examples per class need {drawn}"
             )
 
+    @property
+    def draws_aside(self) -> bool:
+        """Whether another thread may draw tasks: no function or array of the user's is called."""
+        return not self.augmentation and self.source.reads_aside
+
     def __getitem__(self, index: int) -> Task:
         return one(self.batch(index, 1), 0)
 
@@ -250,27 +281,29 @@ class Episodes:
             *(len(self.source), examples, examples),
             *(self.ways if self.turns else 0, 6 * examples * self.copies if self.jitter else 0),
         ]
-        randoms = np.empty((tasks, sum(parts)))
-        for row in range(tasks):
-            randoms[row] = generator(self.seed, start + row).random(randoms.shape[1])
+        randoms = uniforms(self.seed, start, tasks, sum(parts))
         for_classes, for_examples, for_order, for_turns, for_jitter = np.split(
             randoms, np.cumsum(parts)[:-1], axis=1
         )
-        classes = for_classes.argsort(axis=1)[:, : self.ways]  # (tasks, ways)
-        rows = _distinct(
+        classes = first(for_classes, self.ways)  # (tasks, ways)
+        rows = distinct(
             self.source.counts.numpy()[classes],
             for_examples.reshape(tasks, self.ways, drawn),
             for_order.reshape(tasks, self.ways, drawn),
         )  # (tasks, ways, drawn)
-        rows = torch.from_numpy(rows + self.source.offsets.numpy()[classes][..., None])
-        targets = torch.arange(self.ways).view(1, -1, 1).expand(rows.shape)
-        split = [self.shots, self.query_shots]
-        quarters = torch.from_numpy((4 * for_turns).astype(np.int64)) if self.turns else None  # (tasks, ways)
-        maps = (None, None)
+        device = self.source.inputs.device if isinstance(self.source.inputs, Tensor) else torch.device("cpu")
+        numbers = [torch.from_numpy(rows + self.source.offsets.numpy()[classes][..., None])]
+        if self.turns:
+            numbers.append(torch.from_numpy((4 * for_turns).astype(np.int64)))  # (tasks, ways)
         if self.jitter:
-            maps = (
-                torch.from_numpy(for_jitter).view(tasks, self.ways, drawn, self.copies, 6).split(split, dim=2)
-            )
+            own = torch.from_numpy(for_jitter).view(tasks, self.ways, drawn, self.copies, 6)
+            exact = torch.float64 in (self.source.inputs.dtype, torch.get_default_dtype())
+            numbers.append(own if exact or device.type == "cpu" else own.float())
+        rows, *others = sent(numbers, device)
+        split = [self.shots, self.query_shots]
+        quarters = others.pop(0) if self.turns else None
+        maps = others.pop().split(split, dim=2) if self.jitter else (None, None)
+        targets = torch.arange(self.ways, device=device).view(1, -1, 1).expand(rows.shape)
         batch = Task(
             *(
                 self._examples(own, labels, quarters, own_maps)
@@ -297,21 +330,6 @@ class Episodes:
             inputs = moved.flatten(2, 3)
             targets = targets.repeat_interleave(self.copies, dim=2)
         return Examples(inputs.flatten(1, 2), targets.flatten(1).contiguous().to(inputs.device))
-
-
-def _distinct(counts: np.ndarray, randoms: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """Distinct random integers below `counts` (…), as many as the last axis of `randoms`, in random order.
-
-    Floyd's algorithm (Bentley and Floyd 1987) gives a uniform subset; `order` shuffles it.
-    """
-    drawn = randoms.shape[-1]
-    chosen = np.full(randoms.shape, -1, dtype=np.int64)
-    for position in range(drawn):
-        last = counts - drawn + position
-        candidate = (randoms[..., position] * (last + 1)).astype(np.int64)
-        taken = (chosen[..., :position] == candidate[..., None]).any(axis=-1)
-        chosen[..., position] = np.where(taken, last, candidate)
-    return np.take_along_axis(chosen, order.argsort(axis=-1), axis=-1)
 
 
 class Family(Protocol):
@@ -350,21 +368,27 @@ class RegressionEpisodes:
         start, tasks = whole("the number of the first task", start), whole("tasks", tasks)
         drawn = self.shots + self.query_shots
         check_fits(f"{tasks} tasks of {drawn} examples", 2 * FLOAT64 * tasks * drawn, FEWER)
+        if type(self.family) is Sinusoids:
+            inputs, targets = self.family.many(uniforms(self.seed, start, tasks, Sinusoids.numbers + drawn))
+        else:
+            inputs, targets = self._one_by_one(start, tasks, drawn)
+        if not np.isfinite(targets).all():
+            row = int(np.isfinite(targets).all(axis=(1, 2)).argmin())
+            raise InputError(
+                f"the function of task {start + row} is not finite for some inputs; change the family, "
+                f"{shown(self.family)}, or the interval of its inputs"
+            )
+        dtype = torch.get_default_dtype()
+        both = sent([torch.from_numpy(each).to(dtype) for each in (inputs, targets)], self.device)
+        parts = [each.split([self.shots, self.query_shots], dim=1) for each in both]
+        return Task(*map(Examples, *parts))
+
+    def _one_by_one(self, start: int, tasks: int, drawn: int) -> tuple[np.ndarray, np.ndarray]:
+        """(tasks, drawn, 1) inputs and targets."""
         inputs, targets = np.empty((tasks, drawn, 1)), np.empty((tasks, drawn, 1))
         for row in range(tasks):
             random = generator(self.seed, start + row)
             function = self.family.draw(random)
-            low, high = self.family.inputs
-            inputs[row, :, 0] = random.uniform(low, high, drawn)
+            inputs[row, :, 0] = random.uniform(*self.family.inputs, drawn)
             targets[row, :, 0] = function(inputs[row, :, 0])
-            if not np.isfinite(targets[row]).all():
-                raise InputError(
-                    f"the function of task {start + row} is not finite for some inputs; change the family, "
-                    f"{shown(self.family)}, or the interval of its inputs"
-                )
-        dtype = torch.get_default_dtype()
-        inputs, targets = (
-            torch.from_numpy(a).to(self.device, dtype).split([self.shots, self.query_shots], dim=1)
-            for a in (inputs, targets)
-        )
-        return Task(*map(Examples, inputs, targets))
+        return inputs, targets

@@ -15,11 +15,15 @@ from torch import Tensor, nn
 from fomaml.choices import Statistics
 from fomaml.engines import Plan
 from fomaml.engines import plan as make_plan
-from fomaml.episodes import TaskSequence, copies_of
+from fomaml.engines.adaptation import compiles
+from fomaml.engines.pays import Compile, check_compile
+from fomaml.episodes import TaskSequence, copies_of, ways_of_each
 from fomaml.errors import InputError, plain, whole
 from fomaml.learning.learner import MetaLearner
+from fomaml.measures import exact
 from fomaml.metrics import LOSS, Asked, Metric, scores
 from fomaml.models import warn_of_unmoved
+from fomaml.portions import Portions
 from fomaml.ranks import as_ranks
 from fomaml.scoring import measured_for, metrics_of, query_targets
 from fomaml.streams import batch_of
@@ -40,7 +44,7 @@ class Estimate(NamedTuple):
 
 def estimate(values: Tensor) -> Estimate:
     """The mean of (tasks,) independent values with its interval; one value has an interval of nan."""
-    values = values.double()
+    values = exact(values)
     error = values.std(correction=1).item() if len(values) > 1 else math.nan
     return Estimate(values.mean().item(), 1.96 * error / math.sqrt(len(values)))
 
@@ -58,6 +62,7 @@ def evaluate(
     engine: str = "auto",
     metric: Asked = None,
     group: Any = None,
+    compile: Compile = "auto",
 ) -> dict[int, Tensor]: ...
 @overload
 def evaluate(
@@ -72,6 +77,7 @@ def evaluate(
     engine: str = "auto",
     metric: list[Asked],
     group: Any = None,
+    compile: Compile = "auto",
 ) -> dict[str, dict[int, Tensor]]: ...
 def evaluate(
     learner: MetaLearner,
@@ -85,6 +91,7 @@ def evaluate(
     engine: str = "auto",
     metric: Asked | list[Asked] = None,
     group: Any = None,
+    compile: Compile = "auto",
 ) -> dict[int, Tensor] | dict[str, dict[int, Tensor]]:
     """Adapt to the first `tasks` episodes; per number of inner steps the (tasks,) float64 scores.
 
@@ -102,6 +109,9 @@ def evaluate(
         a `fomaml.metrics.Metric`. For a learner with a `loss` a function is called with (forward, examples) instead, as
         the loss is. Of a list of metrics all are computed, and the result is by name, and then by number of steps.
     group: as of `train`: each process of it adapts to its share of the tasks, and all have the scores of all of them.
+    compile: trace the adaptation once and compare it with the engine, which takes seconds: True, False, or "auto" where
+        the tasks are enough to pay for it, by a rule of their number and operations. Scores are the same up to
+        rounding. True warns where it cannot be.
 
     Raises:
         InputError: outputs narrower than the classes of a cross-entropy, or labels that are below 0 or all ignored; an
@@ -116,7 +126,9 @@ def evaluate(
     if not points:
         raise InputError("at_steps is empty: it says after how many inner steps to score")
     own = metrics_of(learner, metric if isinstance(metric, list) else [metric])
-    found = evaluate_all(learner, episodes, points, tasks, tasks_at_once, engine, balanced, own, group)
+    found = evaluate_all(
+        learner, episodes, points, tasks, tasks_at_once, engine, balanced, own, group, compile=compile
+    )
     by_name = {name: {steps: s for (steps, _), s in each.items()} for name, each in found.items()}
     return by_name if isinstance(metric, list) else by_name[own[0].name]
 
@@ -131,11 +143,12 @@ def evaluate_at(
     balanced: bool = False,
     metric: Asked = None,
     group: Any = None,
+    compile: Compile = "auto",
 ) -> dict[tuple[int, Statistics], Tensor]:
     """`evaluate` at pairs of steps and statistics: tasks are adapted once for all of them."""
     own = metrics_of(learner, [metric])
     [found] = evaluate_all(
-        learner, episodes, points, tasks, tasks_at_once, engine, balanced, own, group
+        learner, episodes, points, tasks, tasks_at_once, engine, balanced, own, group, compile=compile
     ).values()
     return found
 
@@ -151,11 +164,15 @@ def evaluate_all(
     metrics: Sequence[Metric],
     group: Any = None,
     tell: Callable[[int], None] = lambda spoiled: None,
+    compile: Compile = "auto",
+    times: int = 1,
 ) -> dict[str, dict[tuple[int, Statistics], Tensor]]:
     """`evaluate_at` by each of several metrics, by name.
 
-    tell: receives the number of tasks with outputs, losses or scores that are no numbers.
+    tell: receives the number of tasks with outputs, losses or scores that are no numbers. times: how many evaluations
+        like this one are to come, for the rule of compile="auto".
     """
+    check_compile(compile)
     ranks = as_ranks(group)
     points = sorted(dict.fromkeys(points), key=lambda point: point[0])
     with ranks.agreeing(), ranks.computing():
@@ -164,23 +181,33 @@ def evaluate_all(
         at_once = max(1, at_once // copies_of(episodes))
         pieces = ranks.portions(tasks, at_once)
         plan: Plan | None = None
+        compiled = False
         scores = torch.zeros(len(metrics), len(points), tasks, dtype=torch.float64)
         spoiled, silent = torch.zeros(tasks, dtype=torch.float64), False
-        for index in ranks.share(len(pieces)):
-            piece = pieces[index]
-            batch = batch_of(episodes, piece.start, len(piece), learner.model)
+        portions = Portions(at_once)
+
+        def score(part: range) -> tuple[Tensor, Tensor]:
+            nonlocal plan, compiled
+            batch = batch_of(episodes, part.start, len(part), learner.model)
             check_labels(learner, batch)
             if plan is None:
                 first = batch if group is None else batch_of(episodes, 0, len(pieces[0]), learner.model)
                 plan = make_plan(learner, first, engine=engine)
-            with ranks.drawing(EVALUATED, index, 0, device_of(batch)) if group is not None else nullcontext():
-                found, bad = _scored(plan, batch, points, metrics, episodes, balanced)
+                compiled = compiles(compile, learner, first, times * tasks, points)
+            with ranks.drawing(EVALUATED, index, 0) if group is not None else nullcontext():
+                found, bad = _scored(
+                    plan, batch, points, metrics, episodes, balanced, compiled, compile == "auto"
+                )
             if bad.any() and not spoiled.any():
                 check_finite_tasks(batch)
-            scores[:, :, piece.start : piece.stop] = found
-            spoiled[piece.start : piece.stop] = bad.double().cpu()
-            # a score that is no number speaks for itself
-            silent = silent or bool((bad.cpu() & found.isfinite().all(0).all(0)).any())
+            return found, bad.cpu()
+
+        for index in ranks.share(len(pieces)):
+            for part, (found, bad) in portions(pieces[index], score):
+                scores[:, :, part.start : part.stop] = found
+                spoiled[part.start : part.stop] = bad.double()
+                # a score that is no number speaks for itself
+                silent = silent or bool((bad & found.isfinite().all(0).all(0)).any())
     sums = torch.cat([scores.flatten(), spoiled, torch.tensor([float(silent)], dtype=torch.float64)])
     told = ranks.sum(sums)
     number = int(told[scores.numel() : -1].sum())
@@ -200,6 +227,8 @@ def _scored(
     metrics: Sequence[Metric],
     episodes: TaskSequence,
     balanced: bool,
+    compile: bool = False,
+    quietly: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """(metrics, points, tasks) scores, and (tasks,) whether outputs, losses or scores hold what is no number."""
     targets = query_targets(batch)
@@ -209,11 +238,11 @@ def _scored(
     for metric in metrics:
         kind = measured_for(plan.learner, metric)
         if kind not in curves:
-            curves[kind] = plan.curve(batch, points, kind)
+            curves[kind] = plan.curve(batch, points, kind, ways_of_each(episodes), compile, quietly)
         for losses, outputs in curves[kind]:
             own = judged(episodes, metric, outputs, targets, losses, balanced)
             bad |= _without_numbers((losses, outputs, own), bad)
-            found.append(own.double().cpu())
+            found.append(exact(own))
     return torch.stack(found).unflatten(0, (len(metrics), len(points))), bad
 
 
@@ -288,7 +317,10 @@ def judged(
 
 
 def batches(episodes: TaskSequence, tasks: int, tasks_at_once: int, model: nn.Module) -> Iterator[Batch]:
-    """So many tasks, so many at once. model: see `as_batch`."""
+    """So many tasks, so many at once, where they fit into memory. model: see `as_batch`."""
     tasks, tasks_at_once = whole("tasks", tasks, 1), whole("tasks_at_once", tasks_at_once, 1)
-    for start in range(0, tasks, tasks_at_once):
-        yield batch_of(episodes, start, min(tasks_at_once, tasks - start), model)
+    drawn = Portions(tasks_at_once)(
+        range(tasks), lambda part: batch_of(episodes, part.start, len(part), model)
+    )
+    for _, batch in drawn:
+        yield batch

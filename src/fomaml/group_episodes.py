@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 
 from fomaml.choices import check_choice
 from fomaml.data.groups import Draw, GroupSource
+from fomaml.devices import sent
 from fomaml.episodes import Augment, Augmentation, AugmentTask, checked_seed, generator
 from fomaml.errors import InputError, positive, whole
 from fomaml.tasks import Batch, Examples, Task, together
-from fomaml.trees import mapped
+from fomaml.trees import leaves, mapped, rebuilt
 
 Small = Literal["refuse", "leave out"]
 _Drawn = list[tuple[np.ndarray, np.ndarray]]
@@ -103,6 +104,11 @@ class GroupEpisodes:
             self.ways = positive("ways", ways, integer=True)
         self.source, self.left_out = self._large_enough(source, small)
         self._positions: dict[int, list[np.ndarray]] = {}
+
+    @property
+    def complete(self) -> bool:
+        """Whether each support set has examples of all `ways` classes."""
+        return self.ways is not None and not self.fewer_classes
 
     @property
     def needed(self) -> int:
@@ -241,11 +247,13 @@ class GroupEpisodes:
             return []
         classes = [part for own in drawn for part in zip(*own)]  # of each set the positions of each class
         positions = [np.concatenate(part) for part in classes]
-        read = self.source.take(np.concatenate(positions))
+        read = Examples(*self.source.take(np.concatenate(positions)))
+        if self.draws_classes:
+            read = read._replace(targets=torch.cat([_numbered(own) for own in classes]))
+        if not self.augmentation and all(leaf.device.type == "cpu" for leaf in leaves(read)):
+            read = rebuilt(read, iter(sent(leaves(read), self.device)))
         ends = np.cumsum([len(part) for part in positions])
         parts = [_rows_of(read, begin, end) for begin, end in pairwise([0, *ends])]
-        if self.draws_classes:
-            parts = [part._replace(targets=_numbered(own)) for part, own in zip(parts, classes)]
         tasks = self.augmentation([Task(*pair) for pair in zip(parts[::2], parts[1::2])], start)
         return [task.to(self.device) for task in tasks]
 
@@ -255,6 +263,6 @@ def _numbered(classes: Sequence[np.ndarray]) -> torch.Tensor:
     return torch.arange(len(classes)).repeat_interleave(torch.tensor([len(own) for own in classes]))
 
 
-def _rows_of(read: tuple[Any, Any], begin: int, end: int) -> Examples:
+def _rows_of(read: Examples, begin: int, end: int) -> Examples:
     """A part of inputs and targets."""
-    return mapped(lambda tensor: tensor[begin:end], Examples(*read))
+    return mapped(lambda tensor: tensor[begin:end], read)

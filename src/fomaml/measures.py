@@ -34,7 +34,7 @@ def accuracy(
     targets = labels_of("accuracy", outputs, targets, ignored)
     counted = (targets != ignored).flatten(1)
     right = (outputs.argmax(2) == targets).flatten(1) & counted
-    return right.sum(1).double() / counted.sum(1)
+    return exact(right.sum(1)) / exact(counted.sum(1))
 
 
 def labels_of(name: str, outputs: Tensor, targets: Tensor, ignored: int) -> Tensor:
@@ -124,7 +124,7 @@ class ByClass:
             counted = [truth != self.ignored for truth in labels]
             classes_last = (own.movedim(1, -1) for own in own_classes(outputs))
             tasks = [(own[which], truth[which]) for own, truth, which in zip(classes_last, labels, counted)]
-        return _of_tasks(self._score, tasks, outputs)
+        return _of_tasks(self._score, tasks)
 
     def _score(self, outputs: Tensor, labels: Tensor) -> float:
         """outputs: (labels,) or (labels, classes) of one task."""
@@ -134,7 +134,7 @@ class ByClass:
             return auprc(outputs, labels)
         predicted = outputs.argmax(1) if outputs.dim() == 2 else (outputs > self._threshold()).long()
         if self.name == "accuracy":
-            return (predicted == labels).double().mean().item()
+            return exact(predicted == labels).mean().item()
         pair = labels.cpu().numpy(), predicted.cpu().numpy()
         with warnings.catch_warnings():
             warnings.filterwarnings(
@@ -178,7 +178,7 @@ def auprc(outputs: Tensor, labels: Tensor) -> float:
 
 def _odds(outputs: Tensor, number: int) -> Tensor:
     """(labels,) float64 log odds of a class: in the order of its probability, but two that round to 1 are no tie."""
-    outputs = outputs.double()
+    outputs = exact(outputs)
     if outputs.dim() == 2:
         rest = torch.cat([outputs[:, :number], outputs[:, number + 1 :]], dim=1)
         # rounding alone is not to break ties, of which forests of trees have many
@@ -205,8 +205,7 @@ def own_classes(outputs: Tensor) -> list[Tensor]:
 def mse(outputs: Tensor, targets: Tensor, losses: Tensor | None = None) -> Tensor:
     """(tasks,) float64 mean squared errors over all numbers of a query set.
 
-    This and the next ones are one line of torch each, on the device where the outputs are: to have scikit-learn
-    compute them would be a copy to the CPU, and a library to install.
+    This and the next ones are one line of torch each: to have scikit-learn compute them would be a library to install.
     """
     return _errors("mse", outputs, targets).square().flatten(1).mean(1)
 
@@ -239,9 +238,9 @@ def r2(outputs: Tensor, targets: Tensor, losses: Tensor | None = None) -> Tensor
     def score(own: Tensor, truth: Tensor) -> float:
         if own.isnan().any():
             return math.nan
-        return sklearn("r2").r2_score(truth.double().cpu().numpy(), own.double().cpu().numpy())
+        return sklearn("r2").r2_score(exact(truth).numpy(), exact(own).numpy())
 
-    return _of_tasks(score, list(zip(outputs, targets)), outputs)
+    return _of_tasks(score, list(zip(outputs, targets)))
 
 
 def psnr(outputs: Tensor, targets: Tensor, losses: Tensor | None = None, data_range: float = 1.0) -> Tensor:
@@ -264,7 +263,7 @@ def check_numbers(name: str, outputs: Tensor, targets: Tensor) -> None:
 
 def _errors(name: str, outputs: Tensor, targets: Tensor) -> Tensor:
     check_numbers(name, outputs, targets)
-    return outputs.double() - targets.double()
+    return exact(outputs) - exact(targets)
 
 
 def _columns(numbers: Tensor) -> Tensor:
@@ -273,6 +272,11 @@ def _columns(numbers: Tensor) -> Tensor:
 
 
 # --- all ------------------------------------------------------------------------------------------
+
+
+def exact(values: Tensor) -> Tensor:
+    """In float64 on the CPU, as all scores are: not every device has float64, Apple's has not."""
+    return values.cpu().double()
 
 
 def sklearn(name: str) -> Any:
@@ -288,8 +292,5 @@ def sklearn(name: str) -> Any:
 
 
 @torch.no_grad()
-def _of_tasks(
-    score: Callable[[Tensor, Tensor], float], tasks: list[tuple[Tensor, Tensor]], outputs: Tensor
-) -> Tensor:
-    found = [float(score(*task)) for task in tasks]
-    return torch.tensor(found, dtype=torch.float64, device=outputs.device)
+def _of_tasks(score: Callable[[Tensor, Tensor], float], tasks: list[tuple[Tensor, Tensor]]) -> Tensor:
+    return torch.tensor([float(score(*task)) for task in tasks], dtype=torch.float64)

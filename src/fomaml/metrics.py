@@ -106,7 +106,7 @@ def of_each_task(function: OfTask) -> Callable[[Tensor, Tensor, Tensor | None], 
         pairs = zip(each, _apart(targets, number), strict=True)
         # copies: what it writes into them stays out of the next metric, and of the task
         found = [_number(function(*mapped(torch.clone, own)), function) for own in pairs]
-        return torch.tensor(found, dtype=torch.float64, device=first(outputs).device)
+        return torch.tensor(found, dtype=torch.float64)
 
     return score
 
@@ -131,7 +131,7 @@ class OfModel:
                 "called with (forward, examples), as the loss is"
             ) from error
         value = _number(found.detach() if isinstance(found, Tensor) else found, self.function)
-        return torch.tensor(value, dtype=torch.float64, device=first(examples.inputs).device)
+        return torch.tensor(value, dtype=torch.float64)
 
     def __call__(self, outputs: Tensor, targets: Tree, losses: Tensor | None) -> Tensor:
         """(tasks,) what was measured, which stands in the place of outputs."""
@@ -139,7 +139,7 @@ class OfModel:
 
 
 def scores(metric: Metric, outputs: Tree, targets: Tree, losses: Tensor | None) -> Tensor:
-    """(tasks,) the scores of query sets.
+    """(tasks,) the scores of query sets, on the CPU.
 
     outputs, targets: (tasks, examples, ...), or lists of those of each task, (examples, ...).
 
@@ -164,7 +164,7 @@ def scores(metric: Metric, outputs: Tree, targets: Tree, losses: Tensor | None) 
             f"the score of the metric {metric.name!r} is {what}, expected {number} scores, one for each task: "
             "fomaml.metrics.of_each_task makes it of a function of one task"
         )
-    return found
+    return found.cpu()
 
 
 def _of_tensors(metric: Metric) -> bool:

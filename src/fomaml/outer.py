@@ -9,11 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fomaml.devices import random_state
 from fomaml.engines import MetaGradient, Plan
 from fomaml.engines import plan as make_plan
 from fomaml.engines.common import check_sum
-from fomaml.episodes import TaskSequence
+from fomaml.episodes import TaskSequence, ways_of_each
 from fomaml.learning.learner import MetaLearner
+from fomaml.measures import exact
 from fomaml.metrics import Metric, scores
 from fomaml.models import BatchNorm
 from fomaml.ranks import OTHERS, Ranks, as_ranks, digest_of
@@ -27,7 +29,7 @@ class Step(NamedTuple):
 
     meta_loss: (). before: () the mean score at θ, and after: what gives the one at φ_K; None where the step is not
     measured. tasks: those that this process has, the first of the meta-batch among them where it is rank 0. random: the
-    state of torch's random numbers on the CPU before the meta-gradient.
+    states of torch's random numbers before the meta-gradient, by device.
     """
 
     gradients: dict[str, Tensor]
@@ -35,12 +37,7 @@ class Step(NamedTuple):
     before: Tensor | None
     after: Callable[[], Tensor] | None
     tasks: Batch | None
-    random: Tensor
-
-    def apply_to(self, learner: MetaLearner) -> None:
-        """Set `.grad` of the learner's meta-parameters, for any `torch.optim` optimiser to step on."""
-        for name, parameter in learner.meta_parameters().items():
-            parameter.grad = self.gradients[name]
+    random: dict[str, Tensor]
 
 
 class Outer:
@@ -67,8 +64,8 @@ class Outer:
         plan = self.plan = self.plan or make_plan(self.learner, tasks, **self.asked)
         before = self._scores(plan, tasks, 0).mean() if measured else None
         adapted = self._adapted(plan, tasks, measured)
-        random = torch.get_rng_state()
-        result = plan(tasks)
+        random = random_state()
+        result = plan(tasks, ways=ways_of_each(self.episodes))
         return Step(
             result.gradients,
             weighted_mean(result.query_losses, plan.weights(tasks)),
@@ -85,19 +82,21 @@ class Outer:
 
     def carry_moments(self, step: Step, iteration: int) -> None:
         """See `MetaLearner.carry_moments`."""
-        assert step.tasks is not None
-        self.learner.carry_moments(step.tasks)
+        assert step.tasks is not None and self.plan is not None
+        with self.plan.precision(step.tasks):
+            self.learner.carry_moments(step.tasks)
 
     def update_statistics(self, step: Step, iteration: int) -> None:
         """See `MetaLearner.update_statistics`."""
-        assert step.tasks is not None
-        self.learner.update_statistics(step.tasks)
+        assert step.tasks is not None and self.plan is not None
+        with self.plan.precision(step.tasks):
+            self.learner.update_statistics(step.tasks)
 
     def batch(self, start: int, tasks: int) -> Batch:
         return batch_of(self.episodes, start, tasks, self.learner.model)
 
     def _scores(self, plan: Plan, tasks: Batch, steps: int) -> Tensor:
-        return scores_at(plan, tasks, self.metric, steps)
+        return scores_at(plan, tasks, self.metric, steps, ways_of_each(self.episodes))
 
     def _adapted(self, plan: Plan, tasks: Batch, measured: bool) -> Tensor | None:
         """The scores at φ_K where the meta-gradient gives no outputs to score."""
@@ -183,7 +182,7 @@ class SharedOuter(Outer):
                 # that a shape has come before is known from earlier steps alone, whoever has computed it
                 plan.seen, found = set(known), plan.seen
                 with self._drawing(iteration, index):
-                    result = plan(tasks, part_of=among)
+                    result = plan(tasks, part_of=among, ways=ways_of_each(self.episodes))
                 plan.seen |= found
                 parts.append(Part(piece, tasks, result, before, adapted))
         except Exception as raised:  # whatever a module raises
@@ -197,7 +196,7 @@ class SharedOuter(Outer):
             self._collected([(part.piece, part.before) for part in parts]).mean() if measured else None,
             (lambda: self._scored(parts)) if measured else None,
             parts[0].tasks if parts else None,
-            torch.get_rng_state(),
+            random_state(),
         )
 
     def all_tasks(self, step: Step, iteration: int) -> Batch:
@@ -205,26 +204,28 @@ class SharedOuter(Outer):
 
     def carry_moments(self, step: Step, iteration: int) -> None:
         if self.learner.moments.names:
-            self._of_first(step, iteration, self.learner.carry_moments, list(self.learner.moments.buffers()))
+            moved = list(self.learner.moments.buffers())
+            self._of_first(
+                step, iteration, lambda: super(SharedOuter, self).carry_moments(step, iteration), moved
+            )
 
     def update_statistics(self, step: Step, iteration: int) -> None:
         layers = [m for m in self.learner.model.modules() if isinstance(m, BatchNorm)]
         buffers = [b for layer in layers if layer.policy in ("running", "per-step") for b in layer.buffers()]
         if buffers:
-            self._of_first(step, iteration, self.learner.update_statistics, buffers)
+            self._of_first(
+                step, iteration, lambda: super(SharedOuter, self).update_statistics(step, iteration), buffers
+            )
 
-    def _of_first(
-        self, step: Step, iteration: int, move: Callable[[Batch], None], moved: list[Tensor]
-    ) -> None:
+    def _of_first(self, step: Step, iteration: int, move: Callable[[], None], moved: list[Tensor]) -> None:
         """What the first task of the meta-batch moves: rank 0 has it, and the others take over what it has become."""
         with self.ranks.agreeing(), self._drawing(iteration, OTHERS):
             if self.ranks.rank == 0:
-                assert step.tasks is not None
-                move(step.tasks)
+                move()
         self.ranks.take_over(moved)
 
     def _drawing(self, iteration: int, piece: int) -> AbstractContextManager[None]:
-        return self.ranks.drawing(self.seed, iteration, piece, self.nothing.device)
+        return self.ranks.drawing(self.seed, iteration, piece)
 
     def _weights(
         self, plan: Plan, first: int, own: Mapping[int, range], drawn: dict[int, Batch]
@@ -294,7 +295,7 @@ class SharedOuter(Outer):
         own = torch.zeros(self.meta_batch_size, dtype=torch.float64)
         for piece, values in found:
             assert values is not None
-            own[piece.start : piece.stop] = values.detach().double().cpu()
+            own[piece.start : piece.stop] = exact(values.detach())
         return self.ranks.sum(own)
 
     def _scored(self, parts: list[Part]) -> Tensor:

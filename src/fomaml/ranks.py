@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
+from fomaml.devices import forked_random
 from fomaml.episodes import generator
 from fomaml.errors import InputError, in_one_line, positive
 
@@ -112,10 +113,9 @@ class Ranks:
             torch.set_num_threads(before)
 
     @contextmanager
-    def drawing(self, seed: int, index: int, piece: int, device: torch.device) -> Iterator[None]:
+    def drawing(self, seed: int, index: int, piece: int) -> Iterator[None]:
         """Within it torch's random numbers are a function of the three alone, and none are taken from outside of it."""
-        devices = [] if device.type == "cpu" else [device]
-        with torch.random.fork_rng(devices, device_type="cuda" if not devices else device.type):
+        with forked_random():
             torch.manual_seed(int(generator(seed, index, piece).integers(2**63)))
             yield
 

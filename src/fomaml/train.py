@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -11,19 +10,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fomaml.ahead import Ahead
 from fomaml.choices import OnNonfinite, check_choice
 from fomaml.data.source import ClassSource
+from fomaml.devices import forked_random
 from fomaml.engines import Plan, check_outputs
+from fomaml.engines.cpu.threads import alone
 from fomaml.engines.pays import Compile
 from fomaml.engines.plan import TaskWeights
 from fomaml.episodes import Episodes, TaskSequence
-from fomaml.errors import InputError, plain, positive, whole
-from fomaml.finite import IN_A_ROW, are_finite, as_drawn, cause, of_outer_step, told_of_overflow, unsound
+from fomaml.errors import InputError, positive, whole
+from fomaml.finite import IN_A_ROW, are_finite, cause, of_outer_step, told_of_overflow, unsound
 from fomaml.learning.algorithms import FOMAML
 from fomaml.learning.learner import MetaLearner
 from fomaml.metrics import Asked, check_ignored, ignored_label
 from fomaml.models import warn_of_unmoved
-from fomaml.outer import Outer, shared
+from fomaml.optimizers import check_optimizer, fuse, set_rates
+from fomaml.outer import Outer, Step, shared
 from fomaml.ranks import Ranks, as_ranks
 from fomaml.scoring import metrics_of
 from fomaml.streams import TaskStream, as_sequence, batch_of
@@ -33,8 +36,8 @@ from fomaml.tasks import Batch, Task, check_finite_tasks, singles
 class Record(NamedTuple):
     """One outer step. iteration: from 1. meta_loss: (), the mean query loss at φ_K, on its device.
 
-    before, after: () the mean score of the query sets, see `train`'s metric, at θ and at φ_K, both before this outer
-    step moves θ; None unless asked for by `measure_every`.
+    before, after: () float64 on the CPU, the mean score of the query sets, see `train`'s metric, at θ and at φ_K, both
+    before this outer step moves θ; None unless asked for by `measure_every`.
     skipped: whether the outer step was skipped, as its meta-loss or meta-gradient was not finite.
     first_bad: (), int64 on the device: the first iteration so far whose meta-loss or meta-gradient was not finite, 0
     while there is none; None where each one is checked before it is taken.
@@ -57,7 +60,7 @@ def train(
     meta_batch_size: int,
     start: int = 0,
     schedule: Callable[[int], float] | None = None,
-    measure_every: int = 1,
+    measure_every: int | None = None,
     clip: float | None = None,
     engine: str = "auto",
     tasks_at_once: int | None = None,
@@ -79,7 +82,8 @@ def train(
         iterable of single tasks, or a `DataLoader` of them, in one process and from the start alone.
     optimizer: over the learner's parameters; its step sizes at this call are the meta_lr.
     schedule: iteration (from 0) → factor of the meta_lr.
-    measure_every: on every so-many-th iteration, and the last, the record has `before` and `after`.
+    measure_every: on every so-many-th iteration, and the last, the record has `before` and `after`, which cost another
+        forward pass; by default a hundred times or more seldom, see `measured_by_default`.
     clip: the largest norm of the whole meta-gradient; a longer one is scaled down to it.
     engine, tasks_at_once, compile, autocast, task_weights: of the plan for the whole run, see `engines.plan`. Whether
         "auto" compiles depends on all `iterations`, so that a training that goes on from `start` decides the same.
@@ -108,6 +112,8 @@ def train(
     with ranks.agreeing():
         iterations = positive("iterations", iterations, integer=True)
         meta_batch_size = positive("meta_batch_size", meta_batch_size, integer=True)
+        if measure_every is None:
+            measure_every = measured_by_default(iterations)
         measure_every = positive("measure_every", measure_every, integer=True)
         if clip is not None:
             clip = positive("clip", clip)
@@ -135,15 +141,26 @@ def train(
         episodes = as_sequence(episodes, learner.model, start)
         check_width(learner, episodes)
     told = start, iterations, measure_every, clip, on_nonfinite, check_each
-    outer = shared(
-        group,
-        Outer(learner, episodes, meta_batch_size, score, plan, asked | {"iterations": iterations}),
-        optimizer,
-        told,
-    )
+    asked["iterations"] = iterations
+    ahead = Ahead(episodes, meta_batch_size, iterations * meta_batch_size)
+    outer = shared(group, Outer(learner, ahead, meta_batch_size, score, plan, asked), optimizer, told)
     meta_parameters = learner.meta_parameters()
     on_cpu = all(parameter.device.type == "cpu" for parameter in meta_parameters.values())
     check_each = on_nonfinite == "skip" or (on_cpu if check_each is None else check_each)
+
+    def taken(step: Step, iteration: int) -> None:
+        for name, parameter in meta_parameters.items():
+            parameter.grad = step.gradients[name]
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(meta_parameters.values(), clip)
+        outer.carry_moments(step, iteration)
+        with told_of_overflow(iteration + 1):
+            optimizer.step()
+        for parameter in meta_parameters.values():
+            parameter.grad = None
+        outer.update_statistics(step, iteration)
+        if check_each and not are_finite(meta_parameters.values()):
+            raise of_outer_step(learner, iteration + 1)
 
     def steps() -> Iterator[Record]:
         checked, skipped = start, 0
@@ -153,7 +170,9 @@ def train(
             learner.iteration = iteration
             measured = (iteration + 1) % measure_every == 0 or iteration + 1 == iterations
             step = outer.step(iteration, measured)
-            good = are_finite([step.meta_loss, *step.gradients.values()])
+            between = on_cpu and outer.plan is not None and bool(outer.plan.compile)
+            with alone(between):
+                good = are_finite([step.meta_loss, *step.gradients.values()])
             if not check_each:
                 if first_bad is None:
                     first_bad = torch.zeros((), dtype=torch.int64, device=step.meta_loss.device)
@@ -162,23 +181,16 @@ def train(
                 number = None if isinstance(episodes, TaskStream) else iteration * meta_batch_size
                 skipped += 1
                 if on_nonfinite == "stop" or skipped == IN_A_ROW:
-                    with as_drawn(step.random):
+                    with forked_random(step.random):
                         raise cause(learner, outer.all_tasks(step, iteration), number, iteration + 1)
                 yield Record(iteration + 1, step.meta_loss, None, None, skipped=True)
                 continue
             skipped = 0
             if schedule is not None:
                 set_rates(optimizer, schedule(iteration), iteration)
-            step.apply_to(learner)
-            if clip is not None:
-                torch.nn.utils.clip_grad_norm_(meta_parameters.values(), clip)
-            outer.carry_moments(step, iteration)
-            with told_of_overflow(iteration + 1):
-                optimizer.step()
-            optimizer.zero_grad()
-            outer.update_statistics(step, iteration)
-            if check_each and not are_finite(meta_parameters.values()):
-                raise of_outer_step(learner, iteration + 1)
+            fuse(optimizer, step.gradients.values())
+            with alone(between):
+                taken(step, iteration)
             after = None
             if step.after is not None:
                 if first_bad is not None and first_bad.item():
@@ -213,61 +225,9 @@ class _Training(Iterator[Record]):
             warnings.warn(text, RuntimeWarning, stacklevel=2)
 
 
-def set_rates(optimizer: torch.optim.Optimizer, factor: float, iteration: int) -> None:
-    """Set the step sizes to so much of those that the optimiser began with.
-
-    Raises:
-        InputError: a factor below 0, as of a schedule over fewer iterations, or one that is not finite.
-    """
-    factor = plain(factor)
-    if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 <= factor < math.inf:
-        raise InputError(
-            f"the schedule gives {factor} at iteration {iteration}, expected a number of 0 or more"
-        )
-    for group in optimizer.param_groups:
-        # "initial_lr" as torch's schedulers keep it: saved with the optimiser, so a run resumes with it
-        first = group.setdefault("initial_lr", float(group["lr"]))
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(first * factor)
-        else:
-            group["lr"] = first * factor
-
-
-def check_optimizer(optimizer: torch.optim.Optimizer, learner: MetaLearner) -> None:
-    """Warn where an optimiser does not hold all meta-parameters.
-
-    Raises:
-        InputError: it is none, or holds none of them, one is not finite, or its step needs a closure.
-    """
-    if not hasattr(optimizer, "param_groups"):
-        raise InputError(
-            f"the optimiser is one of torch.optim over learner.parameters(), got a {type(optimizer).__name__}"
-        )
-    for name, parameter in learner.meta_parameters().items():
-        if not parameter.isfinite().all():
-            raise InputError(f"the meta-parameter {name} is not finite before the first step")
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    missing = [name for name, parameter in learner.meta_parameters().items() if id(parameter) not in held]
-    number = len(learner.meta_parameters())
-    if len(missing) == number:
-        raise InputError(
-            f"the optimiser holds none of the {number} meta-parameters, and so would train nothing: make it over "
-            "learner.parameters()"
-        )
-    if missing:
-        text = f"the optimiser does not hold {len(missing)} of the {number} meta-parameters, which stay as they are: "
-        names = ", ".join(missing[:3]) + (" …" if len(missing) > 3 else "")
-        warnings.warn(text + names, RuntimeWarning, stacklevel=3)
-    known = {id(parameter) for parameter in (*learner.parameters(), *learner.meta_parameters().values())}
-    surplus = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in known]
-    if surplus:
-        text = f"the optimiser holds {len(surplus)} tensors that are no parameters of the learner, and get no gradient"
-        warnings.warn(f"{text}; the first has shape {tuple(surplus[0].shape)}", RuntimeWarning, stacklevel=3)
-    closure = inspect.signature(optimizer.step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
-        raise InputError(
-            f"{type(optimizer).__name__} asks for a closure, which train has not: use one that does not"
-        )
+def measured_by_default(iterations: int) -> int:
+    """Every so-many-th iteration: a hundred in all of a long run, of a short one every tenth, of one below 100 ten."""
+    return max(1, iterations // 100, min(10, iterations // 10))
 
 
 def check_data(learner: MetaLearner, episodes: TaskSequence, indices: Iterable[int], tasks: int) -> None:

@@ -91,6 +91,24 @@ def test_other_data_are_refused_to_train_on_and_told_to_judge_by(pictures, tmp_p
     assert said.endswith("other data than those that the run was trained with (19 files, before 18)")
 
 
+def test_data_that_have_moved_are_named_again(pictures, tmp_path, monkeypatch, capsys):
+    words = ["train", f"folder:{pictures}", *PICTURES.split()]
+    main([*words, "--out", str(tmp_path / "whole")])
+    stopped(words, tmp_path / "run", monkeypatch, 1)
+    moved = pictures.rename(tmp_path / "elsewhere")
+    resume = ["train", "--resume", str(tmp_path / "run")]
+    gone = refused(capsys, resume)
+    assert "--data-root" in gone and str(pictures) in gone
+    main([*resume, "--data-root", str(moved)])
+    weights = [(tmp_path / run / "weights.safetensors").read_bytes() for run in ("whole", "run")]
+    assert weights[0] == weights[1]
+    capsys.readouterr()
+    main(["evaluate", str(tmp_path / "run"), "--json"])  # the run has it recorded
+    assert "--data-root" in refused(capsys, ["evaluate", tmp_path / "whole"])
+    main(["evaluate", str(tmp_path / "whole"), "--json", "--data-root", str(moved)])
+    assert "no --data-root" in refused(capsys, [*words, "--data-root", moved, "--out", tmp_path / "new"])
+
+
 def test_files_are_digested_again_when_they_have_changed(pictures, monkeypatch):
     found = [data_identity._of_folder(pictures)]
     monkeypatch.setattr(data_identity, "_file_digest", lambda *_: pytest.fail("read again"))

@@ -1,5 +1,7 @@
 """torch's transformer layers: fused kernels of theirs have no second derivative, and no or a slow rule for vmap."""
 
+import contextlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,7 +10,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import reference
-from fomaml import FastModel
+from elsewhere import Elsewhere
+from fomaml import FastModel, engines
 from fomaml.engines import curve, meta_gradient
 from fomaml.learning.algorithms import FOMAML, MAML, ProtoMAML, iMAML
 from fomaml.tasks import Examples, Task
@@ -138,3 +141,29 @@ def test_the_users_choice_of_kernels_is_left():
         meta_gradient(FOMAML(model, LR, STEPS), tasks, engine="batched")
         assert torch.backends.mha.get_fastpath_enabled()
         assert torch.backends.cuda.flash_sdp_enabled() and not torch.backends.cuda.math_sdp_enabled()
+
+
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["on a CPU", "elsewhere"])
+@pytest.mark.parametrize(
+    ("make", "engine", "written_out"),
+    [(FOMAML, "batched", True), (MAML, "batched", True), (MAML, "loop", True), (FOMAML, "loop", False)],
+)
+def test_a_stack_and_second_order_have_no_fused_attention_on_any_device(make, engine, written_out, elsewhere):
+    """A GPU's memory-efficient kernel under vmap lacks what its backward pass needs; flash is for one task alone."""
+    seen = set()
+
+    class Watched(nn.Linear):
+        def forward(self, inputs):
+            own = torch.backends.cuda
+            seen.add((own.math_sdp_enabled(), own.flash_sdp_enabled(), own.mem_efficient_sdp_enabled()))
+            return super().forward(inputs)
+
+    model = Watched(4, 3)
+    tasks = Task(*(Examples(torch.randn(2, 5, 4), torch.arange(5).expand(2, 5) % 3) for _ in "ab"))
+    with Elsewhere() if elsewhere else contextlib.nullcontext() as machine:
+        if machine is not None:
+            model, tasks = model.to(machine.device), tasks.to(machine.device)
+        own = engines.plan(make(model, 0.1, 1), tasks, engine=engine)
+        seen.clear()  # of the trial before
+        own(tasks)
+    assert seen == {(True, False, False) if written_out else (True, True, True)}

@@ -256,7 +256,7 @@ def test_float64_that_draws_other_numbers_says_nothing_of_rounding(monkeypatch):
         return differentiate(learner, ENGINES["batched"](learner, chunk))
 
     def eagerly():
-        return trust._run(lambda: find(tasks), torch.device("cpu"))[0]
+        return trust._run(lambda: find(tasks))[0]
 
     assert not trust._rounds_so((0.0, 2e-3), learner, find, tasks, eagerly())
     learner.model = nn.Sequential(nn.Dropout(), nn.Linear(6, 4))

@@ -20,6 +20,7 @@ from fomaml.app.settings import DIGESTS, Settings
 from fomaml.app.sources import source_of
 from fomaml.engines import plan
 from fomaml.errors import InputError
+from fomaml.evaluate import batches
 from fomaml.files import write_json
 from fomaml.learning.forward import called
 from fomaml.learning.learner import MetaLearner
@@ -188,8 +189,7 @@ def fitted(settings: Settings, learner: MetaLearner, data: Data, tasks: int) -> 
     learner = for_test(settings, learner)
     logits: dict[int, list[Tensor]] = {steps: [] for steps in settings.test_steps}
     labels: list[Tensor] = []
-    for start in range(0, tasks, AT_ONCE):
-        batch = data.validation.batch(start, min(AT_ONCE, tasks - start))
+    for batch in batches(data.validation, tasks, AT_ONCE, learner.model):
         adapted = _curve if learner.loss is None else _one_by_one
         for query, outputs in adapted(learner, batch, settings.test_steps):
             if not are_labels(query.targets) or query.targets.dim() != 1:

@@ -20,6 +20,7 @@ from fomaml.app.wording import option as typed
 from fomaml.check import Finding, Report, check
 from fomaml.check.trial import draw_inputs, draw_tasks, first_outputs
 from fomaml.choices import check_choice
+from fomaml.devices import forked_random
 from fomaml.episodes import TaskSequence
 from fomaml.errors import InputError, positive
 from fomaml.evaluate import evaluate
@@ -88,7 +89,7 @@ def _metric(model: torch.nn.Module, options: CheckOptions, name: str, judged: di
     """What a metric gives of one random task, before any adaptation."""
     own = read_metric(name, options.metric_direction) if is_own_metric(name) else None
     found = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    with torch.random.fork_rng(devices=[]):
+    with forked_random():
         torch.manual_seed(options.seed)
         sizes = (1, options.ways * options.query_shots, *options.input)
         inputs = draw_inputs(found, sizes, options.vocabulary)

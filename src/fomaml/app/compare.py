@@ -34,6 +34,7 @@ from fomaml.app.session import NO_LIMIT, session
 from fomaml.app.settings import Settings
 from fomaml.app.settle import settle
 from fomaml.checkpoint import load_weights, save_weights
+from fomaml.devices import forked_random
 from fomaml.engines import meta_gradient, plan
 from fomaml.errors import positive
 from fomaml.evaluate import estimate
@@ -41,6 +42,7 @@ from fomaml.files import write_json, write_text
 from fomaml.learning.algorithms import FOMAML, MAML
 from fomaml.learning.learner import MetaLearner
 from fomaml.learning.objectives import Implicit
+from fomaml.measures import exact
 from fomaml.metrics import Metric
 from fomaml.tasks import Batch, Task, one
 
@@ -112,7 +114,7 @@ def compare(
         "cosines": cosines,
         "seed": first.seed,
         "device": first.device,
-        **circumstances(),
+        **circumstances(first.device),
     }
     if launch.first:
         write_json(out / COMPARISON, result)
@@ -141,7 +143,7 @@ def run_one(settings: Settings, out: Path, cosine_every: int | None, threads: in
         settings, learner, model = run.settings, run.learner, run.learner.model
         first = run.data.train.batch(0, 1)
         gradients, products = gradient_evaluations(learner, one(first, 0))
-        with torch.random.fork_rng(devices=[]):
+        with forked_random():
             meta_gradient(learner, first, engine=run.plan.engine)
         every = cosine_every or max(1, settings.iterations // 10)
         snapshots: dict[int, Path] = {}
@@ -224,7 +226,7 @@ def first_order_cosine(settings: Settings, model: nn.Module, tasks: Batch) -> fl
     like = dataclasses.replace(settings, algorithm="fomaml")
     judged = judged_by(like)
     first, second = (
-        torch.cat([g.flatten().double() for g in meta_gradient(learner, tasks).gradients.values()])
+        torch.cat([exact(g.flatten()) for g in meta_gradient(learner, tasks).gradients.values()])
         for learner in (
             preset(model, settings.inner_lr, settings.inner_steps, **judged) for preset in (FOMAML, MAML)
         )

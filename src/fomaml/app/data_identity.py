@@ -14,7 +14,7 @@ from typing import Any
 from fomaml import regular
 from fomaml.app.build import Data
 from fomaml.app.settings import DIGESTS, Settings
-from fomaml.app.sources import source_of, split_name
+from fomaml.app.sources import path_of, source_of
 from fomaml.data.images import readable_suffixes
 from fomaml.errors import InputError
 from fomaml.files import digest_of, user_cache, write_json
@@ -62,7 +62,7 @@ def identity_of(settings: Settings, data: Data) -> dict[str, Any]:
     to 1 GB: its bytes; of a larger one its size and 64 blocks of 1 MiB. Of a folder: the relative paths, the sizes and
     the digests of its images and .json files, which are kept by path, size and time in the user's cache.
     """
-    path = split_name(settings.source)[1]
+    path = path_of(settings)
     if path:
         root = Path(path).expanduser()
         return _of_folder(root) if root.is_dir() else _of_file(root)
@@ -87,7 +87,7 @@ def differs(before: dict[str, Any], now: dict[str, Any]) -> str:
 
 def where(settings: Settings) -> str:
     """Where the data lie, as far as the settings tell."""
-    return split_name(settings.source)[1] or str(settings.data_root or f"the source {settings.source}")
+    return path_of(settings) or str(settings.data_root or f"the source {settings.source}")
 
 
 def _digests(parts: dict[str, Any]) -> dict[str, str]:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 
 from fomaml.engines._torch import cpu_has_bfloat16
@@ -26,6 +31,51 @@ def check_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError):
         raise InputError(f"the device {name!r} is not there; try cpu, cuda or mps") from None
     return device
+
+
+WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+
+
+@contextlib.contextmanager
+def reproducible(name: str) -> Iterator[None]:
+    """Within it a GPU repeats its numbers as far as torch has it: algorithms of cuDNN that depend neither on chance nor
+    on a race, and a workspace of cuBLAS of a fixed size, which stays set where it was not.
+
+    name: of the device. On a CPU nothing has to be done.
+    """
+    if not name.startswith("cuda"):
+        yield
+        return
+    os.environ.setdefault(WORKSPACE, ":4096:8")  # read when cuBLAS begins
+    own = torch.backends.cudnn
+    before = own.deterministic, own.benchmark
+    own.deterministic, own.benchmark = True, False
+    try:
+        yield
+    finally:
+        own.deterministic, own.benchmark = before
+
+
+def device_facts(name: str) -> dict[str, Any]:
+    """What a result depends on beside the machine, of a device that is not the CPU: what it is, whether products of
+    float32 are computed with fewer digits (TF32), and whether it repeats them.
+    """
+    kind = name.partition(":")[0]
+    if kind == "cpu":
+        return {}
+    facts: dict[str, Any] = {"device": name}
+    if kind == "cuda":
+        less = torch.get_float32_matmul_precision() != "highest"
+        tf32 = {"matrix products": less, "convolutions": torch.backends.cudnn.allow_tf32}
+        facts |= {
+            "gpu": f"{torch.cuda.get_device_name(name)}, CUDA {torch.version.cuda}",
+            "tf32": [what for what, used in tf32.items() if used],
+            "deterministic": {
+                "cudnn": torch.backends.cudnn.deterministic,
+                "cublas_workspace": os.environ.get(WORKSPACE),
+            },
+        }
+    return facts
 
 
 def has_bfloat16(name: str) -> bool:

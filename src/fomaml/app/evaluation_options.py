@@ -139,6 +139,6 @@ class EvaluateOptions:
         "the classes: test (default), or validation, by which the weights were selected", "test"
     )
     seed: int | None = option("the seed of the tasks; default: as the run, which gives the same tasks")
-    data_root: Path | None = option("the folder of the data, as in `fomaml train`; default: as the run")
+    data_root: Path | None = option("where the run's data are by now")
     device: str | None = option("cpu, cuda, cuda:N or mps; default: as the run")
     json: bool = option("print one JSON object instead of a table", False)

@@ -23,6 +23,7 @@ from fomaml.evaluate import batches, judged
 from fomaml.learning.forward import called
 from fomaml.learning.learner import MetaLearner
 from fomaml.learning.mistakes import selected
+from fomaml.measures import exact
 from fomaml.metrics import Metric
 from fomaml.scoring import measured_for, query_targets
 from fomaml.serve.calibration import Reliability, reliability
@@ -109,7 +110,7 @@ def look(
         for point, (losses, outputs) in zip(points, own):
             if point in scored:
                 score = judged(episodes, metric, outputs, query_targets(batch), losses)
-                scored[point].append(score.double().cpu())
+                scored[point].append(exact(score))
         parts.add(batch, {point: outputs for point, (_, outputs) in zip(points, found)}, episodes)
     scores = {point: torch.cat(own) for point, own in scored.items()}
     looked = Looked(steps, metric, {0: scores[first], steps: scores[last]}, parts.names)

@@ -24,6 +24,7 @@ from fomaml.app.scikit_learn import (
 from fomaml.data.groups import GroupSource
 from fomaml.data.keys import few, key_of
 from fomaml.data.scaling import Standard
+from fomaml.devices import forked_random
 from fomaml.errors import InputError, positive
 from fomaml.group_episodes import GroupEpisodes
 from fomaml.learning.algorithms import FOMAML
@@ -76,7 +77,7 @@ class _Meta(BaseEstimator):
         episodes = self._episodes(source, seed)
         scaling = source.fit_scaling()
         assert source.outputs is not None
-        with torch.random.fork_rng(devices=[]):
+        with forked_random():
             torch.manual_seed(seed)
             hidden = [
                 positive("a width in hidden", width, integer=True) for width in np.atleast_1d(self.hidden)

@@ -23,6 +23,7 @@ from fomaml.app.settings import NormPolicy, Settings
 from fomaml.app.sources import source_of
 from fomaml.backbones import backbone
 from fomaml.backbones import head_name as library_head
+from fomaml.devices import forked_random
 from fomaml.episodes import TaskSequence
 from fomaml.errors import InputError
 from fomaml.models import MLP, Conv4, Conv4Strided, Conv4StridedFlat, WithContext, convert_batch_norm
@@ -111,7 +112,7 @@ def build_model(settings: Settings, seed: int | None = None) -> nn.Module:
         return _foreign(settings, seed).to(check_device(settings.device))
     make = functools.partial(NETWORKS[settings.model], settings, _outputs(settings))
     check_network_fits(settings, make)
-    with torch.random.fork_rng(devices=[]):
+    with forked_random():
         torch.manual_seed(seed)
         model = make()
     shuffled = source_of(settings).kind == "classification" and not settings.fixed_classes

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from fomaml import regular
+from fomaml.devices import forked_random
 from fomaml.errors import InputError, in_one_line
 
 INSTALLED = {"site-packages", "dist-packages"}
@@ -144,7 +145,7 @@ def seeded(seed: int) -> Iterator[None]:
     """Within: the random numbers of torch, numpy and Python follow from the seed; after it they are as before."""
     python, numpy = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng(devices=[]):
+        with forked_random():
             torch.manual_seed(seed)
             random.seed(seed)
             np.random.seed(seed % 2**32)

@@ -79,7 +79,7 @@ def _sheet(rows: list[tuple[str, Tensor]], path: Path) -> str:
         text = name[:LETTERS].encode("latin-1", "replace").decode("latin-1")
         drawing.text((4, row * CELL + CELL // 2 - 6), text, fill=0)
         for column, pixels in enumerate(inputs[:COLUMNS]):
-            bytes_ = ((pixels.double() - low) / max(high - low, 1e-12) * 255).round().byte()
+            bytes_ = ((pixels.cpu().double() - low) / max(high - low, 1e-12) * 255).round().byte()
             array = bytes_[0].numpy() if len(bytes_) == 1 else bytes_.permute(1, 2, 0).numpy()
             cell = image.fromarray(array).convert("RGB").resize((CELL - 2, CELL - 2))
             sheet.paste(cell, (LABEL + column * CELL, row * CELL))

@@ -15,6 +15,7 @@ from fomaml.app.named import foreign_model
 from fomaml.app.networks import build_model, head_of
 from fomaml.app.settings import Settings
 from fomaml.baselines import pretrain
+from fomaml.devices import forked_random
 from fomaml.episodes import RegressionEpisodes
 from fomaml.errors import InputError
 from fomaml.group_episodes import GroupEpisodes
@@ -101,7 +102,7 @@ def pretrained(settings: Settings, classes: Any, number: int, iterations: int = 
     if foreign_model(settings):
         for parameter in head.parameters():
             nn.init.zeros_(parameter)
-    with torch.random.fork_rng(devices=[]):
+    with forked_random():
         torch.manual_seed(settings.seed)
         setattr(owner, last, nn.Linear(head.in_features, number).to(head.weight))
     pretrain(model, classes, iterations=iterations, batch_size=sizing.BATCH, seed=settings.seed)

@@ -335,7 +335,7 @@ def _repeat(made: Page) -> str:
     result = record.result or {}
     facts = [
         [name, text(result[name])]
-        for name in ("date", "commit", "machine", "threads", "torch", "seed")
+        for name in ("date", "commit", "machine", "gpu", "threads", "torch", "seed")
         if result.get(name) is not None
     ]
     file = LAST if made.weights == "last" and (record.path / LAST).exists() else WEIGHTS

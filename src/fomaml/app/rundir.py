@@ -27,6 +27,7 @@ from fomaml.app.algorithms import ALGORITHMS, ANY_WAYS
 from fomaml.app.build import build_learner
 from fomaml.app.check_settings import read_settings
 from fomaml.app.checks import check_classless
+from fomaml.app.device import device_facts
 from fomaml.app.named import named_again, with_metrics
 from fomaml.app.networks import build_model
 from fomaml.app.settings import DIGESTS, Better, Settings, identity
@@ -270,14 +271,15 @@ def weights_file(run: Path, weights: str) -> Path:
     return last if weights == "last" and last.exists() else run / WEIGHTS
 
 
-def circumstances() -> dict:
-    """When, where and with what a result was measured."""
+def circumstances(device: str) -> dict:
+    """When, where and with what a result was measured on a device."""
     return {
         "date": str(date.today()),
         "commit": commit(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        **device_facts(device),
     }
 
 

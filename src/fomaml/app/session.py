@@ -44,7 +44,7 @@ from fomaml.checkpoint import save_weights
 from fomaml.errors import InputError
 from fomaml.files import write_json, write_text
 from fomaml.finite import NotFiniteError
-from fomaml.train import Record, check_width, train
+from fomaml.train import Record, check_width, measured_by_default, train
 
 NO_LIMIT = 2**62
 PARTS = ("train", "validation", "test")
@@ -146,7 +146,7 @@ class Session:
         """Train from the last checkpoint on, if there is one, to the end.
 
         At the end the learner has the last weights, and weights.safetensors the best ones, if there is validation.
-        measure_every: see `train`; by default the run is measured a hundred times. after: is told each iteration, its
+        measure_every: see `train`. after: is told each iteration, its
         time not counted.
         """
         settings, limit = self.settings, NO_LIMIT if self.settings.seconds else self.settings.iterations
@@ -156,7 +156,7 @@ class Session:
         after(self.done)
         if self.first:
             (self.out / rundir.METRICS).touch()
-        every = measure_every or max(1, settings.iterations // 100)
+        every = measure_every or measured_by_default(settings.iterations)
         no_logs = contextlib.nullcontext(self.tell_logs)
         with opened(settings, self.out, self.done) if self.first else no_logs as self.tell_logs:
             try:
@@ -270,7 +270,8 @@ class Session:
         result |= {"iterations": self.done, "weights": weights, "preset": settings.preset}
         spent = dataclasses.asdict(self.clock).items()
         result |= {f"{name}_seconds": round(seconds, 1) for name, seconds in spent}
-        result |= {"seed": settings.seed, "compile": planned.told(self.plan), **circumstances()}
+        told = {"compile": planned.told(self.plan)}
+        result |= {"seed": settings.seed, **told, **circumstances(settings.device)}
         some = {"skipped": self.skipped, "changed": list(settings.changed or ()), "code": settings.code}
         result |= {name: value for name, value in some.items() if value}
         if settings.validate_every and source_of(settings).kind == "classification":

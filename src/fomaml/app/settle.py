@@ -62,6 +62,10 @@ def settle_with_origins(given: Mapping[str, Any]) -> tuple[Settings, dict[str, s
     for option in OF_SOURCES:
         if option in asked and asked[option] != OF_SOURCES[option] and option not in source.options:
             raise InputError(f"the source {name} takes no {typed(option)}, got {asked[option]!r}")
+    if path and asked.get("data_root") is not None:
+        raise InputError(
+            f"{asked['source']} says itself where its data are: no --data-root, which a run takes whose data have moved"
+        )
     algorithm = asked.get("algorithm", DEFAULTS["algorithm"])
     check_choice("algorithm", algorithm, ALGORITHMS)
     question = asked.get("question", source.options.get("question"))

@@ -20,7 +20,7 @@ from fomaml.app.search import words_of
 from fomaml.app.settings import Settings
 from fomaml.app.settle import settle
 from fomaml.app.show_options import ShowOptions
-from fomaml.app.sources import Classes, Functions, source_of, split_name
+from fomaml.app.sources import Classes, Functions, path_of, source_of, split_name
 from fomaml.data.arrays import Arrays
 from fomaml.data.folder import load_folder
 from fomaml.data.groups import GroupSource
@@ -79,7 +79,7 @@ def _tasks(settings: Settings, asked: Mapping[str, Any]) -> tuple[dict[str, Any]
 
 def _folder(settings: Settings) -> Classes:
     """A folder of images, whether or not it suffices for the settings."""
-    path = split_name(settings.source)[1]
+    path = path_of(settings)
     colour, few = "rgb" if settings.rgb else "grey", settings.skip_small_classes or 1
     folder = load_folder(
         path,

@@ -16,6 +16,7 @@ from fomaml.data.mnist import MNIST, load_mnist
 from fomaml.data.omniglot import load_omniglot
 from fomaml.data.source import ClassSource
 from fomaml.data.synthetic import Sinusoids
+from fomaml.errors import InputError
 from fomaml.metrics import ACCURACY, LOSS, METRICS, Metric
 
 DIGITS = [str(digit) for digit in range(10)]
@@ -108,7 +109,7 @@ def load_characters(settings: Settings, allow_download: bool) -> Classes:
 
 
 def load_own_images(settings: Settings, allow_download: bool) -> Classes | Groups:
-    path = split_name(settings.source)[1]
+    path = path_of(settings)
     if settings.kind is not None:
         return grouped.load_folder(path, settings)
     folder, unvalidated = load_images(settings, path)
@@ -121,7 +122,7 @@ def load_sinusoids(settings: Settings, allow_download: bool) -> Functions:
 
 
 def load_groups(settings: Settings, allow_download: bool) -> Groups:
-    return grouped.load(*split_name(settings.source), settings)
+    return grouped.load(split_name(settings.source)[0], path_of(settings), settings)
 
 
 def _grouped(options: Mapping[str, Any], **defaults: Any) -> Source:
@@ -266,6 +267,20 @@ def split_name(name: str) -> tuple[str, str]:
     """The name of an entry of SOURCES, and what stands after the colon."""
     entry, _, path = name.partition(":")
     return entry, path
+
+
+def path_of(settings: Settings) -> str:
+    """Where the data lie that a source's name leads to: there, or where they have moved since, which --data-root says.
+
+    Raises:
+        InputError: those of a run are no longer there.
+    """
+    path = split_name(settings.source)[1]
+    if path and settings.data_root is not None:
+        path = str(settings.data_root)
+    if path and settings.data is not None and not Path(path).expanduser().exists():
+        raise InputError(f"the run's data are no longer at {path}: --data-root PATH says where they are now")
+    return path
 
 
 def source_of(settings: Settings) -> Source:

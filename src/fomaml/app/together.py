@@ -14,12 +14,14 @@ import torch
 
 from fomaml.app import rundir
 from fomaml.app.build import Data
+from fomaml.app.device import reproducible
 from fomaml.app.interrupts import Interrupts, listening
 from fomaml.app.inventory import describe_directory
 from fomaml.app.launch import Launch
 from fomaml.app.settings import Settings, to_json
 from fomaml.app.states import States
 from fomaml.checkpoint import load_progress, load_state, save_state
+from fomaml.devices import forked_random
 from fomaml.errors import InputError
 from fomaml.files import write_text
 from fomaml.ranks import Ranks
@@ -116,6 +118,7 @@ def begun(
     is there goes on, without `resume` too; one that was finished says so, and nothing is begun.
     """
     with contextlib.ExitStack() as stack:
+        stack.enter_context(reproducible(settings.device))
         stack.enter_context(launch.computing(settings.threads if settings.same_bits else None))
         with launch.checking():
             if resume and launch.first and rundir.is_finished(out):
@@ -131,7 +134,7 @@ def begun(
         with launch.checking():
             if launch.first:
                 stack.enter_context((rundir.alone if resume else rundir.claimed)(out))
-        stack.enter_context(torch.random.fork_rng(devices=[]))
+        stack.enter_context(forked_random())
         stack.enter_context(together.joined())
         run.interrupts = stack.enter_context(listening(together.interrupts))
         torch.manual_seed(settings.seed)  # dropout draws from there

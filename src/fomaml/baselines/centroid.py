@@ -10,9 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fomaml.episodes import TaskSequence
-from fomaml.errors import InputError
-from fomaml.evaluate import batches, judged
+from fomaml.errors import InputError, whole
+from fomaml.evaluate import judged
+from fomaml.measures import exact
 from fomaml.metrics import Asked, as_asked, metrics_for
+from fomaml.portions import Portions
+from fomaml.streams import batch_of
 from fomaml.tasks import Task, are_labels, singles
 from fomaml.trees import Tree
 
@@ -41,14 +44,20 @@ def nearest_centroid(
         InputError: targets that are no labels, one for each example.
     """
     metrics = metrics_for(F.cross_entropy, metric)
-    found: dict[str, list[Tensor]] = {each.name: [] for each in metrics}
-    for batch in batches(episodes, tasks, tasks_at_once, nn.Identity()):
+    tasks, tasks_at_once = whole("tasks", tasks, 1), whole("tasks_at_once", tasks_at_once, 1)
+
+    def score(part: range) -> Tensor:
+        """(metrics, tasks)."""
+        batch = batch_of(episodes, part.start, len(part), nn.Identity())
+        found: list[list[Tensor]] = [[] for _ in metrics]
         for own in [batch] if isinstance(batch, Task) else singles(batch):
             nearness = _nearness(own)
-            for each in metrics:
-                scored = judged(episodes, each, nearness, own.query.targets)
-                found[each.name].append(scored.double().cpu())
-    return as_asked(metric, {name: torch.cat(parts) for name, parts in found.items()})
+            for each, scored in zip(metrics, found):
+                scored.append(exact(judged(episodes, each, nearness, own.query.targets)))
+        return torch.stack([torch.cat(scored) for scored in found])
+
+    scored = torch.cat([found for _, found in Portions(tasks_at_once)(range(tasks), score)], dim=1)
+    return as_asked(metric, {each.name: own for each, own in zip(metrics, scored)})
 
 
 def _nearness(tasks: Task) -> Tensor:

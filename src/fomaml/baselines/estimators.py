@@ -21,6 +21,7 @@ from fomaml.episodes import TaskSequence
 from fomaml.errors import InputError, whole
 from fomaml.evaluate import judged
 from fomaml.learning.contracts import Criterion
+from fomaml.measures import exact
 from fomaml.metrics import Asked, as_asked
 from fomaml.tuning import Choice, Space, Trial, search
 
@@ -118,8 +119,8 @@ def fit_estimator(
             outputs = fitting.outputs(task, group)
             losses = of.losses(outputs, task)
             for each in of.metrics:
-                scored = judged(episodes, each, outputs[None], task.query.targets[None], losses)
-                found[each.name].append(scored.double().cpu())
+                scored = judged(episodes, each, outputs[None], task.query.targets[None].cpu(), losses)
+                found[each.name].append(exact(scored))
     return as_asked(metric, {name: torch.cat(parts) for name, parts in found.items()})
 
 

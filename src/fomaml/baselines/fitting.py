@@ -20,6 +20,7 @@ from fomaml.choices import nearest_first
 from fomaml.errors import InputError, shown
 from fomaml.learning.contracts import Criterion
 from fomaml.learning.mistakes import as_numbers
+from fomaml.measures import exact
 from fomaml.metrics import LOSS, METRICS, Asked, Metric, OfModel, ignored_label, metrics_for, threshold_of
 from fomaml.tasks import Task, are_labels
 from fomaml.trees import Tree
@@ -106,9 +107,9 @@ class Kind:
         """(1,) the criterion, of the outputs of a query set, where a metric may ask for it."""
         if all(metric.name in METRICS and metric.name != LOSS.name for metric in self.metrics):
             return None
-        targets = self._numbers(task.query.targets)
+        targets = self._numbers(task.query.targets.cpu())
         outputs = outputs.to(targets.dtype if targets.is_floating_point() else torch.get_default_dtype())
-        return self.criterion(outputs, targets).detach().double().view(1)
+        return exact(self.criterion(outputs, targets).detach()).view(1)
 
 
 class Fitting:
@@ -140,7 +141,7 @@ class Fitting:
         self._of_pool: dict[str | None, _Fitted] = {}
 
     def outputs(self, task: Task, group: str | None) -> Tensor:
-        """(query examples, ...) float64, of a task of the group of this name."""
+        """(query examples, ...) float64 on the CPU, of a task of the group of this name."""
         fitted = self._fitted(task, group)
         inputs, targets = rows_of(task.query.inputs, self.features), task.query.targets
         if not self.of.classes:
@@ -154,7 +155,7 @@ class Fitting:
                 tuple(targets.shape)
             )
             found = found if self.of.threshold == 0 else 1 / (1 + np.exp(-found))
-        return torch.from_numpy(found).to(targets.device)
+        return torch.from_numpy(found)
 
     def _fitted(self, task: Task, group: str | None) -> _Fitted:
         pool = self.pool

@@ -42,6 +42,7 @@ from fomaml.check.trial import (
     widened,
     without_dropout,
 )
+from fomaml.devices import forked_random
 from fomaml.engines import ENGINES
 from fomaml.engines.plan import choose
 from fomaml.errors import InputError, in_one_line, positive
@@ -120,7 +121,7 @@ def check(
         facts = f"{plural(count(own), 'task')} of yours, {plural(len(first(one(own, 0).support.inputs)), 'example')}"
     heading = f"{name or type(model).__name__} in {mode} mode, {facts}"
     heading += f", {plural(inner_steps, 'inner step')} of {positive('inner_lr', inner_lr):g}"
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+    with forked_random(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(seed)
         like = check_learns(model)

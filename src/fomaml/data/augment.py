@@ -25,11 +25,14 @@ def turned(inputs: Tensor, quarters: Tensor) -> Tensor:
 
     inputs: (tasks, ways, examples, channels, side, side). quarters: (tasks, ways), 0 … 3.
     """
-    found = torch.empty_like(inputs)
-    for k in range(4):
-        chosen = (quarters == k).to(inputs.device)
-        found[chosen] = torch.rot90(inputs[chosen], k, dims=(-2, -1))
-    return found
+    side = inputs.shape[-1]
+    places = torch.arange(side * side, device=inputs.device).view(side, side)
+    turns = torch.stack(
+        [places.rot90(k).flatten() for k in range(4)]
+    )  # of each turn, where a pixel comes from
+    own = turns[quarters.to(inputs.device)][:, :, None, None]
+    pixels = inputs.flatten(-2)
+    return pixels.gather(-1, own.expand(pixels.shape)).view(inputs.shape)
 
 
 def jittered(inputs: Tensor, randoms: Tensor, strength: float) -> Tensor:
@@ -40,7 +43,8 @@ def jittered(inputs: Tensor, randoms: Tensor, strength: float) -> Tensor:
     degrees, 10 % of stretch or shear, and a twentieth of half the image of shift.
     """
     changes = strength * (2 * randoms.to(inputs) - 1).view(-1, 2, 3)
-    maps = changes * changes.new_tensor([1, 1, 0.5]) + torch.eye(2, 3).to(changes)
+    changes = torch.cat([changes[..., :2], 0.5 * changes[..., 2:]], dim=-1)
+    maps = changes + torch.eye(2, 3, dtype=changes.dtype, device=changes.device)
     images = inputs.flatten(0, -4)
     grid = F.affine_grid(maps, list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, align_corners=False).view(inputs.shape)

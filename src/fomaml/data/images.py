@@ -163,6 +163,7 @@ class ImageFiles:
     """An array uint8 (images, channels, height, width) whose images are decoded when they are asked for."""
 
     dtype = np.dtype(np.uint8)
+    reads_aside = True  # see `Stored`
 
     def __init__(self, paths: Sequence[Path], decoder: Decoder):
         self.paths, self.decoder = paths, decoder

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fomaml.data.rows import each
 from fomaml.errors import InputError
+from fomaml.measures import exact
 from fomaml.metrics import LOSS, Metric, OfModel
 
 
@@ -119,7 +120,7 @@ def fitted(parts: Iterable[Any]) -> dict[str, Standard]:
     def leaf(values: Tensor, place: str) -> None:
         if not values.is_floating_point() or not values.numel():
             return
-        columns = (values[:, None] if values.dim() == 1 else values).double().movedim(1, -1).flatten(0, -2)
+        columns = exact(values[:, None] if values.dim() == 1 else values).movedim(1, -1).flatten(0, -2)
         number, mean = len(columns), columns.mean(0)
         squares = (columns - mean).square().sum(0)
         if place in known:

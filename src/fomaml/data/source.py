@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fomaml.blocks import empty
 from fomaml.data.reading import read
 from fomaml.data.stored import Inputs, Stored, changed, in_a_row, some, stored
 from fomaml.errors import InputError, in_one_line, whole
@@ -112,6 +113,12 @@ class ClassSource:
         """The number of classes."""
         return len(self.names)
 
+    @property
+    def reads_aside(self) -> bool:
+        """Whether another thread may read and decode inputs: no function or object of the user's is called."""
+        own = self.decode is None or (isinstance(self.decode, partial) and self.decode.func is _scaled)
+        return own and (isinstance(self.inputs, Tensor) or self.inputs.reads_aside)
+
     def take(self, indices: Tensor) -> Tensor:
         """The decoded inputs at `indices`, any shape of int64: (*indices.shape, *input shape)."""
         return self.take_each([indices])[0]
@@ -119,7 +126,7 @@ class ClassSource:
     def take_each(self, indices: Sequence[Tensor]) -> list[Tensor]:
         """What `take` gives of each; inputs that are not in memory are read once for all of them."""
         if isinstance(self.inputs, Tensor):
-            drawn = [self.inputs[part.to(self.inputs.device).flatten()] for part in indices]
+            drawn = [_rows(self.inputs, part.to(self.inputs.device).flatten()) for part in indices]
         else:
             parts = [part.flatten() for part in indices]
             read = self.inputs[torch.cat(parts)].split([len(part) for part in parts])
@@ -187,7 +194,14 @@ def pixels(mean: float = 0.5, std: float = 0.5, most: int = 255) -> Callable[[Te
 
 
 def _scaled(images: Tensor, scale: float, shift: float) -> Tensor:
-    return images.to(torch.get_default_dtype()).mul_(scale).sub_(shift)
+    found = empty(images.shape, torch.get_default_dtype(), images.device)
+    return found.copy_(images).mul_(scale).sub_(shift)
+
+
+def _rows(inputs: Tensor, rows: Tensor) -> Tensor:
+    # a quarter of the time that inputs[rows] takes
+    found = empty((len(rows), *inputs.shape[1:]), inputs.dtype, inputs.device)
+    return torch.index_select(inputs, 0, rows, out=found)
 
 
 def _first_not_finite(inputs: Tensor) -> int | None:

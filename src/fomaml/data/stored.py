@@ -45,6 +45,13 @@ class Stored:
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def reads_aside(self) -> bool:
+        """Whether another thread may read rows: no function or object of the user's is called."""
+        return self.change is None and (
+            isinstance(self.array, np.memmap) or getattr(self.array, "reads_aside", False)
+        )
+
     def __getitem__(self, indices: Tensor | np.ndarray | slice | int) -> Tensor:
         """(*indices.shape, ...) the inputs at indices of any shape, a new tensor on `device`."""
         index = indices.cpu().numpy() if isinstance(indices, Tensor) else indices

@@ -1,5 +1,6 @@
 """How a whole meta-batch is computed: the same meta-gradient three ways, and the plan that says by which."""
 
+from fomaml.engines.adaptation import Adapter, adapt, adapter
 from fomaml.engines.common import Engine, MetaGradient
 from fomaml.engines.plan import ENGINES, Plan, choose, plan
 from fomaml.engines.probes import check_outputs
@@ -7,7 +8,8 @@ from fomaml.engines.short import curve, curve_at, meta_gradient
 from fomaml.submodules import submodules
 
 __all__ = [
-    "ENGINES", "Engine", "MetaGradient", "Plan", "check_outputs", "choose", "curve", "curve_at", "meta_gradient",
+    "ENGINES", "Adapter", "Engine", "MetaGradient", "Plan", "adapt", "adapter",
+    "check_outputs", "choose", "curve", "curve_at", "meta_gradient",
     "plan",
 ]  # fmt: skip
 

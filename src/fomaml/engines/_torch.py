@@ -46,7 +46,7 @@ NAMES = {
     "torch:ops.aten._native_batch_norm_legit": "the batch norms of torch 2.7 and 2.8 are not fused",
     "torch._subclasses.fake_tensor:DataDependentOutputException": "a warning gives torch's reason alone",
     "torch._subclasses.fake_tensor:DynamicOutputShapeException": "a warning gives torch's reason alone",
-    "torch.utils._python_dispatch:TorchDispatchMode": "a forward pass counts as one that draws random numbers",
+    "torch.utils._python_dispatch:TorchDispatchMode": "a forward pass counts as random, a module as one launch",
     "torch:Tensor._version": "a buffer counts as written",
     "torch:_foreach_add": "tensors are added one by one",
     "torch:_foreach_div": "tensors are divided one by one",
@@ -266,7 +266,8 @@ def cpu_has_bfloat16() -> bool:
 
 
 def draws() -> AbstractContextManager:
-    """A context whose `found` says whether an operator within it may have drawn random numbers, in a trace too.
+    """A context whose `found` says whether an operator within it may have drawn random numbers, in a trace too; `calls`
+    is the number of those that compute something, None where that is not known.
 
     Operators that are not torch's own count as such, as they can hide anything.
     """
@@ -278,6 +279,7 @@ def draws() -> AbstractContextManager:
 
 class _Unknown(nullcontext):
     found = True
+    calls = None
 
     def __enter__(self):
         return self
@@ -295,10 +297,12 @@ def _watching(mode: type) -> type:
         def __init__(self):
             super().__init__()
             self.found = False
+            self.calls = 0
 
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             own = getattr(function, "namespace", None) in ("aten", "prim")
             self.found = self.found or not own or is_random(function)
+            self.calls += not getattr(function, "is_view", False)
             return function(*args, **(kwargs or {}))
 
     return Draws

@@ -6,13 +6,13 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from operator import itemgetter
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fomaml.choices import Statistics
+from fomaml.choices import Statistics, check_choice
 from fomaml.engines import _torch
 from fomaml.errors import InputError
 from fomaml.learning.learner import MetaLearner
@@ -21,6 +21,7 @@ from fomaml.metrics import ignored_label
 from fomaml.tasks import Batch, Examples, Task, are_labels, count, shape_of, stack, ways_each
 from fomaml.trees import Tree, joined, mapped
 
+TaskWeights = Literal["equal", "examples"] | Callable[[Task], float]
 # (the model at φ, the query set of one task) → a number
 Measure = Callable[[Callable[..., Any], Examples], Tensor]
 
@@ -77,6 +78,48 @@ class Found(NamedTuple):
     query_losses: Tensor
     support_losses: Tensor
     query_outputs: Tree
+
+    def slopes(self, learner: MetaLearner) -> list[Tensor]:
+        """What is compared as gradients are, where it was compiled; the rest as losses are."""
+        return self.gradients
+
+    def values(self) -> Tree:
+        return self[1:]
+
+
+class Curve(NamedTuple):
+    """What a chunk of tasks shows on its way. summed: nothing. points: at each, query losses (tasks,) and outputs."""
+
+    summed: list[Tensor]
+    points: tuple[tuple[Tensor, Tree], ...]
+
+    def slopes(self, learner: MetaLearner) -> list[Tensor]:
+        return []
+
+    def values(self) -> Tree:
+        return self.points
+
+
+class Reached(NamedTuple):
+    """Where a chunk of tasks ends. summed: nothing. parameters, buffers: by name, (tasks, ...) each. support_losses:
+    (tasks, steps).
+    """
+
+    summed: list[Tensor]
+    parameters: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    support_losses: Tensor
+
+    def slopes(self, learner: MetaLearner) -> list[Tensor]:
+        """What the steps have changed: beside φ itself it would be lost in the rounding."""
+        own = dict(learner.model.named_parameters())
+        return [
+            value - own[name].detach() if value.shape[1:] == own[name].shape else value
+            for name, value in self.parameters.items()
+        ]
+
+    def values(self) -> Tree:
+        return self.buffers, self.support_losses
 
 
 def differentiate(learner: MetaLearner, problem: Problem, tasks: int = 1) -> Found:
@@ -150,21 +193,27 @@ class Group(NamedTuple):
     weight: float
 
 
-def groups(learner: MetaLearner, tasks: Batch, weights: Sequence[float] | None = None) -> list[Group]:
+def groups(
+    learner: MetaLearner, tasks: Batch, weights: Sequence[float] | None = None, ways: int | None = None
+) -> list[Group]:
     """A meta-batch by what tasks must have in common to be stacked: shapes, ways and weight, in the order of the first
     of each.
 
-    weights: of the tasks; all 1 by default.
+    weights: of the tasks; all 1 by default. ways: of each task, where it is known; else read from the labels for a
+        start, which waits for a device.
     """
     number = count(tasks)
-    if isinstance(tasks, Task) and learner.start is None and weights is None:
-        return [Group([*range(number)], tasks, None, 1.0)]
+    if ways is not None and ignored_label(learner.criterion) in range(ways):
+        ways = None  # a label that counts for nothing is no class
+    if isinstance(tasks, Task) and weights is None and (learner.start is None or ways is not None):
+        own = None if learner.start is None or not are_labels(tasks.support.targets) else ways
+        return [Group([*range(number)], tasks, own, 1.0)]
     each = [1.0] * number if weights is None else weights
     if isinstance(tasks, Task):
-        kinds: list[tuple] = [*zip(_ways(learner, tasks), each)]
+        kinds: list[tuple] = [*zip(_ways(learner, tasks, ways), each)]
     else:
         stacks = [task.map(lambda tensor: tensor[None]) for task in tasks]
-        kinds = [(shape_of(own), *_ways(learner, own), weight) for own, weight in zip(stacks, each)]
+        kinds = [(shape_of(own), *_ways(learner, own, ways), weight) for own, weight in zip(stacks, each)]
     found = []
     for kind in dict.fromkeys(kinds):
         rows = [row for row in range(number) if kinds[row] == kind]
@@ -176,11 +225,13 @@ def groups(learner: MetaLearner, tasks: Batch, weights: Sequence[float] | None =
     return found
 
 
-def _ways(learner: MetaLearner, tasks: Task) -> list[int | None]:
+def _ways(learner: MetaLearner, tasks: Task, known: int | None = None) -> list[int | None]:
     """By task, see `Group`."""
     targets = tasks.support.targets
     if learner.start is None or not are_labels(targets):
         return [None] * count(tasks)
+    if known is not None:
+        return [known] * count(tasks)
     return [*ways_each(targets, ignored_label(learner.criterion))]
 
 
@@ -231,19 +282,47 @@ def put_together(groups: Sequence[Group], parts: Sequence[MetaGradient], listed:
     )
 
 
+def check_asked(weights: TaskWeights, autocast: torch.dtype | None) -> None:
+    """Raise `InputError` for weights of tasks that are neither a name nor a function, and for float16."""
+    if not callable(weights):
+        check_choice("task_weights", weights, ("equal", "examples"))
+    if autocast == torch.float16:
+        raise InputError(f"autocast={autocast} {UNSCALED}: take torch.bfloat16")
+
+
+UNSCALED = "makes gradients below 6e-8 zero, in each inner step too, and nothing here scales them"
+
+
+def refuse_half(learner: MetaLearner) -> None:
+    """Raise `InputError` for parameters in float16."""
+    for name, parameter in learner.model.named_parameters():
+        if parameter.dtype == torch.float16:
+            raise InputError(
+                f"the parameter {name} is torch.float16, which {UNSCALED}: model.bfloat16() or model.float()"
+            )
+
+
 def check_sum(weights: Sequence[float]) -> None:
     """Raise `InputError` where no task of a meta-batch counts."""
     if not sum(weights):
         raise InputError(f"the weights of all {len(weights)} tasks of a meta-batch are 0")
 
 
-def out_of_memory(error: Exception) -> bool:
-    text = str(error)
-    return (
-        isinstance(error, torch.OutOfMemoryError)
-        or "out of memory" in text
-        or "can't allocate memory" in text
-    )
+OUT_OF_MEMORY = (
+    "out of memory",  # CUDA's and MPS's allocators, and the system's
+    "can't allocate memory",  # the CPU's allocator
+    "not enough memory",  # the same on Windows
+    "Cannot allocate memory",
+    "ALLOC_FAILED",  # CUBLAS_STATUS_ALLOC_FAILED, CUDNN_STATUS_ALLOC_FAILED
+    "OUT_OF_MEMORY",
+)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there was too little memory, on whatever device."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError | OSError) and any(text in str(error) for text in OUT_OF_MEMORY)
 
 
 def first_line(error: Exception) -> str:

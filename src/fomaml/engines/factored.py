@@ -26,7 +26,7 @@ from fomaml.choices import Statistics
 from fomaml.engines import _torch
 from fomaml.engines.batched import refuse_hooks
 from fomaml.errors import InputError
-from fomaml.learning.adapt import SGD
+from fomaml.learning.adapt import SGD, not_autocast
 from fomaml.learning.learner import MetaLearner
 from fomaml.learning.objectives import QueryLoss
 from fomaml.learning.problem import Problem
@@ -186,7 +186,10 @@ class FactoredProblem(Problem):
         self.start = _State({n: p for n, p in self.start.items() if n not in self.weights}, {})
 
     def path(
-        self, first_order: bool | None = None, state: Mapping[str, dict] | None = None
+        self,
+        first_order: bool | None = None,
+        state: Mapping[str, dict] | None = None,
+        overwrite: bool = False,
     ) -> Iterator[tuple[_State, Tensor]]:
         """(φₖ₊₁, support losses at φₖ) for k = 0, 1, …, without end. Always of first order; plain SGD has no state."""
         dense, changes = self.start
@@ -214,11 +217,13 @@ class FactoredProblem(Problem):
                     if not (draws.found or written) and not a.requires_grad and calls.count(calls[i]) == 1
                 }
             changes = dict(changes)
-            for call, (name, a, delta) in enumerate(zip(calls, inputs, gradients[len(point) :])):
-                if delta is None:
-                    continue
-                a, d = _rows(a.detach()), _rows(delta) * -rates[name]
-                changes[name] = _add(changes.get(name), a, d, call in constant)
+            with not_autocast(losses.device.type):
+                for call, (name, a, delta) in enumerate(zip(calls, inputs, gradients[len(point) :])):
+                    if delta is None:
+                        continue
+                    dtype = self.weights[name].dtype
+                    a, d = _rows(a.detach()).to(dtype), _rows(delta).to(dtype) * -rates[name]
+                    changes[name] = _add(changes.get(name), a, d, call in constant)
             with torch.no_grad():
                 kept = {
                     i: (

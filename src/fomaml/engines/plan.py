@@ -7,51 +7,45 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fomaml.choices import Statistics, check_choice
-from fomaml.engines import batched, factored, loop
+from fomaml.engines import gpu
+from fomaml.engines.adaptation import Way, curve_of
 from fomaml.engines.common import (
-    Engine,
     Found,
     Measure,
     MetaGradient,
+    TaskWeights,
     accumulate,
+    check_asked,
     check_sum,
-    curves,
     differentiate,
     groups,
-    in_order,
-    one_by_one,
     out_of_memory,
     put_together,
 )
 from fomaml.engines.compiling import Choice, Choosing, Compiling, like_of
+from fomaml.engines.known import AS_ASKED, ENGINES
 from fomaml.engines.pays import Compile, check_compile, pays
-from fomaml.engines.probes import explain, flops, is_convolutional, takers, try_once
-from fomaml.errors import not_negative, positive
+from fomaml.engines.probes import explain, flops, is_convolutional, takers, tried
+from fomaml.errors import InputError, not_negative, positive
 from fomaml.learning.adapt import ordinary_modes
 from fomaml.learning.learner import MetaLearner
+from fomaml.learning.objectives import MultiStepLoss
 from fomaml.learning.turns import turn_of
 from fomaml.tasks import Batch, Task, as_batch, chunks, count, count_of, device_of, one
 from fomaml.trees import Tree, leaves
 
-ENGINES: dict[str, Engine] = {
-    "loop": loop.problem,
-    "batched": batched.problem,
-    "factored": factored.problem,
-}
-
 # --- the rule -------------------------------------------------------------------------------------
 
 
-TaskWeights = Literal["equal", "examples"] | Callable[[Task], float]
+PartOf = tuple[Sequence[float] | None, float] | None  # see `Plan.__call__`
 
 
 def choose(learner: MetaLearner, tasks: Task, compile: bool = False) -> tuple[str, str]:
@@ -64,8 +58,8 @@ def choose(learner: MetaLearner, tasks: Task, compile: bool = False) -> tuple[st
     where few vectors go through wide Linear layers; other wide layers take the loop (1.3-1.8 times faster than vmap
     on a 784-256-10 MLP, second order and Reptile), or, compiled, vmap.
     """
-    device = device_of(tasks).type
-    if is_convolutional(learner) and device == "cpu":
+    on_cpu = device_of(tasks).type == "cpu"
+    if is_convolutional(learner) and on_cpu:
         millions = flops(learner, tasks) / 1e6
         how = ", compiled" if compile else ""
         if millions > 50 or not takers(learner, tasks)[0]:
@@ -78,13 +72,13 @@ def choose(learner: MetaLearner, tasks: Task, compile: bool = False) -> tuple[st
     wide = [
         own[n] for n, rows in vectors.items() if min(own[n].shape) > 2 * rows or own[n].shape[1] > 8 * rows
     ]
-    large = sum(weight.numel() for weight in wide)
+    large, rows = sum(weight.numel() for weight in wide), max(vectors.values(), default=0)
+    large = large if large > sum(own[n].numel() for n in learner.adapted) / 2 else 0
+    if not on_cpu:
+        return gpu.choose(learner, tasks, large, rows, compile)
     # below 20 000 the bookkeeping costs more: 1.2 times on a 1-40-40-1 MLP
-    if large > max(20_000, sum(own[n].numel() for n in learner.adapted) / 2):
-        rows = max(vectors.values())
+    if large > 20_000:
         return "factored", f"linear layers much wider than the {rows} vectors of a support set"
-    if device != "cpu":
-        return "batched", f"one kernel for all tasks on {device}"
     if max(own[n].numel() for n in learner.adapted) > 100_000 and not compile:
         return "loop", "wide layers on a CPU, which the factored engine does not take here"
     return "batched", "dense layers, compiled" if compile else "small dense layers"
@@ -99,13 +93,12 @@ def choice(
     if not isinstance(tasks, Task):
         own = [group.tasks for group in groups(learner, tasks)]
         for each in own:
-            try_once(learner, each)
+            tried(learner, each)
         tasks = max(own, key=lambda each: sum(leaf.numel() for leaf in leaves(each)))
     else:
-        try_once(learner, tasks)
-    engine, why = choose(learner, tasks, compile) if engine == "auto" else (engine, "as asked")
-    on_cpu = device_of(tasks).type == "cpu"
-    stacks = compile and engine == "batched" and on_cpu and is_convolutional(learner)
+        tried(learner, tasks)
+    engine, why = choose(learner, tasks, compile) if engine == "auto" else (engine, AS_ASKED)
+    stacks = compile and engine == "batched" and is_convolutional(learner) and device_of(tasks).type == "cpu"
     return Choice(engine, why, _at_once(learner, tasks, number, engine, tasks_at_once, compile), stacks)
 
 
@@ -119,7 +112,9 @@ def _at_once(
         return 1
     if tasks_at_once is not None:
         return min(tasks_at_once, number)
-    if number > 8 and device_of(tasks).type == "cpu":
+    if device_of(tasks).type != "cpu":
+        return gpu.at_once(learner, tasks, number, engine, compile)
+    if number > 8:
         if is_convolutional(learner):
             # measured on small strided convolutions: 8 or 16 at once are 1.2 times as fast as 32, which leave the
             # cache; but stacked 32 are 1.2 times as fast as 8, as there is less between their kernels
@@ -170,58 +165,42 @@ class Plan(Choosing):
         self.autocast = autocast
         self.task_weights = task_weights
         self._like: list[tuple] = []
+        self.way: Way | None = None  # how tasks are adapted when compiled
 
-    def __call__(
-        self, tasks: Batch, part_of: tuple[Sequence[float] | None, float] | None = None
-    ) -> MetaGradient:
+    def __call__(self, tasks: Batch, part_of: PartOf = None, ways: int | None = None) -> MetaGradient:
         """The gradient of the meta-loss, averaged over a batch of tasks; see `meta_gradient`.
 
         part_of: where they are a part of a meta-batch, the weights of these tasks, None for 1 each, and the sum of the
             weights of all its tasks: what these contribute to the mean over all is computed.
+        ways: the number of classes of each support set where it is known, see `groups`.
         """
         with turn_of(self.learner.model):
             if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
-                return self._compute(self._looked_at(tasks), part_of)
+                return self._compute(self._looked_at(tasks), part_of, ways)
             with ordinary_modes():
-                return self._compute(self._looked_at(tasks), part_of)
+                return self._compute(self._looked_at(tasks), part_of, ways)
 
     def curve(
         self,
         tasks: Batch,
         points: Sequence[tuple[int, Statistics]],
         measured: Measure | bool = False,
+        ways: int | None = None,
+        compile: bool = False,
+        quietly: bool = False,
     ) -> list[tuple[Tensor, Tree]]:
         """Query losses (tasks,) and outputs (tasks, examples, ...) at each pair of a number of inner steps and
         statistics, ascending by steps: tasks are adapted once for all of them. Of a list of tasks outputs are lists.
 
-        Never compiled, and in the model's own precision. statistics: see `Problem.query`.
+        In the model's own precision but within `precision`. statistics: see `Problem.query`.
         measured: True for the outputs of a learner with a `loss` too, see `Problem`; or a function (the model at φ,
-            query examples) → a number, whose values (tasks,) are given in place of outputs, task by task.
+            query examples) → a number, whose values (tasks,) are given in place of outputs. ways: as of a call.
+        compile: trace it once for each shape of the tasks, points and statistics, and compare it with the engine;
+            without torch's compiler on a CPU, so that it takes seconds. Few tasks of a shape among a list of others,
+            and functions that measure, are never compiled. quietly: no warning where it cannot be.
         """
         with turn_of(self.learner.model), ordinary_modes():
-            return self._curve(self._looked_at(tasks), points, measured)
-
-    def _curve(
-        self, tasks: Batch, points: Sequence[tuple[int, Statistics]], measured: Measure | bool = False
-    ) -> list[tuple[Tensor, Tree]]:
-        measure = measured if callable(measured) else None
-        engine = "loop" if measure else self.engine
-        problem = partial(ENGINES[engine], self.learner, evaluating=True, measured=measured is True)
-        own = groups(self.learner, tasks)
-        parts: list[list[tuple[Tensor, Tree]]] = []
-        for number, group in enumerate(own):
-            while len(parts) <= number:
-                size = 1 if measure else min(self.tasks_at_once, len(group.rows))
-                try:
-                    problems = (problem(chunk, ways=group.ways) for chunk in chunks(group.tasks, size))
-                    parts.append(curves(problems, points, measure))
-                except Exception as error:  # whatever a module raises
-                    self._halve(size, error, group.tasks)
-        listed = not isinstance(tasks, Task) and measure is None
-        return [
-            (in_order(own, losses), (one_by_one if listed else in_order)(own, outputs))
-            for losses, outputs in (zip(*of_groups) for of_groups in zip(*parts))
-        ]
+            return curve_of(self, self._looked_at(tasks), points, measured, compile, quietly, ways)
 
     def weights(self, tasks: Batch) -> list[float] | None:
         """The weights of the tasks of a batch in the meta-loss; None if they are all the same.
@@ -244,9 +223,7 @@ class Plan(Choosing):
             return 1.0 if self.task_weights == "equal" else float(count_of(task.query))
         return not_negative("the weight of a task", self.task_weights(task))
 
-    def _compute(
-        self, tasks: Batch, part_of: tuple[Sequence[float] | None, float] | None = None
-    ) -> MetaGradient:
+    def _compute(self, tasks: Batch, part_of: PartOf = None, ways: int | None = None) -> MetaGradient:
         """As `__call__`, of a batch that was looked at; a frame between what the user calls and what warns, so that
         warnings name the user's line.
         """
@@ -254,7 +231,7 @@ class Plan(Choosing):
             weights = self.weights(tasks)
             part_of = weights, float(count(tasks)) if weights is None else sum(weights)
         weights, total = part_of
-        own = groups(self.learner, tasks, weights)
+        own = groups(self.learner, tasks, weights, ways)
         # a mean over a number that stays the same is in the graph of what is compiled, where it costs nothing
         fixed = count(tasks) if isinstance(tasks, Task) and weights is None else 1
         parts: list[MetaGradient] = []
@@ -266,6 +243,11 @@ class Plan(Choosing):
                 try:
                     function = None
                     if compiles and self.compile:
+                        if isinstance(self.learner.objective, MultiStepLoss):
+                            raise InputError(
+                                "compile=True does not take the multi-step loss: its weights change at every "
+                                "iteration"
+                            )
                         function, size = self.compiling.function(
                             self.learner, group, find, self.choice, self.autocast, fixed
                         )
@@ -273,18 +255,16 @@ class Plan(Choosing):
                             self.run_eagerly(self.compiling.failure)
                             continue
                     divisor = total / group.weight if group.weight else math.inf
+                    names = list(self.learner.meta_parameters())
                     if function is None:
-                        names, found = (
-                            list(self.learner.meta_parameters()),
-                            map(find, chunks(group.tasks, size)),
-                        )
+                        found = map(find, chunks(group.tasks, size))
                     else:
-                        names, found = function.names, function.map(chunks(group.tasks, size))
+                        found = function.map(chunks(group.tasks, size))
                         divisor /= fixed
                     part = accumulate(names, found, self.engine, divisor)
                     parts.append(part if group.weight else part.without_gradients())
                 except Exception as error:  # whatever a module raises
-                    self._halve(most, error, group.tasks)
+                    self.halve(most, error, group.tasks)
         return put_together(own, parts, listed=not isinstance(tasks, Task))
 
     def _looked_at(self, tasks: Batch) -> Batch:
@@ -302,24 +282,24 @@ class Plan(Choosing):
 
     def _find(self, chunk: Task, ways: int | None, engine: str, tasks: int = 1) -> Found:
         """What a chunk contributes to a meta-gradient, by an engine. tasks: see `differentiate`."""
-        device = device_of(chunk).type
-        with torch.autocast(device, self.autocast) if self.autocast is not None else nullcontext():
+        with self.precision(chunk):
             return differentiate(self.learner, ENGINES[engine](self.learner, chunk, ways=ways), tasks)
 
-    def _halve(self, size: int, error: Exception, tasks: Task) -> None:
+    def precision(self, tasks: Batch) -> AbstractContextManager:
+        """Within it forward passes are of the precision in which these tasks are trained on."""
+        return (
+            nullcontext() if self.autocast is None else torch.autocast(device_of(tasks).type, self.autocast)
+        )
+
+    def halve(self, size: int, error: Exception, tasks: Task) -> None:
         """Half as many tasks at once from now on, if that may mend the error of so many; else raise it."""
         if size == 1 or not out_of_memory(error):
             explain(error, self.learner, tasks, self.engine)
             raise error
         self.choice = self.choice._replace(tasks_at_once=(size + 1) // 2)
+        self.way = self.way and self.way._replace(tasks_at_once=self.tasks_at_once)
         text = f"out of memory: {self.tasks_at_once} tasks at once from now on"
         warnings.warn(text, RuntimeWarning, stacklevel=4)
-
-
-def check_weights(given: TaskWeights) -> None:
-    """Raise `InputError` for weights of tasks that are neither a name nor a function."""
-    if not callable(given):
-        check_choice("task_weights", given, ("equal", "examples"))
 
 
 def plan(
@@ -346,16 +326,16 @@ def plan(
     compile: compile the whole meta-gradient, once for each shape of the tasks, of a list the shapes that come back;
         where that cannot be, a warning says so and the engine runs uncompiled. "auto": where it pays, by a rule that
         `why` tells, for tasks like these; where it cannot be, `why` says so.
-    autocast: run the forward passes in this lower precision (`torch.bfloat16`), see `torch.autocast`.
+    autocast: run the forward passes in this lower precision, `torch.bfloat16`, see `torch.autocast`.
     task_weights: how much each task counts in the meta-loss, Σ wᵢ Lᵢ / Σ wᵢ: "equal", "examples" for the number of its
         query examples, or a function of the `Task`.
     iterations: how often the plan will be called in all, for "auto", which takes an unknown number for few.
     decided: in place of that rule, what a run had decided that goes on: it stops where it was compiled and cannot be.
 
     Raises:
-        InputError: an unknown engine, or tasks_at_once or iterations that are no positive whole number.
+        InputError: an unknown engine, tasks_at_once or iterations that are no positive whole number, or float16.
     """
-    check_weights(task_weights)
+    check_asked(task_weights, autocast)
     check_compile(compile)
     with turn_of(learner.model), ordinary_modes():
         tasks = as_batch(tasks, learner.model)

@@ -9,18 +9,18 @@ from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor, nn
-from torch.random import fork_rng
 from torch.utils.flop_counter import FlopCounterMode
 
-from fomaml.engines import batched, factored, loop
-from fomaml.engines.common import Engine, differentiate, first_line, out_of_memory
+from fomaml.devices import forked_random
+from fomaml.engines import _torch, batched, factored, loop
+from fomaml.engines.common import Engine, differentiate, first_line, out_of_memory, refuse_half
 from fomaml.errors import InputError
 from fomaml.learning.adapt import ordinary_modes
 from fomaml.learning.learner import MetaLearner
 from fomaml.learning.mistakes import THIRD_ORDER, refuse_written
 from fomaml.learning.problem import Problem
 from fomaml.metrics import ignored_label
-from fomaml.tasks import Batch, Task, chunks, device_of, one, singles, ways_each
+from fomaml.tasks import Batch, Task, are_labels, chunks, count, device_of, one, singles, ways_each
 from fomaml.trees import Tree
 
 CONVOLUTIONS = (
@@ -34,9 +34,18 @@ def is_convolutional(learner: MetaLearner) -> bool:
 
 def takers(learner: MetaLearner, tasks: Task) -> tuple[bool, dict[str, int]]:
     """Whether vmap takes the learner, and, where the factored engine does, how many vectors of a support set go
-    through each Linear weight.
+    through each Linear weight. Tried on a stack of two tasks, of one where two take more memory than there is.
     """
-    with _as_for_a_gradient(tasks, 2) as pair:
+    try:
+        return _takers(learner, tasks, 2)
+    except Exception as error:  # whatever a module raises
+        if count(tasks) == 1 or not out_of_memory(error):
+            raise
+    return _takers(learner, tasks, 1)
+
+
+def _takers(learner: MetaLearner, tasks: Task, number: int) -> tuple[bool, dict[str, int]]:
+    with _as_for_a_gradient(tasks, number) as pair:
         vmaps = _taken(learner, batched.problem, pair) is not None
         if not vmaps or factored.refusal(learner) is not None:
             return vmaps, {}
@@ -60,22 +69,70 @@ def try_once(learner: MetaLearner, tasks: Task) -> None:
         except InputError:
             raise
         except Exception as error:  # whatever a module raises
+            if out_of_memory(error):
+                raise
             # here, as what a criterion does not take may pass under vmap, and mean something else
             explain(error, learner, single, "loop")
 
 
-def flops(learner: MetaLearner, tasks: Task) -> int:
-    """The floating-point operations of the model on one task's query set."""
-    # whatever fails, such as the loss of too few outputs, fails again where it is told in words
+def tried(learner: MetaLearner, tasks: Task) -> None:
+    """Raise `InputError` for what can be seen before a stack of tasks is computed: parameters in float16, labels beyond
+    the outputs, and what `try_once` sees.
+    """
+    refuse_half(learner)
+    check_labels_fit(learner, tasks)
+    try_once(learner, tasks)
+
+
+def check_labels_fit(learner: MetaLearner, tasks: Task) -> None:
+    """Raise `InputError` where a cross-entropy would be given labels that the model has no outputs for, in any task.
+
+    Before anything is computed of them: elsewhere than on a CPU such a label ends in an assertion of the device, after
+    which the process can use it no more.
+    """
+    ignored = ignored_label(learner.criterion)
+    if ignored is None or device_of(tasks).type == "cpu":
+        return
+    with _as_for_a_gradient(tasks, 1) as single, torch.no_grad():
+        try:
+            problem = loop.problem(learner, single, evaluating=True)
+            outputs = problem.outputs(problem.start)
+        except Exception as error:  # whatever a module raises is told where it is tried
+            if out_of_memory(error):
+                raise
+            return
+        reason = _refused(learner, problem.task, outputs)
+        if reason is None and isinstance(outputs, Tensor) and are_labels(tasks.query.targets):
+            reason = _refused_labels(learner, tasks, outputs)
+    if reason is not None:
+        raise InputError(reason)
+
+
+def flops(learner: MetaLearner, tasks: Task, of_support: bool = False) -> int:
+    """The floating-point operations of the model on one task's query set, or on its support set."""
+    return work(learner, tasks, of_support)[0]
+
+
+def work(learner: MetaLearner, tasks: Task, of_support: bool = False) -> tuple[int, int]:
+    """The floating-point operations of the model on one task's query or support set, and the calls of torch that they
+    take.
+    """
     with (
         _as_for_a_gradient(tasks, 1) as single,
         FlopCounterMode(display=False) as counter,
+        _torch.draws() as watched,
         torch.no_grad(),
-        suppress(Exception),
     ):
-        problem = loop.problem(learner, single)
-        problem.query(problem.start)
-    return counter.get_total_flops()
+        try:
+            problem = loop.problem(learner, single._replace(query=single.support) if of_support else single)
+            problem.query(problem.start)
+        except Exception as error:
+            # whatever else fails, such as the loss of too few outputs, fails again where it is told in words
+            if out_of_memory(error):
+                raise
+    # where they cannot be counted: about one for each module
+    calls = sum(1 for _ in learner.model.modules()) if watched.calls is None else watched.calls
+    return counter.get_total_flops(), calls
 
 
 @contextmanager
@@ -83,21 +140,25 @@ def _as_for_a_gradient(tasks: Task, number: int) -> Iterator[Task]:
     """The first tasks, in the modes in which a meta-gradient is computed, whatever the caller's are; random numbers
     are drawn as if nothing had happened.
     """
-    device = device_of(tasks)
-    with fork_rng(devices=[device] if device.type == "cuda" else []), ordinary_modes():
+    with forked_random(), ordinary_modes():
         few = next(chunks(tasks, number))
         yield few.map(lambda tensor: tensor.clone() if tensor.is_inference() else tensor)
 
 
 def _taken(learner: MetaLearner, engine: Engine, tasks: Task, always: bool = True) -> Problem | None:
-    """A problem of this engine whose gradient could be computed, if it could; `always`: at every outer iteration."""
+    """A problem of this engine whose gradient could be computed, if it could; `always`: at every outer iteration.
+
+    Raises: that there is too little memory, which says nothing of the engine.
+    """
     try:
         problem = engine(learner, tasks)
         if always and callable(learner.first_order):
             problem.first_order = False  # the order that asks for more
         differentiate(learner, problem)
         return engine(learner, tasks)
-    except Exception:  # whatever a module raises
+    except Exception as error:  # whatever a module raises
+        if out_of_memory(error):
+            raise
         return None
 
 
@@ -120,7 +181,7 @@ def explain(error: Exception, learner: MetaLearner, tasks: Task, engine: str) ->
             raise InputError(reason) from error
     if engine == "loop":
         return
-    with fork_rng(devices=[]):
+    with forked_random():
         loop_does = all(_taken(learner, loop.problem, task, always=False) for task in chunks(tasks, 1))
     if loop_does:
         raise InputError(
@@ -183,15 +244,27 @@ def _refused(learner: MetaLearner, task: Task, outputs: Tree) -> str | None:
         )
     if shape[:1] + shape[2:] != task.query.targets.shape:
         return None
-    labels = [targets.long() for _, targets in task]
+    return _refused_labels(learner, task.map(lambda tensor: tensor[None]), outputs)
+
+
+def _refused_labels(learner: MetaLearner, tasks: Task, outputs: Tensor) -> str | None:
+    """`_refused` of the labels of a stack of tasks. outputs: of the first of them.
+
+    With a start, which makes heads as wide as a task has classes, of those tasks that have as many as the first.
+    """
+    ignored = ignored_label(learner.criterion)
+    shape = tuple(outputs.shape)
+    labels = [targets.long() for _, targets in tasks]
     for name, targets in zip(Task._fields, labels):
-        negative = targets[(targets < 0) & (targets != ignored)]
-        if len(negative):
+        negative = int(targets.where(targets != ignored, 0).min())
+        if negative < 0:
             return (
-                f"the {name} labels hold {negative[0]}: labels are whole numbers from 0 on, or {ignored}, which is "
+                f"the {name} labels hold {negative}: labels are whole numbers from 0 on, or {ignored}, which is "
                 "ignored"
             )
-    support, ways = (max(ways_each(targets[None], ignored)) for targets in labels)
+    of_support, of_query = (ways_each(targets, ignored) for targets in labels)
+    alike = [n for n, own in enumerate(of_support) if learner.start is None or own == of_support[0]]
+    support, ways = (max(each[n] for n in alike) for each in (of_support, of_query))
     if max(support, ways) <= shape[1]:
         return None
     if learner.start is not None and support == shape[1]:

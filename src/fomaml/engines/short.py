@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from fomaml.choices import Statistics
-from fomaml.engines.common import Measure, MetaGradient, groups
+from fomaml.engines.adaptation import curve_of
+from fomaml.engines.common import Measure, MetaGradient, TaskWeights, check_asked, groups
 from fomaml.engines.compiling import Choice, Compiling, like_of
 from fomaml.engines.pays import Compile, check_compile, least
-from fomaml.engines.plan import Plan, TaskWeights, check_weights, choice
+from fomaml.engines.plan import Plan, choice
 from fomaml.learning.adapt import ordinary_modes
 from fomaml.learning.learner import MetaLearner
 from fomaml.learning.turns import turn_of
@@ -42,7 +43,7 @@ def meta_gradient(
         InputError: an unknown engine, one that does not take this learner, or outputs narrower than
             the number of classes.
     """
-    check_weights(task_weights)
+    check_asked(task_weights, autocast)
     check_compile(compile)
     with turn_of(learner.model), ordinary_modes():
         tasks = as_batch(tasks, learner.model)
@@ -101,12 +102,14 @@ def curve(
     statistics: Statistics = "own",
     engine: str = "auto",
     tasks_at_once: int | None = None,
+    compile: bool = False,
 ) -> list[tuple[Tensor, Tree]]:
     """Query losses (tasks,) and outputs (tasks, examples, ...) after each of `at_steps` inner steps, ascending.
 
-    statistics: see `Problem.query`.
+    statistics: see `Problem.query`. compile: see `Plan.curve`.
     """
-    return curve_at(learner, tasks, [(steps, statistics) for steps in at_steps], engine, tasks_at_once)
+    points = [(steps, statistics) for steps in at_steps]
+    return curve_at(learner, tasks, points, engine, tasks_at_once, compile=compile)
 
 
 def curve_at(
@@ -116,16 +119,17 @@ def curve_at(
     engine: str = "auto",
     tasks_at_once: int | None = None,
     measured: Measure | bool = False,
+    compile: bool = False,
 ) -> list[tuple[Tensor, Tree]]:
     """`curve` at pairs of steps and statistics, ascending: tasks are adapted once for all of them.
 
-    measured: see `Plan.curve`.
+    measured, compile: see `Plan.curve`.
     """
     with turn_of(learner.model), ordinary_modes():
         tasks = as_batch(tasks, learner.model)
         known, key = _known(learner, tasks, engine, tasks_at_once)
         own = Plan(learner, known.get(key) or choice(learner, tasks, engine, tasks_at_once, compile=False))
-        result = own._curve(tasks, points, measured)
+        result = curve_of(own, tasks, points, measured, compile)
     known[key] = own.choice
     return result
 

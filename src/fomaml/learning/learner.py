@@ -37,7 +37,7 @@ from fomaml.learning.mistakes import refuse_as_loss, refuse_written
 from fomaml.learning.moments import SecondMoments
 from fomaml.learning.objectives import QueryLoss
 from fomaml.learning.problem import Problem
-from fomaml.learning.replica import original
+from fomaml.learning.replica import Replicas, original, same_memory
 from fomaml.learning.turns import turn_of
 from fomaml.models import BatchNorm, Seen, normalising, refuse_native, warn_of_unmoved
 from fomaml.tasks import Batch, Examples, Task, as_batch, as_examples, count, one
@@ -240,20 +240,44 @@ class MetaLearner(nn.Module):
             support = mapped(torch.clone, given)
             problem = checked(Problem(self, Task(support, support), evaluating=True))
             adapted = problem.start
-            for adapted, _ in islice(problem.path(first_order=True), steps):
+            for adapted, _ in islice(problem.path(first_order=True, overwrite=True), steps):
                 pass
-            if not all(value.isfinite().all() for value in adapted.values()):
-                raise InputError(f"after {steps} steps the parameters are not finite: try a smaller inner_lr")
-            own = {name: b for name, b in problem.buffers.items() if "/" not in name}  # but the criterion's
-            module = load(problem.replicas.duplicate(), adapted, own)
-            if statistics == "support" or self.uses_support_statistics():
-                refuse_native(module)
-                seen: list[Seen] = []
-                with torch.no_grad(), normalising(record=seen):
-                    call(module, support.inputs)
-                for layer, _, mean, variance in seen:
-                    layer.freeze(mean, variance)
+            moved = all(value is not problem.start[name] for name, value in adapted.items())
+            module = self.module_at(
+                problem.replicas, adapted, problem.buffers, support, steps, statistics, fresh=moved
+            )
             refuse_written(Task(given, given), Task(support, support))
+        return module
+
+    def module_at(
+        self,
+        replicas: Replicas,
+        adapted: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        support: Examples,
+        steps: int,
+        statistics: Statistics,
+        fresh: bool,
+    ) -> nn.Module:
+        """What `adapt` returns, of the φ of one task, its buffers and its support set.
+
+        fresh: nobody else holds φ, which becomes the module's own.
+
+        Raises:
+            InputError: φ is not finite.
+        """
+        if not all(map(_finite, adapted.values())):
+            raise InputError(f"after {steps} steps the parameters are not finite: try a smaller inner_lr")
+        module = replicas.duplicate(adapted if fresh else {})
+        rest = {n: value for n, value in adapted.items() if not same_memory(module.get_parameter(n), value)}
+        load(module, rest, {n: b for n, b in buffers.items() if "/" not in n})  # but the criterion's
+        if statistics == "support" or self.uses_support_statistics():
+            refuse_native(module)
+            seen: list[Seen] = []
+            with torch.no_grad(), normalising(record=seen):
+                call(module, support.inputs)
+            for layer, _, mean, variance in seen:
+                layer.freeze(mean, variance)
         return module
 
     def uses_support_statistics(self) -> bool:
@@ -292,6 +316,12 @@ class MetaLearner(nn.Module):
             for _ in islice(problem.path(first_order=True, state=state), self.inner_steps):
                 pass
             self.moments.keep(state)
+
+
+def _finite(values: Tensor) -> bool:
+    """Whether all are finite numbers."""
+    # one pass where the sum is: nothing that is not finite has a finite one
+    return bool(values.sum().isfinite()) or bool(values.isfinite().all())
 
 
 def checked(problem: Problem) -> Problem:

@@ -259,7 +259,7 @@ def refuse_written(before: Task, after: Task) -> None:
         for part, old, new in zip(set_before._fields, set_before, set_after):
             for (place, own), now in zip(named(old, f"{name} {part}"), leaves(new)):
                 # what is nan stays it
-                if not ((now == own) | (own != own)).all():
+                if not torch.equal(now, own) and not ((now == own) | (own != own)).all():
                     raise InputError(
                         f"forward, or the criterion or loss, writes into the {place}, which are the task's own and "
                         "come again in each step: x = x - 1 in place of x -= 1, and inplace=False in the first layer"

@@ -72,7 +72,7 @@ def counted(criterion: Any, targets: Tensor, stacked: bool) -> Tensor | float:
     assert ignored is not None and own is not None
     options = own.keywords
     counts = targets.ne(ignored)
-    weights = counts.double()
+    weights = counts.to(torch.float32)  # whole numbers, which it holds as they are; a device may lack float64
     if options.get("weight") is not None:
         weights = options["weight"][targets.masked_fill(~counts, 0)] * counts
     return weights.flatten(lead).sum(-1)

@@ -86,7 +86,9 @@ class Problem:
             self.start = {n: p.expand(tasks, *p.shape) for n, p in self.start.items()}
             self.buffers = {n: b.expand(tasks, *b.shape).clone() for n, b in self.buffers.items()}
         if learner.start is not None:
-            self.start = learner.start(self.start, self)
+            made, own = learner.start(self.start, self), self.start
+            # what a forward pass under autocast gives is too coarse to take small steps from
+            self.start = {n: p.to(own[n].dtype) if n in own else p for n, p in made.items()}
         twice = not self.first_order or learner.objective.differentiates_twice
         if learner.loss is not None and twice and not evaluating:
             refuse_third_order(learner.model)
@@ -109,9 +111,15 @@ class Problem:
         return targets.shape[axis]  # probabilities of classes
 
     def path(
-        self, first_order: bool | None = None, state: Mapping[str, dict] | None = None
+        self,
+        first_order: bool | None = None,
+        state: Mapping[str, dict] | None = None,
+        overwrite: bool = False,
     ) -> Iterator[tuple[Adapted, Tensor]]:
-        """(φₖ₊₁, support losses at φₖ) for k = 0, 1, …, without end. state: the inner optimiser's, see `inner_loop`."""
+        """(φₖ₊₁, support losses at φₖ) for k = 0, 1, …, without end.
+
+        state: the inner optimiser's. overwrite: φₖ₊₁ may take the place of φₖ; see `inner_loop`.
+        """
         return inner_loop(
             self._support_parts,
             self.start,
@@ -121,6 +129,7 @@ class Problem:
             state=self.learner.moments.state(self.start) if state is None else state,
             stacked=self.stacked,
             guard=self.guard,
+            overwrite=overwrite,
         )
 
     def support_losses(
@@ -333,11 +342,7 @@ class Problem:
 
     def _attention(self):
         """Attention written out, where it is differentiated twice or under vmap; as it is elsewhere."""
-        twice = self._differentiates_twice
-        if not (self.stacked or twice):
-            return nullcontext()
-        on_cpu = first_of(self.task.support.inputs).device.type == "cpu"
-        return open_attention(everywhere=twice or on_cpu)
+        return open_attention() if self.stacked or self._differentiates_twice else nullcontext()
 
     def _outputs(self, model, inputs, support, step, apart=False) -> tuple[Tree, Any]:
         """The outputs for the inputs of one task, batch norms told what they need to know: the tensors, and the object

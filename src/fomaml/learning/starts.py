@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fomaml.errors import InputError
+from fomaml.learning.adapt import not_autocast
 from fomaml.learning.contracts import InnerProblem
 
 UNREACHED = -1e4
@@ -52,11 +53,12 @@ class PrototypeHead:
 
     def __call__(self, start: dict[str, Tensor], problem: InnerProblem) -> dict[str, Tensor]:
         weight, bias = _names(self.head, start)
-        features = problem.support_features(self.head)  # (..., examples, features)
+        features = problem.support_features(self.head).to(start[weight].dtype)  # (..., examples, features)
         classes = torch.arange(problem.ways, device=features.device)
         members = (problem.task.support.targets.unsqueeze(-1) == classes).to(features.dtype)
         sizes = members.sum(-2)  # (..., ways)
-        prototypes = members.mT @ features / sizes.clamp(min=1).unsqueeze(-1)  # (..., ways, features)
+        with not_autocast(features.device.type):
+            prototypes = members.mT @ features / sizes.clamp(min=1).unsqueeze(-1)  # (..., ways, features)
         lengths = prototypes.square().sum(-1)
         # finite, so that the loss of a query example of such a class is, and out of reach of what features do
         lacking = UNREACHED * (1 + lengths.detach().amax(-1, keepdim=True))

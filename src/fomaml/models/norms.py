@@ -71,9 +71,10 @@ class BatchNorm(nn.Module):
     steps: for "per-step", the number K of inner steps; there are K + 1 sets, one for φ_K.
     scale: False leaves out γ, as the original MAML code does.
 
-    Shapes: (examples, channels, ...) in and out, any floating dtype; buffers `mean` and `variance`
-    (sets, channels), where there are any. Those of a layer that `freeze` has frozen, as `MetaLearner.adapt` does, are
-    `frozen_mean` and `frozen_variance` (1, channels): a layer of any policy that loads them is frozen too.
+    Shapes: (examples, channels, ...) in and out, any floating dtype; statistics are float32 at least. Buffers `mean`
+    and `variance` (sets, channels), where there are any. Those of a layer that `freeze` has frozen, as
+    `MetaLearner.adapt` does, are `frozen_mean` and `frozen_variance` (1, channels): a layer of any policy that loads
+    them is frozen too.
 
     Raises:
         InputError: an unknown policy, or "per-step" without steps.
@@ -120,14 +121,15 @@ class BatchNorm(nn.Module):
                 return F.batch_norm(inputs, None, None, ones, self.bias, training=True, eps=self.eps)
             sample = inputs if told.first is None else inputs[: told.first]
             axes = [0, *range(2, inputs.dim())]
-            variance, mean = torch.var_mean(sample, axes, correction=0, keepdim=True)
+            wide = sample.to(torch.promote_types(sample.dtype, torch.float32))
+            variance, mean = torch.var_mean(wide, axes, correction=0, keepdim=True)
             if told.record is not None:
                 told.record.append((self, told.step, mean.flatten(), variance.flatten()))
         scale = torch.rsqrt(variance + self.eps)
         if self.weight is not None:
             scale = scale * self.weight.view(shape)
         # of a single example exactly β in every engine: rounding would fall on either side of a ReLU's kink
-        return torch.addcmul(self.bias.view(shape), inputs - mean, scale)
+        return torch.addcmul(self.bias.view(shape), inputs - mean, scale).to(inputs.dtype)
 
     def freeze(self, mean: Tensor, variance: Tensor) -> None:
         """Take these (channels,) statistics for good: the policy becomes "frozen"."""
@@ -154,8 +156,8 @@ class BatchNorm(nn.Module):
         """Move the running statistics of inner step `step` towards these (channels,) ones."""
         if self.policy in ("running", "per-step"):
             step = min(step, len(self.mean) - 1)
-            self.mean[step].lerp_(mean, momentum)
-            self.variance[step].lerp_(variance, momentum)
+            self.mean[step].lerp_(mean.to(self.mean.dtype), momentum)
+            self.variance[step].lerp_(variance.to(self.variance.dtype), momentum)
 
     def extra_repr(self) -> str:
         return f"{len(self.bias)}, eps={self.eps}, scale={self.weight is not None}, policy={self.policy!r}"

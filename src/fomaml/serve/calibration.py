@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fomaml.errors import InputError
+from fomaml.measures import exact
 
 BINS = 15
 RANGE = (-5.0, 5.0)  # of the logarithm of a temperature
@@ -41,7 +42,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """
     if not len(labels) or not logits.isfinite().all():
         raise InputError("a temperature is fitted on finite logits of one example or more")
-    logits = logits.double()
+    logits, labels = exact(logits), labels.cpu()
 
     def loss(log: float) -> float:
         return F.cross_entropy(logits / math.exp(log), labels).item()
@@ -83,8 +84,8 @@ def reliability(probabilities: Tensor, labels: Tensor, bins: int = BINS) -> Reli
 
     probabilities: (examples, classes); labels: (examples,).
     """
-    confidence, guess = probabilities.double().max(1)
-    right = (guess == labels).double()
+    confidence, guess = exact(probabilities).max(1)
+    right = exact(guess == labels.cpu())
     # bins are closed above: (0, 1/15], …
     number = (confidence * bins).ceil().long().clamp(1, bins) - 1
     examples = torch.bincount(number, minlength=bins)

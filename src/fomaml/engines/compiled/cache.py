@@ -19,7 +19,6 @@ from fomaml.engines.common import first_line, out_of_memory
 from fomaml.engines.cpu.build import NO_COMPILER, compiler
 from fomaml.errors import InputError
 from fomaml.learning.learner import MetaLearner
-from fomaml.learning.objectives import MultiStepLoss
 from fomaml.tasks import Task, count, device_of, shape_of
 
 if TYPE_CHECKING:  # with all that compiling needs of torch: loaded below, where its absence is a warning
@@ -35,24 +34,19 @@ def function(
     side_by_side: bool = False,
     others: Iterable[Task] = (),
     again: bool = True,
+    plainly: bool = False,
 ) -> Made:
     """`find` compiled for chunks of this shape, the same at every call. Where several tasks are out of memory, that
     error goes through.
 
-    find: what `differentiate` finds for a chunk of tasks. facts: what it depends on beside the learner and
+    find: what is found of a chunk of tasks. facts: what it depends on beside the learner and
         the shapes.
     alone: finds the same for a chunk of one task; given where convolutions on a CPU are to be stacked.
     side_by_side: there are chunks for all threads, so that on a CPU each can take its own.
     others: chunks of the same meta-batch, to compare with the eager engine where this one does not settle it.
     again: compile anew where something has changed that is built in.
-
-    Raises:
-        InputError: the multi-step loss, whose weights change at every iteration.
+    plainly: without torch's compiler, which takes seconds: its operators are called one after the other.
     """
-    if isinstance(learner.objective, MultiStepLoss):
-        raise InputError(
-            "compile=True does not take the multi-step loss: its weights change at every iteration"
-        )
     watched, changed = _current(learner, again)
     if watched is None:
         return Made(None, f"{changed} has changed since it was compiled")
@@ -74,7 +68,7 @@ def function(
     )
     found = watched.known.get(key)  # once: the key's hash takes a hundredth of a small compiled meta-gradient
     if found is None:
-        found = _made(learner, tasks, find, alone, side_by_side, others)
+        found = _made(learner, tasks, find, alone, side_by_side, others, plainly)
         found.parts = parts
         watched.known[key] = found
         watched.settle()
@@ -126,7 +120,7 @@ class Key(NamedTuple):
     parts: tuple[int, ...]
 
 
-def _made(learner, tasks, find, alone, side_by_side, others) -> Made:
+def _made(learner, tasks, find, alone, side_by_side, others, plainly) -> Made:
     """What is compiled, once it was seen to agree with the eager engine."""
     reason = too_old()
     if reason:
@@ -136,7 +130,7 @@ def _made(learner, tasks, find, alone, side_by_side, others) -> Made:
         from fomaml.engines.compiled.trust import compare
 
         _torch.check_hooks(learner)
-        made = Compiled(learner, tasks, find, alone, side_by_side)
+        made = Compiled(learner, tasks, find, alone, side_by_side, plainly)
         return Made(made, compare(learner, made, find, tasks, others))
     except InputError:
         raise

@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
+from fomaml.engines.cpu import fusion
+from fomaml.engines.cpu.fusion import writes
+
 aten = torch.ops.aten
 
 
@@ -26,6 +29,75 @@ def rewrite(module: GraphModule) -> None:
     graph.eliminate_dead_code()
     graph.lint()
     module.recompile()
+
+
+def call_less(module: GraphModule) -> None:
+    """Leave out calls of a traced function of dense layers, in place: views of what is in that shape already, products
+    with a step size. φ - α (δᵀ a) is one operation, which goes over the memory of φ once, and in it where φ is not
+    needed again.
+    """
+    graph = module.graph
+    if any(map(writes, graph.nodes)):
+        return
+    for node in list(graph.nodes):
+        same = _same_as(node)
+        if same is not None:
+            node.replace_all_uses_with(same)
+            graph.erase_node(node)
+    for node in graph.nodes:
+        fusion.subtract_scaled(node)
+    graph.eliminate_dead_code()
+    own: set[Node] = set()
+    for node in list(graph.nodes):
+        if node.target is aten.sub.Tensor and len(node.args) == 2 and isinstance(node.args[1], Node):
+            _add_product(graph, node, own)
+    graph.eliminate_dead_code()
+    graph.lint()
+    module.recompile()
+
+
+def _add_product(graph: Graph, node: Node, own: set[Node]) -> None:
+    """Make a difference one of `addmm` where a product is subtracted. own: the results of such, shared by nothing."""
+    start, product = node.args
+    turned = product.target is aten.t.default
+    inner = product.args[0] if turned else product
+    single = len(product.users) == 1 and len(inner.users) == 1
+    if not (isinstance(start, Node) and inner.target is aten.mm.default and single):
+        return
+    if not _value(node).shape == _value(start).shape == _value(product).shape:
+        return
+    left, right = inner.args
+    order = {each: number for number, each in enumerate(graph.nodes)}
+    spent = start in own and all(order[user] <= order[node] for user in _readers(start))
+    with graph.inserting_before(node):
+        if turned:
+            left, right = _call(graph, aten.t.default, right), _call(graph, aten.t.default, left)
+        operator = aten.addmm_.default if spent else aten.addmm.default
+        added = graph.call_function(operator, (start, left, right), {"alpha": -node.kwargs.get("alpha", 1)})
+    added.meta["val"] = node.meta["val"]
+    node.replace_all_uses_with(added)
+    own.add(added)
+
+
+def _readers(node: Node) -> set[Node]:
+    """Who uses a node, or what may share its memory."""
+    found = set(node.users)
+    for user in node.users:
+        if fusion.is_view(user):
+            found |= _readers(user)
+    return found
+
+
+def _same_as(node: Node) -> Node | None:
+    """The node that another one gives as it is."""
+    if node.target in fusion.SAME:
+        return node.args[0]
+    if node.target is aten.t.default and node.args[0].target is aten.t.default:
+        return node.args[0].args[0]
+    if node.target not in (aten.view.default, aten._unsafe_view.default, aten.expand.default):
+        return None
+    now, then = node.meta["val"], node.args[0].meta["val"]
+    return node.args[0] if now.shape == then.shape and now.stride() == then.stride() else None
 
 
 def operations(graph: Graph) -> int:

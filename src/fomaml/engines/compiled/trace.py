@@ -11,14 +11,15 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.fx import GraphModule
 
+from fomaml.devices import forked_random
 from fomaml.engines import _torch
-from fomaml.engines.common import Found
 from fomaml.engines.compiled import kept, products
 from fomaml.engines.cpu import fusion, kernels, lifted
 from fomaml.engines.cpu.build import library
@@ -28,15 +29,16 @@ from fomaml.learning.learner import MetaLearner
 from fomaml.tasks import Task, chunks, count, device_of, tensors_of
 from fomaml.trees import Tree, leaves, mapped, rebuilt
 
-Find = Callable[[Task], Found]
+# a chunk → what is found of it, a named tuple: first a list of tensors, sums over tasks; the rest (tasks, ...) each
+Find = Callable[[Task], Any]
 FEW_OPERATIONS = 10_000_000  # with a second thread, 6 million took 1.3 times as long
 
 
 class Compiled:
     """A compiled `find` for chunks of one shape; see `cache.function`.
 
-    names: the meta-parameters' names, in the order of the gradients. draws_its_own: random numbers that are others than
-        the eager engine's.
+    draws: it draws random numbers; draws_its_own: ones that are others than the eager engine's.
+    calls_before: so many calls are made before what is compiled runs as it will for good.
     """
 
     def __init__(
@@ -46,8 +48,8 @@ class Compiled:
         find: Find,
         alone: Find | None = None,
         side_by_side: bool = False,
+        plainly: bool = False,
     ):
-        self.names = list(learner.meta_parameters())
         holder = Holder(learner)
         tensors = dict(holder.named_parameters()) | dict(holder.named_buffers())
         learned = {name for name, tensor in tensors.items() if tensor.requires_grad}
@@ -56,8 +58,12 @@ class Compiled:
         self._side_by_side = False
         self._on_one_thread = False
         self._memory: kernels.Memory | None = None
-        self.draws_its_own = False
-        self._outputs: Tree = ()
+        self._replayed = False
+        self.draws = self.draws_its_own = False
+        self.calls_before = 0
+        self._summed = 0  # so many of the results, the first
+        self._kind: Callable[..., Any] = tuple
+        self._rest: Tree = ()  # how the others are nested
 
         def trace(find: Find, tasks: Task) -> GraphModule:
             def flat(*arguments: Tensor) -> list[Tensor]:
@@ -67,32 +73,36 @@ class Compiled:
                     for name, value in zip(tensors, values)
                 }
                 chunk = rebuilt(tasks, iter(examples))
-                gradients, losses, support_losses, outputs = holder.at(state, chunk, find)
-                self._outputs = outputs
-                return [
-                    *(gradient.detach() for gradient in gradients),
-                    *(losses, support_losses, *leaves(outputs)),
-                ]
+                found = holder.at(state, chunk, find)
+                summed, *rest = found
+                self._summed, self._kind, self._rest = len(summed), type(found), tuple(rest)
+                return [*(tensor.detach() for tensor in summed), *leaves(self._rest)]
 
             with torch.enable_grad():
                 return _torch.trace(flat, *self._state(), *_tensors(tasks))
 
-        on_cpu = device_of(tasks).type == "cpu"
-        with torch.random.fork_rng(devices=[]), torch.no_grad(), _nothing_old_is_garbage():
-            self._run = None if alone is None else self._stacked(trace, alone, tasks)
+        device = device_of(tasks).type
+        on_cpu = device == "cpu"
+        with forked_random(), torch.no_grad(), _nothing_old_is_garbage():
+            self._run = None if alone is None else self._stacked(trace, alone, tasks, plainly)
             if self._run is None:
                 graph = trace(find, tasks)
                 if on_cpu and self._fuse(graph):
+                    if plainly and not side_by_side and not self.draws:
+                        lifted.by_kernels(graph)
+                        self._memory = kernels.Memory()
                     self._run = graph
                 else:
-                    self.draws_its_own = _draws(graph)
-                    self._side_by_side = on_cpu and side_by_side and not self.draws_its_own
-                    self._run = self._induced(graph, tasks, on_cpu)
+                    self.draws = _draws(graph)
+                    self._side_by_side = on_cpu and side_by_side and not self.draws
+                    self._run = self._as_traced(graph) if plainly else self._induced(graph, tasks, device)
+                    self.draws_its_own = self.draws and not plainly
                 del graph
             if isinstance(self._run, GraphModule):
                 self._run = _forward(self._run)
             # its structure alone
-            self._outputs = mapped(lambda tensor: tensor.new_empty(0), self._outputs)
+            self._rest = mapped(lambda tensor: tensor.new_empty(0), self._rest)
+            self._flat = all(isinstance(part, Tensor) for part in self._rest)
             gc.collect()  # the graphs, whose nodes refer to each other
 
     def _fuse(self, graph: GraphModule) -> bool:
@@ -100,11 +110,12 @@ class Compiled:
         if not fusion.convolutional(graph.graph):
             return False
         library()
-        self._side_by_side = not _draws(graph)
+        self.draws = _draws(graph)
+        self._side_by_side = not self.draws
         self._channels_last = fusion.rewrite(graph)
         return True
 
-    def _stacked(self, trace: Callable, alone: Find, tasks: Task) -> GraphModule | None:
+    def _stacked(self, trace: Callable, alone: Find, tasks: Task, plainly: bool) -> GraphModule | None:
         """The function of one task, stacked; None where that cannot be."""
         single = next(chunks(tasks, 1))
         graph = trace(alone, single)
@@ -112,26 +123,39 @@ class Compiled:
             state = self._state()
             with suppress(InputError, RuntimeError):
                 found = lifted.lift(
-                    graph, [*state, *_tensors(single)], len(state), len(self.names), count(tasks)
+                    graph, [*state, *_tensors(single)], len(state), self._summed, count(tasks)
                 )
-                self._memory = kernels.Memory() if count(tasks) > 1 else None
+                self._memory = kernels.Memory() if count(tasks) > 1 or plainly else None
                 return found
         self._channels_last, self._side_by_side = set(), False
         return None
 
-    def _induced(self, graph: GraphModule, tasks: Task, on_cpu: bool) -> Callable:
-        """The function by `torch.compile`'s backend."""
+    def _as_traced(self, graph: GraphModule) -> GraphModule:
+        """The function by torch's own operators, one after the other, as traced."""
+        products.rewrite(graph)
+        products.call_less(graph)
+        self._on_one_thread = products.operations(graph.graph) < FEW_OPERATIONS
+        return graph
+
+    def _induced(self, graph: GraphModule, tasks: Task, device: str) -> Callable:
+        """The function by `torch.compile`'s backend. On CUDA the backend records its launches as a graph, which a GPU
+        replays: the first call warms it up, the second is recorded.
+        """
+        on_cpu = device == "cpu"
         products.rewrite(graph)
         self._on_one_thread = on_cpu and products.operations(graph.graph) < FEW_OPERATIONS
         for node in graph.graph.nodes:
             node.meta.pop("val", None)  # of a fake mode that is not the compiler's
         # calls between kernels in C++: 1.1 times faster on F; they also leave the interpreter's lock to others
         options: dict = {"cpp_wrapper": True, "cpp_cache_precompile_headers": False} if on_cpu else {}
+        if device == "cuda":
+            options["triton.cudagraphs"] = True
+            self._replayed, self.calls_before = True, 2
         if self._side_by_side or self._on_one_thread:
             options["cpp.threads"] = 1
         return kept.induced(graph, [*self._state(), *_tensors(tasks)], options)
 
-    def map(self, chunks: Iterable[Task]) -> Iterator[Found]:
+    def map(self, chunks: Iterable[Task]) -> Iterator[Any]:
         """What is found for each chunk, at the learner's present state."""
         run = partial(self._call, self._state())
         if self._memory is not None:
@@ -140,14 +164,26 @@ class Compiled:
             return side_by_side(run, chunks)
         return on_one_thread(run, chunks) if self._on_one_thread else map(run, chunks)
 
-    def _call(self, state: list[Tensor], tasks: Task) -> Found:
+    @property
+    def lends(self) -> bool:
+        """Whether results may lie in memory that the kernels lend."""
+        return self._memory is not None
+
+    def __call__(self, tasks: Task) -> Any:
+        """What is found for one chunk that comes alone, with all of torch's threads where they help."""
+        if self._memory is not None or self._on_one_thread:
+            return next(iter(self.map([tasks])))
+        return self._call(self._state(), tasks)
+
+    def _call(self, state: list[Tensor], tasks: Task) -> Any:
         with torch.no_grad():
+            if self._replayed:
+                torch.compiler.cudagraph_mark_step_begin()
             found = self._run(*state, *_tensors(tasks))
-        gradients, (losses, support_losses, *outputs) = found[: len(self.names)], found[len(self.names) :]
-        one = isinstance(self._outputs, Tensor)
-        return Found(
-            gradients, losses, support_losses, outputs[0] if one else rebuilt(self._outputs, iter(outputs))
-        )
+            if self._replayed:
+                found = [tensor.clone() for tensor in found]  # the next call writes over these
+        summed, rest = found[: self._summed], found[self._summed :]
+        return self._kind(summed, *(rest if self._flat else rebuilt(self._rest, iter(rest))))
 
     def _state(self) -> list[Tensor]:
         state = [owner[name].detach() for owner, name in self._slots]
@@ -198,10 +234,10 @@ class Holder(nn.Module):
         super().__init__()
         self.learner = learner
 
-    def forward(self, tasks: Task, find: Find) -> Found:
+    def forward(self, tasks: Task, find: Find) -> Any:
         return find(tasks)
 
-    def at(self, state: dict[str, Tensor], tasks: Task, find: Find) -> Found:
+    def at(self, state: dict[str, Tensor], tasks: Task, find: Find) -> Any:
         """What is found where these are the learner's parameters and buffers; it has its own again afterwards.
 
         `functional_call` swaps those of a module that is reachable under two names twice, and puts the wrong ones back.

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.random import fork_rng
 
-from fomaml.engines.common import Found, out_of_memory
+from fomaml.devices import forked_random, random_state
+from fomaml.engines.common import Curve, Found, Reached, out_of_memory
 from fomaml.engines.compiled.trace import Compiled, Find, Holder
 from fomaml.learning.learner import MetaLearner
 from fomaml.tasks import Task, device_of
@@ -21,6 +21,7 @@ from fomaml.trees import leaves, mapped
 TOLERANCE = 1e-3
 TOLERANCE_OF_FLOAT64 = 1e-6
 CHUNKS = 3
+Results = Found | Curve | Reached
 SMALL = 0.01
 
 
@@ -42,19 +43,20 @@ def compare(
     Raises:
         Wrong: three misses.
     """
-    device = device_of(tasks)
+    for _ in range(compiled.calls_before):
+        _run(lambda: [*compiled.map([tasks])])
     for chunk in islice(chain([tasks], others, _moved(tasks)), CHUNKS):
-        [found], drawn = _run(lambda chunk=chunk: [*compiled.map([chunk])], device)
+        [found], drawn = _run(lambda chunk=chunk: [*compiled.map([chunk])])
         try:
-            expected, drawn_eagerly = _run(lambda chunk=chunk: find(chunk), device)
+            expected, drawn_eagerly = _run(lambda chunk=chunk: find(chunk))
         except Exception as error:  # whatever a module raises
             if out_of_memory(error):
                 return "that takes more memory than there is"
             raise
-        apart = _apart(found, expected)
+        apart = _apart(learner, found, expected)
         if max(apart) <= _least(learner) or _rounds_so(apart, learner, find, chunk, expected):
             return ""
-        if compiled.draws_its_own and not torch.equal(drawn, drawn_eagerly):
+        if compiled.draws_its_own and not _same(drawn, drawn_eagerly):
             return "its random numbers are others"
     losses, gradients = apart
     raise Wrong(
@@ -62,12 +64,14 @@ def compare(
     )
 
 
-def _run(function: Callable, device: torch.device) -> tuple[Any, Tensor]:
-    """What a function finds, and the state of the random numbers after it, which is then as it was before."""
-    on_gpu = device.type == "cuda"
-    with fork_rng(devices=[device] if on_gpu else []), torch.enable_grad():
-        found = function()
-        return found, torch.cuda.get_rng_state(device) if on_gpu else torch.get_rng_state()
+def _run(function: Callable) -> tuple[Any, dict[str, Tensor]]:
+    """What a function finds, and the states of the random numbers after it, which are then as they were before."""
+    with forked_random(), torch.enable_grad():
+        return function(), random_state()
+
+
+def _same(states: dict[str, Tensor], others: dict[str, Tensor]) -> bool:
+    return states.keys() == others.keys() and all(torch.equal(states[name], others[name]) for name in states)
 
 
 def _least(learner: MetaLearner) -> float:
@@ -77,57 +81,62 @@ def _least(learner: MetaLearner) -> float:
 
 
 def _rounds_so(
-    apart: tuple[float, float], learner: MetaLearner, find: Find, chunk: Task, expected: Found
+    apart: tuple[float, float], learner: MetaLearner, find: Find, chunk: Task, expected: Results
 ) -> bool:
     """Whether the eager engine is so far off float64 itself, by a fourth at least; or off what it finds of inputs whose
     last bits are others, which is found out in a third of the time. expected: what it finds of the chunk.
     """
     if _least(learner) < TOLERANCE:
         return False
-    device = device_of(chunk)
 
-    def near(found: Found, other: Found) -> bool:
-        return all(one <= max(TOLERANCE, 4 * own) for one, own in zip(apart, _apart(found, other)))
+    def near(found: Results, other: Results) -> bool:
+        return all(one <= max(TOLERANCE, 4 * own) for one, own in zip(apart, _apart(learner, found, other)))
 
     # whether a ReLU rounds the other way is chance: three roundings show it where one may not
     found = [expected]
     for rounded in islice(_moved(chunk, torch.finfo(torch.float32).eps), 2 if _floating(chunk) else 0):
-        found.append(_run(lambda rounded=rounded: find(rounded), device)[0])
+        found.append(_run(lambda rounded=rounded: find(rounded))[0])
         if near(found[-1], expected):
             return True
     try:
-        exact, drawn = _run(lambda: _exactly_found(learner, find, chunk), device)
+        exact, drawn = _run(lambda: _exactly_found(learner, find, chunk))
     except Exception:  # whatever a module raises that does not run in float64
         return False
-    _, drawn_so = _run(lambda: find(chunk), device)
-    if not torch.equal(drawn, drawn_so):
+    _, drawn_so = _run(lambda: find(chunk))
+    if not _same(drawn, drawn_so):
         return False  # float64 draws other numbers
     return any(near(each, exact) for each in found)
 
 
-def _exactly_found(learner: MetaLearner, find: Find, chunk: Task) -> Found:
-    """What the eager engine finds in float64."""
+def _exactly_found(learner: MetaLearner, find: Find, chunk: Task) -> Results:
+    """What the eager engine finds in float64: on a CPU where the device may lack it."""
+    device = device_of(chunk)
+    device = device if device.type == "cuda" else torch.device("cpu")
     holder = Holder(learner)
     state = {}
     for name, tensor in (*holder.named_parameters(), *holder.named_buffers()):
-        exact = tensor.detach().double() if tensor.is_floating_point() else tensor.detach()
+        exact = tensor.detach().to(device, torch.float64 if tensor.is_floating_point() else None)
         state[name] = exact.requires_grad_(tensor.requires_grad)
-    return holder.at(state, chunk.to(dtype=torch.float64), find)
+    return holder.at(state, chunk.to(device).to(dtype=torch.float64), find)
 
 
-def _apart(found: Found, expected: Found) -> tuple[float, float]:
+def _apart(learner: MetaLearner, found: Results, expected: Results) -> tuple[float, float]:
     """How far losses and outputs, and gradients, are from the expected ones, relative to the norm of each tensor.
 
     A gradient that is small beside the others, as that of a bias before a batch norm, which is nothing but rounding,
     is measured by `SMALL` of the norm of all.
     """
-    gradients = [_norm([tensor]) for tensor in expected.gradients]
-    least = SMALL * _norm(expected.gradients)
+    slopes = expected.slopes(learner)
+    least = SMALL * _norm(slopes)
+    values = zip(leaves(found.values()), leaves(expected.values()))
     return (
-        max(_off(one, other, _norm([other])) for one, other in zip(leaves(found[1:]), leaves(expected[1:]))),
+        max((_off(one, other, _norm([other])) for one, other in values), default=0.0),
         max(
-            _off(one, other, max(size, least))
-            for one, other, size in zip(found.gradients, expected.gradients, gradients)
+            (
+                _off(one, other, max(_norm([other]), least))
+                for one, other in zip(found.slopes(learner), slopes)
+            ),
+            default=0.0,
         ),
     )
 
@@ -145,7 +154,8 @@ def _norm(tensors: Sequence[Tensor]) -> float:
 
 
 def _exactly(tensor: Tensor) -> Tensor:
-    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float64))
+    # on the CPU, as a device may lack float64
+    return tensor.detach().cpu().to(torch.promote_types(tensor.dtype, torch.float64))
 
 
 def _moved(tasks: Task, by: float = 0.01) -> Iterator[Task]:

@@ -58,7 +58,7 @@ def rewrite(module: GraphModule) -> set[int]:
             _fuse(graph, block)
     for node in graph.nodes:
         _forget_moves(node)
-        _subtract_scaled(node)
+        subtract_scaled(node)
     reordered = _channels_last(graph)
     for node in columns:
         _in_plain_order(graph, node)
@@ -90,8 +90,8 @@ def _out_of_place(graph: Graph) -> None:
             ordinary is None
             or not name.endswith("_")
             or written.op != "call_function"
-            or _is_view(written)
-            or any(order[u] > order[node] or (u is not node and _is_view(u)) for u in written.users)
+            or is_view(written)
+            or any(order[u] > order[node] or (u is not node and is_view(u)) for u in written.users)
             # the result's might be another
             or any(a.meta["val"].dtype != node.meta["val"].dtype for a in tensors)
         ):
@@ -127,10 +127,10 @@ def writes(node: Node) -> bool:
     return isinstance(node.target, OPERATOR) and schema(node.target).is_mutable
 
 
-def _is_view(node: Node) -> bool:
+def is_view(node: Node) -> bool:
     """Whether a node shares memory with an argument of its."""
     if node.target is operator.getitem:
-        return _is_view(node.args[0])
+        return is_view(node.args[0])
     returns = schema(node.target).returns if isinstance(node.target, OPERATOR) else []
     return any(value.alias_info is not None for value in returns)
 
@@ -247,7 +247,7 @@ def _forget_moves(norm: Node) -> None:
         norm.args = (*norm.args[:3], None, None, *norm.args[5:])
 
 
-def _subtract_scaled(node: Node) -> None:
+def subtract_scaled(node: Node) -> None:
     """φ - α g as one operation, which takes no numbers of other types."""
     if node.target is not aten.sub.Tensor or node.kwargs:
         return

@@ -7,13 +7,12 @@ import ctypes
 import functools
 import math
 import threading
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from fomaml.blocks import Memory
 from fomaml.engines.cpu.build import library
 
 NAMES = {torch.float32: "float32", torch.float64: "float64"}
@@ -31,47 +30,14 @@ def sharing(threads: int, memory: Memory) -> Iterator[None]:
         library().use_threads(1)
 
 
-class Memory:
-    """Keeps the memory of tensors that nobody holds any more for the next ones of the same size.
-
-    The system's own allocator gives large pieces back, and fresh pages cost more than the kernels that fill them.
-    """
-
-    ALIGNMENT = 64
-
-    def __init__(self):
-        self._free: defaultdict[int, list[tuple[np.ndarray, int]]] = defaultdict(list)
-
-    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A contiguous tensor; its memory comes back when it and all its views are gone."""
-        count = math.prod(shape)
-        free = self._free[count * dtype.itemsize]
-        if free:
-            block, offset = free.pop()
-        else:
-            block = np.empty(count * dtype.itemsize + self.ALIGNMENT, np.uint8)
-            offset = -block.ctypes.data % self.ALIGNMENT
-        lent = block.view(_Lent)
-        lent.give_back = functools.partial(free.append, (block, offset))
-        return torch.frombuffer(lent, dtype=dtype, count=count, offset=offset).view(shape)
-
-
-class _Lent(np.ndarray):
-    """A block while a tensor holds it."""
-
-    give_back: Callable[[], None]
-
-    def __del__(self):
-        self.give_back()
-
-
 _own = threading.local()
+SMALL = 16_000  # numbers, below which the system's allocator gives the same pages again
 
 
 def _empty(like: Tensor, shape: Sequence[int]) -> Tensor:
     """For a kernel to write into, in the memory of `sharing`."""
     memory = getattr(_own, "memory", None)
-    if memory is None or not math.prod(shape):
+    if memory is None or math.prod(shape) < SMALL:
         return like.new_empty(shape)
     return memory.empty(shape, like.dtype)
 
@@ -178,16 +144,37 @@ def convolution_backward(
 
 
 def takes(
-    inputs: Tensor, weights: Tensor, stride: Sequence[int], padding: Sequence[int], by_inputs: bool = False
+    inputs: Tensor,
+    weights: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    by_inputs: bool = False,
+    pixels: int = 1000,
 ) -> bool:
-    """Whether `convolution` takes these, and is faster than torch's; by_inputs: for the derivatives by the inputs."""
+    """Whether `convolution` takes these, and is faster than torch's; by_inputs: for the derivatives by the inputs.
+
+    pixels: at most so many of the outputs of a task.
+    """
     if inputs.dtype not in NAMES:
         return False
-    _, (_, images, height, width, _) = _convolution_sizes(
-        inputs.movedim(-3, -1), weights.movedim(-3, -1), None, stride, padding
+    return _takes(inputs.shape, weights.shape, tuple(stride), tuple(padding), by_inputs, pixels)
+
+
+@functools.lru_cache(1000)  # asked at each call, where it would take as long as what stands around the kernel
+def _takes(
+    inputs: torch.Size,
+    weights: torch.Size,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    by_inputs: bool,
+    pixels: int,
+) -> bool:
+    height, width = (
+        (size + 2 * around - kernel) // step + 1
+        for size, kernel, step, around in zip(inputs[-2:], weights[-2:], stride, padding)
     )
     narrow = _is_narrow(weights) and not by_inputs
-    return images * height * width <= 1000 and (inputs.shape[-3] % 16 == 0 or narrow)
+    return inputs[1] * height * width <= pixels and (inputs[-3] % 16 == 0 or narrow)
 
 
 def sums(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -230,20 +217,27 @@ def images(tensor: Tensor) -> Tensor:
     return tensor.movedim(-1, -3)
 
 
-def _is_narrow(weights: Tensor) -> bool:
+def _is_narrow(weights: torch.Size) -> bool:
     """Whether vectors run over the outputs, as there are too few channels."""
-    outputs, channels, rows, columns = weights.shape[-4:]
+    outputs, channels, rows, columns = weights[-4:]
     return channels % 16 != 0 and outputs % 16 == 0 and channels * rows * columns <= 64
 
 
 def _convolution_sizes(inputs, weights, bias, stride, padding) -> tuple[ctypes.Array, tuple[int, ...]]:
     """What convolution.cpp wants to know, and the shape of the outputs; all with pixels first."""
-    tasks, examples, height, width, channels = inputs.shape
-    outputs, rows, columns, _ = weights.shape[-4:]
+    return _sizes_of(inputs.shape, weights.shape, _step(bias), tuple(stride), tuple(padding))
+
+
+@functools.lru_cache(1000)
+def _sizes_of(
+    inputs: torch.Size, weights: torch.Size, step: int, stride: tuple[int, ...], padding: tuple[int, ...]
+) -> tuple[ctypes.Array, tuple[int, ...]]:
+    tasks, examples, height, width, channels = inputs
+    outputs, rows, columns, _ = weights[-4:]
     down = (height + 2 * padding[0] - rows) // stride[0] + 1
     across = (width + 2 * padding[1] - columns) // stride[1] + 1
-    steps = (weights[0].numel() if weights.dim() == 5 else 0, _step(bias))
-    narrow = _is_narrow(images(weights))
+    steps = (math.prod(weights[1:]) if len(weights) == 5 else 0, step)
+    narrow = _is_narrow(torch.Size([*weights[:-3], weights[-1], *weights[-3:-1]]))
     sizes = (examples, height, width, channels, outputs, rows, columns, *stride, *padding)
     return _sizes(tasks, *steps, narrow, *sizes), (tasks, examples, down, across, outputs)
 
@@ -283,5 +277,7 @@ def _pointers(*tensors: Tensor | None) -> list[int | None]:
     return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
+@functools.lru_cache(1000)
 def _sizes(*sizes: int) -> ctypes.Array:
+    """For a kernel to read."""
     return (ctypes.c_longlong * len(sizes))(*sizes)

@@ -80,15 +80,15 @@ void patches(const T* padded, const std::vector<Size>& at, std::vector<T>& to, c
             for (Size k = 0; k < s.run(); ++k) *row++ = padded[place + i * s.line() + k];
 }
 
-// turned[k][out] = w[out][k]
+// turned[k][out] = w[out][k], for some outputs
 template <typename T>
-void turn(const T* w, std::vector<T>& turned, const Shape& s) {
+void turn(const T* w, std::vector<T>& turned, const Shape& s, Size begin, Size end) {
     constexpr Size BLOCK = 16;
     const Size length = s.patch();
     turned.resize(length * s.outputs);
-    for (Size o = 0; o < s.outputs; o += BLOCK)
+    for (Size o = begin; o < end; o += BLOCK)
         for (Size k = 0; k < length; ++k)
-            for (Size n = o; n < std::min(o + BLOCK, s.outputs); ++n) turned[k * s.outputs + n] = w[n * length + k];
+            for (Size n = o; n < std::min(o + BLOCK, end); ++n) turned[k * s.outputs + n] = w[n * length + k];
 }
 
 }  // namespace

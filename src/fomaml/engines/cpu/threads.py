@@ -7,6 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 
 import torch
 
@@ -45,7 +46,7 @@ def side_by_side(function: Callable, items: Iterable) -> Iterator:
     if threads == 1:
         yield from map(function, items)
         return
-    pool = _pool(threads)
+    pool = pool_of(threads)
     under_way: deque = deque()
     torch.set_num_threads(1)
     try:
@@ -60,9 +61,25 @@ def side_by_side(function: Callable, items: Iterable) -> Iterator:
         torch.set_num_threads(threads)
 
 
+@contextmanager
+def alone(really: bool = True) -> Iterator[None]:
+    """Within it torch's own operators have one thread, if `really`: what stands between two calls that compute on many,
+    see `side_by_side`.
+    """
+    threads = torch.get_num_threads()
+    if really and threads > 1:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        if really and threads > 1:
+            torch.set_num_threads(threads)
+
+
 @functools.cache
-def _pool(threads: int) -> ThreadPoolExecutor:
+def pool_of(threads: int) -> ThreadPoolExecutor:
     """A pool whose every thread computes alone."""
+    before = torch.get_num_threads()
     together = threading.Barrier(threads + 1)
 
     def begin():
@@ -74,5 +91,5 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     for _ in range(threads):
         pool.submit(int)
     together.wait()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(before)
     return pool

@@ -1,0 +1,148 @@
+"""Tasks that are drawn before they are asked for are the tasks that would have been drawn then."""
+
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+import fomaml
+from fomaml.ahead import Ahead
+from fomaml.blocks import LARGE, Memory, empty, kept_in
+from fomaml.data.source import pixels
+from fomaml.data.synthetic import Sinusoids
+from fomaml.engines.cpu.threads import alone, pool_of
+from fomaml.episodes import Episodes, RegressionEpisodes, generator, uniforms
+from fomaml.errors import InputError
+
+LABELS = torch.arange(6).repeat_interleave(8)
+
+
+def source(side=4, decode=None):
+    images = torch.randint(0, 256, (48, 1, side, side), generator=torch.Generator().manual_seed(0))
+    return fomaml.ClassSource(images.to(torch.uint8), LABELS, decode=decode)
+
+
+def drawn_from(inputs, **choices):
+    return Episodes(inputs, ways=3, shots=1, query_shots=2, seed=5, **choices)
+
+
+class Family:
+    """As `Sinusoids`, drawn one function after the other."""
+
+    inputs = (-5.0, 5.0)
+
+    def draw(self, random):
+        return Sinusoids().draw(random)
+
+
+def equal(found, expected):
+    return all(torch.equal(a, b) for own, other in zip(found, expected) for a, b in zip(own, other))
+
+
+SEQUENCES = {
+    "small": lambda: drawn_from(source()),
+    "large": lambda: drawn_from(source(64, pixels())),
+    "turned": lambda: drawn_from(source(64, pixels()), turns=True, jitter=1.0),
+    "augmented": lambda: drawn_from(source(64), augment=lambda inputs, random: inputs),
+    "functions": lambda: RegressionEpisodes(Sinusoids(), shots=3, query_shots=4, seed=2),
+}
+
+
+@pytest.mark.parametrize("name", SEQUENCES)
+def test_the_same_tasks_as_without(name):
+    own, ahead = SEQUENCES[name](), Ahead(SEQUENCES[name](), 2, 60)
+    for start in (*range(0, 60, 2), 60, 8, 10, 11):
+        assert equal(ahead.batch(start, 2), own.batch(start, 2)), start
+    parts = Ahead(own, 6, 30)
+    for start in (0, 6, 12):
+        assert equal(parts.batch(start, 4), own.batch(start, 4))
+        assert equal(parts.batch(start + 4, 2), own.batch(start + 4, 2))
+
+
+def test_a_held_batch_stays_as_it_is():
+    ahead = Ahead(SEQUENCES["large"](), 2, 10**6)
+    kept = [ahead.batch(start, 2) for start in range(0, 20, 2)]
+    assert all(equal(batch, SEQUENCES["large"]().batch(2 * n, 2)) for n, batch in enumerate(kept))
+
+
+def test_nothing_of_the_users_runs_aside_and_nothing_beyond_the_end():
+    threads, asked = set(), []
+
+    def decode(inputs):
+        threads.add(threading.get_ident())
+        return inputs.float()
+
+    for own in (drawn_from(source(64, decode)), SEQUENCES["large"]()):
+        batch = own.batch
+        own.batch = lambda start, tasks, batch=batch: asked.append((start, tasks)) or batch(start, tasks)
+        ahead = Ahead(own, 2, 6)
+        for start in (0, 2, 4):
+            ahead.batch(start, 2)
+    assert threads == {threading.get_ident()}
+    assert sorted(asked) == sorted([(0, 2), (2, 2), (4, 2)] * 2)
+
+
+def test_an_error_comes_when_its_batch_is_asked_for():
+    own = SEQUENCES["large"]()
+    batch = own.batch
+
+    def failing(start, tasks):
+        if start == 2:
+            raise InputError("no")
+        return batch(start, tasks)
+
+    own.batch = failing
+    ahead = Ahead(own, 2, 10)
+    ahead.batch(0, 2)
+    with pytest.raises(InputError, match="no"):
+        ahead.batch(2, 2)
+
+
+def test_training_draws_as_without(monkeypatch):
+    def weights(ahead):
+        torch.manual_seed(0)
+        if not ahead:
+            monkeypatch.setattr(sys.modules["fomaml.train"], "Ahead", lambda episodes, *_: episodes)
+        learner = fomaml.FOMAML(fomaml.MLP(64 * 64, 4, 3), 0.1, 2)
+        optimizer = torch.optim.Adam(learner.parameters(), lr=0.01)
+        for _ in fomaml.train(learner, SEQUENCES["large"](), optimizer, iterations=4, meta_batch_size=3):
+            pass
+        return [*learner.parameters()]
+
+    assert all(map(torch.equal, weights(True), weights(False)))
+
+
+def test_functions_at_once_are_those_one_by_one():
+    both = [RegressionEpisodes(family, shots=3, query_shots=4, seed=2) for family in (Sinusoids(), Family())]
+    assert equal(both[0].batch(5, 7), both[1].batch(5, 7))
+    expected = np.stack([generator(3, 10 + row).random(9) for row in range(4)])
+    assert (uniforms(3, 10, 4, 9) == expected).all() and uniforms(3, 10, 0, 9).shape == (0, 9)
+
+
+def test_memory_is_lent_again_once_nobody_holds_it():
+    memory, shape = Memory(), (LARGE,)
+    with kept_in(memory):
+        first = empty(shape, torch.uint8, torch.device("cpu"))
+        place, view = first.data_ptr(), first[1:]
+        assert empty(shape, torch.uint8, torch.device("cpu")).data_ptr() != place
+        del first
+        assert empty(shape, torch.uint8, torch.device("cpu")).data_ptr() != place
+        del view
+        places = [empty(shape, torch.uint8, torch.device("cpu")) for _ in range(2)]
+        assert place in [each.data_ptr() for each in places]
+
+
+def test_threads_are_as_before():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with alone():
+            assert torch.get_num_threads() == 1
+            assert pool_of(1).submit(torch.get_num_threads).result() == 1
+        with alone(False):
+            assert torch.get_num_threads() == 3
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
