@@ -288,7 +288,7 @@ def found_of(*gradients, losses=(1.0,)):
     ],
 )
 def test_how_far_apart(one, other, apart):
-    assert trust._apart(one, other) == pytest.approx(apart, abs=1e-6)
+    assert trust._apart(None, one, other) == pytest.approx(apart, abs=1e-6)
 
 
 def test_lower_precision_is_compared_by_its_own_error(monkeypatch):
