@@ -1,4 +1,5 @@
 import gc
+import os
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,8 @@ import torch._inductor
 from fomaml.engines.compiled.cache import too_old
 
 torch.set_num_threads(1)
+# What a test has compiled is not found by another, which may have replaced the compiler.
+os.environ["FOMAML_KEEP_COMPILED"] = "0"
 # Where an assertion of a shared module fails, its values are shown, as in a test file.
 pytest.register_assert_rewrite(*(path.stem for path in Path(__file__).parent.glob("*.py")))
 

@@ -9,12 +9,15 @@ Not here: `_parameters`, `_buffers` and `_modules` of a module, which modules th
 from __future__ import annotations
 
 import functools
+import importlib.util
 import logging
+import os
 import pkgutil
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +25,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 COMPILING = "compile=True warns, and the engine runs uncompiled"
+KEEPING = "what is compiled is not kept for other processes"
 # name → what happens without it
 NAMES = {
     "torch._guards:TracingContext": COMPILING,
@@ -29,6 +33,11 @@ NAMES = {
     "torch._subclasses.fake_tensor:FakeTensorMode": COMPILING,
     "torch.fx.experimental.proxy_tensor:make_fx": COMPILING,
     "torch._inductor:compile": COMPILING,
+    "torch._inductor.cpu_vec_isa:VecISA.check_build": "what vectors there are is found out by compiling, for seconds",
+    "torch._inductor.codecache:CppWrapperCodeCache.load_pybinding": KEEPING,
+    "torch._C._dynamo.guards:_torchinductor_pyobject_tensor_data_ptr": KEEPING,
+    "torch._C._aoti:unsafe_alloc_void_ptrs_from_tensors": KEEPING,
+    "torch._C._aoti:alloc_tensors_by_stealing_from_void_ptrs": KEEPING,
     "torch._ops:OpOverload._schema": COMPILING,
     "torch.nn:Module._forward_hooks": COMPILING,
     "torch.nn:Module._forward_pre_hooks": COMPILING,
@@ -80,10 +89,86 @@ def trace(function: Callable, *inputs: Tensor) -> GraphModule:
         return make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
 
 
-def induce(graph: GraphModule, inputs: Sequence[Tensor], options: dict) -> Callable:
-    """What `torch.compile`'s backend makes of a graph."""
-    with _without_torchs_warnings():
-        return find("torch._inductor:compile")(graph, inputs, options)
+def induce(graph: GraphModule, inputs: Sequence[Tensor], options: dict) -> tuple[Callable, Path | None]:
+    """What `torch.compile`'s backend makes of a graph, and the library in which all of it is, where it is known."""
+    found: list[Any] = []
+    with _without_torchs_warnings(), _quick_probes(), _watching_libraries(found):
+        function = find("torch._inductor:compile")(graph, inputs, options)
+    files = {getattr(getattr(entry, "__self__", None), "__file__", None) for entry in found}
+    [file] = files if len(files) == 1 else [None]
+    return function, None if file is None else Path(file)
+
+
+def entry_of(path: Path) -> Callable[..., list[Tensor]]:
+    """The function in a library that `induce` has made. It is loaded without torch's compiler, which takes a second.
+
+    Raises:
+        Missing, ImportError: it does not load.
+    """
+    pointer = find("torch._C._dynamo.guards:_torchinductor_pyobject_tensor_data_ptr")
+    os.environ["_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR"] = str(pointer)  # from where such a library reads it
+    spec = importlib.util.spec_from_file_location(f"{path.stem}.inductor_entry_cpp", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    entry = module.inductor_entry_cpp
+    handles = find("torch._C._aoti:unsafe_alloc_void_ptrs_from_tensors")
+    tensors = find("torch._C._aoti:alloc_tensors_by_stealing_from_void_ptrs")
+
+    def run(*inputs: Tensor) -> list[Tensor]:
+        return tensors(entry(handles(list(inputs))))
+
+    return run
+
+
+@contextmanager
+def _watching_libraries(found: list[Any]) -> Iterator[None]:
+    """Within it `found` gets the functions of the libraries that the backend loads."""
+    try:
+        owner = find("torch._inductor.codecache:CppWrapperCodeCache")
+        load = find("torch._inductor.codecache:CppWrapperCodeCache.load_pybinding")
+    except Missing:
+        yield
+        return
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        entry = load(*arguments, **options)
+        found.append(entry)
+        return entry
+
+    with _replaced(owner, "load_pybinding", watched):
+        yield
+
+
+@contextmanager
+def _quick_probes() -> Iterator[None]:
+    """Within it the backend does not compile programs, for six seconds, to find out which vectors it may use: it has
+    read what the processor has, and the compiler says in 20 ms which options it knows.
+    """
+    try:
+        owner = find("torch._inductor.cpu_vec_isa:VecISA")
+        find("torch._inductor.cpu_vec_isa:VecISA.check_build")
+    except Missing:
+        yield
+        return
+
+    from fomaml.engines.cpu.build import compiler, knows  # not where nothing is compiled
+
+    def check_build(self: Any, code: str) -> bool:
+        return knows(tuple(compiler()), tuple(self.build_arch_flags().split()))
+
+    with _replaced(owner, "check_build", check_build):
+        yield
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    own = owner.__dict__[name]
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, own)
 
 
 @contextmanager

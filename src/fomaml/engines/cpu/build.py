@@ -11,6 +11,9 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from fomaml.files import user_cache
@@ -51,33 +54,56 @@ def library() -> ctypes.CDLL:
     command = compiler()
     if not command:
         raise RuntimeError(NO_COMPILER)
-    facts = [
-        *(source.read_text(encoding="utf-8") for source in (*SOURCES, *HEADERS)),
-        *command,
-        _version(command),
-        *FLAGS,
-        platform.machine(),
-        _processor(),
-    ]
-    name = f"kernels-{hashlib.sha256(' '.join(facts).encode()).hexdigest()[:16]}.so"
+    sources = (source.read_text(encoding="utf-8") for source in (*SOURCES, *HEADERS))
+    name = name_of("kernels", [*sources, *command, *FLAGS, *machine()])
+    path = kept(name, partial(_build, command))
+    try:
+        return _declared(ctypes.CDLL(str(path)))
+    except (OSError, AttributeError) as error:
+        raise RuntimeError(f"{command[0]} made something that does not load: {error}") from None
+
+
+def name_of(kind: str, facts: Iterable[str]) -> str:
+    """The name of a file that depends on these facts."""
+    return f"{kind}-{hashlib.sha256(chr(0).join(facts).encode()).hexdigest()[:32]}.so"
+
+
+def machine() -> list[str]:
+    """What compiled code depends on beside its source: the compiler and its version, and the processor."""
+    command = compiler()
+    return [*command, _version(command), platform.machine(), _processor()]
+
+
+def kept(name: str, build: Callable[[Path], None]) -> Path:
+    """The file of this name in the user's cache folder, or where that takes no files in one of its own among the
+    temporary files. Where it is not there, or not whole, it is built: `build(path)` writes it, with `sealed` content.
+
+    Raises:
+        NoFolder: no folder takes it. What `build` raises goes through.
+    """
     for folder in (user_cache(), Path(tempfile.gettempdir()) / f"fomaml-{os.getuid()}"):
         path = folder / name
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             if folder.stat().st_uid != os.getuid():
                 raise PermissionError(f"{folder} belongs to somebody else")
-            kept = path.read_bytes() if path.exists() else b""
-            code = kept[:-DIGEST]
-            if not kept or hashlib.sha256(code).digest() != kept[-DIGEST:]:  # none yet, or a damaged one
-                _build(command, path)
+            content = path.read_bytes() if path.exists() else b""
+            if not content or sealed(content[:-DIGEST]) != content:  # none yet, or a damaged one
+                build(path)
         except OSError as error:  # a folder that takes no files: the next one
             reason = error
             continue
-        try:
-            return _declared(ctypes.CDLL(str(path)))
-        except (OSError, AttributeError) as error:
-            raise RuntimeError(f"{command[0]} made something that does not load: {error}") from None
-    raise RuntimeError(f"the kernels could not be kept: {reason}")
+        return path
+    raise NoFolder(f"the kernels could not be kept: {reason}")
+
+
+class NoFolder(RuntimeError):
+    """No folder takes what was compiled."""
+
+
+def sealed(code: bytes) -> bytes:
+    """A library with its digest at the end; the loader does not mind what follows."""
+    return code + hashlib.sha256(code).digest()
 
 
 def _declared(kernels: ctypes.CDLL) -> ctypes.CDLL:
@@ -102,18 +128,34 @@ def _build(command: list[str], path: Path) -> None:
     """Build the kernels in a file of its own beside `path` and move it there whole, its digest at the end."""
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as folder:
         temporary = Path(folder) / path.name
-        try:
-            build = [*command, *FLAGS, "-o", str(temporary), *map(str, SOURCES)]
-            done = subprocess.run(build, capture_output=True, text=True)
-        except OSError as error:
-            raise RuntimeError(f"{command[0]} failed: {error}") from None
-        if done.returncode:
-            raise RuntimeError(
-                f"{command[0]} failed: {(done.stderr.strip() or 'no message').splitlines()[0]}"
-            )
-        code = temporary.read_bytes()
-        temporary.write_bytes(code + hashlib.sha256(code).digest())  # the loader does not mind what follows
+        objects = [str(Path(folder) / f"{source.stem}.o") for source in SOURCES]
+        parts = [[*command, *FLAGS, "-c", "-o", made, str(source)] for made, source in zip(objects, SOURCES)]
+        with ThreadPoolExecutor(
+            max_workers=os.cpu_count()
+        ) as pool:  # side by side: half the time on two cores
+            list(pool.map(_compile, parts))
+        _compile([*command, *FLAGS, "-o", str(temporary), *objects])
+        temporary.write_bytes(sealed(temporary.read_bytes()))
         os.replace(temporary, path)
+
+
+def _compile(command: list[str]) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        raise RuntimeError(f"{command[0]} failed: {error}") from None
+    if done.returncode:
+        raise RuntimeError(f"{command[0]} failed: {(done.stderr.strip() or 'no message').splitlines()[0]}")
+
+
+@functools.cache
+def knows(command: tuple[str, ...], options: tuple[str, ...]) -> bool:
+    """Whether the compiler knows these options."""
+    check = [*command, *options, "-fsyntax-only", "-x", "c++", "-"]
+    try:
+        return subprocess.run(check, input="", capture_output=True, text=True).returncode == 0
+    except OSError:
+        return False
 
 
 def _processor() -> str:
