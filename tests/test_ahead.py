@@ -12,9 +12,9 @@ from fomaml.ahead import Ahead
 from fomaml.blocks import LARGE, Memory, empty, kept_in
 from fomaml.data.source import pixels
 from fomaml.data.synthetic import Sinusoids
-from fomaml.engines.cpu.threads import alone, pool_of
 from fomaml.episodes import Episodes, RegressionEpisodes, generator, uniforms
 from fomaml.errors import InputError
+from fomaml.threads import alone, pool_of
 
 LABELS = torch.arange(6).repeat_interleave(8)
 

@@ -22,6 +22,7 @@ LAYERS = [
         "devices",
         "memory",
         "blocks",
+        "threads",
         "metrics",
         "submodules",
     },

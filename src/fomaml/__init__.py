@@ -68,6 +68,7 @@ if TYPE_CHECKING:  # a checker of types is to know all modules, and no other nam
     from fomaml import serve as serve
     from fomaml import streams as streams
     from fomaml import tasks as tasks
+    from fomaml import threads as threads
     from fomaml import trees as trees
     from fomaml import tuning as tuning
     from fomaml.app.estimators import FewShotClassifier as FewShotClassifier

@@ -5,9 +5,9 @@ from __future__ import annotations
 from concurrent.futures import Future
 
 from fomaml.blocks import Memory, kept_in
-from fomaml.engines.cpu.threads import alone, pool_of
 from fomaml.episodes import Episodes, RegressionEpisodes, TaskSequence, copies_of, ways_of
 from fomaml.tasks import Batch, Task, tensors_of
+from fomaml.threads import alone, pool_of
 
 LARGE = 2**28  # bytes: a batch of more is not kept beside the present one
 SMALL = 2**18  # bytes: so many are drawn at a time

@@ -15,7 +15,6 @@ from fomaml.choices import OnNonfinite, check_choice
 from fomaml.data.source import ClassSource
 from fomaml.devices import forked_random
 from fomaml.engines import Plan, check_outputs
-from fomaml.engines.cpu.threads import alone
 from fomaml.engines.pays import Compile
 from fomaml.engines.plan import TaskWeights
 from fomaml.episodes import Episodes, TaskSequence
@@ -31,6 +30,7 @@ from fomaml.ranks import Ranks, as_ranks
 from fomaml.scoring import metrics_of
 from fomaml.streams import TaskStream, as_sequence, batch_of
 from fomaml.tasks import Batch, Task, check_finite_tasks, singles
+from fomaml.threads import alone
 
 
 class Record(NamedTuple):

@@ -224,8 +224,8 @@ def _overwritten(
             continue
         direction = optimizer.direction(gradient, point[name], state[name], taken[name])
         alpha = rates[name]
-        if direction.is_sparse or isinstance(alpha, Tensor):
-            direction, alpha = alpha * direction, 1
+        if direction.is_sparse or isinstance(alpha, Tensor) or alpha > torch.finfo(direction.dtype).max:
+            direction, alpha = alpha * direction, 1  # such a number is none that `alpha=` takes
         subtract = parameter.sub_ if taken[name] else parameter.sub
         following[name] = subtract(direction, alpha=alpha)
         taken[name] += 1

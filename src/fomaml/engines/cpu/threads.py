@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from concurrent.futures import wait
 
 import torch
 
 from fomaml.blocks import Memory
+from fomaml.threads import pool_of
 
 
 def on_one_thread(function: Callable, items: Iterable) -> Iterator:
@@ -61,37 +59,3 @@ def side_by_side(function: Callable, items: Iterable) -> Iterator:
     finally:  # after an error nothing runs on, and nothing holds memory
         wait([future for future in under_way if not future.cancel()])
         torch.set_num_threads(threads)
-
-
-@contextmanager
-def alone(really: bool = True) -> Iterator[None]:
-    """Within it torch's own operators have one thread, if `really`: what stands between two calls that compute on many,
-    see `side_by_side`.
-    """
-    threads = torch.get_num_threads()
-    if really and threads > 1:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        if really and threads > 1:
-            torch.set_num_threads(threads)
-
-
-@functools.cache
-def pool_of(threads: int) -> ThreadPoolExecutor:
-    """A pool whose every thread computes alone."""
-    before = torch.get_num_threads()
-    together = threading.Barrier(threads + 1)
-
-    def begin():
-        torch.get_num_threads()  # a thread's first question sets its number to that of all: ask before setting it
-        torch.set_num_threads(1)  # of this thread, and of those to come: set back below
-        together.wait()
-
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="fomaml", initializer=begin)
-    for _ in range(threads):
-        pool.submit(int)
-    together.wait()
-    torch.set_num_threads(before)
-    return pool
