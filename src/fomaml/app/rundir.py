@@ -271,7 +271,7 @@ def weights_file(run: Path, weights: str) -> Path:
     return last if weights == "last" and last.exists() else run / WEIGHTS
 
 
-def circumstances(device: str) -> dict:
+def circumstances(device: str = "cpu") -> dict:
     """When, where and with what a result was measured on a device."""
     return {
         "date": str(date.today()),
