@@ -60,7 +60,10 @@ def main() -> None:
         results[kind][name] = measure[kind](name, options) | {"run": run}
         write(results, out)
     if arguments.render:
-        report.put(report.summary(results), ROOT / "README.md")
+        others = [
+            json.loads((out.parent / f"{name}.json").read_text()) for name in ("adaptation", "end_to_end")
+        ]
+        report.put(report.summary(results, *others), ROOT / "README.md")
         report.put(report.page(results), ROOT / "docs" / "benchmarks.md")
     else:
         print(report.page(results))

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
+from benchmarks import report
 from benchmarks.__main__ import CORES, _commit, _processor
 from benchmarks.process import ROOT
 from benchmarks.ranks import Fixed
@@ -33,7 +34,6 @@ from fomaml.tasks import Task, count, one
 
 RESULTS = ROOT / "benchmarks" / "results" / "adaptation.json"
 PAGE = ROOT / "docs" / "benchmarks.md"
-BEGIN, END = "<!-- adaptation: begin -->", "<!-- adaptation: end -->"  # of the tables in the page
 STEPS = 10
 SLOW = 6.0  # so many times slower than the fastest: two rounds only
 NETWORKS: dict[str, Workload] = {
@@ -233,10 +233,7 @@ def tables(results: dict) -> str:
 
 
 def render(results: dict, page: Path = PAGE) -> None:
-    text = page.read_text()
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    page.write_text(f"{before}{BEGIN}\n{tables(results)}\n{END}{after}")
+    report.put(tables(results), page, "adaptation")
 
 
 def circumstances(options: argparse.Namespace) -> dict:

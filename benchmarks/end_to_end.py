@@ -88,7 +88,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def beside(name: str, data: Path, rounds: int) -> dict:
     """The seconds of both, by round after one that warms up, and what they reached."""
-    found: dict[str, dict] = {"fomaml": {"seconds": []}, "plain": {"seconds": []}}
+    found: dict = {"title": JOBS[name].title, "fomaml": {"seconds": []}, "plain": {"seconds": []}}
     with tempfile.TemporaryDirectory() as folder:
         for turn in range(rounds + 1):
             runs = {
@@ -131,7 +131,7 @@ def _run(*words: str) -> str:
 
 def _row(name: str, facts: dict) -> str:
     own, plain = facts["fomaml"], facts["plain"]
-    ratio = median(b / a for a, b in zip(own["seconds"], plain["seconds"]))
+    ratio = report.median_ratio(plain["seconds"], own["seconds"])
     cells = [f"{100 * each['accuracy']:.1f} ± {100 * each['interval']:.1f}" for each in (own, plain)]
     times = [f"{median(each['seconds']):.0f}" for each in (own, plain)]
     job = f"{JOBS[name].title}, {JOBS[name].iterations} iterations"

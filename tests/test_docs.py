@@ -89,8 +89,12 @@ def test_the_readme_is_short():
 
 
 def test_the_pages_hold_the_tables_of_the_benchmarks():
-    results = json.loads((ROOT / "benchmarks" / "results" / "engines.json").read_text(encoding="utf-8"))
-    for page, table in (("README.md", report.summary(results)), ("docs/benchmarks.md", report.page(results))):
+    results, *others = (
+        json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+        for name in ("engines", "adaptation", "end_to_end")
+    )
+    summary = report.summary(results, *others)
+    for page, table in (("README.md", summary), ("docs/benchmarks.md", report.page(results))):
         assert f"{report.BEGIN}\n{table}\n{report.END}" in (ROOT / page).read_text(encoding="utf-8")
 
 

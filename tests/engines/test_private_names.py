@@ -144,6 +144,7 @@ def test_without_a_name_that_compiling_needs_it_warns_and_goes_on(engine, name, 
 
 
 @compiles
+@pytest.mark.long
 @pytest.mark.parametrize("name", [name for name in OTHERS if "Exception" not in name])
 def test_what_is_compiled_does_without_the_others(name, monkeypatch):
     untouched(monkeypatch)
