@@ -73,17 +73,16 @@ def main(arguments: list[str] | None = None) -> None:
         return
     from benchmarks.__main__ import CORES, _commit, _processor
 
-    jobs = {}
+    jobs = json.loads(RESULTS.read_text(encoding="utf-8"))["jobs"] if RESULTS.exists() else {}
     for name in JOBS:
         if (data := getattr(options, name)) is not None:
-            jobs[name] = beside(name, data.resolve(), options.rounds)
+            run = {
+                "cores": CORES, "processor": _processor(), "torch": torch.__version__, "commit": _commit(),
+                "date": date.today().isoformat(),
+            }  # fmt: skip
+            jobs[name] = beside(name, data.resolve(), options.rounds) | {"run": run}
             print(_row(name, jobs[name]), flush=True)
-    result = {
-        "cores": CORES, "processor": _processor(), "torch": torch.__version__, "commit": _commit(),
-        "date": date.today().isoformat(), "jobs": jobs,
-    }  # fmt: skip
-    if set(jobs) == set(JOBS):
-        RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    RESULTS.write_text(json.dumps({"jobs": jobs}, indent=1) + "\n", encoding="utf-8")
 
 
 def beside(name: str, data: Path, rounds: int) -> dict:
@@ -146,9 +145,10 @@ def render() -> None:
         "| job | `fomaml train`, s | plain, s | times faster | accuracy in % | of the plain script |\n"
         "|---|---|---|---|---|---|"
     )
-    origin = (
-        f"{results['processor']}, {results['cores']} cores, torch {results['torch']}, commit {results['commit']}, "
-        f"{results['date']}, seed 0."
+    runs = {json.dumps(facts["run"]): facts["run"] for facts in results["jobs"].values()}
+    origin = "\n".join(
+        f"{run['processor']}, {run['cores']} cores, torch {run['torch']}, commit {run['commit']}, {run['date']}, seed 0."
+        for run in runs.values()
     )
     rows = [_row(name, facts) for name, facts in results["jobs"].items()]
     report.put("\n".join([origin, "", head, *rows]), page, "end to end")

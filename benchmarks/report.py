@@ -25,7 +25,7 @@ def summary(results: dict, adaptation: dict, jobs: dict) -> str:
         rows.append((what, "`deepcopy` and SGD", compiled["faster"]))
     for job in jobs["jobs"].values():
         seconds = [job[side]["seconds"] for side in ("plain", "fomaml")]
-        if job["title"].startswith("Omniglot"):
+        if job["title"].startswith("MNIST"):
             rows.append((f"`fomaml train`: {job['title']}", "a plain script", median_ratio(*seconds)))
     lines = [f"| {what} | {peer} | **{times:.1f}** |" for what, peer, times in rows]
     return "\n".join(["| what | beside | times faster here |", "|---|---|---|", *lines])
