@@ -207,11 +207,7 @@ def _timed(runs: dict[str, Run], rounds: int, seed: int, times: int) -> dict[str
 def tables(results: dict) -> str:
     """For the page."""
     runs = {json.dumps(each["run"]): each["run"] for each in results["networks"].values()}
-    lines = [
-        f"{run['machine']}, {run['cores']} cores, torch {run['torch']}, commit {run['commit']}, {run['date']}, seed "
-        f"{run['seed']}, {run['rounds']} rounds."
-        for run in runs.values()
-    ]
+    lines = [f"{report.origin(run, run['seed'])}, {run['rounds']} rounds." for run in runs.values()]
     lines += ["Times faster than the plain loop, and milliseconds.", ""]
     for kind, title in (
         ("evaluation", "Evaluation: 32 tasks, 5 support and 75 query examples, 10 inner steps"),

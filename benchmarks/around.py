@@ -119,11 +119,8 @@ def render() -> None:
     page = ROOT / "docs" / "performance.md"
     head = "| workload | meta-gradient, ms | step of `train`, ms | ratio |\n|---|---|---|---|"
     rows = [_row(name, facts) for name, facts in results["workloads"].items()]
-    origin = (
-        f"{results['processor']}, {results['cores']} cores, torch {results['torch']}, commit {results['commit']}, "
-        f"{results['date']}, seed {results['seed']}."
-    )
-    report.put("\n".join([origin, "", head, *rows]), page, "around")
+    origin = report.origin(results, results["seed"])
+    report.put("\n".join([f"{origin}.", "", head, *rows]), page, "around")
 
 
 if __name__ == "__main__":

@@ -146,11 +146,7 @@ def render() -> None:
         "|---|---|---|---|---|---|"
     )
     runs = {json.dumps(facts["run"]): facts["run"] for facts in results["jobs"].values()}
-    origin = "\n".join(
-        f"{run['processor']}, {run['cores']} cores, torch {run['torch']}, commit {run['commit']}, {run['date']}, "
-        "seed 0."
-        for run in runs.values()
-    )
+    origin = "\n".join(f"{report.origin(run, seed=0)}." for run in runs.values())
     rows = [_row(name, facts) for name, facts in results["jobs"].items()]
     report.put("\n".join([origin, "", head, *rows]), page, "end to end")
 

@@ -214,10 +214,7 @@ def as_table(rows: list[list[str]]) -> str:
 def page(results: dict) -> str:
     """The two tables, with what they were measured on."""
     latency, bandwidth = fitted(results)
-    where = (
-        f"{results['machine']}, {results['cores']} cores, torch {results['torch']}, commit {results['commit']}, "
-        f"{results['date']}, seed {results['seed']}; load before it {results['load_before']:.1f}."
-    )
+    where = f"{report.origin(results, results['seed'])}; load before it {results['load_before']:.1f}."
     told = (
         f"Reckoned, not measured. An all_reduce between {results['processes']} processes here: {1e3 * latency:.2g} ms "
         f"for a message and {bandwidth / 1e9:.2g} GB/s."

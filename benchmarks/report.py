@@ -98,6 +98,12 @@ def details(results: dict) -> str:
     return "\n\n".join(parts)
 
 
+def origin(run: dict, seed: int) -> str:
+    """Where, by what and when a table was measured."""
+    machine = run["machine"] if "machine" in run else run["processor"]
+    return f"{machine}, {run['cores']} cores, torch {run['torch']}, commit {run['commit']}, {run['date']}, seed {seed}"
+
+
 def put(text: str, document: Path, name: str = "benchmarks") -> None:
     """Replace what stands between the two markers of this name in a document.
 

@@ -24,10 +24,10 @@ def fuse(optimizer: torch.optim.Optimizer, gradients: Iterable[Tensor]) -> None:
         return
     for group in optimizer.param_groups:
         free = group["fused"] is None and group["foreach"] is None and not group["differentiable"]
-        plain = not isinstance(group["lr"], Tensor) and all(
+        taken = not isinstance(group["lr"], Tensor) and all(
             p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in group["params"]
         )
-        if free and plain:
+        if free and taken:
             group["fused"] = True
 
 
