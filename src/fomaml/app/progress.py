@@ -94,6 +94,7 @@ class Watch:
                 total=total,
                 figures=shown,
                 left=self._left(),
+                refresh=done == total,  # a short run can end between two of the bar's own
             )
             return
         tenth = 10 * done // max(1, total)
