@@ -261,7 +261,7 @@ class FactoredProblem(Problem):
 
         buffers = self.buffers if buffers is None else buffers
         axes = (0, 0, 0, 0, 0, None if support is None else 0)
-        with self._attention():
+        with self.attention():
             losses, outputs, assigned, record = torch.func.vmap(one_task, axes, randomness="different")(
                 dense, changes, buffers, examples, kept, support
             )

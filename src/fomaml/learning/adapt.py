@@ -164,14 +164,17 @@ def inner_loop(
     state = {name: {} for name in current} if state is None else state
     taken = dict.fromkeys(current, 0)
     overwrite = overwrite and type(optimizer) in (SGD, Adam, Sign)  # others may keep what they were given
+    place: dict[str, Tensor] = {}
     for step in itertools.count():
         with torch.enable_grad():
             # Nodes of their own also in second order: φ₀ may hold tensors that depend on one another, such as a
             # head made of the features of the body, and a partial derivative must not run through them.
-            point = {
+            point = place or {
                 n: p.detach().requires_grad_() if first_order or not p.requires_grad else p.view_as(p)
                 for n, p in current.items()
             }
+            if overwrite and all(taken.values()):  # from here on φ stays in its place
+                place = point
             loss: Tensor | None = None
             gradients: list[Tensor | None] = [None] * len(point)
             terms = losses(point, first_order, step)
@@ -180,7 +183,8 @@ def inner_loop(
                     found = _gradients(term.sum() if stacked else term, list(point.values()), not first_order)
                 gradients = [g if f is None else f if g is None else g + f for g, f in zip(gradients, found)]
                 loss = term.detach() if loss is None else loss + term.detach()
-        with not_autocast(loss.device.type) if loss is not None else nullcontext():
+        assert loss is not None
+        with not_autocast(loss.device.type):
             alpha = rates(step)
             if overwrite:
                 current = _overwritten(current, alpha, point, gradients, optimizer, state, taken)
@@ -199,7 +203,6 @@ def inner_loop(
                     taken[name] += 1
                     following[name] = parameter - alpha[name] * direction
                 current = following
-        assert loss is not None
         del point, gradients, found  # the next forward pass finds their memory, which is still near
         yield current, loss
 
@@ -219,17 +222,20 @@ def _overwritten(
     """
     following = {}
     for (name, parameter), gradient in zip(current.items(), gradients):
-        following[name] = parameter
         if gradient is None:  # the loss does not depend on it
+            following[name] = parameter
             continue
-        direction = optimizer.direction(gradient, point[name], state[name], taken[name])
+        times = taken[name]
+        direction = optimizer.direction(gradient, point[name], state[name], times)
         alpha = rates[name]
-        if direction.is_sparse or isinstance(alpha, Tensor) or alpha > torch.finfo(direction.dtype).max:
+        if isinstance(alpha, Tensor) or direction.is_sparse or alpha > LARGEST:
             direction, alpha = alpha * direction, 1  # such a number is none that `alpha=` takes
-        subtract = parameter.sub_ if taken[name] else parameter.sub
-        following[name] = subtract(direction, alpha=alpha)
-        taken[name] += 1
+        following[name] = (parameter.sub_ if times else parameter.sub)(direction, alpha=alpha)
+        taken[name] = times + 1
     return following
+
+
+LARGEST = torch.finfo(torch.float16).max  # that every dtype holds
 
 
 def _gradients(loss: Tensor, values: list[Tensor], create_graph: bool) -> tuple[Tensor | None, ...]:

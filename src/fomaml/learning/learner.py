@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cmath
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import reduce
@@ -269,7 +270,8 @@ class MetaLearner(nn.Module):
         if not all(map(_finite, adapted.values())):
             raise InputError(f"after {steps} steps the parameters are not finite: try a smaller inner_lr")
         module = replicas.duplicate(adapted if fresh else {})
-        rest = {n: value for n, value in adapted.items() if not same_memory(module.get_parameter(n), value)}
+        own = dict(module.named_parameters(remove_duplicate=False))
+        rest = {name: value for name, value in adapted.items() if not same_memory(own[name], value)}
         load(module, rest, {n: b for n, b in buffers.items() if "/" not in n})  # but the criterion's
         if statistics == "support" or self.uses_support_statistics():
             refuse_native(module)
@@ -321,7 +323,7 @@ class MetaLearner(nn.Module):
 def _finite(values: Tensor) -> bool:
     """Whether all are finite numbers."""
     # one pass where the sum is: nothing that is not finite has a finite one
-    return bool(values.sum().isfinite()) or bool(values.isfinite().all())
+    return cmath.isfinite(values.sum().item()) or bool(values.isfinite().all())
 
 
 def checked(problem: Problem) -> Problem:

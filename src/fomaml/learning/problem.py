@@ -18,6 +18,7 @@ from fomaml.learning.contracts import Adapted, Learner
 from fomaml.learning.forward import Forward, Stacked, outputs_of
 from fomaml.learning.mistakes import checked_loss, refuse_third_order, targets_for
 from fomaml.learning.parts import check_mean, counted, minibatch, parts_of, spread, summed
+from fomaml.learning.repeated import again
 from fomaml.learning.replica import Replicas, buffers_of
 from fomaml.metrics import ignored_label
 from fomaml.models import (
@@ -121,7 +122,7 @@ class Problem:
         state: the inner optimiser's. overwrite: φₖ₊₁ may take the place of φₖ; see `inner_loop`.
         """
         return inner_loop(
-            self._support_parts,
+            again(self, self._support_parts) if overwrite else self._support_parts,
             self.start,
             self.learner.inner_lr,
             optimizer=self.learner.optimizer,
@@ -199,7 +200,7 @@ class Problem:
     def outputs(self, adapted: Adapted) -> Tree:
         """The outputs on the query set of one task at φ, no criterion asked."""
         parameters = {**self.fixed, **adapted}
-        with self.replicas.holding(parameters, dict(self.buffers)) as (model, _), self._attention():
+        with self.replicas.holding(parameters, dict(self.buffers)) as (model, _), self.attention():
             return self._outputs(model, self.task.query.inputs, self._support_for("own"), step=0)[0]
 
     def guard(self) -> AbstractContextManager:
@@ -214,7 +215,7 @@ class Problem:
         """What a function of the model at φ and of the query set of one task gives."""
         parameters = {**self.fixed, **adapted}
         query = mapped(torch.clone, self.task.query)  # whatever the function does to them
-        with self.replicas.holding(parameters, _copied(self.buffers)) as (model, _), self._attention():
+        with self.replicas.holding(parameters, _copied(self.buffers)) as (model, _), self.attention():
             forward = Forward(model, self.learner.model, query.inputs)
             return self._with_gradients(function, forward, query, self.steps)
 
@@ -275,7 +276,7 @@ class Problem:
             lambda _, args: caught.append(args[0])
         ):
             run = torch.func.vmap(one_task, randomness="different") if self.stacked else one_task
-            with self._attention():
+            with self.attention():
                 features, assigned = run(self.buffers, self.task.support.inputs)
         self.buffers.update(assigned)
         return features
@@ -299,7 +300,7 @@ class Problem:
         buffers = self.buffers if buffers is None else buffers
         arguments = (dict(adapted), buffers, examples, support)
         axes = (0, 0, 0, None if support is None else 0)
-        with self._attention():
+        with self.attention():
             if not self.stacked:
                 loss, outputs, _ = one_task(*arguments)
             else:
@@ -340,7 +341,7 @@ class Problem:
         own = self.learner.loss is not None
         return own or not self.first_order or self.learner.objective.differentiates_twice
 
-    def _attention(self):
+    def attention(self) -> AbstractContextManager:
         """Attention written out, where it is differentiated twice or under vmap; as it is elsewhere."""
         return open_attention() if self.stacked or self._differentiates_twice else nullcontext()
 

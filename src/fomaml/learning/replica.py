@@ -13,6 +13,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from itertools import chain
+from operator import is_
 from typing import Any, TypeVar
 
 import torch
@@ -115,17 +116,42 @@ class Replicas:
         ]
         # which takes a part of the time of a short adaptation
         self._watched = watched and not all(map(_reads_itself_alone, self.modules))
+        self._kept: tuple[tuple, list[nn.Module]] | None = None
+        self._anew: set[int] | None = None
+
+    def keep(self) -> None:
+        """From now on take replicas again where the tensors are the same ones, but for those that the forward pass of
+        a module of the user's may write into, and what holds them.
+        """
+        writing = [module for module in self.modules if not _reads_itself_alone(module)]
+        anew = {id(each): True for module in writing for each in module.modules()}
+
+        def is_anew(module: nn.Module) -> bool:
+            if id(module) not in anew:
+                children = [child for child in module._modules.values() if child is not None]
+                anew[id(module)] = any([*map(is_anew, children)])
+            return anew[id(module)]
+
+        found = {number for number, module in enumerate(self.modules) if is_anew(module)}
+        if not any(own for number, own in enumerate(self._attributes) if number not in found):
+            self._anew = found
 
     def make(self, tensors: Mapping[str, Tensor]) -> list[nn.Module]:
         """Replicas of all modules, the root's first, that hold these tensors in place of the parameters and buffers of
         their names. Others are the module's own; a tensor that has several names goes by the first.
         """
-        found = [
-            module if scripted else object.__new__(type(module))  # which has no tensors, see `check_module`
-            for module, scripted in zip(self.modules, self._scripted)
-        ]
-        rows = zip(found, self.modules, self._slots, self._attributes, self._containers)
-        for replica, module, slots, attributes, containers in rows:
+        held = (self.training, *tensors.values())
+        kept, anew = self._kept, range(len(self.modules)) if self._anew is None else self._anew
+        if kept is not None and len(held) == len(kept[0]) and all(map(is_, held, kept[0])):
+            found = [*kept[1]]
+        else:
+            found, anew = [*self.modules], range(len(self.modules))
+        for number in anew:
+            if not self._scripted[number]:  # which has no tensors, see `check_module`
+                found[number] = object.__new__(type(self.modules[number]))
+        for number in anew:
+            replica, module, slots = found[number], self.modules[number], self._slots[number]
+            attributes, containers = self._attributes[number], self._containers[number]
             if replica is module:
                 continue
             own = replica.__dict__
@@ -151,6 +177,8 @@ class Replicas:
                 own[key] = Move(self, found, tensors)(value)
         for number, attributes in self._written_out:
             found[number].__dict__.update(attributes)
+        if self._anew is not None:
+            self._kept = held, found
         return found
 
     @contextmanager
@@ -174,11 +202,7 @@ class Replicas:
             if self._moves_criterion:
                 criterion = Move(self, replicas, tensors)(criterion)
             yield functools.partial(self._run, replicas, tensors), criterion
-            for replica, (_, slots) in zip(replicas, self._slots):
-                for key, name, _ in slots:
-                    held = replica._buffers.get(key)
-                    if name is not None and held is not None and held is not buffers.get(name):
-                        buffers[name] = held.detach()
+            self.assigned(replicas, buffers)
         finally:
             for module, own, attributes in zip(self.modules, before, self._attributes):
                 after = module.__dict__
@@ -186,6 +210,19 @@ class Replicas:
                 if keep:
                     moved = OF_ALL_MODULES.union(["_original"], (key for key, _ in attributes))
                     own.update((key, value) for key, value in after.items() if key not in moved)
+
+    def assigned(self, replicas: list[nn.Module], buffers: MutableMapping[str, Tensor]) -> None:
+        """Have `buffers` hold those that a forward pass has assigned."""
+        for replica, (_, slots) in zip(replicas, self._slots):
+            for key, name, _ in slots:
+                held = replica._buffers.get(key)
+                if name is not None and held is not None and held is not buffers.get(name):
+                    buffers[name] = held.detach()
+
+    @property
+    def all_kept(self) -> bool:
+        """Whether all are taken again, as nothing that runs in a forward pass is the user's."""
+        return self._anew == set()
 
     def duplicate(self, parameters: Mapping[str, Tensor] | None = None) -> nn.Module:
         """An independent copy of the module, which keeps neither what a tensor of it was computed from, as
@@ -260,13 +297,15 @@ class Replicas:
             return id(value) in self.names
         if isinstance(value, nn.Module):
             return id(value) in self.index
+        if type(value) in (tuple, list, set) and set(map(type, value)) <= PLAIN:
+            return False
+        held = parts(value)
+        if not held or (len(held) > 100 and set(map(type, held)) <= PLAIN):
+            return False
         seen = set() if seen is None else seen
         if id(value) in seen:
             return False
         seen.add(id(value))
-        held = parts(value)
-        if len(held) > 100 and set(map(type, held)) <= PLAIN:
-            return False
         return any(type(part) not in PLAIN and self.refers(part, seen) for part in held)
 
 
@@ -289,12 +328,16 @@ def _deepcopied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
             continue
         if type(value) in PLAIN:
             pass
-        elif type(value) in (dict, OrderedDict) and not value:
+        elif type(value) in (dict, OrderedDict, set) and not value:
             value = value.copy()
+        elif type(value) is tuple and set(map(type, value)) <= PLAIN:
+            pass
         elif key == "_modules":
             value = {
                 name: None if child is None else _deepcopied(child, memo) for name, child in value.items()
             }
+        elif key == "_parameters" and type(value) is dict:
+            value = {name: copy.deepcopy(tensor, memo) for name, tensor in value.items()}
         else:
             value = copy.deepcopy(value, memo)
         made.__dict__[key] = value
