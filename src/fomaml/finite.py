@@ -17,6 +17,7 @@ from fomaml.tasks import Batch, check_finite_tasks, singles
 IN_A_ROW = 100  # outer steps that are skipped before a training is given up
 SMALL = 100_000  # numbers
 SUMMED = (torch.float32, torch.float64)
+YES = torch.tensor(True)
 LARGE = 1e6  # no meta-parameter that means something
 
 
@@ -37,11 +38,11 @@ def are_finite(tensors: Iterable[Tensor]) -> Tensor:
     floats = [t for t in tensors if t.dtype in SUMMED or t.is_floating_point() or t.is_complex()]
     floats = [t for t in floats if t.numel()]
     if not floats:
-        return torch.tensor(True)
+        return YES
     summed = all(t.is_cpu and t.dtype in SUMMED for t in floats)
     # a sum is quicker than a norm, and finite only where all numbers are
     if summed and all(math.isfinite(t.sum()) for t in _joined(floats)):
-        return torch.tensor(True)
+        return YES
     return torch.nn.utils.get_total_norm(floats, math.inf).isfinite()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
@@ -82,15 +83,25 @@ class Outer:
 
     def carry_moments(self, step: Step, iteration: int) -> None:
         """See `MetaLearner.carry_moments`."""
+        if not self.learner.moments.names:
+            return
         assert step.tasks is not None and self.plan is not None
         with self.plan.precision(step.tasks):
             self.learner.carry_moments(step.tasks)
 
     def update_statistics(self, step: Step, iteration: int) -> None:
         """See `MetaLearner.update_statistics`."""
+        if not self.moved_layers:
+            return
         assert step.tasks is not None and self.plan is not None
         with self.plan.precision(step.tasks):
             self.learner.update_statistics(step.tasks)
+
+    @functools.cached_property
+    def moved_layers(self) -> list[BatchNorm]:
+        """Those whose statistics `update_statistics` moves."""
+        layers = [module for module in self.learner.model.modules() if isinstance(module, BatchNorm)]
+        return [layer for layer in layers if layer.policy in ("running", "per-step")]
 
     def batch(self, start: int, tasks: int) -> Batch:
         return batch_of(self.episodes, start, tasks, self.learner.model)
@@ -210,11 +221,10 @@ class SharedOuter(Outer):
             )
 
     def update_statistics(self, step: Step, iteration: int) -> None:
-        layers = [m for m in self.learner.model.modules() if isinstance(m, BatchNorm)]
-        buffers = [b for layer in layers if layer.policy in ("running", "per-step") for b in layer.buffers()]
-        if buffers:
+        moved = [buffer for layer in self.moved_layers for buffer in layer.buffers()]
+        if moved:
             self._of_first(
-                step, iteration, lambda: super(SharedOuter, self).update_statistics(step, iteration), buffers
+                step, iteration, lambda: super(SharedOuter, self).update_statistics(step, iteration), moved
             )
 
     def _of_first(self, step: Step, iteration: int, move: Callable[[], None], moved: list[Tensor]) -> None:

@@ -255,7 +255,7 @@ class Plan(Choosing):
                             self.run_eagerly(self.compiling.failure)
                             continue
                     divisor = total / group.weight if group.weight else math.inf
-                    names = list(self.learner.meta_parameters())
+                    names = self.learner.meta_names()
                     if function is None:
                         found = map(find, chunks(group.tasks, size))
                     else:
