@@ -59,6 +59,23 @@ def overview(results: dict) -> str:
     return "\n".join(lines)
 
 
+def processors(records: list[dict]) -> str:
+    """One row a workload and processor: the best here beside the fastest of all others, each of one run."""
+    lines = [
+        "| workload | processor | fastest here | ms | fastest peer | ms | times faster | target | compiling, s | run |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    rows = [(name, record, *rest) for results in records for name, record, *rest in _compared(results)]
+    for name, record, ours, peers in sorted(rows, key=lambda row: row[0]):
+        best, peer, run = _fastest(ours), _fastest(peers), record["run"]
+        times = f"**{peers[peer]['ratio']:.2f}**", f"{record['target']:g}" if record["target"] else ""
+        own = _short(best), f"{ours[best]['milliseconds']:.3g}"
+        facts = f"{ours[best].get('compile_seconds', 0):.1f}", f"{run['commit']}, {run['date']}"
+        cells = name, run["machine"], *own, peer, f"{peers[peer]['milliseconds']:.3g}", *times, *facts
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def page(results: dict) -> str:
     """What stands in docs/benchmarks.md: the overview, then every workload."""
     return f"{overview(results)}\n\n{details(results)}"

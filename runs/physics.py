@@ -16,8 +16,8 @@ from torch.func import functional_call, grad_and_value, vmap
 
 from fomaml import FOMAML, MAML, Examples, Reptile, Task, train
 from fomaml.app.parser import option, parse
+from fomaml.draws import generator
 from fomaml.engines import plan
-from fomaml.episodes import generator
 from fomaml.learning.adapt import SGD, Adam
 from fomaml.learning.learner import MetaLearner
 from fomaml.train import cosine, linear

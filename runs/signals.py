@@ -22,7 +22,7 @@ from fomaml import CAVIA, FOMAML, MAML, Examples, Reptile, Task, evaluate, train
 from fomaml.app.parser import option, parse
 from fomaml.data.mnist import load_mnist
 from fomaml.data.omniglot import load_omniglot
-from fomaml.episodes import generator
+from fomaml.draws import generator
 from fomaml.learning.adapt import SGD, Adam
 from fomaml.learning.learner import MetaLearner
 from fomaml.models import SIREN

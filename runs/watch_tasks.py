@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fomaml.episodes import generator
+from fomaml.draws import generator
 from fomaml.tasks import Examples, Task
 
 WINDOW = 100  # samples, two seconds

@@ -12,7 +12,8 @@ from fomaml.ahead import Ahead
 from fomaml.blocks import LARGE, Memory, empty, kept_in
 from fomaml.data.source import pixels
 from fomaml.data.synthetic import Sinusoids
-from fomaml.episodes import Episodes, RegressionEpisodes, generator, uniforms
+from fomaml.draws import generator, uniforms
+from fomaml.episodes import Episodes, RegressionEpisodes
 from fomaml.errors import InputError
 from fomaml.threads import alone, pool_of
 
@@ -61,6 +62,16 @@ def test_the_same_tasks_as_without(name):
         assert equal(parts.batch(start + 4, 2), own.batch(start + 4, 2))
 
 
+def test_the_numbers_of_many_batches_are_drawn_at_once_and_none_beyond_the_end():
+    own, asked = SEQUENCES["turned"](), []
+    numbers = own.numbers
+    own.numbers = lambda start, tasks: asked.append((start, tasks)) or numbers(start, tasks)
+    ahead = Ahead(own, 2, 39)
+    for start in range(0, 38, 2):
+        ahead.batch(start, 2)
+    assert asked == [(0, 2), (2, 32), (34, 5)]
+
+
 def test_a_held_batch_stays_as_it_is():
     ahead = Ahead(SEQUENCES["large"](), 2, 10**6)
     kept = [ahead.batch(start, 2) for start in range(0, 20, 2)]
@@ -75,8 +86,10 @@ def test_nothing_of_the_users_runs_aside_and_nothing_beyond_the_end():
         return inputs.float()
 
     for own in (drawn_from(source(64, decode)), SEQUENCES["large"]()):
-        batch = own.batch
-        own.batch = lambda start, tasks, batch=batch: asked.append((start, tasks)) or batch(start, tasks)
+        taken = own.taken
+        own.taken = lambda numbers, start, taken=taken: (
+            asked.append((start, len(numbers.rows))) or taken(numbers, start)
+        )
         ahead = Ahead(own, 2, 6)
         for start in (0, 2, 4):
             ahead.batch(start, 2)
@@ -86,14 +99,14 @@ def test_nothing_of_the_users_runs_aside_and_nothing_beyond_the_end():
 
 def test_an_error_comes_when_its_batch_is_asked_for():
     own = SEQUENCES["large"]()
-    batch = own.batch
+    taken = own.taken
 
-    def failing(start, tasks):
+    def failing(numbers, start):
         if start == 2:
             raise InputError("no")
-        return batch(start, tasks)
+        return taken(numbers, start)
 
-    own.batch = failing
+    own.taken = failing
     ahead = Ahead(own, 2, 10)
     ahead.batch(0, 2)
     with pytest.raises(InputError, match="no"):

@@ -1,8 +1,59 @@
-"""Classes and examples out of uniform random numbers: which of them a task has, and in what order."""
+"""Random numbers of a task, and out of them: which classes and examples it has, and in what order."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
+
+from fomaml.errors import whole
+
+
+def generator(seed: int, index: int, stream: int = 0) -> np.random.Generator:
+    """Random numbers that depend on (seed, index) alone: counter-based Philox (Salmon et al. 2011).
+
+    stream: another number gives others for the same index.
+    """
+    return np.random.Generator(np.random.Philox(key=checked_seed(seed), counter=[0, 0, stream, index]))
+
+
+def uniforms(seed: int, start: int, tasks: int, numbers: int) -> np.ndarray:
+    """(tasks, numbers) in [0, 1), the first that `generator` gives for the indices start, start + 1 …"""
+    found = np.empty((tasks, numbers))
+    if not tasks:
+        return found
+    philox = np.random.Philox(key=checked_seed(seed), counter=[0, 0, 0, start])
+    random, state = np.random.Generator(philox), philox.state
+    counter = state["state"]["counter"]
+    for row in range(tasks):
+        counter[3] = start + row
+        philox.state = state  # a sixth of the time that another generator takes
+        random.random(out=found[row])
+    return found
+
+
+def checked_seed(seed: int) -> int:
+    """The seed as Python's int, if it is one that `generator` takes."""
+    return whole("seed", seed, below=2**128, range=" from 0 to 2**128 - 1")
+
+
+class Numbers(NamedTuple):
+    """What is drawn of tasks: rows (tasks, ways, examples) of the source; quarters (tasks, ways) of a turn, and maps
+    (tasks, ways, examples, copies, 6), in [0, 1), where examples are moved.
+    """
+
+    rows: np.ndarray
+    quarters: np.ndarray | None
+    maps: np.ndarray | None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(each.nbytes for each in self if each is not None)
+
+    def part(self, rows: slice) -> Numbers:
+        """Those of some of the tasks."""
+        quarters, maps = (None if each is None else each[rows] for each in self[1:])
+        return Numbers(self.rows[rows], quarters, maps)
 
 
 def first(randoms: np.ndarray, number: int) -> np.ndarray:

@@ -13,7 +13,7 @@ from fomaml.data.augment import jittered, turned
 from fomaml.data.source import ClassSource
 from fomaml.data.synthetic import Sinusoids
 from fomaml.devices import sent
-from fomaml.draws import distinct, first
+from fomaml.draws import Numbers, checked_seed, distinct, first, generator, uniforms
 from fomaml.errors import InputError, not_negative, positive, shown, whole
 from fomaml.memory import check_fits
 from fomaml.tasks import Batch, Examples, Task, one, stack
@@ -21,34 +21,6 @@ from fomaml.trees import Tree, mapped
 
 FLOAT64 = 8  # bytes
 FEWER = "take fewer tasks at once, or smaller ways, shots or query_shots"
-
-
-def generator(seed: int, index: int, stream: int = 0) -> np.random.Generator:
-    """Random numbers that depend on (seed, index) alone: counter-based Philox (Salmon et al. 2011).
-
-    stream: another number gives others for the same index.
-    """
-    return np.random.Generator(np.random.Philox(key=checked_seed(seed), counter=[0, 0, stream, index]))
-
-
-def uniforms(seed: int, start: int, tasks: int, numbers: int) -> np.ndarray:
-    """(tasks, numbers) in [0, 1), the first that `generator` gives for the indices start, start + 1 …"""
-    found = np.empty((tasks, numbers))
-    if not tasks:
-        return found
-    philox = np.random.Philox(key=checked_seed(seed), counter=[0, 0, 0, start])
-    random, state = np.random.Generator(philox), philox.state
-    counter = state["state"]["counter"]
-    for row in range(tasks):
-        counter[3] = start + row
-        philox.state = state  # a sixth of the time that another generator takes
-        random.random(out=found[row])
-    return found
-
-
-def checked_seed(seed: int) -> int:
-    """The seed as Python's int, if it is one that `generator` takes."""
-    return whole("seed", seed, below=2**128, range=" from 0 to 2**128 - 1")
 
 
 class TaskSequence(Protocol):
@@ -272,6 +244,10 @@ class Episodes:
 
     def batch(self, start: int, tasks: int) -> Task:
         """Tasks start … start + tasks - 1, with a leading axis (tasks, ...)."""
+        return self.taken(self.numbers(start, tasks), start)
+
+    def numbers(self, start: int, tasks: int) -> Numbers:
+        """Which examples tasks start … start + tasks - 1 consist of, and how these are moved; see `taken`."""
         start, tasks = whole("the number of the first task", start), whole("tasks", tasks)
         drawn = self.shots + self.query_shots
         examples = self.ways * drawn
@@ -290,16 +266,22 @@ class Episodes:
             self.source.counts.numpy()[classes],
             for_examples.reshape(tasks, self.ways, drawn),
             for_order.reshape(tasks, self.ways, drawn),
-        )  # (tasks, ways, drawn)
+        )
+        return Numbers(
+            rows + self.source.offsets.numpy()[classes][..., None],
+            (4 * for_turns).astype(np.int64) if self.turns else None,
+            for_jitter.reshape(tasks, self.ways, drawn, self.copies, 6) if self.jitter else None,
+        )
+
+    def taken(self, numbers: Numbers, start: int) -> Task:
+        """The tasks of such numbers. start: the number of the first of them, for an augmentation."""
+        tasks = len(numbers.rows)
         device = self.source.inputs.device if isinstance(self.source.inputs, Tensor) else torch.device("cpu")
-        numbers = [torch.from_numpy(rows + self.source.offsets.numpy()[classes][..., None])]
-        if self.turns:
-            numbers.append(torch.from_numpy((4 * for_turns).astype(np.int64)))  # (tasks, ways)
+        given = [torch.from_numpy(each) for each in numbers if each is not None]
         if self.jitter:
-            own = torch.from_numpy(for_jitter).view(tasks, self.ways, drawn, self.copies, 6)
             exact = torch.float64 in (self.source.inputs.dtype, torch.get_default_dtype())
-            numbers.append(own if exact or device.type == "cpu" else own.float())
-        rows, *others = sent(numbers, device)
+            given[-1] = given[-1] if exact or device.type == "cpu" else given[-1].float()
+        rows, *others = sent(given, device)
         split = [self.shots, self.query_shots]
         quarters = others.pop(0) if self.turns else None
         maps = others.pop().split(split, dim=2) if self.jitter else (None, None)

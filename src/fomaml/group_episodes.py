@@ -12,7 +12,8 @@ import torch
 from fomaml.choices import check_choice
 from fomaml.data.groups import Draw, GroupSource
 from fomaml.devices import sent
-from fomaml.episodes import Augment, Augmentation, AugmentTask, checked_seed, generator
+from fomaml.draws import checked_seed, generator
+from fomaml.episodes import Augment, Augmentation, AugmentTask
 from fomaml.errors import InputError, positive, whole
 from fomaml.tasks import Batch, Examples, Task, together
 from fomaml.trees import leaves, mapped, rebuilt

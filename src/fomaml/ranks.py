@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, distributed
 
 from fomaml.devices import forked_random
-from fomaml.episodes import generator
+from fomaml.draws import generator
 from fomaml.errors import InputError, in_one_line, positive
 
 LINE = 512  # bytes of the text of an error that are sent

@@ -11,7 +11,8 @@ from torch import nn
 
 from fomaml.data.groups import GroupSource
 from fomaml.data.source import ClassSource
-from fomaml.episodes import TaskSequence, generator
+from fomaml.draws import generator
+from fomaml.episodes import TaskSequence
 from fomaml.errors import InputError, positive
 from fomaml.streams import batch_of
 from fomaml.tasks import Examples, Task, count_of, singles

@@ -276,15 +276,14 @@ class Adapter:
             found = function(tasks)
             if self._kept.replicas is None or self._kept.replicas[0] is not function:
                 self._kept.replicas = function, Replicas(learner.model, evaluating=True)
-            parameters, buffers = (mapped(lambda t: t[0], tree) for tree in (found.parameters, found.buffers))
+            parameters = {
+                name: value[0].clone() if function.lends else value[0]
+                for name, value in found.parameters.items()
+            }
+            buffers = {name: value[0] for name, value in found.buffers.items()}
+            replicas = self._kept.replicas[1]
             return learner.module_at(
-                self._kept.replicas[1],
-                parameters,
-                buffers,
-                given,
-                self.steps,
-                self.statistics,
-                fresh=not function.lends,
+                replicas, parameters, buffers, given, self.steps, self.statistics, fresh=True
             )
 
     def _compiled(self, tasks: Task, given: Examples) -> Compiled | None:
