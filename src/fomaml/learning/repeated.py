@@ -3,22 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 import torch.nn.functional as F
 from torch import Tensor
 
+from fomaml.learning.contracts import Learner
 from fomaml.learning.mistakes import as_numbers
+from fomaml.learning.replica import Replicas
 from fomaml.models import normalising
+from fomaml.tasks import Task
 from fomaml.trees import call
-
-if TYPE_CHECKING:
-    from fomaml.learning.problem import Problem
 
 Losses = Callable[[Mapping[str, Tensor], bool, int], Any]  # see `inner_loop`
 
 
-def again(problem: Problem, losses: Losses) -> Losses:
+class Repeating(Protocol):
+    """What a `Problem` has of which a step is repeated."""
+
+    learner: Learner
+    task: Task
+    replicas: Replicas
+    stacked: bool
+    evaluating: bool
+    fixed: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+
+    def attention(self) -> AbstractContextManager: ...
+
+
+def again(problem: Repeating, losses: Losses) -> Losses:
     """The losses of inner steps whose φ stays in its place, see `inner_loop`: of small networks in four fifths of the
     time.
 
