@@ -211,7 +211,7 @@ def _function(
     from fomaml.engines.compiled import cache
 
     alone = partial(find, "loop") if own.stacks else None
-    side_by_side = len(parts) >= torch.get_num_threads()
+    side_by_side = 1 < torch.get_num_threads() <= len(parts)
     on_cpu = device_of(parts[0]).type == "cpu"
     made = cache.function(
         learner, parts[0], partial(find, own.engine), facts, alone, side_by_side, parts[1:], plainly=on_cpu

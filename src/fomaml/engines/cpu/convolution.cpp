@@ -87,45 +87,54 @@ void by_images(const T* slope, const T* w, const std::vector<Reached>& classes, 
         const Range pixels = part_of(count, part, parts, ROWS);
         over_columns<T>(s.channels, [&](Size c, auto vectors) {
             constexpr int N = decltype(vectors)::value;
-            for (Size p = pixels.begin; p < pixels.end; p += ROWS) {
-                V acc[ROWS][N] = {};
-                for (std::size_t k = 0; k < own.weights.size(); ++k) {
+            const auto to = [&](Size p) { return by_x + own.pixels[p] * s.channels + c; };
+            if (own.weights.empty())
+                for (Size p = pixels.begin; p < pixels.end; ++p) std::fill(to(p), to(p) + N * L, T(0));
+            // one part of the weights after the other, which then stays near, and not one pixel after the other
+            for (std::size_t k = 0; k < own.weights.size(); ++k) {
+                const T* from = w + own.weights[k] + c;
+                for (Size p = pixels.begin; p < pixels.end; p += ROWS) {
+                    const Size rows = std::min<Size>(ROWS, pixels.end - p);
+                    V acc[ROWS][N] = {};
                     const T* a[ROWS];
                     for (int r = 0; r < ROWS; ++r) {
                         const Size source = own.sources[k * count + std::min(p + r, count - 1)];
                         a[r] = source < 0 ? nothing.data() : slope + source * s.outputs;
                     }
-                    const T* from = w + own.weights[k] + c;
+                    if (k) load<T, N>([=](Size r) { return to(p + r); }, rows, acc);
                     outer<T, N>(a, 1, s.outputs, [=](Size o) { return from + o * s.patch(); }, acc);
+                    store<T, N>([=](Size r) { return to(p + r); }, rows, acc);
                 }
-                for (int r = 0; r < ROWS && p + r < pixels.end; ++r)
-                    for (int v = 0; v < N; ++v)
-                        *reinterpret_cast<V*>(by_x + own.pixels[p + r] * s.channels + c + v * L) = acc[r][v];
             }
         });
     }
 }
 
-// the derivatives by the weights: sums over pixels of slope ⊗ patch
+constexpr Size NEAR = 64;  // pixels
+
+// the derivatives by the weights: sums over pixels of slope ⊗ patch, over so many at a time that they stay near
 template <typename T>
 void by_weights(const T* slope, const T* padded, const std::vector<Size>& at, T* by_w, const Shape& s, Range own) {
     using V = typename Lanes<T>::V;
-    constexpr int L = Lanes<T>::L;
-    for (Size i = 0; i < s.rows; ++i)
-        over_columns<T>(s.run(), [&](Size c, auto vectors) {
-            constexpr int N = decltype(vectors)::value;
-            const T* from = padded + i * s.line() + c;
-            const Size* place = at.data();
-            for (Size o = own.begin; o < own.end; o += ROWS) {
-                const T* a[ROWS];
-                for (int r = 0; r < ROWS; ++r) a[r] = slope + std::min(o + r, own.end - 1);
-                V acc[ROWS][N] = {};
-                outer<T, N>(a, s.outputs, s.pixels(), [=](Size p) { return from + place[p]; }, acc);
-                for (int r = 0; r < ROWS && o + r < own.end; ++r)
-                    for (int v = 0; v < N; ++v)
-                        *reinterpret_cast<V*>(by_w + (o + r) * s.patch() + i * s.run() + c + v * L) = acc[r][v];
-            }
-        });
+    for (Size begin = 0; begin < s.pixels(); begin += NEAR) {
+        const Size* place = at.data() + begin;
+        const Size count = std::min(NEAR, s.pixels() - begin);
+        for (Size i = 0; i < s.rows; ++i)
+            over_columns<T>(s.run(), [&](Size c, auto vectors) {
+                constexpr int N = decltype(vectors)::value;
+                const T* from = padded + i * s.line() + c;
+                for (Size o = own.begin; o < own.end; o += ROWS) {
+                    const Size rows = std::min<Size>(ROWS, own.end - o);
+                    const T* a[ROWS];
+                    for (int r = 0; r < ROWS; ++r) a[r] = slope + begin * s.outputs + std::min(o + r, own.end - 1);
+                    const auto to = [=](Size r) { return by_w + (o + r) * s.patch() + i * s.run() + c; };
+                    V acc[ROWS][N] = {};
+                    if (begin) load<T, N>(to, rows, acc);
+                    outer<T, N>(a, s.outputs, count, [=](Size p) { return from + place[p]; }, acc);
+                    store<T, N>(to, rows, acc);
+                }
+            });
+    }
 }
 
 // outputs[pixel][out] = bias + patch · turned weights, vectors along the outputs

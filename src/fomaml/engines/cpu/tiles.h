@@ -95,6 +95,22 @@ inline void outer(const T* const* a, Size step, Size count, B b, typename Lanes<
         for (int v = 0; v < VECTORS; ++v) acc[r][v] = sum[r][v];
 }
 
+// the first rows of acc from where to(r) points
+template <typename T, int VECTORS, typename To>
+inline void load(To to, Size rows, typename Lanes<T>::V (*acc)[VECTORS]) {
+    using V = typename Lanes<T>::V;
+    for (Size r = 0; r < rows; ++r)
+        for (int v = 0; v < VECTORS; ++v) acc[r][v] = *reinterpret_cast<const V*>(to(r) + v * Lanes<T>::L);
+}
+
+// and back
+template <typename T, int VECTORS, typename To>
+inline void store(To to, Size rows, const typename Lanes<T>::V (*acc)[VECTORS]) {
+    using V = typename Lanes<T>::V;
+    for (Size r = 0; r < rows; ++r)
+        for (int v = 0; v < VECTORS; ++v) *reinterpret_cast<V*>(to(r) + v * Lanes<T>::L) = acc[r][v];
+}
+
 // calls body<vectors>(first column) over columns, WIDTH vectors at a time and then what is left
 template <typename T, int VECTORS = WIDTH, typename Body>
 inline void over_columns(Size columns, Body body, Size c = 0) {
