@@ -8,6 +8,7 @@ Not here: `_parameters`, `_buffers` and `_modules` of a module, which modules th
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib.util
 import logging
@@ -119,6 +120,38 @@ def entry_of(path: Path) -> Callable[..., list[Tensor]]:
         return tensors(entry(handles(list(inputs))))
 
     return run
+
+
+def product_functions(names: Sequence[str]) -> list[int]:
+    """The addresses of torch's C functions that make a tensor of memory, let it go, and of products on a CPU.
+
+    Raises:
+        Missing: it has none of this name.
+    """
+    wanted = ["aoti_torch_create_tensor_from_blob", "aoti_torch_delete_tensor_object"]
+    wanted += [f"aoti_torch_cpu_{name}_out" for name in names]
+    library = _library()
+    found = []
+    for name in wanted:
+        try:
+            found.append(ctypes.cast(getattr(library, name), ctypes.c_void_p).value or 0)
+        except AttributeError:
+            raise Missing(f"torch:{name}") from None
+    return found
+
+
+def code_of(dtype: torch.dtype) -> int:
+    """The number by which torch's C functions know a dtype."""
+    return {torch.float32: 6, torch.float64: 7}[dtype]
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    folder = Path(torch.__file__).parent / "lib"
+    paths = [path for suffix in ("so", "dylib") for path in folder.glob(f"libtorch_cpu.{suffix}")]
+    if not paths:
+        raise Missing("torch:libtorch_cpu")
+    return ctypes.CDLL(str(paths[0]))
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -135,6 +135,16 @@ def _build(command: list[str], path: Path) -> None:
         ) as pool:  # side by side: half the time on two cores
             list(pool.map(_compile, parts))
         _compile([*command, *FLAGS, "-o", str(temporary), *objects])
+        temporary.write_bytes(sealed(temporary.read_bytes()))
+        os.replace(temporary, path)
+
+
+def compiled(command: Sequence[str], options: Sequence[str], text: str, path: Path) -> None:
+    """Compile C++ into a library, moved to its place whole, its digest at the end."""
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as folder:
+        source, temporary = Path(folder) / "source.cpp", Path(folder) / path.name
+        source.write_text(text, encoding="utf-8")
+        _compile([*command, *options, "-o", str(temporary), str(source)])
         temporary.write_bytes(sealed(temporary.read_bytes()))
         os.replace(temporary, path)
 

@@ -1,0 +1,82 @@
+// What the loops of compiled/loops.py call. No header of torch or of the standard library: they take seconds to read.
+
+typedef long long number;
+
+static thread_local int wrong;  // an index beyond its axis
+
+static inline number within(number index, number size) {
+    if ((unsigned long long)index < (unsigned long long)size) return index;
+    wrong = 1;
+    return 0;
+}
+
+template <class T> static inline T relu(T x) { return x < 0 ? (T)0 : x; }  // NaN stays NaN
+template <class T> static inline T passed(T slope, T x, T least) { return x <= least ? (T)0 : slope; }
+template <class T> static inline T square(T x) { return x * x; }
+static inline float root(float x) { return __builtin_sqrtf(x); }
+static inline double root(double x) { return __builtin_sqrt(x); }
+static inline float logarithm(float x) { return __builtin_logf(x); }
+static inline double logarithm(double x) { return __builtin_log(x); }
+static inline double exponential(double x) { return __builtin_exp(x); }
+
+// exp(x) = 2^n exp(r), |r| <= ln 2 / 2, by the polynomial of Cephes: within 2 units in the last place, in vectors.
+static inline float exponential(float x) {
+    const float most = 88.72283f, least = -87.33654f;
+    float inside = x > most ? most : x;
+    inside = inside < least ? least : inside;
+    const float n = __builtin_floorf(inside * 1.44269504088896341f + 0.5f);
+    float r = inside - n * 0.693359375f;
+    r = r + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.0f;
+    const int half = (int)n / 2, rest = (int)n - half;  // 2^n in two factors: 2^128 is no float
+    const int one = (half + 127) << 23, two = (rest + 127) << 23;
+    float low, high;
+    __builtin_memcpy(&low, &one, 4);
+    __builtin_memcpy(&high, &two, 4);
+    float found = p * low * high;
+    found = x > most ? __builtin_inff() : found;
+    found = x < least ? 0.0f : found;
+    return x != x ? x : found;
+}
+template <class T> static inline T sigmoid(T x) { return (T)1 / ((T)1 + exponential(-x)); }
+
+// Products are torch's own, through its C interface: what it is called by is given once.
+typedef int (*Made)(void*, number, const number*, const number*, number, int, int, int, void**);
+typedef int (*Gone)(void*);
+typedef int (*Product)(void*, void*, void*);
+typedef int (*Added)(void*, void*, void*, void*, double, double);
+static Made make;
+static Gone drop;
+static Product mm, bmm;
+static Added addmm, baddbmm;
+extern "C" void use(void** functions) {
+    make = (Made)functions[0];
+    drop = (Gone)functions[1];
+    mm = (Product)functions[2];
+    bmm = (Product)functions[3];
+    addmm = (Added)functions[4];
+    baddbmm = (Added)functions[5];
+}
+
+// A tensor that products read or write. place: of inner memory -1, else the number of an argument or result.
+struct Operand {
+    int place, dtype, axes;
+    number offset, sizes[3], strides[3];
+};
+
+static int tensors(const Operand* operands, int count, bool inner, char* memory, void** given, void** handles) {
+    int failed = 0;
+    for (int i = 0; i < count; i++) {
+        const Operand& one = operands[i];
+        if ((one.place < 0) != inner) continue;
+        char* start = inner ? memory : (char*)given[one.place];
+        failed |= make(start + one.offset, one.axes, one.sizes, one.strides, 0, one.dtype, 0, -1, handles + i);
+    }
+    return failed;
+}

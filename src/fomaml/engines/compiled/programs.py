@@ -1,0 +1,204 @@
+"""A lowered function as a library of its own: its loops compiled without a header, its memory laid out once.
+
+What takes `torch.compile`'s backend seconds, importing itself, looking at the graph and reading torch's headers, is
+left out. Loops of the same text, as those of the inner steps, are compiled once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import subprocess
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from fomaml.engines import _torch
+from fomaml.engines.compiled.loops import Loop
+from fomaml.engines.compiled.lowering import Lowered, Product, Step, lowered
+from fomaml.engines.compiled.values import TYPES, Buffer, Leaf
+from fomaml.engines.cpu import build
+from fomaml.engines.cpu.build import kept, machine, name_of, sealed
+
+HEADER = Path(__file__).parent / "loops.h"
+FLAGS = (*build.FAST, build.NATIVE, "-std=c++17", "-shared", "-fPIC", "-fno-exceptions")
+PRODUCTS = ("mm", "bmm", "addmm", "baddbmm")
+ALIGNMENT = 64
+
+
+def program(graph: GraphModule) -> Callable[..., list[Tensor]]:
+    """A traced function of tensors on a CPU, on one thread.
+
+    Raises:
+        Unknown: something in it of which no loop is written.
+        Missing, RuntimeError: torch or the compiler lack what that needs.
+    """
+    found = lowered(graph)
+    layout = _Layout(found.steps)
+    text = _text(found, layout)
+    command = build.compiler()
+    name = name_of("loops", [text, torch.__version__, *FLAGS, *machine()])
+    library = ctypes.CDLL(str(kept(name, partial(_build, command, text))))
+    library.use((ctypes.c_void_p * (2 + len(PRODUCTS)))(*_torch.product_functions(PRODUCTS)))
+    return Program(library, found, layout)
+
+
+class Program:
+    """Call it with the arguments of the function. Several threads may."""
+
+    def __init__(self, library: ctypes.CDLL, found: Lowered, layout: _Layout):
+        self._library = library
+        self._run = library.run
+        self._run.argtypes = [ctypes.c_void_p] * 3
+        self._size, self._handles = layout.size, len(layout.operands)
+        self._strides = [strides for _, _, strides in found.arguments]
+        self._results = [(each.shape, each.strides, each.dtype) for each in found.results]
+        self._pointers = ctypes.c_void_p * (len(self._strides) + len(self._results))
+        self._free: list[_Arena] = []
+
+    def __call__(self, *arguments: Tensor) -> list[Tensor]:
+        given = [
+            tensor if tensor.stride() == strides else torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype).copy_(tensor)
+            for tensor, strides in zip(arguments, self._strides)
+        ]
+        results = [torch.empty_strided(shape, strides, dtype=dtype) for shape, strides, dtype in self._results]
+        pointers = self._pointers(*[tensor.data_ptr() for tensor in (*given, *results)])
+        try:
+            arena = self._free.pop()
+        except IndexError:
+            arena = _Arena(self._library, self._size, self._handles)
+        failed = self._run(arena.start, pointers, arena.handles)
+        self._free.append(arena)
+        if failed == 1:
+            raise IndexError("index out of bounds: a label beyond the outputs")
+        if failed:
+            raise RuntimeError("a product of matrices failed")
+        return results
+
+
+class _Arena:
+    """Memory for what is needed between the steps of one call, and torch's handles of the tensors in it."""
+
+    def __init__(self, library: ctypes.CDLL, size: int, handles: int):
+        self._release = library.release
+        self._release.argtypes = [ctypes.c_void_p]
+        self._memory = torch.empty(size + ALIGNMENT, dtype=torch.uint8)
+        start = self._memory.data_ptr()
+        self.start = start + -start % ALIGNMENT
+        self.handles = (ctypes.c_void_p * max(1, handles))()
+        library.prepare.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+        if library.prepare(self.start, self.handles):
+            raise RuntimeError("torch makes no tensors of memory")
+
+    def __del__(self):
+        self._release(self.handles)
+
+
+class _Layout:
+    """Where each inner tensor lies: at the place of others, where these are not needed at the same time.
+
+    size: of all, bytes. operands: of products, each once.
+    """
+
+    def __init__(self, steps: Sequence[Step]):
+        self.operands: list[Leaf] = []
+        self._known: dict[tuple, int] = {}
+        times: dict[Buffer, tuple[int, int]] = {}
+        for time, step in enumerate(steps):
+            for leaf in step.operands if isinstance(step, Product) else step.leaves:
+                first, _ = times.get(leaf.buffer, (time, time))
+                times[leaf.buffer] = first, time
+            if isinstance(step, Product):
+                for leaf in step.operands:
+                    self._operand(leaf)
+        self.places: dict[Buffer, int] = {}
+        self.size = 0
+        alive: list[tuple[int, int, int]] = []  # place, end, last time
+        for buffer, (first, last) in sorted(times.items(), key=lambda item: item[1][0]):
+            if buffer.place != "inner":
+                continue
+            alive = [each for each in alive if each[2] >= first]
+            size = -(-buffer.bytes // ALIGNMENT) * ALIGNMENT
+            place = 0
+            for start, end, _ in sorted(alive):
+                if start - place >= size:
+                    break
+                place = max(place, end)
+            alive.append((place, place + size, last))
+            self.places[buffer] = place
+            self.size = max(self.size, place + size)
+
+    def _key(self, leaf: Leaf) -> tuple:
+        return id(leaf.buffer), leaf.shape, leaf.strides, leaf.offset
+
+    def _operand(self, leaf: Leaf) -> None:
+        if self._key(leaf) not in self._known:
+            self._known[self._key(leaf)] = len(self.operands)
+            self.operands.append(leaf)
+
+    def number(self, leaf: Leaf) -> int:
+        return self._known[self._key(leaf)]
+
+
+def _text(found: Lowered, layout: _Layout) -> str:
+    """The C++ of a function."""
+    functions: dict[str, str] = {}
+    calls = []
+    shift = len(found.arguments)
+
+    def place_of(buffer: Buffer) -> int:
+        return {"inner": -1, "given": buffer.number, "found": shift + buffer.number}[buffer.place]
+
+    for step in found.steps:
+        if isinstance(step, Product):
+            handles = [f"h[{layout.number(each)}]" for each in step.operands]
+            calls.append(f"failed |= {step.name}({', '.join([*handles, *map(repr, step.factors)])});")
+            continue
+        name = functions.setdefault(step.text, f"loop{len(functions)}")
+        pointers = []
+        for each in step.leaves:
+            kind, offset = TYPES[each.dtype], each.offset
+            if each.buffer.place == "inner":
+                pointers.append(f"({kind}*)(m + {layout.places[each.buffer] + offset * each.dtype.itemsize})")
+            else:
+                pointers.append(f"({kind}*)t[{place_of(each.buffer)}] + {offset}")
+        calls.append(f"{name}({', '.join(pointers)});")
+    operands = []
+    for each in layout.operands:
+        start = layout.places.get(each.buffer, 0) + each.offset * each.dtype.itemsize
+        numbers = [place_of(each.buffer), _torch.code_of(each.dtype), len(each.shape), start]
+        sizes, strides = (", ".join(map(str, each_)) for each_ in (each.shape, each.strides))
+        operands.append(f"{{{', '.join(map(str, numbers))}, {{{sizes}}}, {{{strides}}}}},")
+    count = len(operands)
+    dynamic = [i for i, each in enumerate(layout.operands) if each.buffer.place != "inner"]
+    inner = [i for i, each in enumerate(layout.operands) if each.buffer.place == "inner"]
+    return "\n".join(
+        [
+            HEADER.read_text(encoding="utf-8"),
+            *(f"static __attribute__((noinline)) void {name}{text}" for text, name in functions.items()),
+            f"static const Operand operands[{count + 1}] = {{",
+            *operands,
+            "};",
+            'extern "C" int prepare(char* m, void** h) {',
+            f"return tensors(operands, {count}, true, m, nullptr, h);",
+            "}",
+            'extern "C" void release(void** h) {',
+            *(f"drop(h[{i}]);" for i in inner),
+            "}",
+            'extern "C" int run(char* m, void** t, void** h) {',
+            "wrong = 0;",
+            f"int failed = tensors(operands, {count}, false, m, t, h);",
+            *calls,
+            *(f"drop(h[{i}]);" for i in dynamic),
+            "return failed ? 2 : wrong;",
+            "}",
+        ]
+    )
+
+
+def _build(command: list[str], text: str, path: Path) -> None:
+    build.compiled(command, FLAGS, text, path)
