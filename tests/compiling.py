@@ -11,14 +11,25 @@ from torch import nn
 import reference
 from family import error, rates
 from fomaml.engines import meta_gradient
-from fomaml.engines.compiled import cache
+from fomaml.engines.compiled import cache, programs
+from fomaml.engines.compiled.values import Unknown
 from fomaml.engines.cpu.kernels import norm_relu_pool, norm_relu_pool_backward
 from fomaml.models import Conv4, Conv4Strided
 
 
 def untouched(monkeypatch):
     """The graph runs as it was rewritten; the inductor takes 10 to 20 s."""
-    monkeypatch.setattr(torch._inductor, "compile", lambda graph, *arguments: graph)
+    inductor(monkeypatch, lambda graph, *arguments: graph)
+
+
+def inductor(monkeypatch, compile):
+    """What `torch.compile`'s backend is replaced by, for graphs of which loops of our own could be written too."""
+
+    def unknown(graph):
+        raise Unknown("asked for")
+
+    monkeypatch.setattr(programs, "program", unknown)
+    monkeypatch.setattr(torch._inductor, "compile", compile)
 
 
 GRAPHS = WeakKeyDictionary()  # by what runs

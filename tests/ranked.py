@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import distributed, multiprocessing, nn
 
 from clusters import episodes, learner
+from compiling import inductor
 from fomaml import (
     ANIL,
     CAVIA,
@@ -281,11 +282,11 @@ def uncompiled(rank: int, case: str) -> str:
         if case == "fails, as asked":
             warnings.simplefilter("ignore")
         patch.setattr("fomaml.engines.pays.cost", lambda *_: Cost(1.0, 1.0, 1.0))  # pays from 2 on
-        patch.setattr(torch._inductor, "compile", lambda graph, *arguments: graph)
+        inductor(patch, lambda graph, *arguments: graph)
         if rank == 1 and case.startswith("no compiler"):
             patch.setattr("fomaml.engines.cpu.build.compiler", list)
         if rank == 1 and case.startswith("fails"):
-            patch.setattr(torch._inductor, "compile", lambda *arguments: 1 / 0)
+            inductor(patch, lambda *arguments: 1 / 0)
         compiled, found = run(True if case.endswith("as asked") else "auto")
         _, expected = run(False)
     same = all(map(torch.equal, found.parameters(), expected.parameters()))

@@ -8,6 +8,7 @@ import signal
 import pytest
 import torch
 
+from compiling import inductor
 from fomaml.app import session
 from fomaml.app.cli import main
 from fomaml.app.settings import from_json, identity, to_json
@@ -29,11 +30,11 @@ def quick(monkeypatch):
         return lambda *inputs: [1.00001 * tensor for tensor in graph(*inputs)]
 
     monkeypatch.setattr(pays, "cost", lambda *_: pays.Cost(1.0, 1.0, 2.0))
-    monkeypatch.setattr(torch._inductor, "compile", compile)
+    inductor(monkeypatch, compile)
 
 
 def breaks(patch):
-    patch.setattr(torch._inductor, "compile", lambda *_: (_ for _ in ()).throw(RuntimeError(FAILED)))
+    inductor(patch, lambda *_: (_ for _ in ()).throw(RuntimeError(FAILED)))
 
 
 def run(out, *options, killed=0, monkeypatch=None):

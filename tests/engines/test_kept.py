@@ -72,7 +72,7 @@ def test_it_is_found_again_and_gives_the_same(again):
 def test_a_damaged_one_is_noticed_and_built_anew(again, folder):
     whole = folder.read_bytes()
     try:
-        for damaged in (whole[:-1], whole[:1000] + b"\0" + whole[1001:], whole[:-40], b""):
+        for damaged in (whole[:-1], whole[:1000] + bytes([whole[1000] ^ 1]) + whole[1001:], whole[:-40], b""):
             folder.unlink()  # this process has loaded it
             folder.write_bytes(damaged)
             found, compiled = again()

@@ -10,7 +10,7 @@ from torch import nn
 
 import fomaml
 from clusters import episodes
-from compiling import untouched
+from compiling import inductor, untouched
 from fomaml.engines import meta_gradient, pays, plan
 from fomaml.engines.compiled import cache
 from fomaml.engines.cpu import build
@@ -179,7 +179,7 @@ def test_where_compiling_fails_the_uncompiled_plan_takes_over(spoiled, monkeypat
             raise RuntimeError("no such thing")
         return lambda *inputs: [2 * tensor if spoiled == "wrong" else tensor for tensor in graph(*inputs)]
 
-    monkeypatch.setattr(torch._inductor, "compile", compile)
+    inductor(monkeypatch, compile)
     if spoiled == "unchecked":
         monkeypatch.setattr("fomaml.engines.compiled.trust.compare", lambda *_: "it is a secret")
     reason = {"wrong": "what was compiled is off", "broken": "no such thing", "unchecked": "it is a secret"}

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.workloads import WORKLOADS, build
-from compiling import assert_close, graph, made, unchanged, untouched
+from compiling import assert_close, graph, inductor, made, unchanged, untouched
 from convolutions import convolutional
 from family import LR, assert_agrees
 from fomaml.engines import ENGINES, meta_gradient
@@ -47,8 +47,8 @@ def plant(where, monkeypatch):
         forward = trace._forward
         monkeypatch.setattr(trace, "_forward", lambda graph: scaled(forward(graph), 0))
     else:
-        inductor = torch._inductor.compile
-        monkeypatch.setattr(torch._inductor, "compile", lambda *arguments: scaled(inductor(*arguments), 0))
+        real = torch._inductor.compile
+        inductor(monkeypatch, lambda *arguments: scaled(real(*arguments), 0))
     if where == "inductor":
         model, tasks, criterion = example("regression")
         return FOMAML(model, LR, 1, criterion), tasks, "batched"
@@ -99,7 +99,7 @@ def compiled_wrongly(monkeypatch, times):
 
         return run
 
-    monkeypatch.setattr(torch._inductor, "compile", compile)
+    inductor(monkeypatch, compile)
     return calls
 
 
@@ -176,7 +176,7 @@ def test_random_numbers_that_are_others_are_told_once(monkeypatch):
 
         return run
 
-    monkeypatch.setattr(torch._inductor, "compile", compile)
+    inductor(monkeypatch, compile)
     model = nn.Sequential(nn.Linear(6, 8), nn.Dropout(), nn.Linear(8, 4)).double()
     learner, tasks = FOMAML(model, LR, 1), draw((6,), F.cross_entropy)
     with pytest.warns(RuntimeWarning) as told:
@@ -227,7 +227,7 @@ class Kinks(nn.Module):
 @pytest.mark.parametrize(("by", "taken"), [(1.5, False), (1.01, True)])
 def test_as_far_off_as_the_eager_engine_from_float64_is_near(by, taken, monkeypatch):
     """Its own error is some per cents here; where nothing says so a per cent is too much."""
-    monkeypatch.setattr(torch._inductor, "compile", lambda graph, *arguments: scaled(graph, 0, by))
+    inductor(monkeypatch, lambda graph, *arguments: scaled(graph, 0, by))
     learner, tasks = FOMAML(Kinks(), LR, 1), draw((6,), F.cross_entropy).to(dtype=torch.float32)
 
     def run(learner):

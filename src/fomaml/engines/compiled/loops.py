@@ -254,14 +254,14 @@ def gathered(table: Leaf, axis: int, index: Value, dtype: torch.dtype) -> Op:
     return Op(index.shape, dtype, text, (at, index))
 
 
-def scattered(out: Leaf, axis: int, index: Value, source: Value) -> Loop:
-    """Add to what stands along an axis at these places."""
+def scattered(out: Leaf, axis: int, index: Value, source: Value, adds: bool) -> Loop:
+    """Set what stands along an axis at these places, or add to it."""
     size, step = out.shape[axis], out.strides[axis]
     first = out.like.select(axis, 0).unsqueeze(axis).expand(index.shape)
     at = Leaf(index.shape, out.dtype, out.buffer, first)
     body = Body([at], [index, source])
     axes = merged(index.shape, body.leaves, range(len(index.shape)))
     place = f"within({body.computed(index, axes)}, {size}) * {step}"
-    line = f"(&{body.element(0, axes)})[{place}] += {body.computed(source, axes)};"
+    line = f"(&{body.element(0, axes)})[{place}] {'+=' if adds else '='} {body.computed(source, axes)};"
     every = range(len(axes.sizes))
     return body.function([*opened(axes, every), line, "}" * len(axes.sizes)])

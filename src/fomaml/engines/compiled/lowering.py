@@ -91,6 +91,8 @@ ARITHMETIC = {
     "add.Scalar": "({0} + {1})",
     "sub.Tensor": "({0} - {1})",
     "sub.Scalar": "({0} - {1})",
+    "rsub.Tensor": "({1} - {0})",
+    "rsub.Scalar": "({1} - {0})",
 }
 COMPARED = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 FOLDED: dict[str, Callable] = {"neg": operator.neg, "mul": operator.mul, "div": operator.truediv}
@@ -267,7 +269,8 @@ class _Lowering:
         if others:
             raise Unknown("rounding")
         if alpha != 1:
-            values[1] = _op("({0} * {1})", Const(shape, dtype, alpha), values[1])
+            scaled = 0 if name.startswith("rsub") else 1
+            values[scaled] = _op("({0} * {1})", Const(shape, dtype, alpha), values[scaled])
         fold = FOLDED.get(name.partition(".")[0])
         numbers = [float(value.value) for value in values if isinstance(value, Const)]
         if fold and len(numbers) == len(values) and not (fold is operator.truediv and numbers[1] == 0):
@@ -308,9 +311,10 @@ class _Lowering:
         return self.of(inputs, like.dtype)
 
     def _power(self, like, inputs, exponent):
-        if exponent != 2:
+        if exponent not in (1, 2):
             raise Unknown("a power")
-        return _op("square({0})", self.of(inputs, like.dtype))
+        value = self.of(inputs, like.dtype)
+        return value if exponent == 1 else _op("square({0})", value)
 
     def _squared(self, like, inputs, targets, reduction=1):
         shape = tuple(self.of(inputs).shape)
@@ -393,11 +397,15 @@ class _Lowering:
         table = self.stored(self.of(inputs))
         return loops.gathered(table, axis % len(table.shape), self.of(index), like.dtype)
 
-    def _scatter_add(self, like, inputs, axis, index, source):
+    def _scattered(self, like, inputs, axis, index, source):
         out = self.new()
         self.store(out, self.of(inputs, like.dtype))
-        values = self.of(index), self.of(source, like.dtype)
-        self.done.steps.append(loops.scattered(out, axis % len(out.shape), *values))
+        places = self.of(index)
+        adds = name_of(self.node) == "scatter_add.default"
+        value = self.of(source, like.dtype, None if adds else places.shape)
+        if value.shape != places.shape:
+            raise Unknown("a part of what is scattered")
+        self.done.steps.append(loops.scattered(out, axis % len(out.shape), places, value, adds))
         return out
 
     def _joined(self, like, inputs, axis=0):
@@ -455,9 +463,8 @@ class _Lowering:
                 and is_dense(value.shape, strides)
             )
             if not whole:
-                if not is_dense(value.shape, strides):
-                    raise Unknown("a result with gaps in memory")
-                copied = self.room(value.dtype, value.shape, strides)
+                fills = is_dense(value.shape, strides)  # not so a slice, or what is broadcast
+                copied = self.room(value.dtype, value.shape, strides if fills else None)
                 self.store(copied, value)
                 value = copied
             assert isinstance(value, Leaf)
@@ -504,7 +511,8 @@ METHODS: dict[str, Callable] = {
     "native_layer_norm.default": _Lowering._layer_norm,
     "native_layer_norm_backward.default": _Lowering._layer_norm_backward,
     "gather.default": _Lowering._gather,
-    "scatter_add.default": _Lowering._scatter_add,
+    "scatter_add.default": _Lowering._scattered,
+    "scatter.value": _Lowering._scattered,
     "stack.default": _Lowering._joined,
     "cat.default": _Lowering._joined,
     "select_backward.default": _Lowering._select_backward,

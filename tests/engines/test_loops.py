@@ -1,0 +1,279 @@
+"""Loops of our own: what they compute is what torch's operators do, on any order in memory."""
+
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from compiling import assert_close
+from family import LR
+from fomaml.engines import _torch, meta_gradient
+from fomaml.engines.compiled import cache, programs
+from fomaml.engines.compiled.cache import too_old
+from fomaml.engines.compiled.programs import Program, program
+from fomaml.engines.compiled.values import Unknown
+from fomaml.learning.algorithms import FOMAML, MAML
+from fomaml.tasks import Examples, Task
+from zoo import draw
+
+pytestmark = pytest.mark.skipif(bool(too_old()), reason=too_old())
+LABELS = torch.tensor([[0, 2, -100], [1, 1, 4]])
+
+
+def numbers(*shape, dtype=torch.float64, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def turned(*shape, **options):
+    """With the first axis innermost in memory."""
+    return numbers(*shape[1:], shape[0], **options).movedim(-1, 0)
+
+
+def cross_entropy(scores, labels):
+    """Its values and slopes, over tasks, as the engines trace them."""
+
+    def loss(scores, labels):
+        return F.cross_entropy(scores, labels)
+
+    return [*torch.func.vmap(torch.func.grad_and_value(loss))(scores, labels)]
+
+
+def norm_slopes(x, y):
+    def loss(x):
+        return (F.layer_norm(x, x.shape[-1:]) * y).sum()
+
+    return [torch.func.grad(loss)(x), F.layer_norm(x, x.shape[-1:], y[0], y[1])]
+
+
+def attention(q, k, v):
+    def loss(q):
+        return (torch.softmax(q @ k.mT, -1) @ v).square().sum()
+
+    return [torch.func.grad(loss)(q), torch.log_softmax(q, 0)]
+
+
+def parts(x, y):
+    """Slopes by three slices of one tensor."""
+
+    def loss(x):
+        one, two = x[:, 0], x[:, 2]
+        return (one * two.transpose(0, 1).contiguous().transpose(0, 1)).sum() + one.square().sum()
+
+    return [torch.func.grad(loss)(x), x[:, 1] * y]
+
+
+A, B = numbers(4, 3, 5), turned(4, 3, 5, seed=1)
+HELD = numbers(5, seed=3)
+FUNCTIONS = {
+    "a chain": (lambda a, b: [(a * 2 + b) / 3 - a.neg(), a.relu(), torch.exp(b), torch.sigmoid(a), a * 1], [A, B]),
+    "whole numbers and powers": (lambda a, b: [a**2, a.square(), 1 - a, torch.rsub(a, b, alpha=2), 2 * b, torch.add(a, b, alpha=3), a - 0.5], [A, B]),
+    "other orders in memory": (lambda a, b: [a.mT * b.mT, (a + b).transpose(0, 2), a.mT.contiguous() + 1], [A, B]),
+    "broadcast": (lambda a, b: [a + b[0], a * b[:, :1], b[..., None] - a[:, :, None]], [A, B]),
+    "sums": (lambda a, b: [a.sum(), b.sum(0), a.sum((0, 2)), b.sum(1, keepdim=True), (a * b).sum(-1)], [A, B]),
+    "means": (lambda a, b: [a.mean(), b.mean(0), (a - b).mean((1, 2)), a.mean(-1, keepdim=True)], [A, B]),
+    "sums of views": (lambda a, b: [a.expand(2, 4, 3, 5).sum(0), b.mT.sum((0, 1)), b[1].sum(0)], [A, B]),
+    "views": (
+        lambda a, b: [a.reshape(12, 5).t(), b.reshape(4, 15) * 2, a[1:3, 2], (a + b).view(2, 2, 15)[1] * 3],
+        [A, B],
+    ),
+    "used twice": (lambda a, b: [(c := a * b + 1) + c.sum(), c.mT @ c, c.relu()], [A, B]),
+    "products": (lambda a, b: [a @ b.mT, a.mT @ b, a[0] @ b[1].t(), (a + 1) @ b.mT], [A, B]),
+    "products and sums": (
+        lambda a, b: [torch.addmm(a[0], a[1], b[2].t() @ a[3], beta=0.5, alpha=2), torch.baddbmm(a[:, :3, :3], a, b.mT)],
+        [A, B],
+    ),
+    "a product of turned ones": (lambda a, b: [a.permute(2, 0, 1) @ b.permute(2, 1, 0)], [A, B]),
+    "joined": (lambda a, b: [torch.stack([a, b], 1), torch.cat([a, b * 2], -1), torch.stack([a]).mT], [A, B]),
+    "comparisons": (lambda a, b: [torch.where(a > b, a, b * 2), torch.where(a <= 0.5, 1.0, b), (a != b).sum(0)], [A, B]),
+    "squares": (lambda a, b: [F.mse_loss(a, b), F.mse_loss(a, b, reduction="none"), F.mse_loss(a, b, reduction="sum")], [A, B]),
+    "results that are arguments": (lambda a, b: [a, b.mT, a, torch.ones_like(a), a.new_zeros(3)], [A, B]),
+    "cross-entropy": (cross_entropy, [numbers(2, 3, 5), LABELS]),
+    "layer norm": (norm_slopes, [numbers(4, 5, 7), numbers(5, 7)]),
+    "layer norm of turned ones": (norm_slopes, [turned(4, 5, 7), numbers(5, 7)]),
+    "attention": (attention, [A, B, numbers(4, 3, 5, seed=2)]),
+    "rows of -inf": (lambda a: [torch.ops.aten._safe_softmax(a, -1), torch.softmax(a, 0)], [numbers(3, 4).index_fill(0, torch.tensor(1), -torch.inf)]),
+    "slices": (parts, [numbers(4, 3, 5), numbers(4, 5)]),
+    "one number": (lambda a: [a + 1, a.expand(3), a.sum()], [numbers()]),
+}  # fmt: skip
+
+
+def in_loops(function, inputs):
+    """What it gives in loops, and by torch's operators."""
+    graph = _torch.trace(function, *inputs)
+    return program(graph)(*inputs), function(*inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_they_compute_what_torch_does(name, dtype):
+    function, inputs = FUNCTIONS[name]
+    inputs = [tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in inputs]
+    found, expected = in_loops(function, inputs)
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected):
+        torch.testing.assert_close(one, other, equal_nan=True)
+
+
+def test_exponentials_are_right_over_the_whole_range():
+    x = torch.cat([torch.linspace(-87.3, 88.7, 200_001), torch.tensor([torch.inf, -torch.inf, torch.nan, 100.0, -120.0])])
+    [found], _ = in_loops(lambda x: [x.exp()], [x])
+    exact = x.double().exp()
+    assert ((found[:-5].double() - exact[:-5]).abs() / exact[:-5]).max() <= 3e-7
+    torch.testing.assert_close(found[-5:], torch.tensor([torch.inf, 0.0, torch.nan, torch.inf, 0.0]), equal_nan=True)
+
+
+def test_what_is_not_a_number_stays_so():
+    x = torch.tensor([[1.0, torch.nan, -2.0]])
+    [one, two], expected = in_loops(lambda x: [x.relu(), torch.log_softmax(x, 1)], [x])
+    torch.testing.assert_close(one, expected[0], equal_nan=True)
+    assert two.isnan().all()
+
+
+def test_results_lie_in_memory_as_those_of_torch():
+    found, expected = in_loops(lambda a, b: [a @ b.mT, (a @ b.mT).mT, a.sum(0)], [A, B])
+    assert [tensor.stride() for tensor in found] == [tensor.stride() for tensor in expected]
+
+
+def test_calls_share_nothing():
+    run = program(_torch.trace(lambda a, b: [(a @ b.mT).relu() @ b, a.sum(0)], A, B))
+    first = run(A, B)
+    kept = [tensor.clone() for tensor in first]
+    run(2 * A, B)
+    assert all(map(torch.equal, first, kept))
+
+
+def test_threads_may_call_at_the_same_time():
+    def function(a, b):
+        for _ in range(20):
+            a = (a @ b.mT).relu() @ b - a.mean(-1, keepdim=True)
+        return [a]
+
+    small = [A / 4, B / 4]
+    run = program(_torch.trace(function, *small))
+    inputs = [[(1 + i / 50) * small[0], small[1]] for i in range(50)]
+    expected = [function(*each)[0] for each in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda each: run(*each)[0], inputs))
+    for one, other in zip(found, expected):
+        torch.testing.assert_close(one, other)
+
+
+def test_arguments_in_another_order_in_memory_than_traced_are_read_right():
+    run = program(_torch.trace(lambda a, b: [a - b], A, A.clone()))
+    torch.testing.assert_close(run(B, A)[0], B - A)
+
+
+def test_a_label_beyond_the_outputs_is_an_error():
+    scores, labels = numbers(2, 3, 5), LABELS.clamp(min=0)
+    run = program(_torch.trace(cross_entropy, scores, labels))
+    run(scores, labels)
+    for wrong in (5, -1, 10**12):
+        with pytest.raises(IndexError, match="beyond the outputs"):
+            run(scores, torch.full_like(labels, wrong))
+    torch.testing.assert_close(run(scores, labels), cross_entropy(scores, labels))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda a, b: [torch.linalg.inv(a @ a.mT)],
+        lambda a, b: [torch.nn.functional.dropout(a)],
+        lambda a, b: [a.clone().add_(b)],
+        lambda a, b: [a.bfloat16() * 2],
+        lambda a, b: [a.to(torch.int32)],
+        lambda a, b: [a * HELD],
+    ],
+    ids=["unknown", "random", "in place", "narrow", "whole", "a constant"],
+)
+def test_the_rest_is_left_to_torch(function):
+    with pytest.raises(Unknown):
+        program(_torch.trace(function, A, B))
+
+
+def transformer():
+    layers = [nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True) for _ in range(2)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(40, 4)), (5, 8)
+
+
+def regression():
+    return nn.Sequential(nn.Linear(6, 40), nn.ReLU(), nn.Linear(40, 1)), (6,)
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(60, 40), nn.ReLU(), nn.Linear(40, 4)), (60,)
+
+
+@pytest.mark.parametrize(
+    ("build", "engine", "preset"),
+    [
+        (mlp, "factored", FOMAML),
+        (mlp, "batched", FOMAML),
+        (mlp, "batched", MAML),
+        (regression, "batched", FOMAML),
+        (transformer, "batched", FOMAML),
+        (transformer, "factored", FOMAML),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_meta_gradients_are_those_of_the_engines(build, engine, preset, dtype):
+    torch.manual_seed(0)
+    model, shape = build()
+    criterion = F.mse_loss if build is regression else F.cross_entropy
+    tasks = draw(shape, F.cross_entropy, tasks=4).to(dtype=dtype)
+    if build is regression:
+        tasks = Task(*(Examples(part.inputs, part.inputs[..., :1].sin()) for part in tasks))
+    learner = preset(model.to(dtype), LR, 3, criterion)
+    found = meta_gradient(learner, tasks, engine=engine, compile=True)
+    [own] = cache._watched[learner].known.values()
+    assert isinstance(own.function._run, Program) and not own.why
+    expected = meta_gradient(learner, tasks, engine=engine)
+    assert_close(found, expected, 1e-4 if dtype == torch.float32 else 1e-10)
+    torch.testing.assert_close(found.query_losses, expected.query_losses)
+    torch.testing.assert_close(found.support_losses, expected.support_losses)
+
+
+def test_steps_of_the_same_shape_are_compiled_once():
+    def text(steps):
+        texts = []
+
+        def keep(command, text, path):
+            texts.append(text)
+            real(command, text, path)
+
+        real = programs._build
+        with pytest.MonkeyPatch.context() as patch, pytest.MonkeyPatch.context() as folder:
+            patch.setattr(programs, "_build", keep)
+            folder.setenv("XDG_CACHE_HOME", str(cache_folder))
+            learner = FOMAML(mlp()[0].double(), LR, steps)
+            meta_gradient(learner, draw((60,), F.cross_entropy, tasks=3), engine="batched", compile=True)
+        return texts[0]
+
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as cache_folder:
+        few, many = text(3), text(9)
+    assert few.count("noinline") == many.count("noinline")
+
+
+def test_torchs_compiler_is_not_even_imported(tmp_path):
+    code = """
+import sys, torch
+from fomaml import FOMAML, Examples, Task, meta_gradient
+inputs = torch.linspace(-1, 1, 3 * 8 * 36).view(3, 8, 36).sin()
+labels = torch.arange(8).expand(3, -1) % 4
+tasks = Task(Examples(inputs, labels), Examples(inputs.cos(), labels))
+model = torch.nn.Sequential(torch.nn.Linear(36, 12), torch.nn.ReLU(), torch.nn.Linear(12, 4))
+meta_gradient(FOMAML(model, 0.1, 2), tasks, engine="batched", compile=True)
+assert "torch._inductor.compile_fx" not in sys.modules
+"""
+    import os
+
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    [library] = (tmp_path / "fomaml").iterdir()
+    assert library.name.startswith("loops-")
