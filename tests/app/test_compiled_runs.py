@@ -6,7 +6,6 @@ import os
 import signal
 
 import pytest
-import torch
 
 from compiling import inductor
 from fomaml.app import session

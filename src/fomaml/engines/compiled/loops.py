@@ -81,7 +81,9 @@ class Body:
     def element(self, place: int, axes: Axes, start: int = 0) -> str:
         """The element of a tensor; start: the axes before this one are those of its own pointer."""
         steps = axes.strides[place]
-        index = [f"i{i} * {step}" if step != 1 else f"i{i}" for i, step in enumerate(steps) if step and i >= start]
+        index = [
+            f"i{i} * {step}" if step != 1 else f"i{i}" for i, step in enumerate(steps) if step and i >= start
+        ]
         return f"p{place}[{' + '.join(index) or '0'}]"
 
     def computed(self, value: Value, axes: Axes) -> str:
@@ -105,7 +107,7 @@ def opened(axes: Axes, numbers: Sequence[int], independent: bool = False) -> lis
     """The heads of nested loops over these axes. independent: no element of the innermost depends on another."""
     lines = [f"for (number i{i} = 0; i{i} < {axes.sizes[i]}; i{i}++) {{" for i in numbers]
     if independent and lines:
-        lines.insert(len(lines) - 1, "_Pragma(\"GCC ivdep\")")
+        lines.insert(len(lines) - 1, '_Pragma("GCC ivdep")')
     return lines
 
 

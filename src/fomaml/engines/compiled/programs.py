@@ -7,8 +7,6 @@ left out. Loops of the same text, as those of the inner steps, are compiled once
 from __future__ import annotations
 
 import ctypes
-import functools
-import subprocess
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,11 +16,11 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from fomaml.engines import _torch
-from fomaml.engines.compiled.loops import Loop
-from fomaml.engines.compiled.lowering import Lowered, Product, Step, lowered
+from fomaml.engines.compiled.lowering import Lowered, Step, lowered
+from fomaml.engines.compiled.operators import Product
 from fomaml.engines.compiled.values import TYPES, Buffer, Leaf
 from fomaml.engines.cpu import build
-from fomaml.engines.cpu.build import kept, machine, name_of, sealed
+from fomaml.engines.cpu.build import kept, machine, name_of
 
 HEADER = Path(__file__).parent / "loops.h"
 FLAGS = (*build.FAST, build.NATIVE, "-std=c++17", "-shared", "-fPIC", "-fno-exceptions")
@@ -62,10 +60,14 @@ class Program:
 
     def __call__(self, *arguments: Tensor) -> list[Tensor]:
         given = [
-            tensor if tensor.stride() == strides else torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype).copy_(tensor)
+            tensor
+            if tensor.stride() == strides
+            else torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype).copy_(tensor)
             for tensor, strides in zip(arguments, self._strides)
         ]
-        results = [torch.empty_strided(shape, strides, dtype=dtype) for shape, strides, dtype in self._results]
+        results = [
+            torch.empty_strided(shape, strides, dtype=dtype) for shape, strides, dtype in self._results
+        ]
         pointers = self._pointers(*[tensor.data_ptr() for tensor in (*given, *results)])
         try:
             arena = self._free.pop()

@@ -156,7 +156,7 @@ def number(value: Any, dtype: torch.dtype) -> str:
         return f"{int(value)}LL"
     value = float(value)
     if value != value or value in (float("inf"), float("-inf")):
-        name = "__builtin_nan(\"\")" if value != value else "__builtin_inf()"
+        name = '__builtin_nan("")' if value != value else "__builtin_inf()"
         return f"({TYPES[dtype]})({'-' if value == float('-inf') else ''}{name})"
     return f"({value!r}{'f' if dtype == torch.float32 else ''})"
 
