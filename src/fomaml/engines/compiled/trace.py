@@ -109,7 +109,9 @@ class Compiled:
         """Rewrite a function with convolutions, if it is one."""
         if not fusion.convolutional(graph.graph):
             return False
-        library()
+        for dtype in {node.meta["val"].dtype for node in graph.graph.nodes if node.op == "placeholder"}:
+            if dtype in kernels.NAMES:
+                library(kernels.NAMES[dtype])
         self.draws = _draws(graph)
         self._side_by_side = not self.draws
         self._channels_last = fusion.rewrite(graph)

@@ -45,8 +45,9 @@ def compiler() -> list[str]:
 
 
 @functools.cache
-def library() -> ctypes.CDLL:
-    """The kernels, built where they are not in the cache for this source, compiler, its version and processor.
+def library(dtype: str = "float32") -> ctypes.CDLL:
+    """The kernels of a dtype, built where they are not in the cache for this source, compiler, its version and
+    processor. Of one dtype, as those of both take twice the time.
 
     Raises:
         RuntimeError: no compiler, or it fails; the message says why.
@@ -55,10 +56,11 @@ def library() -> ctypes.CDLL:
     if not command:
         raise RuntimeError(NO_COMPILER)
     sources = (source.read_text(encoding="utf-8") for source in (*SOURCES, *HEADERS))
-    name = name_of("kernels", [*sources, *command, *FLAGS, *machine()])
-    path = kept(name, partial(_build, command))
+    options = [*FLAGS, f"-DONLY={dtype.removeprefix('float')}"]
+    name = name_of("kernels", [*sources, *command, *options, *machine()])
+    path = kept(name, partial(_build, command, options))
     try:
-        return _declared(ctypes.CDLL(str(path)))
+        return _declared(ctypes.CDLL(str(path)), dtype)
     except (OSError, AttributeError) as error:
         raise RuntimeError(f"{command[0]} made something that does not load: {error}") from None
 
@@ -106,12 +108,11 @@ def sealed(code: bytes) -> bytes:
     return code + hashlib.sha256(code).digest()
 
 
-def _declared(kernels: ctypes.CDLL) -> ctypes.CDLL:
+def _declared(kernels: ctypes.CDLL, dtype: str) -> ctypes.CDLL:
     """The same kernels, which now know the types of their arguments."""
     for name, types in ARGUMENTS.items():
-        for dtype in ("float32", "float64"):
-            kernel = getattr(kernels, f"{name}_{dtype}")
-            kernel.argtypes, kernel.restype = types, None
+        kernel = getattr(kernels, f"{name}_{dtype}")
+        kernel.argtypes, kernel.restype = types, None
     kernels.use_threads.argtypes, kernels.use_threads.restype = [ctypes.c_longlong], None
     return kernels
 
@@ -124,17 +125,17 @@ def _version(command: list[str]) -> str:
         return ""
 
 
-def _build(command: list[str], path: Path) -> None:
+def _build(command: list[str], options: list[str], path: Path) -> None:
     """Build the kernels in a file of its own beside `path` and move it there whole, its digest at the end."""
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as folder:
         temporary = Path(folder) / path.name
         objects = [str(Path(folder) / f"{source.stem}.o") for source in SOURCES]
-        parts = [[*command, *FLAGS, "-c", "-o", made, str(source)] for made, source in zip(objects, SOURCES)]
+        parts = [[*command, *options, "-c", "-o", made, str(source)] for made, source in zip(objects, SOURCES)]
         with ThreadPoolExecutor(
             max_workers=os.cpu_count()
         ) as pool:  # side by side: half the time on two cores
             list(pool.map(_compile, parts))
-        _compile([*command, *FLAGS, "-o", str(temporary), *objects])
+        _compile([*command, *options, "-o", str(temporary), *objects])
         temporary.write_bytes(sealed(temporary.read_bytes()))
         os.replace(temporary, path)
 

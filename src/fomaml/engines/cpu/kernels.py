@@ -7,7 +7,7 @@ import ctypes
 import functools
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -21,17 +21,22 @@ NAMES = {torch.float32: "float32", torch.float64: "float64"}
 @contextlib.contextmanager
 def sharing(threads: int, memory: Memory) -> Iterator[None]:
     """The kernels that this thread calls share their tasks out to so many threads, and write into this memory."""
-    library().use_threads(threads)
-    _own.memory = memory
+    _own.threads, _own.memory = threads, memory
     try:
         yield
     finally:
-        _own.memory = None
-        library().use_threads(1)
+        _own.threads, _own.memory = 1, None
 
 
 _own = threading.local()
 SMALL = 16_000  # numbers, below which the system's allocator gives the same pages again
+
+
+def _kernel(name: str, dtype: torch.dtype) -> Callable:
+    """A kernel, to be called by this thread with the threads of `sharing`."""
+    own = library(NAMES[dtype])
+    own.use_threads(getattr(_own, "threads", 1))
+    return getattr(own, f"{name}_{NAMES[dtype]}")
 
 
 def _empty(like: Tensor, shape: Sequence[int]) -> Tensor:
@@ -78,7 +83,7 @@ def norm_relu_pool(
     mean, deviation = inputs.new_empty(2, *batch[:-1], channels)
     gamma, beta = _flat(gamma), _flat(beta)  # held until the kernel is done: it gets bare addresses
     pointers = _pointers(inputs, gamma, beta, outputs, won, mean, deviation)
-    kernel = getattr(library(), f"forward_{NAMES[inputs.dtype]}")
+    kernel = _kernel("forward", inputs.dtype)
     sizes = (*_batch(batch), height, width, channels, *map(_step, (gamma, beta)), pool)
     kernel(*pointers, _sizes(*sizes), eps)
     return images(outputs), images(inputs), images(won), mean, deviation
@@ -102,7 +107,7 @@ def norm_relu_pool_backward(
     by_gamma, by_beta = torch.empty_like(mean), torch.empty_like(mean)
     gamma = _flat(gamma)
     pointers = _pointers(slope, inputs, outputs, won, gamma, mean, deviation, by_inputs, by_gamma, by_beta)
-    kernel = getattr(library(), f"backward_{NAMES[inputs.dtype]}")
+    kernel = _kernel("backward", inputs.dtype)
     kernel(*pointers, _sizes(*_batch(batch), height, width, channels, _step(gamma), 0, pool))
     return images(by_inputs), by_gamma, by_beta
 
@@ -118,7 +123,7 @@ def convolution(
     inputs, weights, bias = pixels_first(inputs), pixels_first(weights), _flat(bias)
     sizes, size = _convolution_sizes(inputs, weights, bias, stride, padding)
     outputs = _empty(inputs, size)
-    kernel = getattr(library(), f"convolve_{NAMES[inputs.dtype]}")
+    kernel = _kernel("convolve", inputs.dtype)
     kernel(*_pointers(inputs, weights, bias, outputs), sizes)
     return images(outputs)
 
@@ -138,7 +143,7 @@ def convolution_backward(
     by_inputs = _empty(inputs, inputs.shape) if wanted[0] else None
     by_weights = _empty(weights, (tasks, *weights.shape[-4:])) if wanted[1] else None
     by_bias = slope.new_empty(tasks, outputs) if wanted[2] else None
-    kernel = getattr(library(), f"convolve_backward_{NAMES[inputs.dtype]}")
+    kernel = _kernel("convolve_backward", inputs.dtype)
     kernel(*_pointers(slope, inputs, weights, by_inputs, by_weights, by_bias), sizes)
     return *(None if found is None else images(found) for found in (by_inputs, by_weights)), by_bias
 
@@ -183,7 +188,7 @@ def sums(tensors: Sequence[Tensor]) -> list[Tensor]:
         return [tensor.sum(0) for tensor in tensors]
     found = [tensor.new_empty_strided(tensor.shape[1:], tensor.stride()[1:]) for tensor in tensors]
     lengths = _sizes(*(tensor.numel() for tensor in found))
-    kernel = getattr(library(), f"sums_{NAMES[tensors[0].dtype]}")
+    kernel = _kernel("sums", tensors[0].dtype)
     kernel(_array(tensors), _array(found), lengths, len(tensors), len(tensors[0]))
     return found
 
@@ -201,7 +206,7 @@ def subtract(lefts: Sequence[Tensor], rights: Sequence[Tensor], scale: float) ->
     found = [_empty(right, (right.numel(),)).as_strided(right.shape, right.stride()) for right in rights]
     lengths = [right[0].numel() for right in rights]
     steps = [length if one.dim() == two.dim() else 0 for one, two, length in zip(lefts, rights, lengths)]
-    kernel = getattr(library(), f"subtract_{NAMES[rights[0].dtype]}")
+    kernel = _kernel("subtract", rights[0].dtype)
     arrays = map(_array, (lefts, rights, found))
     kernel(*arrays, _sizes(*lengths), _sizes(*steps), len(rights), len(rights[0]), scale)
     return found

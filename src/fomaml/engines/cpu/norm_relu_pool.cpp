@@ -253,5 +253,9 @@ void backward(const T* slope, const T* x, const T* y, const T* peak, const T* ga
         });                                                                                                        \
     }
 
+#if !defined(ONLY) || ONLY == 32
 ENTRY(float32, float)
+#endif
+#if !defined(ONLY) || ONLY == 64
 ENTRY(float64, double)
+#endif

@@ -60,5 +60,9 @@ void subtract(const T* const* left, const T* const* right, T* const* to, const l
         subtract<T>(left, right, to, lengths, steps, tensors, tasks, scale);                                           \
     }
 
+#if !defined(ONLY) || ONLY == 32
 ENTRY(float32, float)
+#endif
+#if !defined(ONLY) || ONLY == 64
 ENTRY(float64, double)
+#endif
