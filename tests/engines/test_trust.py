@@ -258,10 +258,43 @@ def test_float64_that_draws_other_numbers_says_nothing_of_rounding(monkeypatch):
     def eagerly():
         return trust._run(lambda: find(tasks))[0]
 
-    assert not trust._rounds_so((0.0, 2e-3), learner, find, tasks, eagerly())
+    def wrong(chunk):
+        found = find(chunk)
+        return found._replace(gradients=[2 * gradient for gradient in found.gradients])
+
+    assert not trust._rounds_so((0.0, 2e-3), learner, find, tasks, eagerly(), wrong)
     learner.model = nn.Sequential(nn.Dropout(), nn.Linear(6, 4))
     learner = FOMAML(learner.model, LR, 1)
-    assert trust._rounds_so((0.0, 0.0), learner, find, tasks, eagerly())
+    assert trust._rounds_so((0.0, 0.0), learner, find, tasks, eagerly(), find)
+
+
+@pytest.mark.parametrize(
+    ("eager", "factor", "taken"),
+    [
+        ([1.0, 1.05, 1.0], 1.04, False),  # one unlucky rounding of three excuses nothing
+        ([1.0, 1.05, 1.11], 1.04, True),  # each of them moves it by as much
+        ([1.0, 1.05, 1.11], 1.4, False),
+        ([1.0, 1.05, 1.0], 1.0, True),
+    ],
+)
+def test_the_last_bits_of_inputs_excuse_what_they_always_change(eager, factor, taken, monkeypatch):
+    tasks = draw((6,), F.cross_entropy).to(dtype=torch.float32)
+    moved = [tasks.map(lambda tensor, by=by: tensor + by) for by in (1, 2)]
+    monkeypatch.setattr(trust, "_moved", lambda *_: iter(moved))
+    monkeypatch.setattr(trust, "_exactly_found", lambda *_: found_of([eager[0]]))
+    chunks = [tasks, *moved]
+
+    def find(chunk):
+        return found_of([eager[next(i for i, each in enumerate(chunks) if each is chunk)]])
+
+    def compiled(chunk):
+        found = find(chunk)
+        off = 1.04 if chunk is tasks and factor == 1.0 else factor
+        return found._replace(gradients=[off * gradient for gradient in found.gradients])
+
+    learner = FOMAML(nn.Linear(6, 4), LR, 1)
+    apart = trust._apart(learner, compiled(tasks), find(tasks))
+    assert trust._rounds_so(apart, learner, find, tasks, find(tasks), compiled) == taken
 
 
 def found_of(*gradients, losses=(1.0,)):

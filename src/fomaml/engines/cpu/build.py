@@ -130,7 +130,9 @@ def _build(command: list[str], options: list[str], path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as folder:
         temporary = Path(folder) / path.name
         objects = [str(Path(folder) / f"{source.stem}.o") for source in SOURCES]
-        parts = [[*command, *options, "-c", "-o", made, str(source)] for made, source in zip(objects, SOURCES)]
+        parts = [
+            [*command, *options, "-c", "-o", made, str(source)] for made, source in zip(objects, SOURCES)
+        ]
         with ThreadPoolExecutor(
             max_workers=os.cpu_count()
         ) as pool:  # side by side: half the time on two cores
