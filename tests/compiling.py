@@ -25,7 +25,7 @@ def untouched(monkeypatch):
 def inductor(monkeypatch, compile):
     """What `torch.compile`'s backend is replaced by, for graphs of which loops of our own could be written too."""
 
-    def unknown(graph):
+    def unknown(graph, threads):
         raise Unknown("asked for")
 
     monkeypatch.setattr(programs, "program", unknown)

@@ -13,7 +13,7 @@ from torch import nn
 from compiling import assert_close
 from family import LR
 from fomaml.engines import _torch, meta_gradient
-from fomaml.engines.compiled import cache, programs
+from fomaml.engines.compiled import cache, loops, programs
 from fomaml.engines.compiled.cache import too_old
 from fomaml.engines.compiled.programs import Program, program
 from fomaml.engines.compiled.values import Unknown
@@ -126,6 +126,15 @@ def test_they_compute_what_torch_does(name, dtype):
     found, expected = in_loops(function, inputs)
     assert len(found) == len(expected)
     for one, other in zip(found, expected):
+        torch.testing.assert_close(one, other, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_threads_that_share_loops_out_compute_the_same(name, monkeypatch):
+    monkeypatch.setattr(loops, "MUCH", 1)
+    function, inputs = FUNCTIONS[name]
+    graph = _torch.trace(function, *inputs)
+    for one, other in zip(program(graph, 3)(*inputs), function(*inputs), strict=True):
         torch.testing.assert_close(one, other, equal_nan=True)
 
 
@@ -261,7 +270,7 @@ def test_steps_of_the_same_shape_are_compiled_once(monkeypatch, tmp_path):
         with monkeypatch.context() as patch:
             patch.setenv("XDG_CACHE_HOME", str(tmp_path))
             patch.setattr(
-                programs, "_build", lambda *arguments: (texts.append(arguments[1]), real(*arguments))
+                programs, "_build", lambda *arguments: (texts.append(arguments[2]), real(*arguments))
             )
             learner = FOMAML(mlp()[0].double(), LR, steps)
             meta_gradient(learner, draw((60,), F.cross_entropy, tasks=3), engine="batched", compile=True)

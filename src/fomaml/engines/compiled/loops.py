@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -24,12 +25,25 @@ from fomaml.engines.compiled.values import (
 @dataclass
 class Loop:
     """One loop: the text of a function without its name, and the tensors that it is called with, those first that it
-    writes.
+    writes. work: how often the innermost is run, where the outermost may be shared out among threads; else 0.
     """
 
     text: str
     leaves: list[Leaf]
-    written: int = 1
+    work: int = 0
+
+    def shared(self, threads: int) -> str:
+        """The text, for so many threads where that helps."""
+        if threads == 1 or self.work < MUCH:
+            return self.text
+        head, first, rest = self.text.partition("for (")
+        alone = head.endswith(INDEPENDENT + "\n")
+        pragma = f'_Pragma("omp parallel for{" simd" if alone else ""} num_threads({threads})")\n'
+        return head.removesuffix(INDEPENDENT + "\n") + pragma + first + rest
+
+
+INDEPENDENT = '_Pragma("GCC ivdep")'
+MUCH = 32_768
 
 
 @dataclass
@@ -95,19 +109,21 @@ class Body:
             return value.text.format(*(self.computed(part, axes) for part in value.parts))
         raise Unknown("pieces")
 
-    def function(self, lines: Sequence[str]) -> Loop:
+    def function(self, lines: Sequence[str], shared: Axes | None = None) -> Loop:
+        """shared: the axes, where the outermost loop may be shared out."""
         kinds = [TYPES[leaf.dtype] for leaf in self.leaves]
         arguments = [
             f"{'' if i < self.written else 'const '}{kind}* __restrict p{i}" for i, kind in enumerate(kinds)
         ]
-        return Loop(f"({', '.join(arguments)}) {{\n" + "\n".join(lines) + "\n}\n", self.leaves, self.written)
+        work = math.prod(shared.sizes) if shared and shared.sizes else 0
+        return Loop(f"({', '.join(arguments)}) {{\n" + "\n".join(lines) + "\n}\n", self.leaves, work)
 
 
 def opened(axes: Axes, numbers: Sequence[int], independent: bool = False) -> list[str]:
     """The heads of nested loops over these axes. independent: no element of the innermost depends on another."""
     lines = [f"for (number i{i} = 0; i{i} < {axes.sizes[i]}; i{i}++) {{" for i in numbers]
     if independent and lines:
-        lines.insert(len(lines) - 1, '_Pragma("GCC ivdep")')
+        lines.insert(len(lines) - 1, INDEPENDENT)
     return lines
 
 
@@ -117,7 +133,8 @@ def elementwise(out: Leaf, value: Value, adds: bool = False) -> Loop:
     axes = merged(out.shape, body.leaves, order_of(out.strides))
     every = range(len(axes.sizes))
     line = f"{body.element(0, axes)} {'+=' if adds else '='} {body.computed(value, axes)};"
-    return body.function([*opened(axes, every, not adds), line, "}" * len(axes.sizes)])
+    lines = [*opened(axes, every, not adds), line, "}" * len(axes.sizes)]
+    return body.function(lines, None if adds or "within(" in line else axes)
 
 
 def sums(out: Leaf, value: Value) -> Loop:
@@ -142,7 +159,7 @@ def sums(out: Leaf, value: Value) -> Loop:
             f"{found} += {computed}; }}",
             "}" * (len(outer) + len(gone)),
         ]
-        return body.function(lines)
+        return body.function(lines, axes if outer else None)
     heads = opened(axes, gone)
     if heads:
         heads.insert(len(heads) - 1, '_Pragma("omp simd reduction(+:total)")')
@@ -155,7 +172,7 @@ def sums(out: Leaf, value: Value) -> Loop:
         f"{found} = total;",
         "}" * len(kept),
     ]
-    return body.function(lines)
+    return body.function(lines, axes if kept else None)
 
 
 def rows(outs: Sequence[Leaf], values: Sequence[Value], axis: int, parts: Sequence[str]) -> Loop:
@@ -177,7 +194,7 @@ def rows(outs: Sequence[Leaf], values: Sequence[Value], axis: int, parts: Sequen
     names["for"] = f"for (number i{last} = 0; i{last} < {shape[axis]}; i{last}++)"
     elements = [body.computed(value, axes) for value in values]
     lines = [part.format(*elements, **names) for part in parts]
-    return body.function([*opened(axes, range(last)), *lines, "}" * last])
+    return body.function([*opened(axes, range(last)), *lines, "}" * last], axes if last else None)
 
 
 SUM = '_Pragma("omp simd reduction(+:{0})")'

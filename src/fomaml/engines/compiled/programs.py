@@ -28,8 +28,8 @@ PRODUCTS = ("mm", "bmm", "addmm", "baddbmm")
 ALIGNMENT = 64
 
 
-def program(graph: GraphModule) -> Callable[..., list[Tensor]]:
-    """A traced function of tensors on a CPU, on one thread.
+def program(graph: GraphModule, threads: int = 1) -> Callable[..., list[Tensor]]:
+    """A traced function of tensors on a CPU. threads: those of long loops; of products torch's own number.
 
     Raises:
         Unknown: something in it of which no loop is written.
@@ -37,10 +37,11 @@ def program(graph: GraphModule) -> Callable[..., list[Tensor]]:
     """
     found = lowered(graph)
     layout = _Layout(found.steps)
-    text = _text(found, layout)
+    text = _text(found, layout, threads)
+    flags = [*FLAGS, *(["-fopenmp"] if threads > 1 else [])]  # the library of it that torch has loaded
     command = build.compiler()
-    name = name_of("loops", [text, torch.__version__, *FLAGS, *machine()])
-    library = ctypes.CDLL(str(kept(name, partial(_build, command, text))))
+    name = name_of("loops", [text, torch.__version__, *flags, *machine()])
+    library = ctypes.CDLL(str(kept(name, partial(_build, command, flags, text))))
     library.use((ctypes.c_void_p * (2 + len(PRODUCTS)))(*_torch.product_functions(PRODUCTS)))
     return Program(library, found, layout)
 
@@ -146,7 +147,7 @@ class _Layout:
         return self._known[self._key(leaf)]
 
 
-def _text(found: Lowered, layout: _Layout) -> str:
+def _text(found: Lowered, layout: _Layout, threads: int) -> str:
     """The C++ of a function."""
     functions: dict[str, str] = {}
     calls = []
@@ -160,7 +161,7 @@ def _text(found: Lowered, layout: _Layout) -> str:
             handles = [f"h[{layout.number(each)}]" for each in step.operands]
             calls.append(f"failed |= {step.name}({', '.join([*handles, *map(repr, step.factors)])});")
             continue
-        name = functions.setdefault(step.text, f"loop{len(functions)}")
+        name = functions.setdefault(step.shared(threads), f"loop{len(functions)}")
         pointers = []
         for each in step.leaves:
             kind, offset = TYPES[each.dtype], each.offset
@@ -202,5 +203,5 @@ def _text(found: Lowered, layout: _Layout) -> str:
     )
 
 
-def _build(command: list[str], text: str, path: Path) -> None:
-    build.compiled(command, FLAGS, text, path)
+def _build(command: list[str], flags: list[str], text: str, path: Path) -> None:
+    build.compiled(command, flags, text, path)

@@ -140,16 +140,17 @@ class Compiled:
         return graph
 
     def _induced(self, graph: GraphModule, tasks: Task, device: str) -> Callable:
-        """The function by loops of our own where there are such for all of it and one thread runs it, else by
-        `torch.compile`'s backend. On CUDA the backend records its launches as a graph, which a GPU replays: the first
-        call warms it up, the second is recorded.
+        """The function by loops of our own where there are such for all of it, else by `torch.compile`'s backend. On
+        CUDA the backend records its launches as a graph, which a GPU replays: the first call warms it up, the second is
+        recorded.
         """
         on_cpu = device == "cpu"
         products.rewrite(graph)
         self._on_one_thread = on_cpu and products.operations(graph.graph) < FEW_OPERATIONS
-        if self._side_by_side or self._on_one_thread or (on_cpu and torch.get_num_threads() == 1):
+        if on_cpu:
+            threads = 1 if self._side_by_side or self._on_one_thread else torch.get_num_threads()
             with suppress(values.Unknown, _torch.Missing, RuntimeError):
-                return programs.program(graph)
+                return programs.program(graph, threads)
         for node in graph.graph.nodes:
             node.meta.pop("val", None)  # of a fake mode that is not the compiler's
         # calls between kernels in C++: 1.1 times faster on F; they also leave the interpreter's lock to others
