@@ -290,10 +290,18 @@ model = torch.nn.Sequential(torch.nn.Linear(36, 12), torch.nn.ReLU(), torch.nn.L
 meta_gradient(FOMAML(model, 0.1, 2), tasks, engine="batched", compile=True)
 assert "torch._inductor.compile_fx" not in sys.modules
 """
-    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "FOMAML_KEEP_COMPILED": "1"}
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, env=environment
     )
     assert done.returncode == 0, done.stderr
     [library] = (tmp_path / "fomaml").iterdir()
     assert library.name.startswith("loops-")
+
+
+def test_nothing_is_kept_where_that_is_not_wanted(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("FOMAML_KEEP_COMPILED", "0")
+    [found], [expected] = in_loops(lambda a, b: [a * 7 - b], [A, B])
+    torch.testing.assert_close(found, expected)
+    assert not [*tmp_path.iterdir()]

@@ -7,6 +7,8 @@ left out. Loops of the same text, as those of the inner steps, are compiled once
 from __future__ import annotations
 
 import ctypes
+import os
+import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -41,7 +43,13 @@ def program(graph: GraphModule, threads: int = 1) -> Callable[..., list[Tensor]]
     flags = [*FLAGS, *(["-fopenmp"] if threads > 1 else [])]  # the library of it that torch has loaded
     command = build.compiler()
     name = name_of("loops", [text, torch.__version__, *flags, *machine()])
-    library = ctypes.CDLL(str(kept(name, partial(_build, command, flags, text))))
+    make = partial(_build, command, flags, text)
+    if os.environ.get("FOMAML_KEEP_COMPILED") == "0":
+        with tempfile.TemporaryDirectory() as folder:
+            make(Path(folder) / name)
+            library = ctypes.CDLL(str(Path(folder) / name))
+    else:
+        library = ctypes.CDLL(str(kept(name, make)))
     library.use((ctypes.c_void_p * (2 + len(PRODUCTS)))(*_torch.product_functions(PRODUCTS)))
     return Program(library, found, layout)
 
