@@ -24,12 +24,17 @@ def untouched(monkeypatch):
 
 def inductor(monkeypatch, compile):
     """What `torch.compile`'s backend is replaced by, for graphs of which loops of our own could be written too."""
+    without_loops(monkeypatch)
+    monkeypatch.setattr(torch._inductor, "compile", compile)
+
+
+def without_loops(monkeypatch):
+    """No loops of our own are written."""
 
     def unknown(graph, threads):
         raise Unknown("asked for")
 
     monkeypatch.setattr(programs, "program", unknown)
-    monkeypatch.setattr(torch._inductor, "compile", compile)
 
 
 GRAPHS = WeakKeyDictionary()  # by what runs

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fomaml.errors
-from compiling import untouched
+from compiling import untouched, without_loops
 from convolutions import convolutional
 from family import LR, assert_agrees
 from fomaml.engines import _torch, meta_gradient
@@ -126,6 +126,8 @@ def test_without_a_name_that_compiling_needs_it_warns_and_goes_on(engine, name, 
     model, tasks, _ = convolutional("in-place") if engine == "loop" or "_schema" in name else example("mlp")
     expected = meta_gradient(FOMAML(model, LR, 1), tasks, engine=engine)
     hindrance(name, monkeypatch)
+    if "inductor" in name:
+        without_loops(monkeypatch)
     learner = FOMAML(model, LR, 1)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
