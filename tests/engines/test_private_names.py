@@ -221,7 +221,7 @@ print(*(format(each, ".9g") for each in sums))
 def in_a_new_process(names):
     code = DELETED.format(names=names)
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=300
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.split()
