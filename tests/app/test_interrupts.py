@@ -80,16 +80,8 @@ def test_another_thread_is_left_alone():
 
 def test_ctrl_c_in_a_shell(tmp_path):
     """As the terminal sends it, to a process of its own, at a moment of its training."""
-    command = [
-        sys.executable,
-        "-m",
-        "fomaml",
-        *TRAIN.replace("30", "100000").split(),
-        "--compile",
-        "no",
-        "--out",
-        str(tmp_path / "run"),
-    ]
+    command = [sys.executable, "-m", "fomaml", *TRAIN.replace("30", "100000").split(), "--compile", "no"]
+    command += ["--checkpoint-every", "5", "--out", str(tmp_path / "run")]
     environment = os.environ | {"PYTHONPATH": str(Path(fomaml.__file__).parents[1])}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
