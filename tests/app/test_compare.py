@@ -25,7 +25,10 @@ from fomaml.tasks import Examples, Task, one
 from fomaml.train import train
 from moments import TICK, Ticking
 
-SMALL = {"source": "sinusoid", "iterations": 4, "meta_batch_size": 2, "test_tasks": 5, "test_steps": (0, 1)}
+SMALL = {
+    "source": "sinusoid", "iterations": 4, "meta_batch_size": 2, "test_tasks": 5, "test_steps": (0, 1),
+    "baselines": False,
+}  # fmt: skip
 
 
 def settings(algorithm, **choices):

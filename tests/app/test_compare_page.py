@@ -31,7 +31,7 @@ def folders(tmp_path_factory, images):
     root = tmp_path_factory.mktemp("compared")
     shutil.copytree(images / "even", root / "a <b>folder&")
     words = {
-        "functions": ["sinusoid", "--algorithms", "maml", "reptile"],
+        "functions": ["sinusoid", "--algorithms", "maml", "reptile", "--no-baselines"],
         "pictures": [f"folder:{root}/a <b>folder&", "--algorithms", "anil", *PICTURES.split()],
     }
     with pytest.MonkeyPatch.context() as patch:  # no process per algorithm: torch takes seconds to import
