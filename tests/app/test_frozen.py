@@ -10,8 +10,9 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
+from few import few_baselines
 from fomaml import Episodes
-from fomaml.app import frozen, serving, sizing
+from fomaml.app import frozen, serving
 from fomaml.app.cli import main
 from fomaml.app.rundir import load_run
 from fomaml.backbones import backbone, decoder
@@ -66,11 +67,7 @@ def weights(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def small(monkeypatch, tmp_path):
     """Baselines of a second."""
-    least = lambda settings: sizing.Sizes(4, settings.test_tasks, 2, (1, 2), 2)  # noqa: E731
-    monkeypatch.setattr(sizing, "least", least)
-    monkeypatch.setattr(sizing, "full", least)
-    monkeypatch.setattr(sizing, "BATCH", 8)
-    monkeypatch.setattr(sizing, "INNER_LRS", (0.01, 0.1))
+    few_baselines(monkeypatch)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own.py").write_text(BODY)
 
