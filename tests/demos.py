@@ -28,13 +28,13 @@ def serving(demo):
             yield listener.getsockname()[1]
         finally:
             served.should_exit = True
-            thread.join(30)
+            thread.join(600)
             assert not thread.is_alive()
 
 
 def asked(port, method, path, body=None, headers=None):
     """Status, headers and body of an answer."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
     try:
         connection.request(method, path, body, headers or {})
         answer = connection.getresponse()

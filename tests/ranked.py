@@ -142,7 +142,7 @@ def _joined(rank: int, work: Callable, ranks: int, folder: Path, arguments: tupl
         init_method=f"file://{folder}/meeting",
         rank=rank,
         world_size=ranks,
-        timeout=timedelta(seconds=60),
+        timeout=timedelta(seconds=600),
     )
     try:
         work(rank, folder, *arguments)

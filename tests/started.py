@@ -7,12 +7,14 @@ import socket
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 from torch import multiprocessing
+
+from moments import sending
 
 
 class Ended(NamedTuple):
@@ -29,12 +31,12 @@ def started(
     *arguments: str,
     of_rank: Mapping[int, Sequence[str]] | None = None,
     environ: Mapping[str, str] | None = None,
-    meanwhile: Callable[[list], None] = lambda processes: None,
+    signals: Mapping[int, tuple[int, int]] | None = None,
 ) -> list[Ended]:
     """What each of so many processes of one command says, which have `folder` as their working directory.
 
-    of_rank: further arguments of single ones. environ: what torchrun would say further. meanwhile: is given the
-    processes while they run.
+    of_rank: further arguments of single ones. environ: what torchrun would say further. signals: by rank, one that
+    the process sends to itself, and in which iteration.
     """
     if "forkserver" not in multiprocessing.get_all_start_methods():
         pytest.skip("no start of processes that is quick and safe here")
@@ -55,12 +57,12 @@ def started(
         for kind in ("out", "err"):  # also of a process that is killed at once
             (folder / f"{kind} {rank}").write_text("")
         words = [*arguments, *(of_rank or {}).get(rank, ())]
-        processes.append(context.Process(target=_run, args=(folder, own, words)))
+        sent = (signals or {}).get(rank)
+        processes.append(context.Process(target=_run, args=(folder, own, words, sent)))
         processes[-1].start()
     try:
-        meanwhile(processes)
         for process in processes:
-            process.join(120)
+            process.join(600)
             assert process.exitcode is not None, f"{process.name} hangs"
     finally:
         for process in processes:
@@ -69,7 +71,7 @@ def started(
     return [Ended(process.exitcode, *texts) for process, texts in zip(processes, read)]
 
 
-def _run(folder: Path, environ: dict[str, str], arguments: list[str]) -> None:
+def _run(folder: Path, environ: dict[str, str], arguments: list[str], sent: tuple[int, int] | None) -> None:
     os.environ.update(environ)
     os.chdir(folder)
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -80,8 +82,11 @@ def _run(folder: Path, environ: dict[str, str], arguments: list[str]) -> None:
         open(f"err {rank}", "w", buffering=1) as sys.stderr,
         warnings.catch_warnings(),
     ):
+        from fomaml.app import session
         from fomaml.app.cli import main
 
+        if sent is not None:
+            session.train = sending(session.train, *sent)
         status = 0
         try:
             main(arguments)

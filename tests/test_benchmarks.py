@@ -139,7 +139,7 @@ def test_memory_over_steps(in_process):
 def test_a_process_answers_and_is_stopped_at_its_limit(tmp_path):
     with Worker(1, tmp_path) as process:
         request = {"contestant": "plain loop", "workload": "tiny-A", "seed": 0}
-        assert process.ask(60, do="open", **request)["first_seconds"] > 0
+        assert process.ask(600, do="open", **request)["first_seconds"] > 0
         assert process.ask(0.0, do="time", runs=100_000)["reason"] == "stopped after 0 s"
         assert "reason" in process.ask(1, do="time", runs=1)
 

@@ -77,7 +77,7 @@ def alone(code, *arguments):
     # newer Pythons warn of forks beside other threads, which are those of numpy
     command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", code, *arguments]
     environment = {"PYTHONPATH": str(ROOT.parent)}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout.splitlines()
 

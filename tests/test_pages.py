@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import fomaml
+from few import few_baselines
 from fomaml.app import cli
 from pages import PAGES, ROOT, blocks, read
 
@@ -83,7 +84,8 @@ def ran(page):
 @pytest.mark.parametrize(
     "page", [page for page in RUN if page.name != "README.md"], ids=lambda page: page.name
 )
-def test_a_page_runs(page, shell):
+def test_a_page_runs(page, shell, monkeypatch):
+    few_baselines(monkeypatch)  # of the commands that run in this process
     printed, _ = ran(page.relative_to(ROOT))
     assert printed
 

@@ -23,8 +23,12 @@ from fomaml.errors import InputError
 from fomaml.sealed import unsealed
 from fomaml.tasks import Examples, Task, one
 from fomaml.train import train
+from moments import TICK, Ticking
 
-SMALL = {"source": "sinusoid", "iterations": 4, "meta_batch_size": 2, "test_tasks": 5, "test_steps": (0, 1)}
+SMALL = {
+    "source": "sinusoid", "iterations": 4, "meta_batch_size": 2, "test_tasks": 5, "test_steps": (0, 1),
+    "baselines": False,
+}  # fmt: skip
 
 
 def settings(algorithm, **choices):
@@ -213,18 +217,16 @@ def test_gradient_evaluations_are_those_autograd_computes(algorithm, monkeypatch
     assert (calls.count("gradient") - 1 + last, calls.count("product")) == found
 
 
-def test_seconds_end_the_training(tmp_path):
+def test_seconds_end_the_training(tmp_path, monkeypatch):
+    Ticking(monkeypatch)
     config = settings(
         "fomaml", meta_batch_size=2, test_tasks=5, test_steps=(0, 1), seconds=0.3, baselines=False
     )
-    found = alone(config, tmp_path / "fomaml", cosine_every=1000)
-    assert found["iterations"] > 3  # the recipe's iterations do not count
-    assert 0.3 <= found["seconds"] < 5
+    found = alone(config, tmp_path / "fomaml", cosine_every=200)
+    assert 300 <= found["iterations"] <= 301  # the recipe's do not count
+    assert found["seconds"] == pytest.approx(found["iterations"] * TICK)
     assert found["tasks_per_second"] == pytest.approx(2 * found["iterations"] / found["seconds"])
-    assert [entry["iteration"] for entry in found["cosines"]] in (
-        [0, found["iterations"]],
-        [0, 1000, found["iterations"]],
-    )
+    assert [entry["iteration"] for entry in found["cosines"]] == [0, 200, found["iterations"]]
 
 
 def test_what_a_run_costs_and_leaves(tmp_path):

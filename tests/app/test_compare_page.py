@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from commands import refused, without
+from few import few_baselines
 from fomaml.app import compare
 from fomaml.app.algorithms import ALGORITHMS
 from fomaml.app.cli import main
@@ -36,6 +37,7 @@ def folders(tmp_path_factory, images):
     }
     with pytest.MonkeyPatch.context() as patch:  # no process per algorithm: torch takes seconds to import
         patch.setattr(compare, "isolated", lambda function, *own: function(*own, threads=1))
+        few_baselines(patch)
         for name, own in words.items():
             main(["compare", *own, *SHORT.split(), "--out", str(root / name)])
     return {name: root / name for name in words}

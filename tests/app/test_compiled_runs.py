@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import signal
 
 import pytest
@@ -15,6 +14,7 @@ from fomaml.app.settle import settle
 from fomaml.checkpoint import load_progress, load_tensors
 from fomaml.engines import pays
 from fomaml.engines.cpu import build
+from moments import sending
 
 TRAIN = "train sinusoid --iterations 8 --meta-batch-size 2 --test-tasks 4 --test-steps 0 1 --no-baselines"
 CHECKED = "compiled, and agrees with the eager engine"
@@ -48,16 +48,8 @@ def run(out, *options, killed=0, monkeypatch=None):
         return {
             name: tensor.tolist() for name, tensor in load_tensors(out / "weights.safetensors")[0].items()
         }
-    real = session.train
-
-    def train(*given, **more):
-        for record in real(*given, **more):
-            if record.iteration == killed:
-                os.kill(os.getpid(), signal.SIGTERM)
-            yield record
-
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(session, "train", train)
+        patch.setattr(session, "train", sending(session.train, signal.SIGTERM, killed))
         main(arguments)
     return None
 

@@ -269,7 +269,7 @@ def test_what_is_no_json_is_one_line(body, five):
 @pytest.mark.parametrize("chunked", [False, True])
 def test_a_large_request_is_not_read(chunked, five, monkeypatch):
     monkeypatch.setattr(demo_server, "BODY", 10_000)
-    connection = http.client.HTTPConnection("127.0.0.1", five[1], timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", five[1], timeout=600)
     connection.putrequest("POST", "/adapt")
     connection.putheader("Content-Type", "application/json")
     if chunked:
@@ -347,5 +347,5 @@ def test_ctrl_c_ends_it_in_one_line():
         port = int(re.match(r"http://127\.0\.0\.1:(\d+) shows .* \(Ctrl-C ends it\)$", told)[1])
         assert asked(port, "GET", "/")[0] == 200
         process.send_signal(signal.SIGINT)
-        said, errors = process.communicate(timeout=60)
+        said, errors = process.communicate(timeout=600)
     assert (process.returncode, said, errors) == (0, "the demo has ended\n", "")

@@ -10,8 +10,9 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
+from few import few_baselines
 from fomaml import Episodes
-from fomaml.app import frozen, serving, sizing
+from fomaml.app import frozen, serving
 from fomaml.app.cli import main
 from fomaml.app.rundir import load_run
 from fomaml.backbones import backbone, decoder
@@ -25,6 +26,7 @@ QUICK = (
     "--iterations 1 --meta-batch-size 1 --test-tasks 6 --validate-every 0 --test-steps 0 1 --ways 2 --shots 2"
 )
 QUICK = [*QUICK.split(), "--query-shots", "3", "--inner-steps", "1", "--seed", "3"]
+QUICKER = ["2" if word == "6" else word for word in QUICK]  # test tasks, where nothing of them is asked
 HEAD = "frozen backbone, linear head"
 BODY = """
 from torch import nn
@@ -65,17 +67,13 @@ def weights(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def small(monkeypatch, tmp_path):
     """Baselines of a second."""
-    least = lambda settings: sizing.Sizes(4, settings.test_tasks, 2, (1, 2), 2)  # noqa: E731
-    monkeypatch.setattr(sizing, "least", least)
-    monkeypatch.setattr(sizing, "full", least)
-    monkeypatch.setattr(sizing, "BATCH", 8)
-    monkeypatch.setattr(sizing, "INNER_LRS", (0.01, 0.1))
+    few_baselines(monkeypatch)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own.py").write_text(BODY)
 
 
-def train(images, out, *options):
-    main(["train", f"folder:{images / 'even'}", *QUICK, *map(str, options), "--out", str(out)])
+def train(images, out, *options, quick=QUICK):
+    main(["train", f"folder:{images / 'even'}", *quick, *map(str, options), "--out", str(out)])
     return json.loads((out / "result.json").read_text())
 
 
@@ -109,13 +107,13 @@ def test_the_baseline_is_logistic_regression_on_the_vectors(images, weights, tmp
 
 def test_without_scikit_learn_it_is_said(images, weights, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    result = train(images, tmp_path / "run", "--model", NAME, "--model-weights", weights)
+    result = train(images, tmp_path / "run", "--model", NAME, "--model-weights", weights, quick=QUICKER)
     assert HEAD not in [row["label"] for row in result["rows"]]
     assert "no linear head on a frozen network: it needs scikit-learn, pip install" in capsys.readouterr().out
 
 
 def test_random_weights_have_no_frozen_head(images, tmp_path):
-    result = train(images, tmp_path / "run", "--model", NAME, "--model-weights", "random")
+    result = train(images, tmp_path / "run", "--model", NAME, "--model-weights", "random", quick=QUICKER)
     labels = [row["label"] for row in result["rows"]]
     assert HEAD not in labels and "random start, support set only" in labels
 

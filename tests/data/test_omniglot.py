@@ -158,9 +158,9 @@ def test_the_real_omniglot(cache, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "real"))
     load = partial(load_omniglot, REAL, resize="nearest", cache=tmp_path / "real")
     found = load()  # 5 s on one core; with lanczos 9 s
-    start = time.perf_counter()
+    start = time.thread_time()  # which other programs do not take
     maml = load()
-    assert time.perf_counter() - start < 5  # a quarter of a second on a machine that does nothing else
+    assert time.thread_time() - start < 5  # it takes a quarter of a second
     assert_same(maml, found)
     vinyals, lake = load(split="vinyals"), load(split="background-evaluation")
     assert [len(part) for part in maml[:3]] == [1100, 100, 423]

@@ -86,7 +86,7 @@ if not child:
 sys.exit(os.waitpid(child, 0)[1])
 """
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=100, env=environment)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=600, env=environment)
 
 
 def test_the_threads_are_forgotten_after_an_error():

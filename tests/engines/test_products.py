@@ -67,7 +67,21 @@ STACKED = [
 ]
 
 
-@pytest.mark.parametrize(("algorithm", "module", "execution"), dict.fromkeys(STACKED))
+# Chunks of two tasks, which four modules stand for, and algorithms that differ from another row by a constant, by
+# Nesterov's form of the momentum, or by the names of what is adapted.
+LONG = {
+    *(
+        ("fomaml", module, "factored-2")
+        for module in DENSE
+        if module not in ("mlp", "user", "twins", "drift")
+    ),
+    *((f"{name}-preset", "mlp", "batched") for name in ("sign-maml", "anil", "boil")),
+    *((name, "mlp", "batched") for name in ("fomaml-nesterov", "by-name-second", "boil-second")),
+}
+ROWS = [pytest.param(*row, marks=[pytest.mark.long] * (row in LONG)) for row in dict.fromkeys(STACKED)]
+
+
+@pytest.mark.parametrize(("algorithm", "module", "execution"), ROWS)
 def test_rewritten_products_agree_with_the_reference(algorithm, module, execution, monkeypatch):
     untouched(monkeypatch)
     options = EXECUTIONS[execution] | {"compile": True}
