@@ -58,7 +58,7 @@ def test_convolutions_pay_at_once_and_dense_layers_in_long_runs():
         FOMAML(MLP(784, 256, 10), 0.05, 5),
         drawn(784, dtype=torch.float32, tasks=16, ways=5, query_shots=10),
     )
-    assert 1_000 < pays.cost(*wide, "factored").least < 20_000  # a thousand are the run of the README
+    assert 500 < pays.cost(*wide, "factored").least < 20_000
     first, second = (pays.cost(make(MLP(6, 8, 4), 0.1, 5), drawn(), "batched") for make in (FOMAML, MAML))
     assert second.compiling > first.compiling
 

@@ -75,7 +75,7 @@ def cost(learner: MetaLearner, tasks: Batch, engine: str) -> Cost:
     Measured, an uncompiled call and a compiled one: convolutions of images 3.5 and 1.3 s (C), 144 and 49 ms (D); a
     784-256-10 MLP 29 and 15 ms (A), a 1-40-40-1 one 2.9 and 0.3 ms (F), two transformer layers 262 and 114 ms (G). So
     a third to two thirds of convolutions are saved; of dense layers nearly all that stands around their operations,
-    and little of these. The first calls took, with nothing in a cache, 7, 6, 20, 18 and 80 s.
+    and little of these. The first calls took, with nothing in a cache, 8, 6, 4, 3 and 10 s.
     """
     number = count(tasks)
     if not isinstance(tasks, Task):
@@ -91,7 +91,7 @@ def cost(learner: MetaLearner, tasks: Batch, engine: str) -> Cost:
     around = tensors * (TENSOR_ALONE * number if engine == "loop" else TENSOR)
     if any(isinstance(module, IMAGES) for module in learner.model.modules()):  # kernels of our own
         return Cost(arithmetic + around, (arithmetic + around) / 3, 3 + 0.05 * tensors)
-    return Cost(arithmetic + around, 0.1 * arithmetic + 0.9 * around, 6 + 0.3 * tensors)
+    return Cost(arithmetic + around, 0.1 * arithmetic + 0.9 * around, 3 + 0.06 * tensors)
 
 
 def calls_within(seconds: float, learner: MetaLearner, tasks: Batch) -> int:
