@@ -106,7 +106,7 @@ def _row(name: str, sides: dict) -> str:
     return f"| {name} | {' | '.join(cells)} |"
 
 
-def render() -> None:
+def render(page: Path = ROOT / "docs" / "performance.md") -> None:
     """Write the table of the results into the page."""
     results = json.loads(RESULTS.read_text(encoding="utf-8"))
     sides = next(iter(results["seconds"].values()))
@@ -115,7 +115,7 @@ def render() -> None:
     rows = [_row(name, own) for name, own in results["seconds"].items()]
     lines = [f"| workload | {' | '.join(titles)} |", "|---" * (1 + len(titles)) + "|", *rows]
     origin = report.origin(results, results["seed"])
-    report.put("\n".join([f"{origin}.", "", *lines]), ROOT / "docs" / "performance.md", "first call")
+    report.put("\n".join([f"{origin}.", "", *lines]), page, "first call")
 
 
 if __name__ == "__main__":

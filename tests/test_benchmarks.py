@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import by_hand, exactness, memory, race, report, worker
+from benchmarks import by_hand, exactness, first_call, memory, race, report, worker
 from benchmarks.contestants import contestants
 from benchmarks.process import Worker
 from benchmarks.workloads import TINY, WORKLOADS, build, find
@@ -156,3 +156,39 @@ class TestPut:
         document.write_text("no place\n")
         with pytest.raises(ValueError, match="no place for the table"):
             report.put("new", document)
+
+
+def test_a_first_call_is_measured_in_processes_of_its_own(tmp_path, monkeypatch):
+    asked, page = [], tmp_path / "page.md"
+
+    def process(name, source, cache, options):
+        asked.append((name, source.parent.name, [*cache.iterdir()]))
+        (cache / str(len(asked))).touch()
+        return {"A": 4.0, "B": 2.0}[name] / len(asked[-1][2] or [1, 1])
+
+    monkeypatch.setattr(first_call, "_in_a_process", process)
+    monkeypatch.setattr(first_call, "RESULTS", tmp_path / "first_call.json")
+    monkeypatch.setattr(first_call, "WORKLOADS", {name: WORKLOADS[name] for name in "AB"})
+    first_call.main(["--rounds", "2", "--beside", str(tmp_path / "src")])
+    # in turns, the second process with what the first has left and nobody else
+    assert [(name, len(left)) for name, _, left in asked] == [
+        *[("A", 0), ("A", 1), ("A", 0), ("A", 1), ("B", 0), ("B", 1), ("B", 0), ("B", 1)] * 2
+    ]
+    assert {source for _, source, _ in asked} == {first_call.ROOT.name, tmp_path.name}
+    results = json.loads(first_call.RESULTS.read_text())
+    assert results["seconds"]["A"]["beside"] == {"first": [2.0, 2.0], "second": [4.0, 4.0]}
+    page.write_text("<!-- first call: begin -->\n<!-- first call: end -->\n")
+    first_call.render(page)
+    assert "| A | 2 | 4 | 2 | 4 |" in page.read_text()
+    assert 0 < first_call.call(next(iter(TINY)), 1, 0) < 600
+
+
+def test_processors_stand_side_by_side(in_process):
+    options = race.Options(threads=1, rounds=2, turn=0.0, globs=("fomaml loop", "plain loop"))
+    name = next(iter(TINY))
+    found = race.race(name, options, say=lambda line: None)
+    runs = [{"machine": machine, "commit": "c", "date": "d"} for machine in ("one", "other")]
+    records = [{"workloads": {name: found | {"run": run}}} for run in runs]
+    rows = report.processors(records).splitlines()[2:]
+    assert [row.split(" | ")[1] for row in rows] == ["one", "other"]
+    assert all("loop" in row and "plain loop" in row for row in rows)
