@@ -28,8 +28,9 @@ from fomaml.learning.contracts import (
     module_of,
 )
 from fomaml.learning.forward import Forward, called
-from fomaml.learning.learner import Choices
+from fomaml.learning.learner import Choices, MetaLearner
 from fomaml.learning.mistakes import checked_loss, checked_outputs, selected, targets_for
+from fomaml.learning.rates import ConstantRates, by_name
 from fomaml.metrics import Asked, Metric, as_asked
 from fomaml.models import BatchNorm
 from fomaml.models.norms import Seen, normalising
@@ -172,14 +173,28 @@ def fine_tune(
     asked = metric if isinstance(metric, list) else [metric]
     metrics = metrics_of(FOMAML(nn.Linear(1, 1), 1.0, 1, criterion, loss=choices.get("loss")), asked)
     first = metrics[0]
+    known: list[MetaLearner] = []
+
+    def learner_at(number: int, inner_lr: float, steps: int) -> MetaLearner:
+        """The learner of a start; of one start for all tasks the same one with other step sizes, as which engines take
+        it is found out by trying, which takes longer than many a task.
+        """
+        if not isinstance(model, nn.Module):
+            return FOMAML(model(number), inner_lr, steps, criterion, **choices)
+        rates = known[0].inner_lr if known else None
+        if not isinstance(rates, ConstantRates):
+            known[:] = [FOMAML(model, inner_lr, steps, criterion, **choices)]
+        else:
+            rates.sizes = by_name(known[0].adapted, inner_lr)
+            known[0].inner_steps = steps
+        return known[0]
 
     def run(
         episodes: TaskSequence, tasks: int, inner_lr: float, at_steps: Sequence[int], metrics: list[Metric]
     ) -> dict[str, dict[int, Tensor]]:
         parts = []
         for number in range(math.ceil(tasks / 100)):
-            start = model if isinstance(model, nn.Module) else model(number)
-            learner = FOMAML(start, inner_lr, max(1, *at_steps), criterion, **choices)
+            learner = learner_at(number, inner_lr, max(1, *at_steps))
             part = _Slice(episodes, 100 * number)
             few = min(100, tasks - 100 * number)
             found = evaluate(
