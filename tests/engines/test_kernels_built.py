@@ -28,7 +28,7 @@ def script(path, text, version=1):
 
 
 def works(kernels):
-    return isinstance(kernels, ctypes.CDLL) and kernels.forward_float32 and kernels.backward_float64
+    return isinstance(kernels, ctypes.CDLL) and kernels.forward_float32 and kernels.backward_float32
 
 
 def small():
