@@ -99,9 +99,8 @@ class Outer:
 
     @functools.cached_property
     def moved_layers(self) -> list[BatchNorm]:
-        """Those whose statistics `update_statistics` moves."""
-        layers = [module for module in self.learner.model.modules() if isinstance(module, BatchNorm)]
-        return [layer for layer in layers if layer.policy in ("running", "per-step")]
+        """See `MetaLearner.moving_norms`; found once, as walking through modules is a part of a small step."""
+        return self.learner.moving_norms()
 
     def batch(self, start: int, tasks: int) -> Batch:
         return batch_of(self.episodes, start, tasks, self.learner.model)

@@ -266,11 +266,11 @@ def test_meta_gradients_are_those_of_the_engines(build, engine, preset, dtype):
 def test_steps_of_the_same_shape_are_compiled_once(monkeypatch, tmp_path):
     def functions(steps):
         texts = []
-        real = programs._build
+        real = programs.build.compiled
         with monkeypatch.context() as patch:
             patch.setenv("XDG_CACHE_HOME", str(tmp_path))
             patch.setattr(
-                programs, "_build", lambda *arguments: (texts.append(arguments[2]), real(*arguments))
+                programs.build, "compiled", lambda *arguments: (texts.append(arguments[2]), real(*arguments))
             )
             learner = FOMAML(mlp()[0].double(), LR, steps)
             meta_gradient(learner, draw((60,), F.cross_entropy, tasks=3), engine="batched", compile=True)

@@ -292,14 +292,18 @@ class MetaLearner(nn.Module):
         """Whether a `BatchNorm` of the model has the policy "support"."""
         return any(m.policy == "support" for m in self.model.modules() if isinstance(m, BatchNorm))
 
+    def moving_norms(self) -> list[BatchNorm]:
+        """The layers whose running statistics `update_statistics` moves."""
+        layers = (module for module in self.model.modules() if isinstance(module, BatchNorm))
+        return [layer for layer in layers if layer.policy in ("running", "per-step")]
+
     @torch.no_grad()
     def update_statistics(self, tasks: Batch, momentum: float = 0.1) -> None:
         """Move the running statistics of "running" and "per-step" `BatchNorm` layers towards those of the
         batches that the first of `tasks` meets on its way from θ to φ_K; the outer loop calls it once a step.
         """
         with turn_of(self.model):
-            layers = [m for m in self.model.modules() if isinstance(m, BatchNorm)]
-            if not any(layer.policy in ("running", "per-step") for layer in layers):
+            if not self.moving_norms():
                 return
             problem = Problem(self, one(as_batch(tasks, self.model), 0))
             seen: list[Seen] = []

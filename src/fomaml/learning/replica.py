@@ -297,10 +297,8 @@ class Replicas:
             return id(value) in self.names
         if isinstance(value, nn.Module):
             return id(value) in self.index
-        if type(value) in (tuple, list, set) and set(map(type, value)) <= PLAIN:
-            return False
         held = parts(value)
-        if not held or (len(held) > 100 and set(map(type, held)) <= PLAIN):
+        if set(map(type, held)) <= PLAIN:
             return False
         seen = set() if seen is None else seen
         if id(value) in seen:
@@ -326,12 +324,10 @@ def _deepcopied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     for key, value in vars(module).items():
         if key == "_compiled_call_impl":  # which `nn.Module` leaves out too
             continue
-        if type(value) in PLAIN:
+        if type(value) in PLAIN or (type(value) is tuple and set(map(type, value)) <= PLAIN):
             pass
         elif type(value) in (dict, OrderedDict, set) and not value:
             value = value.copy()
-        elif type(value) is tuple and set(map(type, value)) <= PLAIN:
-            pass
         elif key == "_modules":
             value = {
                 name: None if child is None else _deepcopied(child, memo) for name, child in value.items()

@@ -20,7 +20,7 @@ from torch.random import fork_rng
 
 from fomaml.engines import _torch
 from fomaml.engines.cpu import fusion
-from fomaml.engines.cpu.build import NoFolder, kept, machine, name_of, sealed
+from fomaml.engines.cpu.build import NoFolder, keeps, kept, machine, name_of, sealed
 
 
 def induced(graph: GraphModule, inputs: Sequence[Tensor], options: dict) -> Callable:
@@ -63,7 +63,7 @@ class NotKept(Exception):
 
 def _can_be_kept(graph: GraphModule) -> bool:
     """Whether a graph is nothing but operators of its inputs: no constants, nothing written, no random numbers."""
-    if os.environ.get("FOMAML_KEEP_COMPILED") == "0":
+    if not keeps():
         return False
     return all(
         node.op in ("placeholder", "output")

@@ -7,7 +7,6 @@ left out. Loops of the same text, as those of the inner steps, are compiled once
 from __future__ import annotations
 
 import ctypes
-import os
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -43,8 +42,8 @@ def program(graph: GraphModule, threads: int = 1) -> Callable[..., list[Tensor]]
     flags = [*FLAGS, *(["-fopenmp"] if threads > 1 else [])]  # the library of it that torch has loaded
     command = build.compiler()
     name = name_of("loops", [text, torch.__version__, *flags, *machine()])
-    make = partial(_build, command, flags, text)
-    if os.environ.get("FOMAML_KEEP_COMPILED") == "0":
+    make = partial(build.compiled, command, flags, text)
+    if not build.keeps():
         with tempfile.TemporaryDirectory() as folder:
             make(Path(folder) / name)
             library = ctypes.CDLL(str(Path(folder) / name))
@@ -209,7 +208,3 @@ def _text(found: Lowered, layout: _Layout, threads: int) -> str:
             "}",
         ]
     )
-
-
-def _build(command: list[str], flags: list[str], text: str, path: Path) -> None:
-    build.compiled(command, flags, text, path)

@@ -103,6 +103,11 @@ class NoFolder(RuntimeError):
     """No folder takes what was compiled."""
 
 
+def keeps() -> bool:
+    """Whether what is compiled is to be kept for other processes."""
+    return os.environ.get("FOMAML_KEEP_COMPILED") != "0"
+
+
 def sealed(code: bytes) -> bytes:
     """A library with its digest at the end; the loader does not mind what follows."""
     return code + hashlib.sha256(code).digest()
@@ -138,8 +143,13 @@ def _build(command: list[str], options: list[str], path: Path) -> None:
         ) as pool:  # side by side: half the time on two cores
             list(pool.map(_compile, parts))
         _compile([*command, *options, "-o", str(temporary), *objects])
-        temporary.write_bytes(sealed(temporary.read_bytes()))
-        os.replace(temporary, path)
+        _placed(temporary, path)
+
+
+def _placed(made: Path, path: Path) -> None:
+    """Move a library to its place whole, its digest at the end."""
+    made.write_bytes(sealed(made.read_bytes()))
+    os.replace(made, path)
 
 
 def compiled(command: Sequence[str], options: Sequence[str], text: str, path: Path) -> None:
@@ -148,8 +158,7 @@ def compiled(command: Sequence[str], options: Sequence[str], text: str, path: Pa
         source, temporary = Path(folder) / "source.cpp", Path(folder) / path.name
         source.write_text(text, encoding="utf-8")
         _compile([*command, *options, "-o", str(temporary), str(source)])
-        temporary.write_bytes(sealed(temporary.read_bytes()))
-        os.replace(temporary, path)
+        _placed(temporary, path)
 
 
 def _compile(command: list[str]) -> None:
