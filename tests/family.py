@@ -288,6 +288,7 @@ def error(found: dict, expected: dict) -> float:
 
 
 def assert_agrees(result, expected, tolerance=1e-10):
+    assert all(gradient.is_contiguous() for gradient in result.gradients.values())  # as the parameters are
     assert error(result.gradients, expected.gradients) <= tolerance
     for name in ("query_losses", "support_losses", "query_outputs"):
         assert error({name: getattr(result, name)}, {name: getattr(expected, name)}) <= tolerance

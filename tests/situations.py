@@ -237,6 +237,14 @@ def lbfgs():
     return trained(learner, optimizer=torch.optim.LBFGS(learner.parameters()))
 
 
+def fused_over_gaps():
+    model = classifier()
+    first = next(model.parameters())
+    first.data = first.repeat(1, 2)[:, : first.shape[1]]
+    learner = FOMAML(model, 0.1, 2)
+    return trained(learner, optimizer=torch.optim.SGD(learner.parameters(), lr=0.1, fused=True))
+
+
 def loader():
     given = tasks(8)
     return DataLoader([given.map(lambda tensor, i=index: tensor[i]) for index in range(8)], batch_size=2)

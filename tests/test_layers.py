@@ -17,6 +17,7 @@ LAYERS = [
         "sealed",
         "files",
         "trees",
+        "layout",
         "tasks",
         "measures",
         "devices",

@@ -13,6 +13,7 @@ from fomaml.devices import random_state, set_random_state
 from fomaml.errors import InputError, plain, whole
 from fomaml.files import load_tensors, save_tensors
 from fomaml.finite import not_finite
+from fomaml.layout import lay_out
 
 RANDOM = "random"  # the name of the CPU's state; "random/cuda:0" is that of a GPU
 
@@ -138,6 +139,7 @@ def load_state(
         ]
         fill(module, own, path)
         optimizer.load_state_dict({"state": state, "param_groups": groups})
+        lay_out(optimizer)
         of_gpus = {n.removeprefix(f"{RANDOM}/"): t for n, t in tensors.items() if n.startswith(f"{RANDOM}/")}
         set_random_state({"cpu": tensors[RANDOM], **of_gpus})
         return whole("iteration", facts["iteration"])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fomaml.errors import InputError, plain
+from fomaml.layout import has_gaps
 from fomaml.learning.learner import MetaLearner
 
 
@@ -25,7 +26,8 @@ def fuse(optimizer: torch.optim.Optimizer, gradients: Iterable[Tensor]) -> None:
     for group in optimizer.param_groups:
         free = group["fused"] is None and group["foreach"] is None and not group["differentiable"]
         taken = not isinstance(group["lr"], Tensor) and all(
-            p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in group["params"]
+            p.is_floating_point() and p.device.type in ("cpu", "cuda") and not has_gaps(p)
+            for p in group["params"]
         )
         if free and taken:
             group["fused"] = True
@@ -55,7 +57,8 @@ def check_optimizer(optimizer: torch.optim.Optimizer, learner: MetaLearner) -> N
     """Warn where an optimiser does not hold all meta-parameters.
 
     Raises:
-        InputError: it is none, or holds none of them, one is not finite, or its step needs a closure.
+        InputError: it is none, or holds none of them, one is not finite, its step needs a closure, or it is fused and
+            would write between the numbers of one.
     """
     if not hasattr(optimizer, "param_groups"):
         raise InputError(
@@ -77,6 +80,13 @@ def check_optimizer(optimizer: torch.optim.Optimizer, learner: MetaLearner) -> N
         names = ", ".join(missing[:3]) + (" …" if len(missing) > 3 else "")
         warnings.warn(text + names, RuntimeWarning, stacklevel=3)
     known = {id(parameter) for parameter in (*learner.parameters(), *learner.meta_parameters().values())}
+    fused = {id(p) for group in optimizer.param_groups if group.get("fused") for p in group["params"]}
+    for name, parameter in learner.meta_parameters().items():
+        if id(parameter) in fused and has_gaps(parameter):
+            raise InputError(
+                f"a fused {type(optimizer).__name__} takes parameters as they lie in memory, where the numbers of "
+                f"{name} have gaps between them: leave out fused=True, or make the parameter contiguous"
+            )
     surplus = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in known]
     if surplus:
         text = f"the optimiser holds {len(surplus)} tensors that are no parameters of the learner, and get no gradient"

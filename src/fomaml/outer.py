@@ -15,6 +15,7 @@ from fomaml.engines import MetaGradient, Plan
 from fomaml.engines import plan as make_plan
 from fomaml.engines.common import check_sum
 from fomaml.episodes import TaskSequence, ways_of_each
+from fomaml.layout import laid
 from fomaml.learning.learner import MetaLearner
 from fomaml.measures import exact
 from fomaml.metrics import Metric, scores
@@ -146,7 +147,7 @@ class SharedOuter(Outer):
         super().__init__(**vars(own))
         self.ranks = ranks
         own = self.learner.meta_parameters()
-        self.like = {name: (parameter.shape, parameter.dtype) for name, parameter in own.items()}
+        self.like = {name: (each.shape, each.dtype, each.stride()) for name, each in own.items()}
         dtype = torch.float32  # at least, to be added up in
         for parameter in own.values():
             dtype = torch.promote_types(dtype, parameter.dtype)
@@ -292,10 +293,10 @@ class SharedOuter(Outer):
         if any_changed:
             plan.choice = plan.choice._replace(tasks_at_once=ranks.fewest(plan.tasks_at_once))
             plan.seen = ranks.union(plan.seen)
-        split = whole.split([shape.numel() for shape, _ in self.like.values()])
+        split = whole.split([shape.numel() for shape, *_ in self.like.values()])
         gradients = {
-            name: each.reshape(shape).to(dtype, copy=True)
-            for each, (name, (shape, dtype)) in zip(split, self.like.items())
+            name: laid(each.reshape(shape).to(dtype, copy=True), strides)
+            for each, (name, (shape, dtype, strides)) in zip(split, self.like.items())
         }
         return gradients, losses
 

@@ -20,6 +20,7 @@ from fomaml.engines.plan import TaskWeights
 from fomaml.episodes import Episodes, TaskSequence
 from fomaml.errors import InputError, positive, whole
 from fomaml.finite import IN_A_ROW, are_finite, cause, of_outer_step, told_of_overflow, unsound
+from fomaml.layout import lay_out
 from fomaml.learning.algorithms import FOMAML
 from fomaml.learning.learner import MetaLearner
 from fomaml.metrics import Asked, check_ignored, ignored_label
@@ -166,6 +167,7 @@ def train(
         checked, skipped = start, 0
         first_bad: Tensor | None = None
         optimizer.zero_grad()  # what an earlier backward pass has left is none of this
+        lay_out(optimizer)
         for iteration in range(start, iterations):
             learner.iteration = iteration
             measured = (iteration + 1) % measure_every == 0 or iteration + 1 == iterations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from operator import itemgetter
 from typing import Any, Literal, NamedTuple, Protocol
@@ -15,6 +15,7 @@ from torch import Tensor
 from fomaml.choices import Statistics, check_choice
 from fomaml.engines import _torch
 from fomaml.errors import InputError
+from fomaml.layout import Strides, laid
 from fomaml.learning.learner import MetaLearner
 from fomaml.learning.problem import Problem
 from fomaml.metrics import ignored_label
@@ -45,7 +46,8 @@ class Engine(Protocol):
 
 
 class MetaGradient(NamedTuple):
-    """gradients: by meta-parameter name, the mean over tasks; zeros where nothing depends on it.
+    """gradients: by meta-parameter name, the mean over tasks; zeros where nothing depends on it. They have the strides
+    of the parameters, which torch's fused optimisers need.
 
     query_losses: (tasks,) at φ_K. support_losses: (tasks, steps), each at the start of its step.
     query_outputs: (tasks, query examples, ...) at φ_K; -inf for classes that a task does not have, where a start makes
@@ -148,10 +150,18 @@ def differentiate(learner: MetaLearner, problem: Problem, tasks: int = 1) -> Fou
     return Found(list(gradients), losses[None], support_losses[None], mapped(lambda t: t[None], outputs))
 
 
-def accumulate(names: Sequence[str], found: Iterable[Found], engine: str, divisor: float) -> MetaGradient:
+def strides_of(learner: MetaLearner) -> dict[str, Strides]:
+    """Those of the meta-parameters, by name."""
+    return {name: parameter.stride() for name, parameter in learner.meta_parameters().items()}
+
+
+def accumulate(
+    strides: Mapping[str, Strides], found: Iterable[Found], engine: str, divisor: float
+) -> MetaGradient:
     """Put the chunks of a meta-batch together, one in memory at a time.
 
-    names: of the gradients. divisor: of the sums, such as the number of tasks; 1 where they are means already.
+    strides: of the meta-parameters, by name. divisor: of the sums, such as the number of tasks; 1 where they are means
+    already.
     """
     found = iter(found)
     gradients, *seen = next(found)
@@ -162,7 +172,8 @@ def accumulate(names: Sequence[str], found: Iterable[Found], engine: str, diviso
         rest.append(chunk[1:])
     losses, support_losses, outputs = (joined([*each]) for each in zip(seen, *rest)) if rest else seen
     gradients = _torch.divide(gradients, divisor) if divisor != 1 else _apart(gradients)
-    return MetaGradient(dict(zip(names, gradients)), losses, support_losses, outputs, engine)
+    own = map(laid, gradients, strides.values())
+    return MetaGradient(dict(zip(strides, own)), losses, support_losses, outputs, engine)
 
 
 def _apart(gradients: Sequence[Tensor]) -> list[Tensor]:

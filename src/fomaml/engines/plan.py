@@ -29,6 +29,7 @@ from fomaml.engines.common import (
     groups,
     out_of_memory,
     put_together,
+    strides_of,
 )
 from fomaml.engines.compiling import Choice, Choosing, Compiling, like_of
 from fomaml.engines.known import AS_ASKED, ENGINES
@@ -255,13 +256,12 @@ class Plan(Choosing):
                             self.run_eagerly(self.compiling.failure)
                             continue
                     divisor = total / group.weight if group.weight else math.inf
-                    names = self.learner.meta_names()
                     if function is None:
-                        found = map(find, chunks(group.tasks, size))
+                        found, strides = map(find, chunks(group.tasks, size)), strides_of(self.learner)
                     else:
-                        found = function.map(chunks(group.tasks, size))
+                        found, strides = function.map(chunks(group.tasks, size)), function.strides
                         divisor /= fixed
-                    part = accumulate(names, found, self.engine, divisor)
+                    part = accumulate(strides, found, self.engine, divisor)
                     parts.append(part if group.weight else part.without_gradients())
                 except Exception as error:  # whatever a module raises
                     self.halve(most, error, group.tasks)

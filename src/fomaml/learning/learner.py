@@ -200,12 +200,6 @@ class MetaLearner(nn.Module):
                     learned[f"{kind}.{name}"] = parameter
         return {name: own[name] for name in self.meta_learned} | learned
 
-    def meta_names(self) -> list[str]:
-        """The names of `meta_parameters`, without a walk through the modules where there is no need of one."""
-        if module_of(self.criterion if self.loss is None else self.loss) is not None:
-            return list(self.meta_parameters())
-        return [*self.meta_learned, *(f"inner_lr.{name}" for name in self.inner_lr.learned())]
-
     def forward(self, tasks: Batch) -> Tensor:
         """The meta-loss of a batch of tasks, a scalar to call `backward()` on, one task after the other.
 

@@ -18,6 +18,7 @@ from fomaml.engines import _torch
 from fomaml.engines.common import first_line, out_of_memory
 from fomaml.engines.cpu.build import NO_COMPILER, compiler
 from fomaml.errors import InputError
+from fomaml.layout import Strides
 from fomaml.learning.learner import MetaLearner
 from fomaml.tasks import Task, count, device_of, shape_of
 
@@ -62,7 +63,7 @@ def function(
         tuple(learner.meta_learned),
         tuple(learner.inner_lr.sizes.items()),
         tuple([module.training for module in watched.modules]),
-        tuple([(parameter.dtype, parameter.requires_grad) for parameter in watched.parameters]),
+        tuple([(own.dtype, own.requires_grad, own.stride()) for own in watched.parameters]),
         shape_of(tasks),
         tuple(map(id, parts)),
     )
@@ -101,9 +102,9 @@ class Key(NamedTuple):
 
     facts, side_by_side: see `function`. first_order, …, adapted, meta_learned: the learner's, as they are now;
     inner_sizes: of mini-batches and of parts.
-    rates: the constant step sizes by name. modes: `training` of each module. kinds: dtype and `requires_grad` of
-    each parameter. tensors: see `shape_of`, of a chunk. parts: the ids of the learner's optimiser, objective, criterion
-    or loss, output and start.
+    rates: the constant step sizes by name. modes: `training` of each module. kinds: dtype, `requires_grad` and strides
+    of each parameter. tensors: see `shape_of`, of a chunk. parts: the ids of the learner's optimiser, objective,
+    criterion or loss, output and start.
     """
 
     facts: tuple
@@ -115,7 +116,7 @@ class Key(NamedTuple):
     meta_learned: tuple[str, ...]
     rates: tuple[tuple[str, float], ...]
     modes: tuple[bool, ...]
-    kinds: tuple[tuple[torch.dtype, bool], ...]
+    kinds: tuple[tuple[torch.dtype, bool, Strides], ...]
     tensors: tuple
     parts: tuple[int, ...]
 

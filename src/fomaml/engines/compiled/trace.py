@@ -20,6 +20,7 @@ from torch.fx import GraphModule
 
 from fomaml.devices import forked_random
 from fomaml.engines import _torch
+from fomaml.engines.common import strides_of
 from fomaml.engines.compiled import kept, products, programs, values
 from fomaml.engines.cpu import fusion, kernels, lifted
 from fomaml.engines.cpu.build import library
@@ -38,7 +39,7 @@ class Compiled:
     """A compiled `find` for chunks of one shape; see `cache.function`.
 
     draws: it draws random numbers; draws_its_own: ones that are others than the eager engine's.
-    calls_before: so many calls are made before what is compiled runs as it will for good.
+    calls_before: so many calls are made before what is compiled runs as it will for good. strides: see `strides_of`.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Compiled:
         tensors = dict(holder.named_parameters()) | dict(holder.named_buffers())
         learned = {name for name, tensor in tensors.items() if tensor.requires_grad}
         self._slots = [_slot(holder, name) for name in tensors]
+        self.strides = strides_of(learner)
         self._channels_last: set[int] = set()
         self._side_by_side = False
         self._on_one_thread = False
