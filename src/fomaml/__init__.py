@@ -53,6 +53,7 @@ if TYPE_CHECKING:  # a checker of types is to know all modules, and no other nam
     from fomaml import files as files
     from fomaml import finite as finite
     from fomaml import group_episodes as group_episodes
+    from fomaml import layout as layout
     from fomaml import learning as learning
     from fomaml import measures as measures
     from fomaml import memory as memory

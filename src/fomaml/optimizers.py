@@ -5,11 +5,14 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fomaml.engines import _torch
 from fomaml.errors import InputError, plain
 from fomaml.layout import has_gaps
 from fomaml.learning.learner import MetaLearner
@@ -31,6 +34,78 @@ def fuse(optimizer: torch.optim.Optimizer, gradients: Iterable[Tensor]) -> None:
         )
         if free and taken:
             group["fused"] = True
+
+
+class Steps:
+    """The steps of an optimiser. Where `optimizer.step()` would call nothing but the fused kernel of an Adam on a CPU,
+    it is the kernel alone: of few small tensors what torch does around it takes three times as long.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer):
+        self.optimizer = optimizer
+        self._kernel: Callable[..., None] | None = None
+        self._hooks: list[Mapping] = []
+        if type(optimizer) in (torch.optim.Adam, torch.optim.AdamW):
+            decoupled = [_decouples(optimizer, group) for group in optimizer.param_groups]
+            with suppress(_torch.Missing):
+                self._hooks = _torch.step_hooks(optimizer)
+                self._kernel = _torch.fused_adam(decoupled[0]) if len(set(decoupled)) == 1 else None
+
+    def take(self) -> None:
+        """One step."""
+        if self._kernel is None or not self._plain():
+            self.optimizer.step()
+            return
+        try:
+            for group in self.optimizer.param_groups:
+                self._step(self._kernel, group)
+        except _torch.Missing:  # of the first group
+            self._kernel = None
+            self.optimizer.step()
+
+    def _plain(self) -> bool:
+        """Whether a step is one of the kernel and nothing else."""
+        # a scheduler of torch puts a step of its own in the optimiser's place; a scaler, what it is to divide by
+        outside = vars(self.optimizer).keys() & {"step", "grad_scale", "found_inf"}
+        return not outside and not any(self._hooks) and all(map(self._taken, self.optimizer.param_groups))
+
+    def _taken(self, group: dict[str, Any]) -> bool:
+        """Whether a group is fused, and all of it is of one dtype on a CPU, has stepped before and has a gradient."""
+        numbers = group["lr"], *group["betas"]
+        kinds = {parameter.dtype for parameter in group["params"]}
+        return (
+            group["fused"] is True
+            and not any(isinstance(number, Tensor) for number in numbers)
+            and len(kinds) == 1
+            and all(
+                p.is_cpu
+                and p in self.optimizer.state
+                and p.grad is not None
+                and p.grad.layout is torch.strided
+                for p in group["params"]
+            )
+        )
+
+    @torch.no_grad()
+    def _step(self, kernel: Callable[..., None], group: dict[str, Any]) -> None:
+        kept = [self.optimizer.state[parameter] for parameter in group["params"]]
+        beta1, beta2 = group["betas"]
+        kernel(
+            [own["step"] for own in kept],
+            group["params"],
+            [parameter.grad for parameter in group["params"]],
+            [own["exp_avg"] for own in kept],
+            [own["exp_avg_sq"] for own in kept],
+            [own["max_exp_avg_sq"] for own in kept] if group["amsgrad"] else [],
+            beta1=beta1,
+            beta2=beta2,
+            **{name: group[name] for name in ("lr", "weight_decay", "eps", "amsgrad", "maximize")},
+        )
+
+
+def _decouples(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:
+    """Whether weights decay beside the gradient; before torch 2.7 AdamW has no option that says so."""
+    return group.get("decoupled_weight_decay", type(optimizer) is torch.optim.AdamW)
 
 
 def set_rates(optimizer: torch.optim.Optimizer, factor: float, iteration: int) -> None:

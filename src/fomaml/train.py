@@ -25,7 +25,7 @@ from fomaml.learning.algorithms import FOMAML
 from fomaml.learning.learner import MetaLearner
 from fomaml.metrics import Asked, check_ignored, ignored_label
 from fomaml.models import warn_of_unmoved
-from fomaml.optimizers import check_optimizer, fuse, set_rates
+from fomaml.optimizers import Steps, check_optimizer, fuse, set_rates
 from fomaml.outer import Outer, Step, shared
 from fomaml.ranks import Ranks, as_ranks
 from fomaml.scoring import metrics_of
@@ -147,6 +147,7 @@ def train(
     outer = shared(group, Outer(learner, ahead, meta_batch_size, score, plan, asked), optimizer, told)
     meta_parameters = learner.meta_parameters()
     on_cpu = all(parameter.device.type == "cpu" for parameter in meta_parameters.values())
+    stepper = Steps(optimizer)
     check_each = on_nonfinite == "skip" or (on_cpu if check_each is None else check_each)
 
     def taken(step: Step, iteration: int) -> None:
@@ -156,7 +157,7 @@ def train(
             torch.nn.utils.clip_grad_norm_(meta_parameters.values(), clip)
         outer.carry_moments(step, iteration)
         with told_of_overflow(iteration + 1):
-            optimizer.step()
+            stepper.take()
         for parameter in meta_parameters.values():
             parameter.grad = None
         outer.update_statistics(step, iteration)

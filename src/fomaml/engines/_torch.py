@@ -16,7 +16,7 @@ import os
 import pkgutil
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from torch.fx import GraphModule, Node
 
 COMPILING = "compile=True warns, and the engine runs uncompiled"
 KEEPING = "what is compiled is not kept for other processes"
+STEPPING = "an outer step of few small tensors takes three times as long"
 # name → what happens without it
 NAMES = {
     "torch._guards:TracingContext": COMPILING,
@@ -51,6 +52,13 @@ NAMES = {
     "torch:Tensor._version": "a buffer counts as written",
     "torch:_foreach_add": "tensors are added one by one",
     "torch:_foreach_div": "tensors are divided one by one",
+    "torch:_fused_adam_": STEPPING,
+    "torch:_fused_adamw_": STEPPING,
+    "torch:_foreach_add_": STEPPING,
+    "torch.optim:Optimizer._optimizer_step_pre_hooks": STEPPING,
+    "torch.optim:Optimizer._optimizer_step_post_hooks": STEPPING,
+    "torch.optim.optimizer:_global_optimizer_pre_hooks": STEPPING,
+    "torch.optim.optimizer:_global_optimizer_post_hooks": STEPPING,
     "torch:cpu._is_avx512_bf16_supported": "a CPU counts as one that imitates bfloat16",
     "torch:cpu._is_amx_tile_supported": "a CPU counts as one that imitates bfloat16",
 }
@@ -277,6 +285,43 @@ def divide(tensors: Sequence[Tensor], divisor: float) -> Sequence[Tensor]:
         return find("torch:_foreach_div", torch)(list(tensors), divisor)
     except (Missing, TypeError, RuntimeError):  # the last one for sparse tensors
         return [tensor / divisor for tensor in tensors]
+
+
+def step_hooks(optimizer: torch.optim.Optimizer) -> list[Mapping]:
+    """Where what is to be called before and after the steps of an optimiser stands, its own and that of all.
+
+    Raises:
+        Missing: that is not known.
+    """
+    return [
+        find(f"torch.optim{where}_optimizer_{which}_hooks", owner)
+        for where, owner, each in ((":Optimizer.", optimizer, "step_"), (".optimizer:_global", None, ""))
+        for which in (f"{each}pre", f"{each}post")
+    ]
+
+
+def fused_adam(decoupled: bool) -> Callable[..., None]:
+    """A step of Adam, or of AdamW, by torch's kernel: (numbers of steps before, parameters, gradients, the two moments,
+    the largest second ones, numbers by name).
+
+    Raises:
+        Missing: there is none. So does the step, where the kernel takes other arguments; nothing has changed then.
+    """
+    name = "torch:_fused_adamw_" if decoupled else "torch:_fused_adam_"
+    kernel, increase = find(name, torch), find("torch:_foreach_add_", torch)
+
+    def step(steps: list[Tensor], *tensors: list[Tensor], **numbers: float) -> None:
+        try:
+            increase(steps, 1)
+        except TypeError:
+            raise Missing("torch:_foreach_add_") from None
+        try:
+            kernel(*tensors, steps, grad_scale=None, found_inf=None, **numbers)
+        except TypeError:
+            increase(steps, -1)
+            raise Missing(name) from None
+
+    return step
 
 
 def version(tensor: Tensor) -> int | None:
