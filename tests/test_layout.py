@@ -180,3 +180,15 @@ def test_what_is_laid_anew():
     found = laid(numbers, (1, 2))
     assert found.stride() == (1, 2)
     assert torch.equal(found, numbers)
+
+
+def test_what_another_optimiser_keeps_is_left_alone():
+    class Own(torch.optim.SGD):
+        def __init__(self, parameters):
+            super().__init__(parameters, lr=0.1)
+            self.state["all"] = 3
+
+    learner = learner_of(dense())
+    optimizer = Own(learner.parameters())
+    trained(learner, optimizer, 1)
+    assert optimizer.state["all"] == 3

@@ -148,6 +148,12 @@ def without_a_gradient(optimizer):
     optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2), requires_grad=False)]})
 
 
+def decoupled_in_part(optimizer):
+    added = nn.Parameter(torch.ones(2), requires_grad=False)
+    optimizer.add_param_group({"params": [added], "decoupled_weight_decay": True})
+    added.grad = torch.ones(2)
+
+
 def scaled(optimizer):
     optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0), torch.tensor(0.0)
 
@@ -156,7 +162,16 @@ def unfused(optimizer):
     optimizer.param_groups[0]["fused"] = False
 
 
-CHANGES = [hooked, hooked_everywhere, scheduled, with_a_tensor, without_a_gradient, scaled, unfused]
+CHANGES = [
+    hooked,
+    hooked_everywhere,
+    scheduled,
+    with_a_tensor,
+    without_a_gradient,
+    decoupled_in_part,
+    scaled,
+    unfused,
+]
 
 
 @pytest.mark.parametrize("change", CHANGES)

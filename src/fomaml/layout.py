@@ -27,7 +27,8 @@ def has_gaps(tensor: Tensor) -> bool:
 
 def lay_out(optimizer: torch.optim.Optimizer) -> None:
     """Give what an optimiser keeps of each parameter the parameter's strides, which a file of weights does not hold."""
-    for parameter, kept in optimizer.state.items():
-        for name, value in kept.items():
-            if isinstance(value, Tensor) and value.shape == parameter.shape:
-                kept[name] = laid(value, parameter.stride())
+    for parameter, kept in getattr(optimizer, "state", {}).items():
+        if isinstance(parameter, Tensor) and isinstance(kept, dict):  # one of the user's may keep anything
+            for name, value in kept.items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    kept[name] = laid(value, parameter.stride())

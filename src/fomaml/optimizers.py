@@ -45,11 +45,12 @@ class Steps:
         self.optimizer = optimizer
         self._kernel: Callable[..., None] | None = None
         self._hooks: list[Mapping] = []
+        self._decoupled = False
         if type(optimizer) in (torch.optim.Adam, torch.optim.AdamW):
-            decoupled = [_decouples(optimizer, group) for group in optimizer.param_groups]
+            self._decoupled = _decouples(optimizer, optimizer.param_groups[0])
             with suppress(_torch.Missing):
                 self._hooks = _torch.step_hooks(optimizer)
-                self._kernel = _torch.fused_adam(decoupled[0]) if len(set(decoupled)) == 1 else None
+                self._kernel = _torch.fused_adam(self._decoupled)
 
     def take(self) -> None:
         """One step."""
@@ -70,11 +71,12 @@ class Steps:
         return not outside and not any(self._hooks) and all(map(self._taken, self.optimizer.param_groups))
 
     def _taken(self, group: dict[str, Any]) -> bool:
-        """Whether a group is fused, and all of it is of one dtype on a CPU, has stepped before and has a gradient."""
+        """Whether a group is one for the kernel: fused, of one dtype, on a CPU, with gradients, stepped before."""
         numbers = group["lr"], *group["betas"]
         kinds = {parameter.dtype for parameter in group["params"]}
         return (
             group["fused"] is True
+            and _decouples(self.optimizer, group) == self._decoupled
             and not any(isinstance(number, Tensor) for number in numbers)
             and len(kinds) == 1
             and all(

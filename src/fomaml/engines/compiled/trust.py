@@ -59,7 +59,9 @@ def compare(
                 return "that takes more memory than there is"
             raise
         apart = _apart(learner, found, expected)
-        if max(apart) <= _least(learner) or _rounds_so(apart, learner, find, chunk, expected, of):
+        if max(apart) <= _least(learner) or _rounds_so(
+            apart, learner, find, chunk, expected, drawn_eagerly, of
+        ):
             return ""
         if compiled.draws_its_own and not _same(drawn, drawn_eagerly):
             return "its random numbers are others"
@@ -91,10 +93,12 @@ def _rounds_so(
     find: Find,
     chunk: Task,
     expected: Results,
+    drawn: dict[str, Tensor],
     compiled: Callable[[Task], Results],
 ) -> bool:
     """Whether the eager engine is as far off itself, by half at least, where the last bits of the inputs are others or
-    in float64. expected: what it finds of the chunk; compiled: what was compiled, of another chunk.
+    in float64. expected, drawn: what it finds of the chunk, and the states of the random numbers after it; compiled:
+    what was compiled, of another chunk.
 
     Whether a ReLU rounds the other way is chance, a wrong function is wrong of any bits: so the least of its distances
     counts, and the least of the eager engine's own. Of the largest of these one unlucky rounding excused any error.
@@ -117,11 +121,10 @@ def _rounds_so(
     if own and explained(own):
         return True
     try:
-        exact, drawn = _run(lambda: _exactly_found(learner, find, chunk))
+        exact, drawn_exactly = _run(lambda: _exactly_found(learner, find, chunk))
     except Exception:  # whatever a module raises that does not run in float64
         return False
-    _, drawn_so = _run(lambda: find(chunk))
-    if not _same(drawn, drawn_so):
+    if not _same(drawn_exactly, drawn):
         return False  # float64 draws other numbers
     return explained([_apart(learner, each, exact) for each in found])
 
