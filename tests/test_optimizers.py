@@ -103,14 +103,14 @@ def stepped(optimizer, step, number=4):
 def calls(monkeypatch):
     """The calls of `step` of torch's Adams."""
     found = []
-    own = torch.optim.Adam.step
+    own_steps = {kind: kind.step for kind in (torch.optim.Adam, torch.optim.AdamW)}  # one since torch 2.7
+    for kind, own in own_steps.items():
 
-    def step(self, *arguments, **options):
-        found.append(self)
-        return own(self, *arguments, **options)
+        def step(self, *arguments, own=own, **options):
+            found.append(self)
+            return own(self, *arguments, **options)
 
-    monkeypatch.setattr(torch.optim.Adam, "step", step)
-    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+        monkeypatch.setattr(kind, "step", step)
     return found
 
 
