@@ -95,9 +95,14 @@ def test_names_are_looked_up():
     for name, owner in [("torch:_none", None), ("torch._none:x", None), ("torch:Tensor._none", tensor)]:
         with pytest.raises(_torch.Missing, match=name.replace(":", ".")):
             _torch.find(name, owner)
+    owners = {
+        "Tensor": tensor,
+        "Module": nn.ReLU(),
+        "OpOverload": torch.ops.aten.relu.default,
+        "Optimizer": torch.optim.SGD([tensor]),
+    }
     for name in _torch.NAMES:
-        owner = {"Tensor": tensor, "Module": nn.ReLU(), "OpOverload": torch.ops.aten.relu.default}
-        assert _torch.find(name, owner.get(name.partition(":")[2].partition(".")[0])) is not None
+        assert _torch.find(name, owners.get(name.partition(":")[2].partition(".")[0])) is not None
 
 
 @pytest.mark.parametrize(("name", "hindrance"), hindrances(_torch.NAMES))
