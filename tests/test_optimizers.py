@@ -10,6 +10,7 @@ import fomaml
 from fomaml.engines import _torch
 from fomaml.optimizers import Steps, fuse
 from fomaml.train import measured_by_default
+from moved_names import broken, gone
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9),
@@ -195,17 +196,8 @@ def test_all_else_goes_by_the_optimiser_itself(change, calls):
 def test_where_torch_has_moved_a_name_the_optimiser_steps_itself(name, monkeypatch):
     one, other = pair("adam")
     stepped(one, one.step)
-    find = _torch.find
-
-    def refuse(*arguments, **options):
-        raise TypeError("unexpected arguments")
-
-    def moved(asked, owner=None):
-        if asked == name and "hooks" in name:
-            raise _torch.Missing(name)
-        return refuse if asked == name else find(asked, owner)
-
-    monkeypatch.setattr(_torch, "find", moved)
+    hindrance = gone if "hooks" in name else broken
+    hindrance(name, monkeypatch)
     stepped(other, Steps(other).take)
     for found, expected in zip(of(other), of(one)):
         assert torch.equal(found, expected)

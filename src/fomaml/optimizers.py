@@ -141,9 +141,15 @@ def check_optimizer(optimizer: torch.optim.Optimizer, learner: MetaLearner) -> N
         raise InputError(
             f"the optimiser is one of torch.optim over learner.parameters(), got a {type(optimizer).__name__}"
         )
+    fused = {id(p) for group in optimizer.param_groups if group.get("fused") for p in group["params"]}
     for name, parameter in learner.meta_parameters().items():
         if not parameter.isfinite().all():
             raise InputError(f"the meta-parameter {name} is not finite before the first step")
+        if id(parameter) in fused and has_gaps(parameter):
+            raise InputError(
+                f"a fused {type(optimizer).__name__} takes parameters as they lie in memory, where the numbers of "
+                f"{name} have gaps between them: leave out fused=True, or make the parameter contiguous"
+            )
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     missing = [name for name, parameter in learner.meta_parameters().items() if id(parameter) not in held]
     number = len(learner.meta_parameters())
@@ -157,13 +163,6 @@ def check_optimizer(optimizer: torch.optim.Optimizer, learner: MetaLearner) -> N
         names = ", ".join(missing[:3]) + (" …" if len(missing) > 3 else "")
         warnings.warn(text + names, RuntimeWarning, stacklevel=3)
     known = {id(parameter) for parameter in (*learner.parameters(), *learner.meta_parameters().values())}
-    fused = {id(p) for group in optimizer.param_groups if group.get("fused") for p in group["params"]}
-    for name, parameter in learner.meta_parameters().items():
-        if id(parameter) in fused and has_gaps(parameter):
-            raise InputError(
-                f"a fused {type(optimizer).__name__} takes parameters as they lie in memory, where the numbers of "
-                f"{name} have gaps between them: leave out fused=True, or make the parameter contiguous"
-            )
     surplus = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in known]
     if surplus:
         text = f"the optimiser holds {len(surplus)} tensors that are no parameters of the learner, and get no gradient"

@@ -20,37 +20,13 @@ from family import LR, assert_agrees
 from fomaml.engines import _torch, meta_gradient
 from fomaml.engines.compiled.cache import OLDEST, too_old
 from fomaml.learning.algorithms import FOMAML
+from moved_names import broken, gone
 from zoo import draw, example
 
 compiles = pytest.mark.skipif(bool(too_old()), reason=too_old())
 ROOT = Path(fomaml.errors.__file__).parent
 COMPILING = [name for name, without in _torch.NAMES.items() if without == _torch.COMPILING]
 OTHERS = [name for name in _torch.NAMES if name not in COMPILING]
-
-
-def gone(name, monkeypatch):
-    """This name stands for nothing."""
-    find = _torch.find
-
-    def other(asked, owner=None):
-        if asked == name:
-            raise _torch.Missing(name)
-        return find(asked, owner)
-
-    monkeypatch.setattr(_torch, "find", other)
-
-
-def broken(name, monkeypatch):
-    """What it stands for takes no such arguments."""
-    find = _torch.find
-
-    def refuse(*arguments, **options):
-        raise TypeError("unexpected arguments")
-
-    def other(asked, owner=None):
-        return refuse if asked == name else find(asked, owner)
-
-    monkeypatch.setattr(_torch, "find", other)
 
 
 def every_engine(**options):

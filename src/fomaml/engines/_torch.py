@@ -294,9 +294,10 @@ def step_hooks(optimizer: torch.optim.Optimizer) -> list[Mapping]:
         Missing: that is not known.
     """
     return [
-        find(f"torch.optim{where}_optimizer_{which}_hooks", owner)
-        for where, owner, each in ((":Optimizer.", optimizer, "step_"), (".optimizer:_global", None, ""))
-        for which in (f"{each}pre", f"{each}post")
+        find("torch.optim:Optimizer._optimizer_step_pre_hooks", optimizer),
+        find("torch.optim:Optimizer._optimizer_step_post_hooks", optimizer),
+        find("torch.optim.optimizer:_global_optimizer_pre_hooks"),
+        find("torch.optim.optimizer:_global_optimizer_post_hooks"),
     ]
 
 
