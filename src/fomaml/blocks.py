@@ -24,20 +24,50 @@ class Memory:
     """Blocks that come back when the tensors in them are gone."""
 
     def __init__(self):
-        self._free: defaultdict[int, list[tuple[np.ndarray, int]]] = defaultdict(list)
+        self._sizes: defaultdict[int, _Blocks] = defaultdict(_Blocks)
+
+    def begin(self) -> None:
+        """From now on no more blocks are kept than are lent from now on: what is held already is held by somebody who
+        may hold any number, and need not be kept when it comes back.
+        """
+        for blocks in self._sizes.values():
+            blocks.before = len(blocks.lent)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A contiguous tensor on the CPU; its memory comes back when it and all its views are gone."""
         count = math.prod(shape)
-        free = self._free[count * dtype.itemsize]
-        if free:
-            block, offset = free.pop()
+        size = count * dtype.itemsize
+        block, offset = self._sizes[size].lend(size)
+        return torch.frombuffer(block, dtype=dtype, count=count, offset=offset).view(shape)
+
+
+class _Blocks:
+    """Those of one size, each with where its aligned part begins.
+
+    most: so many were lent at once, beyond those that were lent `before`; no more are kept.
+    """
+
+    def __init__(self) -> None:
+        self.free: list[tuple[np.ndarray, int]] = []
+        self.lent: set[int] = set()  # ids: a set takes no lock where a number would
+        self.before = self.most = 0
+
+    def lend(self, size: int) -> tuple[_Lent, int]:
+        if self.free:
+            block, offset = self.free.pop()
         else:
-            block = np.empty(count * dtype.itemsize + ALIGNMENT, np.uint8)
+            block = np.empty(size + ALIGNMENT, np.uint8)
             offset = -block.ctypes.data % ALIGNMENT
+        self.lent.add(id(block))
+        self.most = max(self.most, len(self.lent) - self.before)
         lent = block.view(_Lent)
-        lent.give_back = functools.partial(free.append, (block, offset))
-        return torch.frombuffer(lent, dtype=dtype, count=count, offset=offset).view(shape)
+        lent.give_back = functools.partial(self.take_back, block, offset)
+        return lent, offset
+
+    def take_back(self, block: np.ndarray, offset: int) -> None:
+        self.lent.discard(id(block))
+        if len(self.free) < self.most:
+            self.free.append((block, offset))
 
 
 class _Lent(np.ndarray):

@@ -25,6 +25,11 @@ def has_gaps(tensor: Tensor) -> bool:
     return tensor.layout is not torch.strided or tensor.stride() != torch.empty_like(tensor).stride()
 
 
+def fills_its_memory(tensor: Tensor) -> bool:
+    """Whether it is no part of something larger, which would be held as long as it is."""
+    return tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
 def lay_out(optimizer: torch.optim.Optimizer) -> None:
     """Give what an optimiser keeps of each parameter the parameter's strides, which a file of weights does not hold."""
     for parameter, kept in getattr(optimizer, "state", {}).items():

@@ -194,6 +194,18 @@ def test_adapted_modules_are_independent():
 
 
 @pytest.mark.parametrize("name", ["mlp", "conv4-strided"])
+def test_an_adapted_module_holds_no_more_memory_than_its_own(name, tmp_path):
+    model, tasks, criterion = example(name)
+    support = one(tasks, 0).support
+    found = adapter(FOMAML(model, LR, 2, criterion), support)(support)
+    expected = {name: tensor.clone() for name, tensor in found.state_dict().items()}
+    assert all(p.untyped_storage().nbytes() == p.nbytes for p in found.parameters())
+    found.share_memory()
+    torch.save(found.state_dict(), tmp_path / "weights")
+    same(torch.load(tmp_path / "weights", weights_only=True), expected)
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv4-strided"])
 def test_an_adapter_follows_the_learner_and_takes_other_shapes(name, small):
     model, tasks, criterion = example(name)
     learner = FOMAML(model, LR, 2, criterion)

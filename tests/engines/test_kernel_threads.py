@@ -124,3 +124,18 @@ def test_what_is_lent_outlives_the_memory():
     gone = weakref.ref(memory)
     del memory
     assert gone() is None and (tensor == 7).all()
+
+
+def test_no_more_blocks_are_kept_than_one_run_takes():
+    """Somebody who holds the results of many runs and then lets them go does not leave all their memory behind."""
+    memory = kernels.Memory()
+    held = []
+    for _ in range(50):
+        with kernels.sharing(1, memory):
+            passing, result = (memory.empty((1000,), torch.float32) for _ in range(2))
+            held.append(result)
+            del passing
+    [blocks] = memory._sizes.values()
+    assert len(held) == len({each.data_ptr() for each in held}) == 50
+    del held, result
+    assert len(blocks.free) == 2 and not blocks.lent

@@ -19,6 +19,7 @@ from fomaml.engines.known import AS_ASKED, ENGINES
 from fomaml.engines.pays import Compile, check_compile
 from fomaml.engines.probes import flops, is_convolutional, vmaps
 from fomaml.errors import whole
+from fomaml.layout import fills_its_memory
 from fomaml.learning.adapt import ordinary_modes
 from fomaml.learning.learner import MetaLearner
 from fomaml.learning.replica import Replicas
@@ -277,7 +278,7 @@ class Adapter:
             if self._kept.replicas is None or self._kept.replicas[0] is not function:
                 self._kept.replicas = function, Replicas(learner.model, evaluating=True)
             parameters = {
-                name: value[0].clone() if function.lends else value[0]
+                name: value[0] if fills_its_memory(value) else value[0].clone()
                 for name, value in found.parameters.items()
             }
             buffers = {name: value[0] for name, value in found.buffers.items()}

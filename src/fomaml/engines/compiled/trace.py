@@ -91,7 +91,7 @@ class Compiled:
                 graph = trace(find, tasks)
                 if on_cpu and self._fuse(graph):
                     if plainly and not side_by_side and not self.draws:
-                        lifted.by_kernels(graph)
+                        self._on_one_thread = not lifted.by_kernels(graph)
                         self._memory = kernels.Memory()
                     self._run = graph
                 else:
@@ -168,15 +168,11 @@ class Compiled:
         """What is found for each chunk, at the learner's present state."""
         run = partial(self._call, self._state())
         if self._memory is not None:
-            return one_by_one(run, chunks, self._memory)
+            threads = 1 if self._on_one_thread else torch.get_num_threads()
+            return one_by_one(run, chunks, self._memory, threads)
         if self._side_by_side:
             return side_by_side(run, chunks)
         return on_one_thread(run, chunks) if self._on_one_thread else map(run, chunks)
-
-    @property
-    def lends(self) -> bool:
-        """Whether results may lie in memory that the kernels lend."""
-        return self._memory is not None
 
     def __call__(self, tasks: Task) -> Any:
         """What is found for one chunk that comes alone, with all of torch's threads where they help."""

@@ -21,6 +21,7 @@ NAMES = {torch.float32: "float32", torch.float64: "float64"}
 @contextlib.contextmanager
 def sharing(threads: int, memory: Memory) -> Iterator[None]:
     """The kernels that this thread calls share their tasks out to so many threads, and write into this memory."""
+    memory.begin()
     _own.threads, _own.memory = threads, memory
     try:
         yield
@@ -39,12 +40,17 @@ def _kernel(name: str, dtype: torch.dtype) -> Callable:
     return getattr(own, f"{name}_{NAMES[dtype]}")
 
 
-def _empty(like: Tensor, shape: Sequence[int]) -> Tensor:
-    """For a kernel to write into, in the memory of `sharing`."""
+def _empty(like: Tensor, shape: torch.Size, strides: tuple[int, ...]) -> Tensor:
+    """For a kernel to write into, without gaps, in the memory of `sharing`."""
     memory = getattr(_own, "memory", None)
-    if memory is None or math.prod(shape) < SMALL:
-        return like.new_empty(shape)
-    return memory.empty(shape, like.dtype)
+    if memory is None or shape.numel() < SMALL:
+        return like.new_empty_strided(shape, strides)
+    return memory.empty((shape.numel(),), like.dtype).as_strided(shape, strides)
+
+
+def _images(like: Tensor, shape: torch.Size) -> Tensor:
+    """Channels-last images for a kernel to write into."""
+    return _empty(like, shape, _strides(shape))
 
 
 def channels_last(images: Tensor) -> Tensor:
@@ -75,18 +81,18 @@ def norm_relu_pool(
     its own; γ and β (channels,) or (tasks, channels). Returns the outputs, channels-last, and what
     `norm_relu_pool_backward` wants: the inputs channels-last, those that won their windows, mean, 1 / deviation.
     """
-    inputs = pixels_first(inputs)
-    *batch, height, width, channels = inputs.shape
-    size = (*batch, height // 2, width // 2, channels) if pool else inputs.shape
-    outputs = _empty(inputs, size)
-    won = _empty(inputs, size) if pool else outputs
+    inputs = in_order(inputs)
+    *batch, channels, height, width = inputs.shape
+    size = torch.Size([*batch, channels, height // 2, width // 2]) if pool else inputs.shape
+    outputs = _images(inputs, size)
+    won = _images(inputs, size) if pool else outputs
     mean, deviation = inputs.new_empty(2, *batch[:-1], channels)
     gamma, beta = _flat(gamma), _flat(beta)  # held until the kernel is done: it gets bare addresses
     pointers = _pointers(inputs, gamma, beta, outputs, won, mean, deviation)
     kernel = _kernel("forward", inputs.dtype)
     sizes = (*_batch(batch), height, width, channels, *map(_step, (gamma, beta)), pool)
     kernel(*pointers, _sizes(*sizes), eps)
-    return images(outputs), images(inputs), images(won), mean, deviation
+    return outputs, inputs, won, mean, deviation
 
 
 def norm_relu_pool_backward(
@@ -101,15 +107,15 @@ def norm_relu_pool_backward(
     overwrite: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The derivatives by inputs, γ and β, given those by the outputs; `overwrite`: into the place of the inputs."""
-    slope, outputs, inputs, won = map(pixels_first, (slope, outputs, inputs, won))
-    *batch, height, width, channels = inputs.shape
-    by_inputs = inputs if overwrite else _empty(inputs, inputs.shape)
+    slope, outputs, inputs, won = map(in_order, (slope, outputs, inputs, won))
+    *batch, channels, height, width = inputs.shape
+    by_inputs = inputs if overwrite else _images(inputs, inputs.shape)
     by_gamma, by_beta = torch.empty_like(mean), torch.empty_like(mean)
     gamma = _flat(gamma)
     pointers = _pointers(slope, inputs, outputs, won, gamma, mean, deviation, by_inputs, by_gamma, by_beta)
     kernel = _kernel("backward", inputs.dtype)
     kernel(*pointers, _sizes(*_batch(batch), height, width, channels, _step(gamma), 0, pool))
-    return images(by_inputs), by_gamma, by_beta
+    return by_inputs, by_gamma, by_beta
 
 
 def convolution(
@@ -118,14 +124,15 @@ def convolution(
     """Convolutions of few pixels, task by task (convolution.cpp); `takes` says which.
 
     inputs: (tasks, examples, channels, height, width). weights: (tasks, outputs, channels, rows, columns) or, for
-    all tasks the same, (outputs, channels, rows, columns); bias likewise. Outputs are channels-last.
+    all tasks the same, (outputs, channels, rows, columns); bias likewise. Of one task all without the axis of tasks.
+    Outputs are channels-last.
     """
-    inputs, weights, bias = pixels_first(inputs), pixels_first(weights), _flat(bias)
-    sizes, size = _convolution_sizes(inputs, weights, bias, stride, padding)
-    outputs = _empty(inputs, size)
+    inputs, weights, bias = in_order(inputs), in_order(weights), _flat(bias)
+    sizes, size = _sizes_of(inputs.shape, weights.shape, _step(bias), tuple(stride), tuple(padding))
+    outputs = _images(inputs, size)
     kernel = _kernel("convolve", inputs.dtype)
     kernel(*_pointers(inputs, weights, bias, outputs), sizes)
-    return images(outputs)
+    return outputs
 
 
 def convolution_backward(
@@ -137,15 +144,15 @@ def convolution_backward(
     wanted: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The derivatives by inputs, weights and bias of each task, those that are `wanted`, given those by the outputs."""
-    slope, inputs, weights = map(pixels_first, (slope, inputs, weights))
-    sizes, _ = _convolution_sizes(inputs, weights, None, stride, padding)
-    tasks, outputs = len(inputs), slope.shape[-1]
-    by_inputs = _empty(inputs, inputs.shape) if wanted[0] else None
-    by_weights = _empty(weights, (tasks, *weights.shape[-4:])) if wanted[1] else None
-    by_bias = slope.new_empty(tasks, outputs) if wanted[2] else None
+    slope, inputs, weights = map(in_order, (slope, inputs, weights))
+    sizes, _ = _sizes_of(inputs.shape, weights.shape, 0, tuple(stride), tuple(padding))
+    tasks = inputs.shape[:-4]
+    by_inputs = _images(inputs, inputs.shape) if wanted[0] else None
+    by_weights = _images(weights, tasks + weights.shape[-4:]) if wanted[1] else None
+    by_bias = slope.new_empty(tasks + slope.shape[-3:-2]) if wanted[2] else None
     kernel = _kernel("convolve_backward", inputs.dtype)
     kernel(*_pointers(slope, inputs, weights, by_inputs, by_weights, by_bias), sizes)
-    return *(None if found is None else images(found) for found in (by_inputs, by_weights)), by_bias
+    return by_inputs, by_weights, by_bias
 
 
 def takes(
@@ -179,7 +186,7 @@ def _takes(
         for size, kernel, step, around in zip(inputs[-2:], weights[-2:], stride, padding)
     )
     narrow = _is_narrow(weights) and not by_inputs
-    return inputs[1] * height * width <= pixels and (inputs[-3] % 16 == 0 or narrow)
+    return inputs[-4] * height * width <= pixels and (inputs[-3] % 16 == 0 or narrow)
 
 
 def sums(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -203,7 +210,7 @@ def subtract(lefts: Sequence[Tensor], rights: Sequence[Tensor], scale: float) ->
         for one, two in zip(lefts, rights)
     ):
         return [torch.sub(one, two, alpha=scale) for one, two in zip(lefts, rights)]
-    found = [_empty(right, (right.numel(),)).as_strided(right.shape, right.stride()) for right in rights]
+    found = [_empty(right, right.shape, right.stride()) for right in rights]
     lengths = [right[0].numel() for right in rights]
     steps = [length if one.dim() == two.dim() else 0 for one, two, length in zip(lefts, rights, lengths)]
     kernel = _kernel("subtract", rights[0].dtype)
@@ -212,14 +219,22 @@ def subtract(lefts: Sequence[Tensor], rights: Sequence[Tensor], scale: float) ->
     return found
 
 
-def pixels_first(tensor: Tensor) -> Tensor:
-    """(..., channels, height, width) as contiguous (..., height, width, channels): no copy if it is channels-last."""
-    return tensor.movedim(-3, -1).contiguous()
+def in_order(images: Tensor) -> Tensor:
+    """The same images (..., channels, height, width), channels-last: themselves where they are."""
+    if images.stride() == _strides(images.shape):
+        return images
+    return images.movedim(-3, -1).contiguous().movedim(-1, -3)
 
 
-def images(tensor: Tensor) -> Tensor:
-    """Back from `pixels_first`, in the same memory."""
-    return tensor.movedim(-1, -3)
+@functools.lru_cache(1000)
+def _strides(images: torch.Size) -> tuple[int, ...]:
+    """Of images that are channels-last."""
+    *_, channels, height, width = images
+    inner, found = channels * height * width, []
+    for size in reversed(images[:-3]):
+        found.append(inner)
+        inner *= size
+    return (*reversed(found), 1, width * channels, channels)
 
 
 def _is_narrow(weights: torch.Size) -> bool:
@@ -228,23 +243,19 @@ def _is_narrow(weights: torch.Size) -> bool:
     return channels % 16 != 0 and outputs % 16 == 0 and channels * rows * columns <= 64
 
 
-def _convolution_sizes(inputs, weights, bias, stride, padding) -> tuple[ctypes.Array, tuple[int, ...]]:
-    """What convolution.cpp wants to know, and the shape of the outputs; all with pixels first."""
-    return _sizes_of(inputs.shape, weights.shape, _step(bias), tuple(stride), tuple(padding))
-
-
 @functools.lru_cache(1000)
 def _sizes_of(
     inputs: torch.Size, weights: torch.Size, step: int, stride: tuple[int, ...], padding: tuple[int, ...]
-) -> tuple[ctypes.Array, tuple[int, ...]]:
-    tasks, examples, height, width, channels = inputs
-    outputs, rows, columns, _ = weights[-4:]
+) -> tuple[ctypes.Array, torch.Size]:
+    """What convolution.cpp wants to know, and the shape of the outputs."""
+    *batch, channels, height, width = inputs
+    outputs, _, rows, columns = weights[-4:]
     down = (height + 2 * padding[0] - rows) // stride[0] + 1
     across = (width + 2 * padding[1] - columns) // stride[1] + 1
+    tasks, examples = _batch(batch)
     steps = (math.prod(weights[1:]) if len(weights) == 5 else 0, step)
-    narrow = _is_narrow(torch.Size([*weights[:-3], weights[-1], *weights[-3:-1]]))
     sizes = (examples, height, width, channels, outputs, rows, columns, *stride, *padding)
-    return _sizes(tasks, *steps, narrow, *sizes), (tasks, examples, down, across, outputs)
+    return _sizes(tasks, *steps, _is_narrow(weights), *sizes), torch.Size([*batch, outputs, down, across])
 
 
 def _is_stack(tensor: Tensor) -> bool:

@@ -22,7 +22,10 @@ aten = torch.ops.aten
 # of the outputs of a task, forward: torch's own are as quick for a quarter of it, but what they give has to be stacked,
 # which took a ninth of the time of ten inner steps and 75 query images
 FORWARD = 20_000
-ALONE = 5_000  # of the outputs of a task that has all threads
+ALONE = 5_000  # of the outputs of a task that comes alone
+# operations of a convolution, on average, from which on two threads are faster than one: 7 to 24 million take as long on
+# both, 33 million 0.9 of the time
+SHARED = 25_000_000
 
 
 def lift(module: GraphModule, inputs: Sequence[Tensor], shared: int, summed: int, tasks: int) -> GraphModule:
@@ -61,34 +64,30 @@ def lift(module: GraphModule, inputs: Sequence[Tensor], shared: int, summed: int
     return result
 
 
-def by_kernels(module: GraphModule) -> None:
-    """Give the small convolutions of the rewritten function of one task to the kernels, in place: they share out what a
-    task gives to all threads, which what is around torch's own takes longer than.
+def by_kernels(module: GraphModule) -> bool:
+    """Give the small convolutions of the rewritten function of one task to the kernels, in place: what is around
+    torch's own takes longer. Whether sharing them out to several threads takes less time than one thread.
     """
+    operations = [
+        2 * node.meta["val"].numel() * node.args[1].meta["val"][0].numel()
+        for node in module.graph.nodes
+        if node.target is aten.convolution.default
+    ]
     for node in module.graph.nodes:
         if node.target is aten.convolution.default and _suits(node.args[:2], node.args[3:]):
-            node.target = _convolution_alone
+            node.target, node.args = kernels.convolution, node.args[:5]
         elif node.target is aten.convolution_backward.default:
             images, kind, mask = node.args[1:3], node.args[4:10], node.args[10]
             if _suits(images, kind) and (not mask[0] or _suits(images, kind, by_inputs=True)):
-                node.target = _convolution_backward_alone
+                node.target = kernels.convolution_backward
+                node.args = (*node.args[:3], *node.args[4:6], mask)
     module.recompile()
+    return sum(operations) > SHARED * len(operations)
 
 
 def _suits(given: Any, kind: Any, by_inputs: bool = False) -> bool:
     images, kernel = (node.meta["val"] for node in given)
     return images.dim() == 4 and _takes(images[None], kernel[None], kind, by_inputs, ALONE)
-
-
-def _convolution_alone(inputs: Tensor, weights: Tensor, bias: Tensor | None, *kind) -> Tensor:
-    own = None if bias is None else bias[None]
-    return kernels.convolution(inputs[None], weights[None], own, *kind[:2])[0]
-
-
-def _convolution_backward_alone(slope, inputs, weights, _, *kind) -> list[Tensor | None]:
-    stride, padding, *_, mask = kind
-    found = kernels.convolution_backward(slope[None], inputs[None], weights[None], stride, padding, mask)
-    return [None if each is None else each[0] for each in found]
 
 
 def _erase_identities(graph: Graph) -> None:
@@ -225,12 +224,12 @@ def _pairs(inputs: Tensor, weights: Tensor, order: Callable[[Tensor], Tensor] = 
 
 def _stack(images) -> Tensor:
     """Stacked, channels-last."""
-    return kernels.images(torch.stack([kernels.pixels_first(own) for own in images]))
+    return torch.stack([own.movedim(-3, -1).contiguous() for own in images]).movedim(-1, -3)
 
 
 def _empty(like: Tensor, shape: Sequence[int]) -> Tensor:
     """Without data, channels-last as what the kernels give."""
-    return kernels.images(kernels.pixels_first(like.new_empty(shape)))
+    return kernels.in_order(like.new_empty(shape))
 
 
 def _like_convolution(inputs, weights, bias, *kind) -> Tensor:

@@ -22,15 +22,15 @@ def on_one_thread(function: Callable, items: Iterable) -> Iterator:
         torch.set_num_threads(threads)
 
 
-def one_by_one(function: Callable, items: Iterable, memory: Memory) -> Iterator:
-    """`map(function, items)`, each a stack of tasks whose kernels use as many threads as torch has.
+def one_by_one(function: Callable, items: Iterable, memory: Memory, threads: int) -> Iterator:
+    """`map(function, items)`, each a stack of tasks whose kernels use so many threads.
 
     Between kernels the interpreter runs once, not on all threads in turns. torch's own operators have one thread, as
     below.
     """
     from fomaml.engines.cpu import kernels  # which only what is compiled needs
 
-    with kernels.sharing(torch.get_num_threads(), memory):
+    with kernels.sharing(threads, memory):
         yield from on_one_thread(function, items)
 
 
