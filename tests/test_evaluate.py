@@ -1,4 +1,5 @@
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from fomaml.evaluate import balance, estimate, evaluate, evaluate_all
 from fomaml.learning.algorithms import FOMAML
 from fomaml.metrics import ACCURACY, LOSS
 from fomaml.models import MLP, Conv4
-from fomaml.tasks import count, one
+from fomaml.tasks import Examples, Task, count, one
 
 # --- estimates ------------------------------------------------------------------------------------
 
@@ -303,3 +304,28 @@ def test_tasks_whose_outputs_are_no_numbers_are_counted(engine, tasks_at_once):
         )  # fmt: skip
     evaluate_all(own, episodes(), [(2, "own")], 7, tasks_at_once, engine, False, [LOSS], tell=told.append)
     assert told == [2, 0]
+
+
+def test_to_evaluate_again_looks_at_labels_alone():
+    """The forward passes that see whether a learner and such tasks go together are made once."""
+    passes = []
+    model = nn.Sequential(nn.Linear(4, 3))
+    model.register_forward_hook(lambda *_: passes.append(1))
+    learner = FOMAML(model, 0.1, 1)
+
+    def tasks(largest=2):
+        examples = Examples(torch.randn(1, 6, 4), torch.tensor([[0, 1, 2, 0, 1, largest]]))
+        return SimpleNamespace(batch=lambda start, tasks: Task(examples, examples))
+
+    def number(episodes):
+        passes.clear()
+        evaluate(learner, episodes, tasks=1, compile=False)
+        return len(passes)
+
+    first = number(tasks())
+    assert number(tasks()) == number(tasks()) < first
+    with pytest.raises(InputError, match="too narrow for 5 ways"):
+        number(tasks(4))
+    model[0] = nn.Linear(4, 2)  # another network is looked at anew
+    with pytest.raises(InputError, match="too narrow for 3 ways"):
+        number(tasks())

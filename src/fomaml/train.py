@@ -14,9 +14,10 @@ from fomaml.ahead import Ahead
 from fomaml.choices import OnNonfinite, check_choice
 from fomaml.data.source import ClassSource
 from fomaml.devices import forked_random
-from fomaml.engines import Plan, check_outputs
+from fomaml.engines import Plan
 from fomaml.engines.pays import Compile
 from fomaml.engines.plan import TaskWeights
+from fomaml.engines.short import check_outputs_once
 from fomaml.episodes import Episodes, TaskSequence
 from fomaml.errors import InputError, positive, whole
 from fomaml.finite import IN_A_ROW, are_finite, cause, of_outer_step, told_of_overflow, unsound
@@ -260,7 +261,7 @@ def check_width(learner: MetaLearner, episodes: TaskSequence) -> None:
     """
     task = batch_of(episodes, 0, 1, learner.model)
     check_labels(learner, task)
-    check_outputs(learner, task)
+    check_outputs_once(learner, task)
 
 
 def check_labels(learner: MetaLearner, tasks: Batch) -> None:

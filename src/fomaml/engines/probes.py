@@ -109,7 +109,7 @@ def check_labels_fit(learner: MetaLearner, tasks: Task) -> None:
             return
         reason = _refused(learner, problem.task, outputs)
         if reason is None and isinstance(outputs, Tensor) and are_labels(tasks.query.targets):
-            reason = _refused_labels(learner, tasks, outputs)
+            reason = _refused_labels(learner, tasks, outputs.shape)
     if reason is not None:
         raise InputError(reason)
 
@@ -195,15 +195,36 @@ def explain(error: Exception, learner: MetaLearner, tasks: Task, engine: str) ->
         ) from error
 
 
-def check_outputs(learner: MetaLearner, tasks: Batch) -> None:
+def check_outputs(learner: MetaLearner, tasks: Batch) -> torch.Size | None:
     """Raise `InputError` where the criterion is a cross-entropy that cannot take these targets or the outputs for them,
     or where what the model or the criterion returns means nothing.
+
+    Returns the shape of the outputs for the query set of the last task, where the criterion is one and they are one
+    tensor.
     """
+    shape: torch.Size | None = None
+
+    def look(learner: MetaLearner, task: Task, outputs: Tree) -> str | None:
+        nonlocal shape
+        shape = outputs.shape if isinstance(outputs, Tensor) else None
+        return _refused(learner, task, outputs)
+
     if ignored_label(learner.criterion) is not None:
-        reason = _reason(learner, tasks, _refused)
+        reason = _reason(learner, tasks, look)
         if reason is not None:
             raise InputError(reason)
     try_once(learner, next(singles(tasks)))
+    return shape
+
+
+def check_labels_again(learner: MetaLearner, tasks: Task, outputs: torch.Size) -> None:
+    """Raise `InputError` where labels do not go with outputs of this shape; all else of tasks like these has passed
+    `check_outputs` before.
+    """
+    if are_labels(tasks.query.targets) and are_labels(tasks.support.targets):
+        reason = _refused_labels(learner, tasks, outputs)
+        if reason is not None:
+            raise InputError(reason)
 
 
 def _reason(
@@ -250,16 +271,16 @@ def _refused(learner: MetaLearner, task: Task, outputs: Tree) -> str | None:
         )
     if shape[:1] + shape[2:] != task.query.targets.shape:
         return None
-    return _refused_labels(learner, task.map(lambda tensor: tensor[None]), outputs)
+    return _refused_labels(learner, task.map(lambda tensor: tensor[None]), outputs.shape)
 
 
-def _refused_labels(learner: MetaLearner, tasks: Task, outputs: Tensor) -> str | None:
-    """`_refused` of the labels of a stack of tasks. outputs: of the first of them.
+def _refused_labels(learner: MetaLearner, tasks: Task, outputs: torch.Size) -> str | None:
+    """`_refused` of the labels of a stack of tasks. outputs: the shape of those of the first of them.
 
     With a start, which makes heads as wide as a task has classes, of those tasks that have as many as the first.
     """
     ignored = ignored_label(learner.criterion)
-    shape = tuple(outputs.shape)
+    shape = tuple(outputs)
     labels = [targets.long() for _, targets in tasks]
     for name, targets in zip(Task._fields, labels):
         negative = int(targets.where(targets != ignored, 0).min())

@@ -23,8 +23,8 @@ aten = torch.ops.aten
 # which took a ninth of the time of ten inner steps and 75 query images
 FORWARD = 20_000
 ALONE = 5_000  # of the outputs of a task that comes alone
-# operations of a convolution, on average, from which on two threads are faster than one: 7 to 24 million take as long on
-# both, 33 million 0.9 of the time
+# operations of a convolution, on average, from which on two threads are faster than one: 7 to 24 million take as long
+# on both, 33 million 0.9 of the time
 SHARED = 25_000_000
 
 
