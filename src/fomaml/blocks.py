@@ -40,6 +40,11 @@ class Memory:
         block, offset = self._sizes[size].lend(size)
         return torch.frombuffer(block, dtype=dtype, count=count, offset=offset).view(shape)
 
+    @property
+    def kept(self) -> int:
+        """The bytes that nobody holds."""
+        return sum(block.nbytes for blocks in self._sizes.values() for block, _ in blocks.free)
+
 
 class _Blocks:
     """Those of one size, each with where its aligned part begins.

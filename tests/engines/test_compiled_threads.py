@@ -9,12 +9,13 @@ from torch import nn
 
 from compiling import SMALL_CONV4, SMALL_MLP, assert_current, made
 from family import LR
-from fomaml.engines import meta_gradient
+from fomaml.engines import adapter, meta_gradient
 from fomaml.engines.compiled import cache, trace
 from fomaml.engines.cpu import kernels
 from fomaml.engines.cpu.threads import one_by_one, side_by_side
 from fomaml.engines.plan import _at_once
 from fomaml.learning.algorithms import FOMAML
+from fomaml.models import Conv4
 from zoo import draw
 
 LIMIT = 600  # seconds, of a fault: what is waited for happens, however busy the machine is
@@ -107,25 +108,26 @@ def test_the_caller_has_one_thread_while_tasks_run(two_threads):
     assert torch.get_num_threads() == 2
 
 
-def test_stacks_one_by_one_on_all_threads(two_threads):
+@pytest.mark.parametrize("hands", [1, 2])
+def test_stacks_one_by_one(hands, two_threads):
     memory, threads = kernels.Memory(), []
 
     def work(i):
-        threads.append((torch.get_num_threads(), kernels._own.memory))
+        threads.append((torch.get_num_threads(), kernels._own.threads, kernels._own.memory))
         if i == 3:
             raise ValueError("three")
         return i
 
-    results = one_by_one(work, range(3), memory)
+    results = one_by_one(work, range(3), memory, hands)
     assert [(i, torch.get_num_threads()) for i in results] == [(0, 1), (1, 1), (2, 1)]
-    assert threads == [(1, memory)] * 3
+    assert threads == [(1, hands, memory)] * 3
     assert torch.get_num_threads() == 2 and kernels._own.memory is None
-    results = one_by_one(work, range(9), memory)
+    results = one_by_one(work, range(9), memory, hands)
     next(results)
     results.close()  # left alone half way
     assert torch.get_num_threads() == 2 and kernels._own.memory is None
     with pytest.raises(ValueError, match="three"):
-        list(one_by_one(work, range(9), memory))
+        list(one_by_one(work, range(9), memory, hands))
     assert torch.get_num_threads() == 2 and kernels._own.memory is None
 
 
@@ -214,3 +216,19 @@ def test_large_dense_tasks_are_compiled_for_few_at_once(tasks, engine, hidden, t
         torch.set_num_threads(1)
     assert _at_once(learner, drawn, tasks, engine, None, compile=False) == tasks
     assert _at_once(learner, drawn, tasks, engine, 3, compile=True) == 3
+
+
+@pytest.mark.parametrize(("side", "hands"), [(16, 1), (40, 2)])
+def test_a_small_task_alone_keeps_to_one_thread(side, hands, two_threads, monkeypatch):
+    """For what several give it, it would keep each of them busy with waiting."""
+    asked = []
+    share = kernels.sharing
+    monkeypatch.setattr(
+        kernels, "sharing", lambda threads, memory: asked.append(threads) or share(threads, memory)
+    )
+    learner = FOMAML(Conv4(3, channels=64, image=(1, side, side)), 0.1, 1)
+    support = (
+        draw((1, side, side), F.cross_entropy, ways=3).to(dtype=torch.float32).map(lambda t: t[0]).support
+    )
+    adapter(learner, support)(support)
+    assert set(asked) == {hands}
