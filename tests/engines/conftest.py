@@ -52,5 +52,6 @@ def fresh(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     build.library.cache_clear()
+    build._begun.clear()
     yield tmp_path
     build.library.cache_clear()

@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import reference
-from fomaml.engines import meta_gradient
+from fomaml.engines import meta_gradient, plan
 from fomaml.engines.cpu import build
 from fomaml.learning.algorithms import FOMAML
 from fomaml.tasks import Examples, Task
+from zoo import draw
 
 
 def script(path, text, version=1):
@@ -240,3 +241,32 @@ def test_two_processes_and_two_threads_build_at_once(fresh, built, monkeypatch):
         assert process.returncode == 0, error
     assert calls(fresh) == 4  # they did overlap
     assert kept(fresh) == ["cache/fomaml"]
+
+
+def test_a_build_that_was_begun_is_waited_for(quick):
+    build.begin("float32")
+    build.begin("float32")
+    begun = build._begun["float32"]
+    assert build.library() is begun.result() and works(build.library()) and not build._begun
+    build.begin("float32")  # this process has its kernels
+    assert not build._begun and calls(quick) == 1
+
+
+def test_a_plan_that_is_compiled_begins_to_build(quick):
+    learner, tasks, _ = small()
+    plan(learner, tasks)
+    assert not build._begun
+    plan(learner, tasks, compile=True)
+    assert [*build._begun] == ["float64"]
+    plan(
+        FOMAML(nn.Linear(2, 2), 0.1, 1),
+        draw((2,), F.cross_entropy, ways=2).to(dtype=torch.float32),
+        compile=True,
+    )
+    assert [*build._begun] == ["float64"]
+
+
+def test_a_begun_build_that_fails_is_told_where_it_is_needed(fresh, monkeypatch):
+    monkeypatch.setenv("CXX", str(script(fresh / "c++", "exit 3")))
+    build.begin("float64")
+    assert_runs_uncompiled("compile=True runs uncompiled: .*failed: no message")

@@ -16,7 +16,7 @@ from torch import Tensor
 from fomaml.choices import Statistics, check_choice
 from fomaml.engines.common import Curve, Group, Measure, Reached, curves, groups, in_order, one_by_one
 from fomaml.engines.known import AS_ASKED, ENGINES
-from fomaml.engines.pays import Compile, check_compile
+from fomaml.engines.pays import Compile, begin_kernels, check_compile
 from fomaml.engines.probes import flops, is_convolutional, vmaps
 from fomaml.errors import whole
 from fomaml.layout import fills_its_memory
@@ -117,6 +117,7 @@ def way(learner: MetaLearner, tasks: Task, engine: str, asked: bool, most: int) 
     on_cpu = device_of(tasks).type == "cpu"
     if not (on_cpu and is_convolutional(learner)):
         return Way(engine, 1 if engine == "loop" else min(most, number), False)
+    begin_kernels(learner, tasks)
     if not asked:
         small = flops(learner, tasks, of_support=True) <= SMALL and vmaps(learner, tasks)
         engine = "batched" if small else "loop"

@@ -89,7 +89,7 @@ def cost(learner: MetaLearner, tasks: Batch, engine: str) -> Cost:
     )
     tensors = order * (sum(1 for _ in learner.parameters()) + len(learner.adapted) * learner.inner_steps)
     around = tensors * (TENSOR_ALONE * number if engine == "loop" else TENSOR)
-    if any(isinstance(module, IMAGES) for module in learner.model.modules()):  # kernels of our own
+    if _has_images(learner):  # kernels of our own
         return Cost(arithmetic + around, (arithmetic + around) / 3, 3 + 0.05 * tensors)
     return Cost(arithmetic + around, 0.1 * arithmetic + 0.9 * around, 3 + 0.06 * tensors)
 
@@ -127,3 +127,18 @@ def pays(
     if iterations is None:
         return False, f"not compiled: {told}, and how many there are is not known"
     return iterations >= enough, f"{'' if iterations >= enough else 'not compiled: '}{told}, of {iterations}"
+
+
+def begin_kernels(learner: MetaLearner, tasks: Batch) -> None:
+    """Begin to build the kernels that such tasks need once they are compiled: a second or two, beside what comes before
+    the kernels are called.
+    """
+    from fomaml.engines.compiled.cache import too_old
+    from fomaml.engines.cpu import build
+
+    if _has_images(learner) and device_of(tasks).type == "cpu" and not too_old():
+        build.begin(str(next(learner.parameters()).dtype).removeprefix("torch."))
+
+
+def _has_images(learner: MetaLearner) -> bool:
+    return any(isinstance(module, IMAGES) for module in learner.model.modules())

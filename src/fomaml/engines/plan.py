@@ -33,7 +33,7 @@ from fomaml.engines.common import (
 )
 from fomaml.engines.compiling import Choice, Choosing, Compiling, like_of
 from fomaml.engines.known import AS_ASKED, ENGINES
-from fomaml.engines.pays import Compile, check_compile, pays
+from fomaml.engines.pays import Compile, begin_kernels, check_compile, pays
 from fomaml.engines.probes import explain, flops, is_convolutional, takers, tried
 from fomaml.errors import InputError, not_negative, positive
 from fomaml.learning.adapt import ordinary_modes
@@ -90,6 +90,8 @@ def choice(
 ) -> Choice:
     """The choice for a batch; for a list of tasks by those of one shape that have the most numbers."""
     check_choice("engine", engine, ("auto", *ENGINES))
+    if compile:
+        begin_kernels(learner, tasks)
     number = count(tasks)
     if not isinstance(tasks, Task):
         own = [group.tasks for group in groups(learner, tasks)]

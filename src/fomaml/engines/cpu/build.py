@@ -11,8 +11,10 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -36,6 +38,7 @@ ARGUMENTS = {
     "sums": [*[TENSORS] * 2, NUMBERS, NUMBER, NUMBER],
     "subtract": [*[TENSORS] * 3, NUMBERS, NUMBERS, NUMBER, NUMBER, ctypes.c_double],
 }
+DTYPES = ("float32", "float64")
 DIGEST = hashlib.sha256().digest_size
 
 
@@ -52,6 +55,30 @@ def library(dtype: str = "float32") -> ctypes.CDLL:
     Raises:
         RuntimeError: no compiler, or it fails; the message says why.
     """
+    begun = _begun.pop(dtype, None)
+    return _library(dtype) if begun is None else begun.result()
+
+
+_begun: dict[str, Future[ctypes.CDLL]] = {}
+
+
+def begin(dtype: str) -> None:
+    """Have another thread build what `library` will be asked for, if this process has no kernels yet: the compiler runs
+    while the caller traces, who goes first where there are too few cores.
+    """
+    if dtype in DTYPES and dtype not in _begun and not library.cache_info().currsize:
+        aside = ThreadPoolExecutor(1, initializer=_step_back)
+        _begun[dtype] = aside.submit(_library, dtype)
+        aside.shutdown(wait=False)
+
+
+def _step_back() -> None:
+    """Lower the priority of this thread, on Linux, and of the processes that it starts."""
+    with suppress(AttributeError, OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+
+
+def _library(dtype: str) -> ctypes.CDLL:
     command = compiler()
     if not command:
         raise RuntimeError(NO_COMPILER)
