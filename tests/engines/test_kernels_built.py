@@ -156,6 +156,8 @@ def test_every_kernel_is_declared():
     sources = "".join(path.read_text(encoding="utf-8") for path in build.SOURCES)
     entries = re.findall(r"extern \"C\" void (\w+)_##NAME\(", sources)
     assert sorted(entries) == sorted(build.ARGUMENTS)
+    text = "".join(path.read_text(encoding="utf-8") for path in build.PRODUCTS)
+    assert re.findall(r"extern \"C\" void (\w+)_##NAME\(", text) == [*build.PRODUCT]
 
 
 @pytest.mark.parametrize("hindrance", ["a file", "a file above"])

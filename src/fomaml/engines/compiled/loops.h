@@ -46,7 +46,7 @@ static inline float exponential(float x) {
 }
 template <class T> static inline T sigmoid(T x) { return (T)1 / ((T)1 + exponential(-x)); }
 
-// Products are torch's own, through its C interface: what it is called by is given once.
+// Products are torch's own, through its C interface, or those of products.cpp: what they are called by is given once.
 typedef int (*Made)(void*, number, const number*, const number*, number, int, int, int, void**);
 typedef int (*Gone)(void*);
 typedef int (*Product)(void*, void*, void*);
@@ -55,6 +55,8 @@ static Made make;
 static Gone drop;
 static Product mm, bmm;
 static Added addmm, baddbmm;
+typedef void (*Own)(void*, const void*, const void*, const void*, const number*, double, double);
+static Own product_float, product_double;
 extern "C" void use(void** functions) {
     make = (Made)functions[0];
     drop = (Gone)functions[1];
@@ -62,6 +64,25 @@ extern "C" void use(void** functions) {
     bmm = (Product)functions[3];
     addmm = (Added)functions[4];
     baddbmm = (Added)functions[5];
+    product_float = (Own)functions[6];
+    product_double = (Own)functions[7];
+}
+
+// Rows of one product, or products of a stack, on so many threads. s: see products.cpp.
+template <class T>
+static inline void product(int threads, T* c, const T* a, const T* b, const T* d, const number* s, double beta, double alpha) {
+    const bool stack = s[0] > 1;
+    const int by = stack ? 0 : 1;
+    const Own on_one = sizeof(T) == 4 ? product_float : product_double;
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (int part = 0; part < threads; part++) {
+        const number begin = s[by] * part / threads, end = s[by] * (part + 1) / threads;
+        number own[16];
+        for (int i = 0; i < 16; i++) own[i] = s[i];
+        own[by] = end - begin;
+        on_one(c + begin * s[4 + by], a + begin * s[7 + by], stack ? b + begin * s[10] : b,
+               d ? d + begin * s[13 + by] : nullptr, own, beta, alpha);
+    }
 }
 
 // A tensor that products read or write. place: of inner memory -1, else the number of an argument or result.

@@ -7,8 +7,9 @@ left out. Loops of the same text, as those of the inner steps, are compiled once
 from __future__ import annotations
 
 import ctypes
+import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +28,9 @@ HEADER = Path(__file__).parent / "loops.h"
 FLAGS = (*build.FAST, build.NATIVE, "-std=c++17", "-shared", "-fPIC", "-fno-exceptions")
 PRODUCTS = ("mm", "bmm", "addmm", "baddbmm")
 ALIGNMENT = 64
+# products of two numbers in a product of matrices: below FEW torch's are as fast in any case; from SHARED for each
+# thread on several are faster than one
+FEW, SHARED = 50_000, 1_000_000
 
 
 def program(graph: GraphModule, threads: int = 1) -> Callable[..., list[Tensor]]:
@@ -37,8 +41,10 @@ def program(graph: GraphModule, threads: int = 1) -> Callable[..., list[Tensor]]
         Missing, RuntimeError: torch or the compiler lack what that needs.
     """
     found = lowered(graph)
-    layout = _Layout(found.steps)
-    text = _text(found, layout, threads)
+    ours = [step for step in found.steps if isinstance(step, Product) and _is_ours(step)]
+    own, kinds = {id(step) for step in ours}, {str(step.operands[0].dtype) for step in ours}
+    layout = _Layout(found.steps, own)
+    text = _text(found, layout, threads, own)
     flags = [*FLAGS, *(["-fopenmp"] if threads > 1 else [])]  # the library of it that torch has loaded
     command = build.compiler()
     name = name_of("loops", [text, torch.__version__, *flags, *machine()])
@@ -49,8 +55,22 @@ def program(graph: GraphModule, threads: int = 1) -> Callable[..., list[Tensor]]
             library = ctypes.CDLL(str(Path(folder) / name))
     else:
         library = ctypes.CDLL(str(kept(name, make)))
-    library.use((ctypes.c_void_p * (2 + len(PRODUCTS)))(*_torch.product_functions(PRODUCTS)))
+    addresses = _torch.product_functions(PRODUCTS)
+    addresses += [_address(dtype) if f"torch.{dtype}" in kinds else 0 for dtype in build.DTYPES]
+    library.use((ctypes.c_void_p * len(addresses))(*addresses))
     return Program(library, found, layout)
+
+
+def _is_ours(step: Product) -> bool:
+    """Whether a product is one for products.cpp."""
+    out = step.operands[0]
+    return build.leaves_registers_empty() and out.strides[-1] == 1 and _work(step, of_one=True) >= FEW
+
+
+def _work(step: Product, of_one: bool = False) -> int:
+    """How many products of two numbers there are in a product of matrices, or in one of a stack."""
+    shape = step.operands[0].shape
+    return math.prod(shape[-2:] if of_one else shape) * step.operands[-1].shape[-2]
 
 
 class Program:
@@ -111,10 +131,10 @@ class _Arena:
 class _Layout:
     """Where each inner tensor lies: at the place of others, where these are not needed at the same time.
 
-    size: of all, bytes. operands: of products, each once.
+    size: of all, bytes. operands: of torch's products, each once. own: the ids of other products.
     """
 
-    def __init__(self, steps: Sequence[Step]):
+    def __init__(self, steps: Sequence[Step], own: Container[int] = ()):
         self.operands: list[Leaf] = []
         self._known: dict[tuple, int] = {}
         times: dict[Buffer, tuple[int, int]] = {}
@@ -122,7 +142,7 @@ class _Layout:
             for leaf in step.operands if isinstance(step, Product) else step.leaves:
                 first, _ = times.get(leaf.buffer, (time, time))
                 times[leaf.buffer] = first, time
-            if isinstance(step, Product):
+            if isinstance(step, Product) and id(step) not in own:
                 for leaf in step.operands:
                     self._operand(leaf)
         self.places: dict[Buffer, int] = {}
@@ -154,29 +174,38 @@ class _Layout:
         return self._known[self._key(leaf)]
 
 
-def _text(found: Lowered, layout: _Layout, threads: int) -> str:
+def _text(found: Lowered, layout: _Layout, threads: int, own: Container[int]) -> str:
     """The C++ of a function."""
     functions: dict[str, str] = {}
     calls = []
+    sizes_of: dict[str, str] = {}
     shift = len(found.arguments)
 
     def place_of(buffer: Buffer) -> int:
         return {"inner": -1, "given": buffer.number, "found": shift + buffer.number}[buffer.place]
 
+    def pointer(leaf: Leaf) -> str:
+        kind, offset = TYPES[leaf.dtype], leaf.offset
+        if leaf.buffer.place == "inner":
+            return f"({kind}*)(m + {layout.places[leaf.buffer] + offset * leaf.dtype.itemsize})"
+        return f"({kind}*)t[{place_of(leaf.buffer)}] + {offset}"
+
     for step in found.steps:
+        if id(step) in own:
+            assert isinstance(step, Product)
+            sizes = sizes_of.setdefault(_sizes(step), f"sizes{len(sizes_of)}")
+            out, *added, left, right = step.operands
+            kind, hands = TYPES[out.dtype], threads if _work(step) >= SHARED * threads else 1
+            pointers = [*map(pointer, (out, left, right, *added)), *([] if added else ["nullptr"])]
+            beta, alpha = step.factors or (0.0, 1.0)
+            calls.append(f"product<{kind}>({hands}, {', '.join(pointers)}, {sizes}, {beta!r}, {alpha!r});")
+            continue
         if isinstance(step, Product):
             handles = [f"h[{layout.number(each)}]" for each in step.operands]
             calls.append(f"failed |= {step.name}({', '.join([*handles, *map(repr, step.factors)])});")
             continue
         name = functions.setdefault(step.shared(threads), f"loop{len(functions)}")
-        pointers = []
-        for each in step.leaves:
-            kind, offset = TYPES[each.dtype], each.offset
-            if each.buffer.place == "inner":
-                pointers.append(f"({kind}*)(m + {layout.places[each.buffer] + offset * each.dtype.itemsize})")
-            else:
-                pointers.append(f"({kind}*)t[{place_of(each.buffer)}] + {offset}")
-        calls.append(f"{name}({', '.join(pointers)});")
+        calls.append(f"{name}({', '.join(map(pointer, step.leaves))});")
     operands = []
     for each in layout.operands:
         start = layout.places.get(each.buffer, 0) + each.offset * each.dtype.itemsize
@@ -190,6 +219,7 @@ def _text(found: Lowered, layout: _Layout, threads: int) -> str:
         [
             HEADER.read_text(encoding="utf-8"),
             *(f"static __attribute__((noinline)) void {name}{text}" for text, name in functions.items()),
+            *(f"static const number {name}[] = {{{text}}};" for text, name in sizes_of.items()),
             f"static const Operand operands[{count + 1}] = {{",
             *operands,
             "};",
@@ -208,3 +238,20 @@ def _text(found: Lowered, layout: _Layout, threads: int) -> str:
             "}",
         ]
     )
+
+
+def _sizes(step: Product) -> str:
+    """What products.cpp wants to know of a product."""
+    out, *added, left, right = step.operands
+    strides: list[int] = []
+    for each in (out, left, right, *added):
+        strides += [*[0] * (3 - len(each.strides)), *each.strides]
+    strides += [0] * (12 - len(strides))
+    stack = out.shape[0] if len(out.shape) == 3 else 1
+    return ", ".join(map(str, (stack, *left.shape[-2:], right.shape[-1], *strides)))
+
+
+def _address(dtype: str) -> int:
+    """Of the products of a dtype."""
+    function = getattr(build.products(dtype), f"product_{dtype}")
+    return ctypes.cast(function, ctypes.c_void_p).value or 0

@@ -18,10 +18,13 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from fomaml.files import user_cache
 
 FOLDER = Path(__file__).parent
 SOURCES = [FOLDER / name for name in ("norm_relu_pool.cpp", "convolution.cpp", "vectors.cpp")]
+PRODUCTS = [FOLDER / "products.cpp"]
 HEADERS = [FOLDER / name for name in ("crew.h", "patches.h", "tiles.h")]
 NATIVE = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
 FAST = ("-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math")
@@ -38,6 +41,7 @@ ARGUMENTS = {
     "sums": [*[TENSORS] * 2, NUMBERS, NUMBER, NUMBER],
     "subtract": [*[TENSORS] * 3, NUMBERS, NUMBERS, NUMBER, NUMBER, ctypes.c_double],
 }
+PRODUCT = {"product": [*[TENSOR] * 4, NUMBERS, *[ctypes.c_double] * 2]}
 DTYPES = ("float32", "float64")
 DIGEST = hashlib.sha256().digest_size
 
@@ -79,17 +83,34 @@ def _step_back() -> None:
 
 
 def _library(dtype: str) -> ctypes.CDLL:
+    kernels = _made("kernels", SOURCES, ARGUMENTS, dtype)
+    kernels.use_threads.argtypes, kernels.use_threads.restype = [NUMBER], None
+    return kernels
+
+
+@functools.cache
+def products(dtype: str) -> ctypes.CDLL:
+    """The products of matrices of a dtype, as `library` the kernels."""
+    return _made("products", PRODUCTS, PRODUCT, dtype)
+
+
+def _made(kind: str, files: Sequence[Path], functions: dict[str, list], dtype: str) -> ctypes.CDLL:
+    """What is made of these files, with the types of the arguments of its functions."""
     command = compiler()
     if not command:
         raise RuntimeError(NO_COMPILER)
-    sources = (source.read_text(encoding="utf-8") for source in (*SOURCES, *HEADERS))
+    sources = (source.read_text(encoding="utf-8") for source in (*files, *HEADERS))
     options = [*FLAGS, f"-DONLY={dtype.removeprefix('float')}"]
-    name = name_of("kernels", [*sources, *command, *options, *machine()])
-    path = kept(name, partial(_build, command, options))
+    name = name_of(kind, [*sources, *command, *options, *machine()])
+    path = kept(name, partial(_build, command, options, files))
     try:
-        return _declared(ctypes.CDLL(str(path)), dtype)
+        library = ctypes.CDLL(str(path))
+        for function, types in functions.items():
+            own = getattr(library, f"{function}_{dtype}")
+            own.argtypes, own.restype = types, None
     except (OSError, AttributeError) as error:
         raise RuntimeError(f"{command[0]} made something that does not load: {error}") from None
+    return library
 
 
 def name_of(kind: str, facts: Iterable[str]) -> str:
@@ -140,15 +161,6 @@ def sealed(code: bytes) -> bytes:
     return code + hashlib.sha256(code).digest()
 
 
-def _declared(kernels: ctypes.CDLL, dtype: str) -> ctypes.CDLL:
-    """The same kernels, which now know the types of their arguments."""
-    for name, types in ARGUMENTS.items():
-        kernel = getattr(kernels, f"{name}_{dtype}")
-        kernel.argtypes, kernel.restype = types, None
-    kernels.use_threads.argtypes, kernels.use_threads.restype = [ctypes.c_longlong], None
-    return kernels
-
-
 def _version(command: list[str]) -> str:
     """What the compiler says of itself: another version makes other code of the same source."""
     try:
@@ -157,14 +169,12 @@ def _version(command: list[str]) -> str:
         return ""
 
 
-def _build(command: list[str], options: list[str], path: Path) -> None:
-    """Build the kernels in a file of its own beside `path` and move it there whole, its digest at the end."""
+def _build(command: list[str], options: list[str], files: Sequence[Path], path: Path) -> None:
+    """Build a library of these files in one of its own beside `path` and move it there whole, its digest at the end."""
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as folder:
         temporary = Path(folder) / path.name
-        objects = [str(Path(folder) / f"{source.stem}.o") for source in SOURCES]
-        parts = [
-            [*command, *options, "-c", "-o", made, str(source)] for made, source in zip(objects, SOURCES)
-        ]
+        objects = [str(Path(folder) / f"{source.stem}.o") for source in files]
+        parts = [[*command, *options, "-c", "-o", made, str(source)] for made, source in zip(objects, files)]
         with ThreadPoolExecutor(
             max_workers=os.cpu_count()
         ) as pool:  # side by side: half the time on two cores
@@ -207,10 +217,26 @@ def knows(command: tuple[str, ...], options: tuple[str, ...]) -> bool:
         return False
 
 
+@functools.cache
+def leaves_registers_empty() -> bool:
+    """Whether the products of torch take half of each vector register: MKL's do on processors of AMD with AVX-512."""
+    facts = _processor_facts()
+    own = facts.get("vendor_id") == "AuthenticAMD" and "avx512f" in facts.get("flags", "").split()
+    return own and torch.backends.mkl.is_available()
+
+
 def _processor() -> str:
     """What the code is built for: a cache folder may be shared by machines."""
+    facts = _processor_facts()
+    found = facts.get("flags") or facts.get("Features")
+    return platform.processor() if found is None else found
+
+
+def _processor_facts() -> dict[str, str]:
+    """What Linux tells of the first processor, by name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+        return {}
+    parts = (line.partition(":") for line in reversed(lines))
+    return {name.strip(): value.strip() for name, _, value in parts}
