@@ -21,7 +21,7 @@ from benchmarks.race import Options, race
 from benchmarks.workloads import TINY, WORKLOADS, find
 
 RESULTS = ROOT / "benchmarks" / "results" / "engines.json"
-OTHERS = RESULTS.with_name("engines-amd.json")  # of another processor: `--out` names it
+OTHERS = "engines-*.json"  # beside it, of other processors: `--out` names one
 PEERS = ("higher", "torchopt", "iteryne", "parallel-metalearn", "learn2learn", "jax", "jaxlib")
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
@@ -66,9 +66,9 @@ def main() -> None:
         ]
         report.put(report.summary(results, *others), ROOT / "README.md")
         report.put(report.page(results), ROOT / "docs" / "benchmarks.md")
-        if OTHERS.exists():
-            both = report.processors([results, json.loads(OTHERS.read_text())])
-            report.put(both, ROOT / "docs" / "benchmarks.md", "processors")
+        others = [json.loads(path.read_text()) for path in sorted(RESULTS.parent.glob(OTHERS))]
+        if others:
+            report.put(report.processors([results, *others]), ROOT / "docs" / "benchmarks.md", "processors")
     else:
         print(report.page(results))
 

@@ -61,6 +61,11 @@ def test_a_product_is_that_of_torch(sizes, dtype):
             assert ((found - expected).norm() / expected.norm()).item() < tolerance
 
 
+def test_what_is_added_zero_times_is_not_looked_at():
+    left, right = torch.ones(2, 3), torch.ones(3, 4)
+    assert (product(left, right, torch.full((2, 4), torch.nan), 0.0, 1.0) == 3).all()
+
+
 @pytest.mark.parametrize("turned", [False, True])
 def test_a_stack_of_products(turned):
     left, right = (matrix(3, *size, turned=turned, dtype=torch.float64) for size in ((4, 9), (9, 70)))

@@ -247,11 +247,11 @@ def _in_few_variables(source: str) -> ast.Module:
         done = isinstance(statement.value, ast.Constant) and statement.value.value is None
         for target in statement.targets:
             assert isinstance(target, ast.Name)
-            if done:
+            if not done:
+                places[target.id] = target.id = free.pop() if free else target.id
+            elif target.id in places:  # one with a type stays where it is
                 target.id = places.pop(target.id)
                 free.append(target.id)
-            else:
-                places[target.id] = target.id = free.pop() if free else target.id
     return module
 
 

@@ -83,12 +83,21 @@ void patches(const T* padded, const std::vector<Size>& at, std::vector<T>& to, c
 // turned[k][out] = w[out][k], for some outputs
 template <typename T>
 void turn(const T* w, std::vector<T>& turned, const Shape& s, Size begin, Size end) {
-    constexpr Size BLOCK = 16;
+    using V = typename Lanes<T>::V;
+    constexpr Size L = Lanes<T>::L;
     const Size length = s.patch();
     turned.resize(length * s.outputs);
-    for (Size o = begin; o < end; o += BLOCK)
-        for (Size k = 0; k < length; ++k)
-            for (Size n = o; n < std::min(o + BLOCK, end); ++n) turned[k * s.outputs + n] = w[n * length + k];
+    for (Size o = begin; o < end; o += L) {
+        const Size lanes = std::min(L, end - o), whole = lanes == L ? length / L * L : 0;
+        for (Size k = 0; k < whole; k += L) {
+            V block[L];
+            for (int i = 0; i < L; ++i) block[i] = *reinterpret_cast<const V*>(w + (o + i) * length + k);
+            transpose<T>(block);
+            for (int i = 0; i < L; ++i) *reinterpret_cast<V*>(turned.data() + (k + i) * s.outputs + o) = block[i];
+        }
+        for (Size k = whole; k < length; ++k)
+            for (Size i = 0; i < lanes; ++i) turned[k * s.outputs + o + i] = w[(o + i) * length + k];
+    }
 }
 
 }  // namespace

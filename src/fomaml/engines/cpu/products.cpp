@@ -15,36 +15,6 @@ struct Strides {
     Size stack, down, across;
 };
 
-// L vectors of L numbers become those of the columns: rows are zipped with those half of them further, log2(L) times
-template <typename T>
-inline void transpose(typename Lanes<T>::V* v) {
-    using V = typename Lanes<T>::V;
-    constexpr int L = Lanes<T>::L;
-    typename Lanes<T>::I low, high;
-    for (int i = 0; i < L; ++i) {
-        low[i] = i / 2 + i % 2 * L;
-        high[i] = low[i] + L / 2;
-    }
-    for (int round = 1; round < L; round *= 2) {
-        V zipped[L];
-#pragma GCC unroll 8
-        for (int i = 0; i < L / 2; ++i) {
-            const V a = v[i], b = v[i + L / 2];
-#if defined(__clang__)
-            for (int l = 0; l < L; ++l) {
-                zipped[2 * i][l] = low[l] < L ? a[low[l]] : b[low[l] - L];
-                zipped[2 * i + 1][l] = high[l] < L ? a[high[l]] : b[high[l] - L];
-            }
-#else
-            zipped[2 * i] = __builtin_shuffle(a, b, low);
-            zipped[2 * i + 1] = __builtin_shuffle(a, b, high);
-#endif
-        }
-#pragma GCC unroll 16
-        for (int i = 0; i < L; ++i) v[i] = zipped[i];
-    }
-}
-
 constexpr Size CACHED = 400 * 1024, ROOM = 256;  // bytes of b at a time, and rows of it, about
 
 template <typename T>
@@ -146,7 +116,7 @@ void product(T* c, const T* a, const T* b, const T* d, Size m, Size k, Size n, c
         const Strides* by = reinterpret_cast<const Strides*>(s + 4);                                             \
         for (Size i = 0; i < s[0]; ++i)                                                                          \
             product<T>(c + i * by[0].stack, a + i * by[1].stack, b + i * by[2].stack,                            \
-                       d ? d + i * by[3].stack : nullptr, s[1], s[2], s[3], by[0], by[1], by[2], by[3], T(beta), \
+                       d && beta != 0 ? d + i * by[3].stack : nullptr, s[1], s[2], s[3], by[0], by[1], by[2], by[3], T(beta), \
                        T(alpha));                                                                                \
     }
 

@@ -69,6 +69,36 @@ inline typename Lanes<T>::V sums(typename Lanes<T>::V* v) {
     return v[0];
 }
 
+// L vectors of L numbers become those of the columns: rows are zipped with those half of them further, log2(L) times
+template <typename T>
+inline void transpose(typename Lanes<T>::V* v) {
+    using V = typename Lanes<T>::V;
+    constexpr int L = Lanes<T>::L;
+    typename Lanes<T>::I low, high;
+    for (int i = 0; i < L; ++i) {
+        low[i] = i / 2 + i % 2 * L;
+        high[i] = low[i] + L / 2;
+    }
+    for (int round = 1; round < L; round *= 2) {
+        V zipped[L];
+#pragma GCC unroll 8
+        for (int i = 0; i < L / 2; ++i) {
+            const V a = v[i], b = v[i + L / 2];
+#if defined(__clang__)
+            for (int l = 0; l < L; ++l) {
+                zipped[2 * i][l] = low[l] < L ? a[low[l]] : b[low[l] - L];
+                zipped[2 * i + 1][l] = high[l] < L ? a[high[l]] : b[high[l] - L];
+            }
+#else
+            zipped[2 * i] = __builtin_shuffle(a, b, low);
+            zipped[2 * i + 1] = __builtin_shuffle(a, b, high);
+#endif
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < L; ++i) v[i] = zipped[i];
+    }
+}
+
 constexpr int ROWS = 6, WIDTH = REGISTERS / 8;  // of a tile of vectors; it fills three quarters of the registers
 
 // acc[r] += sum over k of a[r][k * step] · b(k), b(k) a row of VECTORS vectors
