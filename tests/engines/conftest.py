@@ -54,4 +54,5 @@ def fresh(tmp_path, monkeypatch):
     build.library.cache_clear()
     build._begun.clear()
     yield tmp_path
+    build._begun.clear()
     build.library.cache_clear()
