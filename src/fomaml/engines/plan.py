@@ -77,8 +77,7 @@ def choose(learner: MetaLearner, tasks: Task, compile: bool = False) -> tuple[st
     large = large if large > sum(own[n].numel() for n in learner.adapted) / 2 else 0
     if not on_cpu:
         return gpu.choose(learner, tasks, large, rows, compile)
-    # below 20 000 the bookkeeping costs more: 1.2 times on a 1-40-40-1 MLP; compiled there is little of it, and the same
-    # MLP takes 0.93 of the time
+    # below 20 000 the bookkeeping costs more: 1.2 times on a 1-40-40-1 MLP; compiled there is little of it: 0.93
     if large > (1_000 if compile else 20_000):
         return "factored", f"linear layers much wider than the {rows} vectors of a support set"
     if max(own[n].numel() for n in learner.adapted) > 100_000 and not compile:
