@@ -6,6 +6,7 @@ from torch import nn
 
 import ranked
 from clusters import episodes, learner
+from fomaml.engines.compiled.cache import too_old
 from fomaml.errors import InputError
 from fomaml.evaluate import evaluate
 from fomaml.learning.algorithms import FOMAML
@@ -92,7 +93,7 @@ def test_memory_that_runs_out_on_one_rank_halves_the_tasks_of_all(faults):
 @pytest.mark.parametrize("case", ranked.UNCOMPILED)
 def test_what_one_rank_cannot_compile_none_does(faults, case):
     found = {(faults / f"{case} {rank}").read_text() for rank in range(3)}
-    if case == "none fails":
+    if case == "none fails" and not too_old():
         assert found <= {"compiled, the same bits", "compiled, other bits"} and len(found) == 1
     elif case == "no compiler":  # its plan is made by train
         assert {text.partition(", ")[2] for text in found} == {"the same bits"}

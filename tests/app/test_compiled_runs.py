@@ -13,8 +13,11 @@ from fomaml.app.settings import from_json, identity, to_json
 from fomaml.app.settle import settle
 from fomaml.checkpoint import load_progress, load_tensors
 from fomaml.engines import pays
+from fomaml.engines.compiled.cache import too_old
 from fomaml.engines.cpu import build
 from moments import sending
+
+pytestmark = pytest.mark.skipif(bool(too_old()), reason=too_old())
 
 TRAIN = "train sinusoid --iterations 8 --meta-batch-size 2 --test-tasks 4 --test-steps 0 1 --no-baselines"
 CHECKED = "compiled, and agrees with the eager engine"

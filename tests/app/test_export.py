@@ -15,7 +15,10 @@ pd = pytest.importorskip("pandas", reason="tables are read by pandas, of the ext
 pytest.importorskip("timm", reason="some networks are timm's, of the extra backbones")
 from served import own_rows  # noqa: E402
 
+exports = pytest.mark.skipif(bool(exporting.too_old()), reason=exporting.too_old())
 
+
+@exports
 @pytest.mark.parametrize(
     ("form", "name"),
     [
@@ -62,6 +65,7 @@ def test_an_exported_program_says_what_the_model_says(form, name, run_of, strang
     assert np.allclose(found, expected.numpy(), rtol=1e-4, atol=1e-4)
 
 
+@exports
 def test_what_is_exported_is_compared_first(run_of, strangers, tmp_path, capsys, monkeypatch):
     main(["adapt", str(run_of("states")), "--support", str(own_rows("states", strangers, tmp_path / "own")),
           "--out", str(tmp_path / "model")])  # fmt: skip
@@ -75,3 +79,12 @@ def test_what_is_exported_is_compared_first(run_of, strangers, tmp_path, capsys,
     export = ["export", tmp_path / "model", "--to", "torch-export"]
     assert "gives other outputs than the network" in refused(capsys, export)
     assert not (tmp_path / "model" / "model.pt2").exists()
+
+
+def test_a_torch_that_exports_no_programs(run_of, strangers, tmp_path, capsys, monkeypatch):
+    main(["adapt", str(run_of("table")), "--support", str(own_rows("table", strangers, tmp_path / "own")),
+          "--out", str(tmp_path / "model")])  # fmt: skip
+    monkeypatch.setattr(torch, "__version__", "2.6.0+cpu")
+    given = ["export", str(tmp_path / "model"), "--to"]
+    assert "exported by torch >= 2.8, this is 2.6.0+cpu" in refused(capsys, [*given, "torch-export"])
+    main([*given, "safetensors"])

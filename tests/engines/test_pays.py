@@ -21,6 +21,8 @@ from fomaml.tasks import Examples, Task
 from fomaml.train import train
 from zoo import draw
 
+pytestmark = pytest.mark.skipif(bool(cache.too_old()), reason=cache.too_old())
+
 LONG = 1_000_000
 
 

@@ -35,6 +35,7 @@ NAMES = {
     "torch._subclasses.fake_tensor:FakeTensorMode": COMPILING,
     "torch.fx.experimental.proxy_tensor:make_fx": COMPILING,
     "torch._inductor:compile": COMPILING,
+    "torch._inductor:list_options": COMPILING,
     "torch._inductor.cpu_vec_isa:VecISA.check_build": "what vectors there are is found out by compiling, for seconds",
     "torch._inductor.codecache:CppWrapperCodeCache.load_pybinding": KEEPING,
     "torch._C._dynamo.guards:_torchinductor_pyobject_tensor_data_ptr": KEEPING,
@@ -101,6 +102,8 @@ def trace(function: Callable, *inputs: Tensor) -> GraphModule:
 def induce(graph: GraphModule, inputs: Sequence[Tensor], options: dict) -> tuple[Callable, Path | None]:
     """What `torch.compile`'s backend makes of a graph, and the library in which all of it is, where it is known."""
     found: list[Any] = []
+    known = find("torch._inductor:list_options")()  # torch 2.7 has fewer
+    options = {name: value for name, value in options.items() if name in known}
     with _without_torchs_warnings(), _quick_probes(), _watching_libraries(found):
         function = find("torch._inductor:compile")(graph, inputs, options)
     files = {getattr(getattr(entry, "__self__", None), "__file__", None) for entry in found}
@@ -204,12 +207,15 @@ def _quick_probes() -> Iterator[None]:
 
 @contextmanager
 def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    own = owner.__dict__[name]
+    own = vars(owner).get(name)  # None where a class has it of another, as in torch 2.7
     setattr(owner, name, value)
     try:
         yield
     finally:
-        setattr(owner, name, own)
+        if own is None:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, own)
 
 
 @contextmanager

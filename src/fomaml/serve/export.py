@@ -27,6 +27,7 @@ Form = Literal["onnx", "torch-export", "safetensors"]
 SUFFIXES: dict[Form, str] = {"onnx": ".onnx", "torch-export": ".pt2", "safetensors": ".safetensors"}
 EXAMPLES = 3  # that a program is traced with; it takes any number
 TRIED = (1, 7)  # numbers of examples that its outputs are compared for
+OLDEST = (2, 8)  # torch 2.6 and 2.7 export programs for three examples alone, or none
 CLOSE = 1e-4  # of probabilities, and of values over the greatest of them
 
 
@@ -62,8 +63,8 @@ def export(model: AdaptedModel, form: Form, path: str | Path) -> float:
     form: "onnx" (runs in onnxruntime), "torch-export" (`torch.export.load`), or "safetensors", the weights alone.
 
     Raises:
-        InputError: a file that is there already; a library that is not; a network that cannot be exported, or whose
-            program gives other outputs, in which case no file stays.
+        InputError: a file that is there already; a library that is not, or a torch that is too old; a network that
+            cannot be exported, or whose program gives other outputs, in which case no file stays.
     """
     path = Path(path).expanduser()
     if path.exists():
@@ -71,6 +72,8 @@ def export(model: AdaptedModel, form: Form, path: str | Path) -> float:
     if form == "safetensors":
         save_tensors(path, model.module.state_dict())
         return 0.0
+    if reason := too_old():
+        raise InputError(reason)
     program = Program(model).eval()
     given = examples(model, EXAMPLES)
     size = torch.export.Dim("examples", min=1)
@@ -83,7 +86,11 @@ def export(model: AdaptedModel, form: Form, path: str | Path) -> float:
             tried = examples(model, number, seed=number)
             with torch.no_grad():
                 expected = program(*tried)
-            found = run(tried)
+            try:
+                found = run(tried)
+            except Exception as error:  # whatever a runtime raises
+                text = f"the program of this network as {form} does not run: {in_one_line(error)}"
+                raise InputError(text) from error
             scale = 1.0 if model.classes is not None else float(expected.abs().max()) or 1.0
             apart = (
                 float((found - expected).abs().max()) / scale if found.shape == expected.shape else math.inf
@@ -94,6 +101,14 @@ def export(model: AdaptedModel, form: Form, path: str | Path) -> float:
                 )
             worst = max(worst, apart)
     return worst
+
+
+def too_old() -> str:
+    """What to say where this torch exports no programs; else ""."""
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) >= OLDEST:
+        return ""
+    needed = ".".join(map(str, OLDEST))
+    return f"programs are exported by torch >= {needed}, this is {torch.__version__}: weights by any"
 
 
 def signature(inputs: Tree) -> dict[str, dict[str, Any]]:
