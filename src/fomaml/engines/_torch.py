@@ -103,7 +103,7 @@ def induce(graph: GraphModule, inputs: Sequence[Tensor], options: dict) -> tuple
     """What `torch.compile`'s backend makes of a graph, and the library in which all of it is, where it is known."""
     found: list[Any] = []
     known = find("torch._inductor:list_options")()  # torch 2.7 has fewer
-    options = {name: value for name, value in options.items() if name in known}
+    options = {name: options[name] for name in options.keys() & known}
     with _without_torchs_warnings(), _quick_probes(), _watching_libraries(found):
         function = find("torch._inductor:compile")(graph, inputs, options)
     files = {getattr(getattr(entry, "__self__", None), "__file__", None) for entry in found}
@@ -207,15 +207,12 @@ def _quick_probes() -> Iterator[None]:
 
 @contextmanager
 def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    own = vars(owner).get(name)  # None where a class has it of another, as in torch 2.7
+    own = vars(owner).get(name, getattr(owner, name))  # of another class in torch 2.7
     setattr(owner, name, value)
     try:
         yield
     finally:
-        if own is None:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, own)
+        setattr(owner, name, own)
 
 
 @contextmanager
