@@ -19,6 +19,7 @@ from benchmarks.contestants import contestants
 from benchmarks.process import ROOT
 from benchmarks.race import Options, race
 from benchmarks.workloads import TINY, WORKLOADS, find
+from fomaml.engines.cpu.build import processor_facts
 
 RESULTS = ROOT / "benchmarks" / "results" / "engines.json"
 OTHERS = "engines-*.json"  # beside it, of other processors: `--out` names one
@@ -112,9 +113,7 @@ def _version(package: str) -> str | None:
 
 
 def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    facts = processor_facts()
     name = facts.get("model name") or platform.processor() or platform.machine()
     # which a name such as "AMD EPYC" does not tell, and which makes a factor of two
     return f"{name} (AVX-512)" if "avx512f" in facts.get("flags", "").split() else name

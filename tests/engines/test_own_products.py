@@ -86,11 +86,10 @@ def ours(monkeypatch):
     return texts
 
 
-@pytest.mark.parametrize("algorithm", [FOMAML, MAML])
-@pytest.mark.parametrize("engine", ["batched", "factored"])
+@pytest.mark.parametrize(
+    ("engine", "algorithm"), [("batched", FOMAML), ("batched", MAML), ("factored", FOMAML)]
+)
 def test_a_meta_gradient_is_that_of_the_uncompiled_engine(engine, algorithm, ours):
-    if engine == "factored" and algorithm is MAML:
-        return
     tasks = draw((6,), F.cross_entropy, tasks=5)
     learner = algorithm(MLP(6, 8, 4).double(), 0.1, 2)
     expected = meta_gradient(learner, tasks, engine="loop")
@@ -132,7 +131,7 @@ def test_threads_share_a_product_out_to_the_same_bits(ours):
     ],
 )
 def test_which_processors_they_are_for(vendor, flags, expected, monkeypatch):
-    monkeypatch.setattr(build, "_processor_facts", lambda: {"vendor_id": vendor, "flags": flags})
+    monkeypatch.setattr(build, "processor_facts", lambda: {"vendor_id": vendor, "flags": flags})
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     build.leaves_registers_empty.cache_clear()
     try:

@@ -25,7 +25,7 @@ from fomaml.files import user_cache
 FOLDER = Path(__file__).parent
 SOURCES = [FOLDER / name for name in ("norm_relu_pool.cpp", "convolution.cpp", "vectors.cpp")]
 PRODUCTS = [FOLDER / "products.cpp"]
-HEADERS = [FOLDER / name for name in ("crew.h", "patches.h", "tiles.h")]
+HEADERS = [FOLDER / name for name in ("crew.h", "entries.h", "patches.h", "tiles.h")]
 NATIVE = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
 FAST = ("-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math")
 FLAGS = (*FAST, NATIVE, "-std=c++17", "-shared", "-fPIC", "-pthread")
@@ -220,19 +220,19 @@ def knows(command: tuple[str, ...], options: tuple[str, ...]) -> bool:
 @functools.cache
 def leaves_registers_empty() -> bool:
     """Whether the products of torch take half of each vector register: MKL's do on processors of AMD with AVX-512."""
-    facts = _processor_facts()
+    facts = processor_facts()
     own = facts.get("vendor_id") == "AuthenticAMD" and "avx512f" in facts.get("flags", "").split()
     return own and torch.backends.mkl.is_available()
 
 
 def _processor() -> str:
     """What the code is built for: a cache folder may be shared by machines."""
-    facts = _processor_facts()
+    facts = processor_facts()
     found = facts.get("flags") or facts.get("Features")
     return platform.processor() if found is None else found
 
 
-def _processor_facts() -> dict[str, str]:
+def processor_facts() -> dict[str, str]:
     """What Linux tells of the first processor, by name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

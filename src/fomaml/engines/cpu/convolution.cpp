@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "crew.h"
+#include "entries.h"
 #include "patches.h"
 #include "tiles.h"
 
@@ -266,9 +267,4 @@ extern "C" void use_threads(long long threads) { crew::hands = threads; }
         backward<T>(slope, x, w, by_x, by_w, by_bias, sizes[0], sizes[1], s, sizes[3]);                            \
     }
 
-#if !defined(ONLY) || ONLY == 32
-ENTRY(float32, float)
-#endif
-#if !defined(ONLY) || ONLY == 64
-ENTRY(float64, double)
-#endif
+ENTRIES

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "crew.h"
+#include "entries.h"
 
 namespace {
 
@@ -253,9 +254,4 @@ void backward(const T* slope, const T* x, const T* y, const T* peak, const T* ga
         });                                                                                                        \
     }
 
-#if !defined(ONLY) || ONLY == 32
-ENTRY(float32, float)
-#endif
-#if !defined(ONLY) || ONLY == 64
-ENTRY(float64, double)
-#endif
+ENTRIES

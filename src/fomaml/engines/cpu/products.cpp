@@ -6,6 +6,7 @@
 #include <cstring>
 #include <vector>
 
+#include "entries.h"
 #include "tiles.h"
 
 namespace {
@@ -120,9 +121,4 @@ void product(T* c, const T* a, const T* b, const T* d, Size m, Size k, Size n, c
                        T(alpha));                                                                                \
     }
 
-#if !defined(ONLY) || ONLY == 32
-ENTRY(float32, float)
-#endif
-#if !defined(ONLY) || ONLY == 64
-ENTRY(float64, double)
-#endif
+ENTRIES

@@ -3,6 +3,7 @@
 #include <cstddef>
 
 #include "crew.h"
+#include "entries.h"
 
 namespace {
 
@@ -60,9 +61,4 @@ void subtract(const T* const* left, const T* const* right, T* const* to, const l
         subtract<T>(left, right, to, lengths, steps, tensors, tasks, scale);                                           \
     }
 
-#if !defined(ONLY) || ONLY == 32
-ENTRY(float32, float)
-#endif
-#if !defined(ONLY) || ONLY == 64
-ENTRY(float64, double)
-#endif
+ENTRIES
