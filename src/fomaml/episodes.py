@@ -362,8 +362,9 @@ class RegressionEpisodes:
             )
         dtype = torch.get_default_dtype()
         both = sent([torch.from_numpy(each).to(dtype) for each in (inputs, targets)], self.device)
-        parts = [each.split([self.shots, self.query_shots], dim=1) for each in both]
-        return Task(*map(Examples, *parts))
+        support, query = zip(*(each.split([self.shots, self.query_shots], dim=1) for each in both))
+        # each in memory of its own, once for all the batches that are made of these tasks
+        return Task(*(Examples(*(each.contiguous() for each in part)) for part in (support, query)))
 
     def _one_by_one(self, start: int, tasks: int, drawn: int) -> tuple[np.ndarray, np.ndarray]:
         """(tasks, drawn, 1) inputs and targets."""

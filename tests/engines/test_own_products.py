@@ -80,6 +80,7 @@ def ours(monkeypatch):
     monkeypatch.setattr(build, "leaves_registers_empty", lambda: True)
     monkeypatch.setattr(programs, "FEW", 2)
     monkeypatch.setattr(programs, "SHARED", 2)
+    monkeypatch.setattr(programs, "small", lambda step, threads: None)
     texts = []
     text = programs._text
     monkeypatch.setattr(programs, "_text", lambda *facts: texts.append(text(*facts)) or texts[-1])

@@ -7,7 +7,6 @@ left out. Loops of the same text, as those of the inner steps, are compiled once
 from __future__ import annotations
 
 import ctypes
-import math
 import tempfile
 from collections.abc import Callable, Container, Sequence
 from functools import partial
@@ -20,17 +19,15 @@ from torch.fx import GraphModule
 from fomaml.engines import _torch
 from fomaml.engines.compiled.lowering import Lowered, Step, lowered
 from fomaml.engines.compiled.operators import Product
+from fomaml.engines.compiled.small import FEW, SHARED, small, work
 from fomaml.engines.compiled.values import TYPES, Buffer, Leaf
 from fomaml.engines.cpu import build
 from fomaml.engines.cpu.build import kept, machine, name_of
 
-HEADER = Path(__file__).parent / "loops.h"
+HEADERS = [build.FOLDER / "lanes.h", *(Path(__file__).parent / name for name in ("loops.h", "small.h"))]
 FLAGS = (*build.FAST, build.NATIVE, "-std=c++17", "-shared", "-fPIC", "-fno-exceptions")
 PRODUCTS = ("mm", "bmm", "addmm", "baddbmm")
 ALIGNMENT = 64
-# products of two numbers in a product of matrices: below FEW torch's are as fast in any case; from SHARED for each
-# thread on several are faster than one
-FEW, SHARED = 50_000, 1_000_000
 
 
 def program(graph: GraphModule, threads: int = 1) -> Callable[..., list[Tensor]]:
@@ -41,6 +38,7 @@ def program(graph: GraphModule, threads: int = 1) -> Callable[..., list[Tensor]]
         Missing, RuntimeError: torch or the compiler lack what that needs.
     """
     found = lowered(graph)
+    found.steps[:] = [(isinstance(step, Product) and small(step, threads)) or step for step in found.steps]
     ours = [step for step in found.steps if isinstance(step, Product) and _is_ours(step)]
     own, kinds = {id(step) for step in ours}, {str(step.operands[0].dtype) for step in ours}
     layout = _Layout(found.steps, own)
@@ -64,13 +62,7 @@ def program(graph: GraphModule, threads: int = 1) -> Callable[..., list[Tensor]]
 def _is_ours(step: Product) -> bool:
     """Whether a product is one for products.cpp."""
     out = step.operands[0]
-    return build.leaves_registers_empty() and out.strides[-1] == 1 and _work(step, of_one=True) >= FEW
-
-
-def _work(step: Product, of_one: bool = False) -> int:
-    """How many products of two numbers there are in a product of matrices, or in one of a stack."""
-    shape = step.operands[0].shape
-    return math.prod(shape[-2:] if of_one else shape) * step.operands[-1].shape[-2]
+    return build.leaves_registers_empty() and out.strides[-1] == 1 and work(step, of_one=True) >= FEW
 
 
 class Program:
@@ -195,7 +187,7 @@ def _text(found: Lowered, layout: _Layout, threads: int, own: Container[int]) ->
             assert isinstance(step, Product)
             sizes = sizes_of.setdefault(_sizes(step), f"sizes{len(sizes_of)}")
             out, *added, left, right = step.operands
-            kind, hands = TYPES[out.dtype], threads if _work(step) >= SHARED * threads else 1
+            kind, hands = TYPES[out.dtype], threads if work(step) >= SHARED * threads else 1
             pointers = [*map(pointer, (out, left, right, *added)), *([] if added else ["nullptr"])]
             beta, alpha = step.factors or (0.0, 1.0)
             calls.append(f"product<{kind}>({hands}, {', '.join(pointers)}, {sizes}, {beta!r}, {alpha!r});")
@@ -217,7 +209,7 @@ def _text(found: Lowered, layout: _Layout, threads: int, own: Container[int]) ->
     inner = [i for i, each in enumerate(layout.operands) if each.buffer.place == "inner"]
     return "\n".join(
         [
-            HEADER.read_text(encoding="utf-8"),
+            *(header.read_text(encoding="utf-8") for header in HEADERS),
             *(f"static __attribute__((noinline)) void {name}{text}" for text, name in functions.items()),
             *(f"static const number {name}[] = {{{text}}};" for text, name in sizes_of.items()),
             f"static const Operand operands[{count + 1}] = {{",

@@ -25,7 +25,7 @@ from fomaml.files import user_cache
 FOLDER = Path(__file__).parent
 SOURCES = [FOLDER / name for name in ("norm_relu_pool.cpp", "convolution.cpp", "vectors.cpp")]
 PRODUCTS = [FOLDER / "products.cpp"]
-HEADERS = [FOLDER / name for name in ("crew.h", "entries.h", "patches.h", "tiles.h")]
+HEADERS = [FOLDER / name for name in ("crew.h", "entries.h", "lanes.h", "patches.h", "tiles.h")]
 NATIVE = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
 FAST = ("-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math")
 FLAGS = (*FAST, NATIVE, "-std=c++17", "-shared", "-fPIC", "-pthread")

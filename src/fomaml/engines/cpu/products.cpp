@@ -57,10 +57,15 @@ inline void tile(const T* const* a, Size step, Size depth, const T* packed, cons
     using V = typename Lanes<T>::V;
     constexpr int L = Lanes<T>::L;
     V acc[ROWS][VECTORS] = {};
-    if (d)
+    if (d && ds.across == 1 && width >= VECTORS * L) {
+        load<T, VECTORS>([=](Size r) { return d + r * ds.down; }, rows, acc);
+        for (auto& row : acc)
+            for (V& v : row) v *= beta;
+    } else if (d) {
         for (Size r = 0; r < rows; ++r)
             for (Size l = 0; l < std::min<Size>(width, VECTORS * L); ++l)
                 acc[r][l / L][l % L] = beta * d[r * ds.down + l * ds.across];
+    }
     outer<T, VECTORS>(a, step, depth, [=](Size k) { return packed + k * panel<T>; }, acc);
     if (width >= VECTORS * L)
         store<T, VECTORS>([=](Size r) { return c + r * cs.down; }, rows, acc);
@@ -72,13 +77,12 @@ template <typename T>
 void product(T* c, const T* a, const T* b, const T* d, Size m, Size k, Size n, const Strides& cs, const Strides& as,
              const Strides& bs, const Strides& ds, T beta, T alpha) {
     constexpr Size L = Lanes<T>::L;
-    static thread_local std::vector<T> packed, turned;
+    static thread_local std::vector<T> packed;
     // as many columns at a time as leave room for enough rows of b
     const Size all = (n + panel<T> - 1) / panel<T>, fit = std::max<Size>(1, CACHED / (ROOM * panel<T> * sizeof(T)));
     const Size parts = (all + fit - 1) / fit, panels = (all + parts - 1) / parts;
     const Size depth = std::min<Size>(CACHED / (panels * panel<T> * sizeof(T)), k);
     packed.resize(panels * panel<T> * depth);
-    if (as.across != 1) turned.resize(ROWS * depth);
     for (Size left = 0; left < n; left += panels * panel<T>)
         for (Size begin = 0; begin < k; begin += depth) {
             const Size count = std::min(depth, k - begin), columns = std::min(panels * panel<T>, n - left);
@@ -86,21 +90,14 @@ void product(T* c, const T* a, const T* b, const T* d, Size m, Size k, Size n, c
             for (Size row = 0; row < m; row += ROWS) {
                 const Size rows = std::min<Size>(ROWS, m - row);
                 const T* from[ROWS];
-                Size step = 1;
                 for (int r = 0; r < ROWS; ++r) from[r] = a + std::min(row + r, m - 1) * as.down + begin * as.across;
-                if (as.across != 1) {
-                    for (Size i = 0; i < count; ++i)
-                        for (int r = 0; r < ROWS; ++r) turned[i * ROWS + r] = from[r][i * as.across];
-                    for (int r = 0; r < ROWS; ++r) from[r] = turned.data() + r;
-                    step = ROWS;
-                }
                 for (Size p = 0; p < columns; p += panel<T>) {
                     const Size width = std::min(panel<T>, columns - p);
                     over_columns<T>((width + L - 1) / L * L, [&](Size v, auto vectors) {
                         const Size column = left + p + v;
                         T* to = c + row * cs.down + column;
                         const T* added = begin ? to : d ? d + row * ds.down + column * ds.across : nullptr;
-                        tile<T, decltype(vectors)::value>(from, step, count, packed.data() + p * count + v, added,
+                        tile<T, decltype(vectors)::value>(from, as.across, count, packed.data() + p * count + v, added,
                                                           begin ? cs : ds, begin ? T(1) : beta, to, cs, rows, width - v);
                     });
                 }
