@@ -251,9 +251,6 @@ void backward(const T* slope, const T* x, const T* w, T* by_x, T* by_w, T* by_bi
 
 }  // namespace
 
-// the threads that the caller's kernels may use from now on
-extern "C" void use_threads(long long threads) { crew::hands = threads; }
-
 #define ENTRY(NAME, T)                                                                                             \
     extern "C" void convolve_##NAME(const T* x, const T* w, const T* bias, T* y, const long long* sizes) {         \
         const Shape s{sizes[4], sizes[5], sizes[6], sizes[7], sizes[8], sizes[9], sizes[10], sizes[11], sizes[12], \
