@@ -15,7 +15,7 @@ from fomaml.data.synthetic import Sinusoids
 from fomaml.draws import generator, uniforms
 from fomaml.episodes import Episodes, RegressionEpisodes
 from fomaml.errors import InputError
-from fomaml.threads import alone, pool_of
+from fomaml.threads import alone, in_parts, pool_of, spread
 
 LABELS = torch.arange(6).repeat_interleave(8)
 
@@ -44,6 +44,7 @@ def equal(found, expected):
 
 SEQUENCES = {
     "small": lambda: drawn_from(source()),
+    "gathered": lambda: drawn_from(source(64)),
     "large": lambda: drawn_from(source(64, pixels())),
     "turned": lambda: drawn_from(source(64, pixels()), turns=True, jitter=1.0),
     "augmented": lambda: drawn_from(source(64), augment=lambda inputs, random: inputs),
@@ -125,6 +126,41 @@ def test_training_draws_as_without(monkeypatch):
         return [*learner.parameters()]
 
     assert all(map(torch.equal, weights(True), weights(False)))
+
+
+def test_large_batches_are_gathered_by_several_threads(monkeypatch):
+    monkeypatch.setattr("fomaml.data.source.LARGE", 1)
+    own, threads, gather = drawn_from(source(64)), set(), torch.index_select
+    expected = [own.batch(start, 2) for start in range(0, 12, 2)]
+    monkeypatch.setattr(
+        torch,
+        "index_select",
+        lambda *given, **out: threads.add(threading.get_ident()) or gather(*given, **out),
+    )
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        ahead = Ahead(own, 2, 12)
+        found = [ahead.batch(start, 2) for start in range(0, 12, 2)]
+    finally:
+        torch.set_num_threads(before)
+    assert all(map(equal, found, expected))
+    assert threads and threading.get_ident() not in threads
+
+
+def test_an_error_of_one_thread_is_raised_when_all_have_ended():
+    done = []
+
+    def work(part):
+        if part.start == 0:
+            raise InputError("no")
+        done.append(part)
+
+    with spread(2), pytest.raises(InputError, match="no"):
+        in_parts(work, 5)
+    assert done == [slice(2, 5)]
+    in_parts(done.append, 4)
+    assert done[1:] == [slice(4)]
 
 
 def test_functions_at_once_are_those_one_by_one():

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from concurrent.futures import Future
 
+import torch
+
 from fomaml.blocks import Memory, kept_in
 from fomaml.draws import Numbers
 from fomaml.episodes import Episodes, RegressionEpisodes, TaskSequence, copies_of, ways_of
 from fomaml.tasks import Batch, Task, tensors_of
-from fomaml.threads import alone, pool_of
+from fomaml.threads import alone, pool_of, spread
 
 LARGE = 2**28  # bytes: a batch of more is not kept beside the present one
 SMALL = 2**18  # bytes: so many are drawn at a time
@@ -26,12 +28,17 @@ class Ahead(TaskSequence):
 
     def __init__(self, episodes: TaskSequence, stride: int, stop: int):
         self.episodes, self.stride, self.stop = episodes, stride, stop
-        self._aside = type(episodes) is Episodes and episodes.draws_aside
-        self._many = self._aside or type(episodes) is RegressionEpisodes
+        self._aside = False
+        self._many = type(episodes) is RegressionEpisodes
+        if type(episodes) is Episodes and episodes.draws_aside:
+            self._many = True
+            # what lies ready in a CPU's memory is sooner gathered by all cores than by one that has to compute
+            self._aside = not episodes.only_gathers
         self._drawn: dict[tuple[int, int], Future[Batch]] = {}
         self._block: tuple[range, Task] | None = None
         self._numbers: tuple[range, Numbers] | None = None
         self._memory = Memory()
+        self._threads = torch.get_num_threads()
 
     @property
     def ways(self) -> int | None:
@@ -70,7 +77,7 @@ class Ahead(TaskSequence):
             self._drawn[following, tasks] = pool_of(1).submit(self._draw, following, tasks)
 
     def _draw(self, start: int, tasks: int) -> Batch:
-        with kept_in(self._memory):
+        with kept_in(self._memory), spread(self._threads):
             if type(self.episodes) is Episodes:
                 return self.episodes.taken(self._numbers_of(self.episodes, start, tasks), start)
             return self.episodes.batch(start, tasks)

@@ -233,6 +233,13 @@ class Episodes:
         """Whether another thread may draw tasks: no function or array of the user's is called."""
         return not self.augmentation and self.source.reads_aside
 
+    @property
+    def only_gathers(self) -> bool:
+        """Whether tasks are rows of what lies in a CPU's memory, as they are."""
+        inputs = self.source.inputs
+        ready = isinstance(inputs, Tensor) and inputs.is_cpu and self.source.decode is None
+        return ready and not (self.turns or self.jitter or self.augmentation)
+
     def __getitem__(self, index: int) -> Task:
         return one(self.batch(index, 1), 0)
 

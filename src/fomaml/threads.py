@@ -1,11 +1,12 @@
-"""Work on one thread: of torch's operators between two calls that compute on many, and aside."""
+"""Work on one thread: of torch's operators between two calls that compute on many, and aside; and on several."""
 
 from __future__ import annotations
 
 import functools
+import itertools
 import threading
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 
 import torch
@@ -41,3 +42,33 @@ def pool_of(threads: int) -> ThreadPoolExecutor:
     together.wait()
     torch.set_num_threads(before)
     return pool
+
+
+_own = threading.local()
+
+
+@contextmanager
+def spread(threads: int) -> Iterator[None]:
+    """Within it `in_parts` uses so many threads where this thread calls it."""
+    before = getattr(_own, "threads", 1)
+    _own.threads = threads
+    try:
+        yield
+    finally:
+        _own.threads = before
+
+
+def in_parts(work: Callable[[slice], object], number: int) -> None:
+    """Do work that is made of so many pieces, on as many threads as `spread` has set; work(slice) does some of them.
+
+    The threads are those of `pool_of`, which then compute with what they have written: it lies in their cores' caches.
+    """
+    threads = getattr(_own, "threads", 1)
+    if threads == 1:
+        work(slice(number))
+        return
+    bounds = [number * part // threads for part in range(threads + 1)]
+    futures = [pool_of(threads).submit(work, slice(*each)) for each in itertools.pairwise(bounds)]
+    wait(futures)
+    for future in futures:
+        future.result()

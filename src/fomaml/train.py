@@ -205,7 +205,9 @@ def train(
                     raise unsound(int(first_bad.item()))
                 after = step.after()
                 checked = iteration + 1
-            yield Record(iteration + 1, step.meta_loss, step.before, after, first_bad=first_bad)
+            record = Record(iteration + 1, step.meta_loss, step.before, after, first_bad=first_bad)
+            del step  # with its tasks, whose memory the next ones take
+            yield record
 
     return _Training(steps(), ranks)
 

@@ -23,7 +23,9 @@ import torch
 from fomaml.files import user_cache
 
 FOLDER = Path(__file__).parent
-SOURCES = [FOLDER / name for name in ("convolution.cpp", "norm_relu_pool.cpp", "crew.cpp", "vectors.cpp")]  # the longest first
+SOURCES = [
+    FOLDER / name for name in ("convolution.cpp", "norm_relu_pool.cpp", "crew.cpp", "vectors.cpp")
+]  # the longest first
 PRODUCTS = [FOLDER / "products.cpp"]
 HEADERS = [FOLDER / name for name in ("crew.h", "entries.h", "lanes.h", "patches.h", "tiles.h")]
 NATIVE = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
