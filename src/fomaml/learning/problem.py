@@ -75,9 +75,10 @@ class Problem:
             watched=watched and not stacked,  # vmap does not tell what depends on what
         )
         learned = set(learner.meta_learned)
-        _check_parameters(learner)
-        own = {n: p if n in learned else p.detach() for n, p in learner.model.named_parameters()}
-        own_buffers = dict(learner.model.named_buffers()) | buffers_of(self._judge)
+        parameters = self.replicas.parameters
+        _check_parameters(learner, parameters)
+        own = {n: p if n in learned else p.detach() for n, p in parameters.items()}
+        own_buffers = self.replicas.buffers | buffers_of(self._judge)
         self.buffers = {name: buffer.clone() for name, buffer in own_buffers.items()}
         self.meta = dict(own)
         self.start: Adapted = {name: own.pop(name) for name in learner.adapted}
@@ -389,9 +390,9 @@ def _assigned(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict
     return {name: buffer for name, buffer in after.items() if buffer is not before.get(name)}
 
 
-def _check_parameters(learner: Learner) -> None:
+def _check_parameters(learner: Learner, parameters: Mapping[str, Tensor]) -> None:
     """Raise `InputError` where the model's parameters are others than when the learner was made."""
-    own = {name: p.requires_grad for name, p in learner.model.named_parameters()}
+    own = {name: p.requires_grad for name, p in parameters.items()}
     late = [name for name, learns in own.items() if learns and name not in learner.trainable]
     gone = [name for name in learner.adapted if name not in own]
     if late or gone:

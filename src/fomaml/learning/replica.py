@@ -42,6 +42,8 @@ class Replicas:
         gets other gradients without an error (torch 2.6 to 2.14), and vmap has no rule for it.
     watched: look, at the first forward pass with other parameters, whether it reaches the module itself.
 
+    parameters, buffers: those of the module by name, each once.
+
     Raises:
         InputError: a module that no replica can be made of, see `check_module`; at the first forward pass, one that
             calls a module of the tree itself, or reads a parameter that has another tensor in its place.
@@ -64,7 +66,8 @@ class Replicas:
             self.modules += [module for module in of_criterion.modules() if module not in own]
         self._evaluating = evaluating
         self.index = {id(module): number for number, module in enumerate(self.modules)}
-        named = dict(chain(model.named_parameters(), model.named_buffers()))
+        self.parameters, self.buffers = dict(model.named_parameters()), dict(model.named_buffers())
+        named = self.parameters | self.buffers
         self.names = {id(tensor): name for name, tensor in named.items()}
         for name, buffer in buffers_of(criterion).items():
             self.names.setdefault(id(buffer), name)
@@ -107,6 +110,7 @@ class Replicas:
             ]
             for module in self.modules
         ]
+        self._as_it_was = True  # no forward pass has left anything on the module
         self._hooked = any(vars(module).get("_backward_hooks") for module in self.modules)
         self.training: bool | None = None  # of all modules, where it is not their own
         self._written_out = [
@@ -208,6 +212,7 @@ class Replicas:
                 after = module.__dict__
                 object.__setattr__(module, "__dict__", own)
                 if keep:
+                    self._as_it_was = False
                     moved = OF_ALL_MODULES.union(["_original"], (key for key, _ in attributes))
                     own.update((key, value) for key, value in after.items() if key not in moved)
 
@@ -244,6 +249,8 @@ class Replicas:
             copied = _deepcopied(self.modules[0], memo)
         except (TypeError, RuntimeError) as error:
             raise InputError(f"the module cannot be copied: {in_one_line(error)}") from error
+        if self._as_it_was and not any(self._attributes):
+            return copied
         modules = list(copied.modules())
         tensors = dict(chain(copied.named_parameters(), copied.named_buffers()))
         for module in modules:
