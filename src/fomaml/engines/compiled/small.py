@@ -50,13 +50,13 @@ def small(step: Product, threads: int) -> Loop | None:
     leaves = step.operands
     out, *added, left, right = map(matrix_of, leaves)
     stack = leaves[0].shape[0] if len(leaves[0].shape) == 3 else 1
-    total, shared = work(step), threads > 1 and stack > 1
     narrow = min(left.columns, right.columns) < NARROW
     most = FEW if not build.leaves_registers_empty() else math.inf if narrow else MORE
     if work(step, of_one=True) >= most:
         return None
-    if not shared and total >= SHARED * threads and threads > 1:
-        return None  # for several threads
+    total, shared = work(step), threads > 1 and stack > 1
+    if threads > 1 and not shared and total >= SHARED * threads:
+        return None  # for them all
     names = "p1", "p2"
     by_rows = left.across == 1 and right.down == 1 and right.columns == 1
     if out.across != 1 or (right.columns == 1 and out.down == 1 and not by_rows):

@@ -1,7 +1,7 @@
 // Products of matrices on one thread, for processors on which those of torch do not use the widest registers.
 //
-// c = beta d + alpha a b. Columns of b are packed, so many rows at a time that they stay in the second cache; then each
-// tile of c is summed in registers. Every number is the same sum, whatever else is computed.
+// c = beta d + alpha a b. So many rows of b at a time that they stay in the second cache, packed where they are not vectors
+// already; then each tile of c is summed in registers. Every number is the same sum, whatever else is computed.
 #include <algorithm>
 #include <cstring>
 #include <vector>
@@ -52,7 +52,7 @@ void pack(const T* b, const Strides& s, Size rows, Size columns, T scale, T* to)
 
 // a tile of c, of some rows and VECTORS vectors of which so many columns are wanted
 template <typename T, int VECTORS>
-inline void tile(const T* const* a, Size step, Size depth, const T* packed, const T* d, const Strides& ds, T beta, T* c,
+inline void tile(const T* const* a, Size step, Size depth, const T* b, Size b_down, const T* d, const Strides& ds, T beta, T* c,
                  const Strides& cs, Size rows, Size width) {
     using V = typename Lanes<T>::V;
     constexpr int L = Lanes<T>::L;
@@ -66,7 +66,7 @@ inline void tile(const T* const* a, Size step, Size depth, const T* packed, cons
             for (Size l = 0; l < std::min<Size>(width, VECTORS * L); ++l)
                 acc[r][l / L][l % L] = beta * d[r * ds.down + l * ds.across];
     }
-    outer<T, VECTORS>(a, step, depth, [=](Size k) { return packed + k * panel<T>; }, acc);
+    outer<T, VECTORS>(a, step, depth, [=](Size k) { return b + k * b_down; }, acc);
     if (width >= VECTORS * L)
         store<T, VECTORS>([=](Size r) { return c + r * cs.down; }, rows, acc);
     else
@@ -82,11 +82,13 @@ void product(T* c, const T* a, const T* b, const T* d, Size m, Size k, Size n, c
     const Size all = (n + panel<T> - 1) / panel<T>, fit = std::max<Size>(1, CACHED / (ROOM * panel<T> * sizeof(T)));
     const Size parts = (all + fit - 1) / fit, panels = (all + parts - 1) / parts;
     const Size depth = std::min<Size>(CACHED / (panels * panel<T> * sizeof(T)), k);
-    packed.resize(panels * panel<T> * depth);
+    const bool packs = bs.across != 1 || n % L || alpha != T(1);
+    if (packs) packed.resize(panels * panel<T> * depth);
     for (Size left = 0; left < n; left += panels * panel<T>)
         for (Size begin = 0; begin < k; begin += depth) {
             const Size count = std::min(depth, k - begin), columns = std::min(panels * panel<T>, n - left);
-            pack(b + begin * bs.down + left * bs.across, bs, count, columns, alpha, packed.data());
+            const T* rows_of_b = b + begin * bs.down + left * bs.across;
+            if (packs) pack(rows_of_b, bs, count, columns, alpha, packed.data());
             for (Size row = 0; row < m; row += ROWS) {
                 const Size rows = std::min<Size>(ROWS, m - row);
                 const T* from[ROWS];
@@ -97,7 +99,8 @@ void product(T* c, const T* a, const T* b, const T* d, Size m, Size k, Size n, c
                         const Size column = left + p + v;
                         T* to = c + row * cs.down + column;
                         const T* added = begin ? to : d ? d + row * ds.down + column * ds.across : nullptr;
-                        tile<T, decltype(vectors)::value>(from, as.across, count, packed.data() + p * count + v, added,
+                        const T* right = packs ? packed.data() + p * count + v : rows_of_b + p + v;
+                        tile<T, decltype(vectors)::value>(from, as.across, count, right, packs ? panel<T> : bs.down, added,
                                                           begin ? cs : ds, begin ? T(1) : beta, to, cs, rows, width - v);
                     });
                 }
