@@ -63,8 +63,10 @@ struct Small {
                 transpose<T>(block);
                 for (number i = 0; i < L; i++) *(V*)(to[k + i] + v) = block[i];
             }
+        constexpr number WHOLE = B_ACROSS == 1 ? N / L * L : 0;  // columns that are vectors already
         for (number k = TURNED; k < K; k++) {
-            for (number n = 0; n < N; n++) to[k][n] = alpha * b[k * B_DOWN + n * B_ACROSS];
+            for (number n = 0; n < WHOLE; n += L) *(V*)(to[k] + n) = *(const V*)(b + k * B_DOWN + n) * alpha;
+            for (number n = WHOLE; n < N; n++) to[k][n] = alpha * b[k * B_DOWN + n * B_ACROSS];
             for (number n = N; n < VECTORS * L; n++) to[k][n] = 0;
         }
     }

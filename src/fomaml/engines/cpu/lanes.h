@@ -27,65 +27,68 @@ struct Lanes<double> {
     static constexpr int L = BYTES / sizeof(double);
 };
 
-// one vector of the sums of L vectors: halves are folded together until each lane holds a sum
-template <typename T>
-inline typename Lanes<T>::V sums(typename Lanes<T>::V* v) {
-    using V = typename Lanes<T>::V;
-    constexpr int L = Lanes<T>::L;
-    int left = L;
-#pragma GCC unroll 4
-    for (int half = L / 2; half >= 1; half /= 2) {
-        typename Lanes<T>::I low, high;
-#pragma GCC unroll 16
-        for (int i = 0; i < L; ++i) {
-            const int block = i / (2 * half) * (2 * half), within = i % (2 * half);
-            low[i] = within < half ? block + within : L + block + within - half;
-            high[i] = within < half ? block + within + half : L + block + within;
-        }
-        left /= 2;
-        // folding v[i] with v[i + left] leaves the lanes in order
-#pragma GCC unroll 8
-        for (int i = 0; i < left; ++i) {
-            const V a = v[i], b = v[i + left];
+template <int... I>
+struct Places {};
+template <int N, int... I>
+struct Upto : Upto<N - 1, N - 1, I...> {};
+template <int... I>
+struct Upto<0, I...> {
+    using All = Places<I...>;  // 0, 1, …
+};
+
+// lanes of two vectors: lane i is number FROM::of(i) of both, one after the other
+template <typename T, typename FROM, int... I>
+inline typename Lanes<T>::V picked(typename Lanes<T>::V a, typename Lanes<T>::V b, Places<I...>) {
 #if defined(__clang__)
-            V x, y;
-            for (int l = 0; l < L; ++l) {
-                x[l] = low[l] < L ? a[low[l]] : b[low[l] - L];
-                y[l] = high[l] < L ? a[high[l]] : b[high[l] - L];
-            }
-            v[i] = x + y;
+    return __builtin_shufflevector(a, b, FROM::of(I)...);
 #else
-            v[i] = __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
+    const typename Lanes<T>::I from = {FROM::of(I)...};
+    return __builtin_shuffle(a, b, from);
 #endif
-        }
-    }
-    return v[0];
 }
+
+// in blocks of two halves: of the one half, and after it that of the other vector
+template <int L, int HALF, bool SECOND>
+struct Half {
+    static constexpr int of(int i) {
+        const int block = i / (2 * HALF) * (2 * HALF), within = i % (2 * HALF), second = SECOND ? HALF : 0;
+        return within < HALF ? block + within + second : L + block + within - HALF + second;
+    }
+};
+
+// one vector of the sums of L vectors: halves are folded together until each lane holds a sum, the lanes in order
+template <typename T, int HALF = Lanes<T>::L / 2>
+inline typename Lanes<T>::V sums(typename Lanes<T>::V* v) {
+    constexpr int L = Lanes<T>::L;
+    using All = typename Upto<L>::All;
+#pragma GCC unroll 8
+    for (int i = 0; i < HALF; ++i)
+        v[i] = picked<T, Half<L, HALF, false>>(v[i], v[i + HALF], All()) +
+               picked<T, Half<L, HALF, true>>(v[i], v[i + HALF], All());
+    if constexpr (HALF > 1)
+        return sums<T, HALF / 2>(v);
+    else
+        return v[0];
+}
+
+// of two vectors in turns, from lane START on
+template <int L, int START>
+struct Zipped {
+    static constexpr int of(int i) { return START + i / 2 + i % 2 * L; }
+};
 
 // L vectors of L numbers become those of the columns: rows are zipped with those half of them further, log2(L) times
 template <typename T>
 inline void transpose(typename Lanes<T>::V* v) {
     using V = typename Lanes<T>::V;
     constexpr int L = Lanes<T>::L;
-    typename Lanes<T>::I low, high;
-    for (int i = 0; i < L; ++i) {
-        low[i] = i / 2 + i % 2 * L;
-        high[i] = low[i] + L / 2;
-    }
+    using All = typename Upto<L>::All;
     for (int round = 1; round < L; round *= 2) {
         V zipped[L];
 #pragma GCC unroll 8
         for (int i = 0; i < L / 2; ++i) {
-            const V a = v[i], b = v[i + L / 2];
-#if defined(__clang__)
-            for (int l = 0; l < L; ++l) {
-                zipped[2 * i][l] = low[l] < L ? a[low[l]] : b[low[l] - L];
-                zipped[2 * i + 1][l] = high[l] < L ? a[high[l]] : b[high[l] - L];
-            }
-#else
-            zipped[2 * i] = __builtin_shuffle(a, b, low);
-            zipped[2 * i + 1] = __builtin_shuffle(a, b, high);
-#endif
+            zipped[2 * i] = picked<T, Zipped<L, 0>>(v[i], v[i + L / 2], All());
+            zipped[2 * i + 1] = picked<T, Zipped<L, L / 2>>(v[i], v[i + L / 2], All());
         }
 #pragma GCC unroll 16
         for (int i = 0; i < L; ++i) v[i] = zipped[i];
