@@ -61,14 +61,19 @@ def spread(threads: int) -> Iterator[None]:
 def in_parts(work: Callable[[slice], object], number: int) -> None:
     """Do work that is made of so many pieces, on as many threads as `spread` has set; work(slice) does some of them.
 
-    The threads are those of `pool_of`, which then compute with what they have written: it lies in their cores' caches.
+    The threads are this one and those of `pool_of`, which then compute with what they have written: it lies in their
+    cores' caches.
     """
     threads = getattr(_own, "threads", 1)
     if threads == 1:
         work(slice(number))
         return
     bounds = [number * part // threads for part in range(threads + 1)]
-    futures = [pool_of(threads).submit(work, slice(*each)) for each in itertools.pairwise(bounds)]
-    wait(futures)
+    *others, last = itertools.starmap(slice, itertools.pairwise(bounds))
+    futures = [pool_of(threads).submit(work, each) for each in others]
+    try:
+        work(last)
+    finally:
+        wait(futures)
     for future in futures:
         future.result()

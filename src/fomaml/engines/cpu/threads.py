@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import wait
+from itertools import chain, islice
 
 import torch
 
@@ -48,14 +49,20 @@ def side_by_side(function: Callable, items: Iterable) -> Iterator:
         return
     pool = pool_of(threads)
     under_way: deque = deque()
+    items = iter(items)
+    first = [*islice(items, threads + 1)]
+    # of as many as there are threads, one that this thread computes itself, sooner than another wakes up
+    own = [first.pop()] if 1 < len(first) <= threads else []
     torch.set_num_threads(1)
     try:
-        for item in items:
+        for item in chain(first, items):
             under_way.append(pool.submit(function, item))
             if len(under_way) > threads:
                 yield under_way.popleft().result()
+        done = [*map(function, own)]
         while under_way:
             yield under_way.popleft().result()
+        yield from done
     finally:  # after an error nothing runs on, and nothing holds memory
         wait([future for future in under_way if not future.cancel()])
         torch.set_num_threads(threads)
