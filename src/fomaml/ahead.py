@@ -38,7 +38,8 @@ class Ahead(TaskSequence):
         self._block: tuple[range, Task] | None = None
         self._numbers: tuple[range, Numbers] | None = None
         self._memory = Memory()
-        self._threads = torch.get_num_threads()
+        # aside there is one: others have to compute, and what they are given waits until they have done so
+        self._threads = 1 if self._aside else torch.get_num_threads()
 
     @property
     def ways(self) -> int | None:

@@ -199,16 +199,17 @@ def _scaled(images: Tensor, scale: float, shift: float) -> Tensor:
     return found.copy_(images).mul_(scale).sub_(shift)
 
 
+LARGE = 2**20  # bytes, from which on several threads gather faster
+
+
 def _rows(inputs: Tensor, rows: Tensor) -> Tensor:
     # a quarter of the time that inputs[rows] takes
     found = empty((len(rows), *inputs.shape[1:]), inputs.dtype, inputs.device)
-    if not inputs.is_cpu or found.nbytes < LARGE:
+    # modes are of a thread: others would not write into what is made in inference mode
+    if not inputs.is_cpu or found.nbytes < LARGE or found.is_inference():
         return torch.index_select(inputs, 0, rows, out=found)
     in_parts(lambda part: torch.index_select(inputs, 0, rows[part], out=found[part]), len(rows))
     return found
-
-
-LARGE = 2**20  # bytes, from which on several threads are faster
 
 
 def _first_not_finite(inputs: Tensor) -> int | None:

@@ -20,6 +20,7 @@ from fomaml.learning.learner import MetaLearner
 from fomaml.learning.problem import Problem
 from fomaml.metrics import ignored_label
 from fomaml.tasks import Batch, Examples, Task, are_labels, count, shape_of, stack, ways_each
+from fomaml.threads import alone
 from fomaml.trees import Tree, joined, mapped
 
 TaskWeights = Literal["equal", "examples"] | Callable[[Task], float]
@@ -156,12 +157,17 @@ def strides_of(learner: MetaLearner) -> dict[str, Strides]:
 
 
 def accumulate(
-    strides: Mapping[str, Strides], found: Iterable[Found], engine: str, divisor: float
+    strides: Mapping[str, Strides],
+    found: Iterable[Found],
+    engine: str,
+    divisor: float,
+    compiled: bool = False,
 ) -> MetaGradient:
     """Put the chunks of a meta-batch together, one in memory at a time.
 
     strides: of the meta-parameters, by name. divisor: of the sums, such as the number of tasks; 1 where they are means
-    already.
+    already. compiled: at the end torch's operators have one thread. Of several the helpers would spin for milliseconds
+    on the cores that the next meta-gradient needs.
     """
     found = iter(found)
     gradients, *seen = next(found)
@@ -170,10 +176,11 @@ def accumulate(
         # not in place: autograd may hand two parameters the same tensor
         gradients = _torch.add(gradients, chunk.gradients)
         rest.append(chunk[1:])
-    losses, support_losses, outputs = (joined([*each]) for each in zip(seen, *rest)) if rest else seen
-    gradients = _torch.divide(gradients, divisor) if divisor != 1 else _apart(gradients)
-    own = map(laid, gradients, strides.values())
-    return MetaGradient(dict(zip(strides, own)), losses, support_losses, outputs, engine)
+    with alone(compiled):
+        losses, support_losses, outputs = (joined([*each]) for each in zip(seen, *rest)) if rest else seen
+        gradients = _torch.divide(gradients, divisor) if divisor != 1 else _apart(gradients)
+        own = dict(zip(strides, map(laid, gradients, strides.values())))
+    return MetaGradient(own, losses, support_losses, outputs, engine)
 
 
 def _apart(gradients: Sequence[Tensor]) -> list[Tensor]:

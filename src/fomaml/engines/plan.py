@@ -263,7 +263,7 @@ class Plan(Choosing):
                     else:
                         found, strides = function.map(chunks(group.tasks, size)), function.strides
                         divisor /= fixed
-                    part = accumulate(strides, found, self.engine, divisor)
+                    part = accumulate(strides, found, self.engine, divisor, function is not None)
                     parts.append(part if group.weight else part.without_gradients())
                 except Exception as error:  # whatever a module raises
                     self.halve(most, error, group.tasks)

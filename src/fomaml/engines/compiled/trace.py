@@ -29,6 +29,7 @@ from fomaml.engines.cpu.threads import on_one_thread, one_by_one, side_by_side
 from fomaml.errors import InputError
 from fomaml.learning.learner import MetaLearner
 from fomaml.tasks import Task, chunks, count, device_of, tensors_of
+from fomaml.threads import alone
 from fomaml.trees import Tree, leaves, mapped, rebuilt
 
 # a chunk → what is found of it, a named tuple: first a list of tensors, sums over tasks; the rest (tasks, ...) each
@@ -193,8 +194,9 @@ class Compiled:
 
     def _state(self) -> list[Tensor]:
         state = [owner[name].detach() for owner, name in self._slots]
-        for number in self._channels_last:
-            state[number] = kernels.channels_last(state[number])
+        with alone(bool(self._channels_last)):  # or helpers of OpenMP would spin where kernels want to run
+            for number in self._channels_last:
+                state[number] = kernels.channels_last(state[number])
         return state
 
 
