@@ -14,9 +14,8 @@ from fomaml.engines.cpu import build
 # below MORE what products.cpp does, which is not made for less than NARROW columns or terms of a sum; from SHARED for
 # each thread on several are faster than one
 FEW, MORE, NARROW, SHARED = 50_000, 500_000, 32, 1_000_000
-PACKED = (
-    16384  # numbers of the right matrix as it is copied, its columns filled up to vectors: 64 kB of float32
-)
+# numbers of the right matrix as it is copied, its columns filled up to vectors: 64 kB of float32
+PACKED = 16384
 LANES = 16  # of float32 in the widest vectors
 
 
