@@ -213,8 +213,9 @@ def test_a_label_beyond_the_outputs_is_an_error():
         lambda a, b: [a.bfloat16() * 2],
         lambda a, b: [a.to(torch.int32)],
         lambda a, b: [a * HELD],
+        lambda a, b: [torch.func.grad(lambda x: x[:, 1:].square().sum())(a)],
     ],
-    ids=["unknown", "random", "in place", "narrow", "whole", "a constant"],
+    ids=["unknown", "random", "in place", "narrow", "whole", "a constant", "a part of a slope"],
 )
 def test_the_rest_is_left_to_torch(function):
     with pytest.raises(Unknown):

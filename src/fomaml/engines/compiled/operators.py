@@ -275,6 +275,12 @@ def _select_backward(making: Making, like, slope, sizes, axis, index):
     return Pieces(shape, like.dtype, axis % len(shape), {index % shape[axis]: making.of(slope, like.dtype)})
 
 
+def _slice_backward(making: Making, like, slope, sizes, axis, start, end, step):
+    if tuple(slope.meta["val"].shape) != tuple(like.shape):
+        raise Unknown("a part of an axis")
+    return making.of(slope, like.dtype)  # of all of it, as torch 2.7 traces x[:, 0]
+
+
 def _product(making: Making, like, *parts, beta=1, alpha=1):
     name = name_of(making.node).partition(".")[0]
     if like.dtype not in (torch.float32, torch.float64):
@@ -336,6 +342,7 @@ METHODS: dict[str, Callable] = {
     "stack.default": _joined,
     "cat.default": _joined,
     "select_backward.default": _select_backward,
+    "slice_backward.default": _slice_backward,
     "mm.default": _product,
     "bmm.default": _product,
     "addmm.default": _product,
