@@ -128,46 +128,40 @@ def test_training_draws_as_without(monkeypatch):
     assert all(map(torch.equal, weights(True), weights(False)))
 
 
-def test_large_batches_are_gathered_by_several_threads(monkeypatch):
+@pytest.fixture
+def gathering(monkeypatch):
+    """The threads that gather examples, three of torch's; small batches count as large ones."""
     monkeypatch.setattr("fomaml.data.source.LARGE", 1)
-    own, threads, gather = drawn_from(source(64)), set(), torch.index_select
-    expected = [own.batch(start, 2) for start in range(0, 12, 2)]
-    monkeypatch.setattr(
-        torch,
-        "index_select",
-        lambda *given, **out: threads.add(threading.get_ident()) or gather(*given, **out),
-    )
+    threads, gather = set(), torch.index_select
+
+    def noted(*given, **out):
+        threads.add(threading.get_ident())
+        return gather(*given, **out)
+
+    monkeypatch.setattr(torch, "index_select", noted)
     before = torch.get_num_threads()
     torch.set_num_threads(3)
-    try:
-        ahead = Ahead(own, 2, 12)
-        found = [ahead.batch(start, 2) for start in range(0, 12, 2)]
-        assert len(threads) > 1 and threading.get_ident() in threads
-        with torch.inference_mode():  # which is of this thread
-            assert equal(ahead.batch(12, 2), own.batch(12, 2))
-    finally:
-        torch.set_num_threads(before)
+    yield threads
+    torch.set_num_threads(before)
+
+
+def test_large_batches_are_gathered_by_several_threads(gathering):
+    own = drawn_from(source(64))
+    ahead = Ahead(own, 2, 12)
+    found = [ahead.batch(start, 2) for start in range(0, 12, 2)]
+    assert len(gathering) > 1 and threading.get_ident() in gathering
+    with torch.inference_mode():  # which is of this thread
+        assert equal(ahead.batch(12, 2), own.batch(12, 2))
+    expected = [own.batch(start, 2) for start in range(0, 12, 2)]
     assert all(map(equal, found, expected))
 
 
-def test_what_is_drawn_aside_is_gathered_there(monkeypatch):
+def test_what_is_drawn_aside_is_gathered_there(gathering):
     """The other threads are at work for as long as the present tasks are computed with."""
-    monkeypatch.setattr("fomaml.data.source.LARGE", 1)
-    threads, gather = set(), torch.index_select
-    monkeypatch.setattr(
-        torch,
-        "index_select",
-        lambda *given, **out: threads.add(threading.get_ident()) or gather(*given, **out),
-    )
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
-        ahead = Ahead(SEQUENCES["turned"](), 2, 12)
-        for start in range(0, 12, 2):
-            ahead.batch(start, 2)
-    finally:
-        torch.set_num_threads(before)
-    assert len(threads) == 2 and threading.get_ident() in threads
+    ahead = Ahead(SEQUENCES["turned"](), 2, 12)
+    for start in range(0, 12, 2):
+        ahead.batch(start, 2)
+    assert len(gathering) == 2 and threading.get_ident() in gathering
 
 
 def test_an_error_of_one_thread_is_raised_when_all_have_ended():

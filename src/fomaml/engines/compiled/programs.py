@@ -19,7 +19,7 @@ from torch.fx import GraphModule
 from fomaml.engines import _torch
 from fomaml.engines.compiled.lowering import Lowered, Step, lowered
 from fomaml.engines.compiled.operators import Product
-from fomaml.engines.compiled.small import FEW, SHARED, small, work
+from fomaml.engines.compiled.small import FEW, SHARED, matrix_of, small, stack_of, work
 from fomaml.engines.compiled.values import TYPES, Buffer, Leaf
 from fomaml.engines.cpu import build
 from fomaml.engines.cpu.build import kept, machine, name_of
@@ -234,13 +234,12 @@ def _text(found: Lowered, layout: _Layout, threads: int, own: Container[int]) ->
 
 def _sizes(step: Product) -> str:
     """What products.cpp wants to know of a product."""
-    out, *added, left, right = step.operands
-    strides: list[int] = []
-    for each in (out, left, right, *added):
-        strides += [*[0] * (3 - len(each.strides)), *each.strides]
+    out, *added, left, right = map(matrix_of, step.operands)
+    strides = [
+        number for each in (out, left, right, *added) for number in (each.stack, each.down, each.across)
+    ]
     strides += [0] * (12 - len(strides))
-    stack = out.shape[0] if len(out.shape) == 3 else 1
-    return ", ".join(map(str, (stack, *left.shape[-2:], right.shape[-1], *strides)))
+    return ", ".join(map(str, (stack_of(step), left.rows, left.columns, right.columns, *strides)))
 
 
 def _address(dtype: str) -> int:

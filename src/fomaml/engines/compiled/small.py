@@ -34,8 +34,15 @@ class Matrix(NamedTuple):
 
 
 def matrix_of(leaf: Leaf) -> Matrix:
+    """The last two axes of a tensor, of which a stack has three."""
     rows, columns = leaf.shape[-2:]
     return Matrix(rows, columns, *(0, 0, 0, *leaf.strides)[-3:])
+
+
+def stack_of(step: Product) -> int:
+    """How many matrices there are in a stack."""
+    shape = step.operands[0].shape
+    return shape[0] if len(shape) == 3 else 1
 
 
 def work(step: Product, of_one: bool = False) -> int:
@@ -48,7 +55,7 @@ def small(step: Product, threads: int) -> Loop | None:
     """A product as a loop over its stack, where that is faster than what a library does."""
     leaves = step.operands
     out, *added, left, right = map(matrix_of, leaves)
-    stack = leaves[0].shape[0] if len(leaves[0].shape) == 3 else 1
+    stack = stack_of(step)
     narrow = min(left.columns, right.columns) < NARROW
     most = FEW if not build.leaves_registers_empty() else math.inf if narrow else MORE
     if work(step, of_one=True) >= most:
