@@ -117,7 +117,7 @@ class _Linears(TorchFunctionMode):
         self.names, self.changes, self.kept = names, changes, kept
         self.calls: list[str] = []
         self.inputs: list[Tensor] = []
-        self.shared: list[Tensor] = []
+        self.shared: dict[int, Tensor] = {}
         self.products: dict[int, Tensor] = {}
         self.outputs: list[Tensor] = []
 
@@ -130,24 +130,23 @@ class _Linears(TorchFunctionMode):
         if name is None:
             return self._other(function(*args, **kwargs), function, [inputs, bias])
         self._refuse(function, [inputs, bias])
-        call = len(self.calls)
+        call, change = len(self.calls), self.changes.get(name)
         shared, product = self.kept.get(call, (None, None))
-        if shared is None:
-            shared = F.linear(inputs, weight)
-        output = shared
-        match self.changes.get(name):
-            case Dense(change):
-                output = output + F.linear(inputs, change)
-            case Factors(a, d):
+        if isinstance(change, Dense):
+            output = F.linear(inputs, weight + change.change)
+        else:
+            if shared is None:
+                shared = F.linear(inputs, weight)
+            self.shared[call] = output = shared
+            if change is not None:
                 if product is None:
-                    product = inputs @ a.mT
+                    product = inputs @ change.a.mT
                 self.products[call] = product
-                output = output + product @ d
+                output = output + product @ change.d
         if bias is not None:
             output = output + bias
         self.calls.append(name)
         self.inputs.append(inputs)
-        self.shared.append(shared)
         self.outputs.append(output)
         return output
 
