@@ -99,6 +99,27 @@ def test_a_stack_of_products(turned, texts):
         torch.testing.assert_close(own, exact, rtol=1e-13, atol=1e-13)
 
 
+@pytest.mark.parametrize("inner, columns", [(256, 10), (784, 5), (100, 3), (77, 1), (300, 16)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_few_columns_are_summed_along_vectors(inner, columns, dtype):
+    torch.manual_seed(2)
+    left, right = torch.randn(23, inner, dtype=dtype), torch.randn(columns, inner, dtype=dtype).mT
+    added = torch.randn(23, columns, dtype=dtype)
+
+    def function(added, left, right):
+        return [left @ right, torch.addmm(added, left, right, beta=2, alpha=-0.5)]
+
+    given = added, left, right
+    whole = program(function, *given)(*given)
+    tolerance = 4e-6 if dtype == torch.float32 else 1e-14
+    for own, exact in zip(whole, function(*(each.double() for each in given))):
+        assert ((own - exact).norm() / exact.norm()).item() < tolerance
+    for rows in (1, 2, 7, 22):
+        part = added[:rows].clone(), left[:rows].clone(), right
+        for own, every in zip(program(function, *part)(*part), whole):
+            assert torch.equal(own, every[:rows])
+
+
 def test_a_number_is_the_same_sum_whatever_else_is_computed():
     left, right = torch.randn(50, 30), torch.randn(30, 70)
 

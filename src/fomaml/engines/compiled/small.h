@@ -1,7 +1,7 @@
 // Products of small matrices whose sizes are known here: what a library of products does around one takes longer than it.
 //
 // c = beta d + alpha a b, of M rows, N columns and a sum of K. _DOWN: from one row to the next; _ACROSS: from one column
-// to the next, of c 1. Every number is the same sum, whatever else is computed.
+// to the next, of c 1. Every number is the same sum, however many rows there are.
 
 template <class T, number M, number K, number N, number C_DOWN, number A_DOWN, number A_ACROSS, number B_DOWN,
           number B_ACROSS, number D_DOWN, number D_ACROSS>
@@ -71,23 +71,48 @@ struct Small {
         }
     }
 
-    // of so many rows of a, each with b
-    static inline V dots(const T* a, const T* b, number rows) {
-        V sum[L] = {}, rest = {};
-        for (number r = 0; r < rows; r++) {
-            for (number k = 0; k + L <= K; k += L) sum[r] += *(const V*)(a + r * A_DOWN + k) * *(const V*)(b + k);
-            for (number k = K / L * L; k < K; k++) rest[r] += a[r * A_DOWN + k] * b[k];
-        }
-        return sums<T>(sum) + rest;
+    // Whether sums go along vectors instead of a vector of columns, most of which would be empty. A vector takes about ten
+    // half additions to become a sum.
+    static constexpr bool ALONG =
+        A_ACROSS == 1 && B_DOWN == 1 && N <= L && (N == 1 || N * (K / L + 10) < VECTORS * K * 6 / 5);
+
+    // the first of a vector, the others 0
+    static inline V part(const T* from, number count) {
+        V found = {};
+        __builtin_memcpy(&found, from, count * sizeof(T));
+        return found;
+    }
+
+    // of so many rows of a with each column of b
+    template <number ROWS>
+    static inline void dots(T* c, const T* a, const T* b, const T* d, T beta, T alpha) {
+        V sum[L] = {};
+        const auto add = [&](number k, auto at) {
+            V right[N];
+#pragma GCC unroll 16
+            for (number n = 0; n < N; n++) right[n] = at(b + n * B_ACROSS + k);
+#pragma GCC unroll 16
+            for (number r = 0; r < ROWS; r++) {
+                const V left = at(a + r * A_DOWN + k);
+#pragma GCC unroll 16
+                for (number n = 0; n < N; n++) sum[r * N + n] += left * right[n];
+            }
+        };
+        for (number k = 0; k + L <= K; k += L) add(k, [](const T* from) { return *(const V*)from; });
+        if constexpr (K % L > 0) add(K / L * L, [](const T* from) { return part(from, K % L); });
+        const V found = sums<T>(sum);
+        for (number r = 0; r < ROWS; r++)
+            for (number n = 0; n < N; n++)
+                c[r * C_DOWN + n] = alpha * found[r * N + n] + (d ? beta * d[r * D_DOWN + n * D_ACROSS] : 0);
     }
 
     static inline void product(T* c, const T* a, const T* b, const T* d, T beta, T alpha) {
-        if constexpr (N == 1 && A_ACROSS == 1 && B_DOWN == 1) {
-            for (number r = 0; r < M; r += L) {
-                const number rows = M - r < L ? M - r : L;
-                const V found = dots(a + r * A_DOWN, b, rows);
-                for (number i = 0; i < rows; i++) c[(r + i) * C_DOWN] = alpha * found[i] + (d ? beta * d[(r + i) * D_DOWN] : 0);
-            }
+        if constexpr (ALONG) {
+            constexpr number ROWS = L / N < M ? L / N : M, LEFT = M % ROWS;
+            for (number r = 0; r + ROWS <= M; r += ROWS)
+                dots<ROWS>(c + r * C_DOWN, a + r * A_DOWN, b, d ? d + r * D_DOWN : d, beta, alpha);
+            if constexpr (LEFT > 0)
+                dots<LEFT>(c + (M - LEFT) * C_DOWN, a + (M - LEFT) * A_DOWN, b, d ? d + (M - LEFT) * D_DOWN : d, beta, alpha);
         } else {
             alignas(BYTES) Packed packed[K];
             pack(b, alpha, packed);
