@@ -160,6 +160,28 @@ def test_what_is_not_a_number_stays_so():
     assert two.isnan().all()
 
 
+@pytest.mark.parametrize("shape", [(1, 2), (16, 10), (37, 32), (3, 11, 5), (40, 33), (5, 100)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_logarithms_of_the_softmax_of_rows_are_right(shape, dtype):
+    x = 30 * numbers(*shape).to(dtype)
+    x.view(-1, shape[-1])[0, 0] = 1e4
+    x.view(-1, shape[-1])[-1, -1] = -torch.inf
+    [found], _ = in_loops(lambda x: [torch.log_softmax(x, -1)], [x])
+    exact = torch.log_softmax(x.double(), -1)
+    tolerance = 4e-7 if dtype == torch.float32 else 1e-15
+    torch.testing.assert_close(found.double(), exact, rtol=tolerance, atol=tolerance)
+
+
+def test_a_row_is_the_same_beside_others_and_does_not_see_them():
+    x = numbers(37, 10)
+    x[5, 3], x[20] = torch.nan, torch.inf
+    [whole], _ = in_loops(lambda x: [torch.log_softmax(x, 1)], [x])
+    assert whole.isnan().any(1).nonzero().flatten().tolist() == [5, 20]
+    for rows in (slice(0, 1), slice(6, 19), slice(21, 37)):
+        [part], _ = in_loops(lambda x: [torch.log_softmax(x, 1)], [x[rows].clone()])
+        assert torch.equal(part, whole[rows])
+
+
 def test_results_lie_in_memory_as_those_of_torch():
     found, expected = in_loops(lambda a, b: [a @ b.mT, (a @ b.mT).mT, a.sum(0)], [A, B])
     assert [tensor.stride() for tensor in found] == [tensor.stride() for tensor in expected]

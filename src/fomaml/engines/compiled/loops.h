@@ -44,6 +44,55 @@ static inline float exponential(float x) {
     found = x < least ? 0.0f : found;
     return x != x ? x : found;
 }
+
+// log x of 1 and more, by the polynomial of Cephes: within 1 unit in the last place, in vectors. NaN stays NaN.
+static inline double logarithm_from_one(double x) { return __builtin_log(x); }
+static inline float logarithm_from_one(float x) {
+    int bits;
+    __builtin_memcpy(&bits, &x, 4);
+    int power = (bits >> 23) - 126;
+    bits = (bits & 0x7fffff) | 0x3f000000;  // x / 2^power, from a half to 1
+    float m;
+    __builtin_memcpy(&m, &bits, 4);
+    const int low = m < 0.70710678f;
+    const float n = power - low;
+    m = m - 1.0f + (low ? m : 0.0f);
+    float p = 7.0376836292e-2f;
+    p = p * m - 1.1514610310e-1f;
+    p = p * m + 1.1676998740e-1f;
+    p = p * m - 1.2420140846e-1f;
+    p = p * m + 1.4249322787e-1f;
+    p = p * m - 1.6668057665e-1f;
+    p = p * m + 2.0000714765e-1f;
+    p = p * m - 2.4999993993e-1f;
+    p = p * m + 3.3333331174e-1f;
+    const float square = m * m, tail = p * m * square - n * 2.12194440e-4f - 0.5f * square;
+    return x != x ? x : m + tail + n * 0.693359375f;
+}
+
+constexpr number BLOCK = 16;  // rows at a time
+
+// The logarithm of the softmax of a block of short rows, in place: all of them side by side in vectors.
+template <class T, number SIZE> static inline void log_softmax(T* rows, number count) {
+    T x[SIZE][BLOCK] = {}, most[BLOCK], total[BLOCK] = {};
+    const auto move = [&](number count, auto to) {
+        for (number r = 0; r < count; r++)
+            for (number i = 0; i < SIZE; i++) to(rows[r * SIZE + i], r, i);
+    };
+    const auto in = [&](T& one, number r, number i) { x[i][r] = one; };
+    const auto out = [&](T& one, number r, number i) { one = x[i][r] - total[r]; };
+    count == BLOCK ? move(BLOCK, in) : move(count, in);
+    for (number r = 0; r < BLOCK; r++) most[r] = x[0][r];
+    for (number i = 1; i < SIZE; i++)
+        for (number r = 0; r < BLOCK; r++) most[r] = x[i][r] > most[r] ? x[i][r] : most[r];
+    for (number i = 0; i < SIZE; i++)
+        for (number r = 0; r < BLOCK; r++) {
+            x[i][r] -= most[r];  // first: most and the logarithm in one number would lose its digits
+            total[r] += exponential(x[i][r]);
+        }
+    for (number r = 0; r < BLOCK; r++) total[r] = logarithm_from_one(total[r]);
+    count == BLOCK ? move(BLOCK, out) : move(count, out);
+}
 template <class T> static inline T sigmoid(T x) { return (T)1 / ((T)1 + exponential(-x)); }
 
 // Products are torch's own, through its C interface, or those of products.cpp: what they are called by is given once.

@@ -201,8 +201,12 @@ def _softmax(making: Making, like, inputs, axis, other=None, **_):
     name = name_of(making.node)
     out = making.new()
     logarithm, safe = name.startswith("_log"), name.startswith("_safe")
-    value = making.of(inputs, like.dtype)
-    making.steps.append(loops.softmax(out, value, axis % len(out.shape), safe, logarithm))
+    value, axis = making.of(inputs, like.dtype), axis % len(out.shape)
+    if logarithm and loops.has_short_rows(out, axis):
+        making.store(out, value)
+        making.steps.append(loops.log_softmax(out, axis))
+    else:
+        making.steps.append(loops.softmax(out, value, axis, safe, logarithm))
     return out
 
 
