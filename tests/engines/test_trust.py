@@ -18,6 +18,7 @@ from fomaml.engines.compiled import cache, trace, trust
 from fomaml.engines.compiled.cache import too_old
 from fomaml.engines.cpu import fusion, kernels
 from fomaml.learning.algorithms import FOMAML
+from fomaml.tasks import Examples, Task
 from zoo import draw, example
 
 pytestmark = pytest.mark.skipif(bool(too_old()), reason=too_old())
@@ -122,7 +123,7 @@ def test_a_miss_is_repeated_on_two_other_chunks(times, size, monkeypatch):
         found = meta_gradient(learner, tasks, compile=True, **options)
         assert seen == [times + 1]
     assert_agrees(found, meta_gradient(learner, tasks, **options), 1e-10)
-    inputs = tasks.support.inputs
+    inputs = trust._repeated(tasks).support.inputs
     for number, call in enumerate(calls[: min(times + 1, 3)]):
         [support] = [tensor for tensor in call if tensor.shape[1:] == inputs.shape[1:]]
         if size == 1:  # other tasks of the batch
@@ -130,6 +131,33 @@ def test_a_miss_is_repeated_on_two_other_chunks(times, size, monkeypatch):
         else:
             assert torch.equal(support, inputs) == (number == 0)
             assert (support - inputs).abs().max() < 0.1
+
+
+def test_few_examples_stand_for_all():
+    few, many = torch.rand(2, 3, 4), torch.rand(2, 17, 4)
+    tasks = Task(Examples(few, few), Examples({"a": (many, many + 1)}, many))
+    found = trust._repeated(tasks)
+    assert torch.equal(found.support.inputs, few) and found.query.targets is many
+    for own, whole in zip(found.query.inputs["a"], tasks.query.inputs["a"]):
+        assert own.shape == whole.shape and len(own[0].unique(dim=0)) == trust.DISTINCT
+        assert all(torch.equal(own[:, place], whole[:, place % 7]) for place in range(17))
+
+
+def test_examples_that_are_taken_for_each_other_are_seen(monkeypatch):
+    """Though few of those that are compared are distinct."""
+
+    def compile(graph, *arguments):
+        def run(*inputs):
+            return graph(*[each.roll(1, 1) if each.shape[1:] == (12, 6) else each for each in inputs])
+
+        return run
+
+    inductor(monkeypatch, compile)
+    torch.manual_seed(0)
+    examples = [Examples(torch.randn(3, number, 6), torch.randint(4, (3, number))) for number in (12, 15)]
+    learner, tasks = FOMAML(nn.Linear(6, 4), LR, 1), Task(*examples)
+    with pytest.warns(RuntimeWarning, match=OFF):
+        meta_gradient(learner, tasks, engine="batched", compile=True)
 
 
 def test_tasks_moved_a_little():
@@ -262,10 +290,10 @@ def test_float64_that_draws_other_numbers_says_nothing_of_rounding(monkeypatch):
         found = find(chunk)
         return found._replace(gradients=[2 * gradient for gradient in found.gradients])
 
-    assert not trust._rounds_so((0.0, 2e-3), learner, find, tasks, *eagerly(), wrong)
+    assert not trust._rounds_so(learner, find, wrong, (0.0, 2e-3), tasks, *eagerly())
     learner.model = nn.Sequential(nn.Dropout(), nn.Linear(6, 4))
     learner = FOMAML(learner.model, LR, 1)
-    assert trust._rounds_so((0.0, 0.0), learner, find, tasks, *eagerly(), find)
+    assert trust._rounds_so(learner, find, find, (0.0, 0.0), tasks, *eagerly())
 
 
 @pytest.mark.parametrize(
@@ -281,6 +309,7 @@ def test_the_last_bits_of_inputs_excuse_what_they_always_change(eager, factor, t
     tasks = draw((6,), F.cross_entropy).to(dtype=torch.float32)
     moved = [tasks.map(lambda tensor, by=by: tensor + by) for by in (1, 2)]
     monkeypatch.setattr(trust, "_moved", lambda *_: iter(moved))
+    monkeypatch.setattr(trust, "_repeated", lambda chunk: chunk)
     monkeypatch.setattr(trust, "_exactly_found", lambda *_: found_of([eager[0]]))
     chunks = [tasks, *moved]
 
@@ -294,7 +323,8 @@ def test_the_last_bits_of_inputs_excuse_what_they_always_change(eager, factor, t
 
     learner = FOMAML(nn.Linear(6, 4), LR, 1)
     apart = trust._apart(learner, compiled(tasks), find(tasks))
-    assert trust._rounds_so(apart, learner, find, tasks, *trust._run(lambda: find(tasks)), compiled) == taken
+    expected = trust._run(lambda: find(tasks))
+    assert trust._rounds_so(learner, find, compiled, apart, tasks, *expected) == taken
 
 
 def found_of(*gradients, losses=(1.0,)):

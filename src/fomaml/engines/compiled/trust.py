@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import chain, islice
 from typing import Any
 
@@ -21,6 +22,7 @@ from fomaml.trees import leaves, mapped
 TOLERANCE = 1e-3
 TOLERANCE_OF_FLOAT64 = 1e-6
 CHUNKS = 3
+DISTINCT = 7
 Results = Found | Curve | Reached
 SMALL = 0.01
 
@@ -36,8 +38,9 @@ def compare(
 
     Losses and outputs are to agree to `TOLERANCE`, gradients too, relative to their norms; or to twice the eager
     engine's own error, where that is more: see `_rounds_so`. One ReLU that rounds the other way moves a gradient by per
-    cents, so a miss is repeated on two other chunks: of `others`, or these tasks with their inputs moved a little.
-    Measured on workloads C and E: 15 and 60 % of the first chunks, of one task each, are off by more than `TOLERANCE`.
+    cents. So few examples of a chunk are distinct, see `_repeated`, and a miss is repeated on two other chunks: of
+    `others`, or these tasks with their inputs moved a little. Measured on workloads C and E, 8 and 16 seeds: none and a
+    quarter of the first chunks, of one task each, are off by more than `TOLERANCE`; of all examples 37 and 60 %.
     Random numbers are drawn the same in both; the state that draws them stays as it was, and so does the learner's.
 
     Raises:
@@ -50,21 +53,23 @@ def compare(
 
     for _ in range(compiled.calls_before):
         _run(lambda: [*compiled.map([tasks])])
-    for chunk in islice(chain([tasks], others, _moved(tasks)), CHUNKS):
-        found, drawn = _run(lambda chunk=chunk: of(chunk))
+    missed: list[tuple] = []
+    for chunk in islice(map(_repeated, chain([tasks], others, _moved(tasks))), CHUNKS):
+        found, drawn = _run(partial(of, chunk))
         try:
-            expected, drawn_eagerly = _run(lambda chunk=chunk: find(chunk))
+            expected, drawn_eagerly = _run(partial(find, chunk))
         except Exception as error:  # whatever a module raises
             if out_of_memory(error):
                 return "that takes more memory than there is"
             raise
         apart = _apart(learner, found, expected)
-        if max(apart) <= _least(learner) or _rounds_so(
-            apart, learner, find, chunk, expected, drawn_eagerly, of
-        ):
+        if max(apart) <= _least(learner):
             return ""
         if compiled.draws_its_own and not _same(drawn, drawn_eagerly):
             return "its random numbers are others"
+        missed.append((apart, chunk, expected, drawn_eagerly))
+    if any(_rounds_so(learner, find, of, *each) for each in missed):
+        return ""
     losses, gradients = apart
     raise Wrong(
         f"what was compiled is off the eager engine by {losses:.2g} of its losses and {gradients:.2g} of its gradients"
@@ -88,17 +93,17 @@ def _least(learner: MetaLearner) -> float:
 
 
 def _rounds_so(
-    apart: tuple[float, float],
     learner: MetaLearner,
     find: Find,
+    compiled: Callable[[Task], Results],
+    apart: tuple[float, float],
     chunk: Task,
     expected: Results,
     drawn: dict[str, Tensor],
-    compiled: Callable[[Task], Results],
 ) -> bool:
     """Whether the eager engine is as far off itself, by half at least, where the last bits of the inputs are others or
-    in float64. expected, drawn: what it finds of the chunk, and the states of the random numbers after it; compiled:
-    what was compiled, of another chunk.
+    in float64. compiled: what was compiled, of any chunk. apart: of this chunk; expected, drawn: what the engine finds
+    of it, and the states of the random numbers after it.
 
     Whether a ReLU rounds the other way is chance, a wrong function is wrong of any bits: so the least of its distances
     counts, and the least of the eager engine's own. Of the largest of these one unlucky rounding excused any error.
@@ -106,9 +111,10 @@ def _rounds_so(
     if _least(learner) < TOLERANCE:
         return False
     found, distances = [expected], [apart]
-    for rounded in islice(_moved(chunk, torch.finfo(torch.float32).eps), 2 if _floating(chunk) else 0):
-        found.append(_run(lambda rounded=rounded: find(rounded))[0])
-        again = _run(lambda rounded=rounded: compiled(rounded))[0]
+    moved = map(_repeated, _moved(chunk, torch.finfo(torch.float32).eps))
+    for rounded in islice(moved, 2 if _floating(chunk) else 0):
+        found.append(_run(partial(find, rounded))[0])
+        again = _run(partial(compiled, rounded))[0]
         distances.append(_apart(learner, again, found[-1]))
         if max(distances[-1]) <= TOLERANCE:
             return True
@@ -191,6 +197,20 @@ def _moved(tasks: Task, by: float = 0.01) -> Iterator[Task]:
             return inputs + by * inputs.abs().mean() * noise
 
         yield Task(*(part._replace(inputs=mapped(move, part.inputs)) for part in tasks))
+
+
+def _repeated(tasks: Task) -> Task:
+    """The tasks with the first `DISTINCT` examples of each set in place of all, again and again: all is computed as
+    of others, but there are fewer numbers that may be rounded to another side of 0.
+    """
+
+    def of(inputs: Tensor) -> Tensor:
+        number = inputs.shape[1]
+        return (
+            inputs if number <= DISTINCT else inputs[:, torch.arange(number, device=inputs.device) % DISTINCT]
+        )
+
+    return Task(*(part._replace(inputs=mapped(of, part.inputs)) for part in tasks))
 
 
 def _floating(tasks: Task) -> bool:
