@@ -17,7 +17,7 @@ import pkgutil
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -345,55 +345,3 @@ def cpu_has_bfloat16() -> bool:
         except (Missing, TypeError):
             continue
     return False
-
-
-def draws() -> AbstractContextManager:
-    """A context whose `found` says whether an operator within it may have drawn random numbers, in a trace too; `calls`
-    is the number of those that compute something, None where that is not known.
-
-    Operators that are not torch's own count as such, as they can hide anything.
-    """
-    try:
-        return _watching(find("torch.utils._python_dispatch:TorchDispatchMode"))()
-    except (Missing, TypeError):
-        return _Unknown()
-
-
-class _Unknown(nullcontext):
-    found = True
-    calls = None
-
-    def __enter__(self):
-        return self
-
-
-@functools.cache
-def _watching(mode: type) -> type:
-    class Draws(mode):
-        supports_higher_order_operators = True
-
-        @classmethod
-        def _should_skip_dynamo(cls) -> bool:
-            return False  # to be told to, torch loads all of its compiler, which takes seconds
-
-        def __init__(self):
-            super().__init__()
-            self.found = False
-            self.calls = 0
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            own = getattr(function, "namespace", None) in ("aten", "prim")
-            self.found = self.found or not own or is_random(function)
-            self.calls += not getattr(function, "is_view", False)
-            return function(*args, **(kwargs or {}))
-
-    return Draws
-
-
-OPERATOR = type(torch.ops.aten.relu.default)
-
-
-def is_random(function: Any) -> bool:
-    """Whether a function is an operator that draws random numbers, or does not tell."""
-    tags = getattr(function, "tags", None)
-    return isinstance(function, OPERATOR) if tags is None else torch.Tag.nondeterministic_seeded in tags

@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 from fomaml.choices import Statistics
 from fomaml.engines import _torch
 from fomaml.engines.batched import refuse_hooks
+from fomaml.engines.watching import watched
 from fomaml.errors import InputError
 from fomaml.learning.adapt import SGD, not_autocast
 from fomaml.learning.learner import MetaLearner
@@ -197,7 +198,7 @@ class FactoredProblem(Problem):
         kept: dict[int, tuple] = {}
         versions = [*map(_torch.version, self.buffers.values())]
         for step in itertools.count():
-            with torch.enable_grad(), nullcontext() if changes else _torch.draws() as draws:
+            with torch.enable_grad(), nullcontext() if changes else watched() as seen:
                 point = {n: p.detach().requires_grad_() for n, p in dense.items()}
                 fixed = {n: p.detach() for n, p in self.fixed.items()}
                 losses, _, record = self._forward(point, changes, fixed, support, kept, step)
@@ -207,13 +208,13 @@ class FactoredProblem(Problem):
                 name: p if g is None else p - rates[name] * g
                 for (name, p), g in zip(dense.items(), gradients)
             }
-            if draws is not None:
+            if seen is not None:
                 # whether a buffer was written, not whether it changed: its values are not known in a trace
                 written = None in versions or versions != [*map(_torch.version, self.buffers.values())]
                 constant = {
                     i
                     for i, a in enumerate(inputs)
-                    if not (draws.found or written) and not a.requires_grad and calls.count(calls[i]) == 1
+                    if not (seen.random or written) and not a.requires_grad and calls.count(calls[i]) == 1
                 }
             changes = dict(changes)
             with not_autocast(losses.device.type):

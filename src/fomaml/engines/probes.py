@@ -5,23 +5,24 @@ why it failed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fomaml.devices import forked_random
-from fomaml.engines import _torch, batched, factored, loop
+from fomaml.engines import batched, factored, loop
 from fomaml.engines.common import Engine, differentiate, first_line, out_of_memory, refuse_half
+from fomaml.engines.watching import watched
 from fomaml.errors import InputError
 from fomaml.learning.adapt import ordinary_modes
 from fomaml.learning.learner import MetaLearner
 from fomaml.learning.mistakes import THIRD_ORDER, refuse_written
 from fomaml.learning.problem import Problem
 from fomaml.metrics import ignored_label
-from fomaml.tasks import Batch, Task, are_labels, chunks, count, device_of, one, singles, ways_each
-from fomaml.trees import Tree
+from fomaml.tasks import Batch, Task, are_labels, chunks, count, device_of, first, one, singles, ways_each
+from fomaml.trees import Tree, mapped
 
 CONVOLUTIONS = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
@@ -119,26 +120,34 @@ def flops(learner: MetaLearner, tasks: Task, of_support: bool = False) -> int:
     return work(learner, tasks, of_support)[0]
 
 
+FEW = 8
+
+
 def work(learner: MetaLearner, tasks: Task, of_support: bool = False) -> tuple[int, int]:
     """The floating-point operations of the model on one task's query or support set, and the calls of torch that they
-    take.
+    take. Counted on `FEW` of the examples where the model takes them: each needs as many.
     """
-    with (
-        _as_for_a_gradient(tasks, 1) as single,
-        FlopCounterMode(display=False) as counter,
-        _torch.draws() as watched,
-        torch.no_grad(),
-    ):
-        try:
-            problem = loop.problem(learner, single._replace(query=single.support) if of_support else single)
-            problem.query(problem.start)
-        except Exception as error:
-            # whatever else fails, such as the loss of too few outputs, fails again where it is told in words
-            if out_of_memory(error):
-                raise
+    with _as_for_a_gradient(tasks, 1) as single, torch.no_grad():
+        examples = single.support if of_support else single.query
+        all_of_them = first(examples.inputs).shape[1]
+        for number in dict.fromkeys((min(FEW, all_of_them), all_of_them)):
+            seen, start = watched(), 0
+            counter = FlopCounterMode(display=False) if seen.flops is None else nullcontext()
+            with seen, counter:
+                try:
+                    some = mapped(lambda tensor, number=number: tensor[:, :number], examples)
+                    problem = loop.problem(learner, single._replace(query=some))
+                    start = seen.flops or 0
+                    problem.query(problem.start)
+                    break
+                except Exception as error:
+                    # whatever else fails, such as the loss of too few outputs, fails again where it is told in words
+                    if out_of_memory(error):
+                        raise
+    found = counter.get_total_flops() if isinstance(counter, FlopCounterMode) else seen.flops or 0
     # where they cannot be counted: about one for each module
-    calls = sum(1 for _ in learner.model.modules()) if watched.calls is None else watched.calls
-    return counter.get_total_flops(), calls
+    calls = sum(1 for _ in learner.model.modules()) if seen.calls is None else seen.calls
+    return start + (found - start) * all_of_them // number, calls
 
 
 @contextmanager

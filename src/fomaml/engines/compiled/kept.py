@@ -21,6 +21,7 @@ from torch.random import fork_rng
 from fomaml.engines import _torch
 from fomaml.engines.cpu import fusion
 from fomaml.engines.cpu.build import NoFolder, keeps, kept, machine, name_of, sealed
+from fomaml.engines.watching import OPERATOR, is_random
 
 
 def induced(graph: GraphModule, inputs: Sequence[Tensor], options: dict) -> Callable:
@@ -70,7 +71,7 @@ def _can_be_kept(graph: GraphModule) -> bool:
         or (
             node.op == "call_function"
             and not fusion.writes(node)
-            and not (isinstance(node.target, _torch.OPERATOR) and _torch.is_random(node.target))
+            and not (isinstance(node.target, OPERATOR) and is_random(node.target))
         )
         for node in graph.graph.nodes
     )

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fomaml.engines import _torch
 from fomaml.engines.compiled import loops
 from fomaml.engines.compiled.values import Const, Leaf, Op, Pieces, Unknown, Value, dense, seen, spread
+from fomaml.engines.watching import OPERATOR
 
 
 @dataclass
@@ -76,7 +76,7 @@ GIVEN = {"scalar_tensor": 0, "full": 1, "full_like": 1, "new_full": 2}  # which 
 
 def name_of(node: Node) -> str:
     """Of an operator of torch without its namespace; "" of all else."""
-    return str(node.target).removeprefix("aten.") if isinstance(node.target, _torch.OPERATOR) else ""
+    return str(node.target).removeprefix("aten.") if isinstance(node.target, OPERATOR) else ""
 
 
 def arithmetic(making: Making, node: Node, name: str) -> Value:

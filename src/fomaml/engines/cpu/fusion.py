@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from fomaml.engines._torch import OPERATOR, normalise_batch_norm, schema
+from fomaml.engines._torch import normalise_batch_norm, schema
 from fomaml.engines.cpu.kernels import (
     NAMES,
     channels_last,
@@ -21,6 +21,7 @@ from fomaml.engines.cpu.kernels import (
     norm_relu_pool_backward,
     plain,
 )
+from fomaml.engines.watching import OPERATOR
 
 aten = torch.ops.aten
 SAME = (aten.alias.default, aten.detach.default)
