@@ -51,8 +51,8 @@ def fresh(tmp_path, monkeypatch):
     (tmp_path / "temporary").mkdir()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
-    build.library.cache_clear()
+    build._loaded.clear()
     build._begun.clear()
     yield tmp_path
     build._begun.clear()
-    build.library.cache_clear()
+    build._loaded.clear()

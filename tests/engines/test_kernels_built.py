@@ -92,7 +92,7 @@ def test_no_compiler(fresh, monkeypatch):
 def built(tmp_path_factory):
     """The kernels as other tests have them, apart from any cache and without a digest."""
     path = tmp_path_factory.mktemp("built") / "kernels.so"
-    build.library.cache_clear()
+    build._loaded.clear()
     path.write_bytes(Path(build.library()._name).read_bytes()[: -build.DIGEST])
     return path
 
@@ -112,8 +112,8 @@ def copying(folder, built):
 def calls(folder):
     """How often all was built: the compiler runs for each source, and to put them together."""
     times = (folder / "calls").read_text().count("x") if (folder / "calls").exists() else 0
-    assert times % (len(build.SOURCES) + 1) == 0
-    return times // (len(build.SOURCES) + 1)
+    assert times % (len(build.STACKED) + 1) == 0
+    return times // (len(build.STACKED) + 1)
 
 
 def kept(folder):
@@ -122,7 +122,7 @@ def kept(folder):
 
 def test_built_once_and_kept(quick):
     for _ in range(2):
-        build.library.cache_clear()
+        build._loaded.clear()
         assert works(build.library())
     assert calls(quick) == 1
     assert kept(quick) == ["cache/fomaml"]
@@ -132,7 +132,7 @@ def test_built_again_by_another_version_of_the_compiler(quick, built):
     assert works(build.library())
     script(quick / "quick", copying(quick, built), version=2)
     for _ in range(2):
-        build.library.cache_clear()
+        build._loaded.clear()
         assert works(build.library())
     assert calls(quick) == 2
     assert len([*quick.rglob("*.so")]) == 2
@@ -142,7 +142,7 @@ def test_kernels_declare_the_types_of_their_arguments():
     """A float in the place of a whole number, or an argument too few, would be read as garbage."""
     for dtype in ("float32", "float64"):
         kernels = build.library(dtype)
-        for name, types in build.ARGUMENTS.items():
+        for name, types in build.STACKED_ARGUMENTS.items():
             assert getattr(kernels, f"{name}_{dtype}").argtypes == types
             assert getattr(kernels, f"{name}_{dtype}").restype is None
     kernels = build.library()
@@ -153,10 +153,23 @@ def test_kernels_declare_the_types_of_their_arguments():
         kernels.backward_float32(0)
 
 
+def test_a_loop_over_tasks_has_no_kernels_of_convolutions_built(fresh):
+    few = build.library("float64", stacked=False)
+    assert few.forward_float64 and not hasattr(few, "convolve_float64")
+    learner, tasks, expected = small()
+    found = meta_gradient(learner, tasks, engine="loop", compile=True)
+    for name, gradient in expected.gradients.items():
+        torch.testing.assert_close(found.gradients[name], gradient, rtol=0, atol=1e-12)
+    assert [*build._loaded] == [("float64", False)]
+    every = build.library("float64")
+    assert build.library("float64", stacked=False) is every  # one crew of threads for all
+    assert len([*fresh.rglob("*.so")]) == 2
+
+
 def test_every_kernel_is_declared():
-    sources = "".join(path.read_text(encoding="utf-8") for path in build.SOURCES)
+    sources = "".join(path.read_text(encoding="utf-8") for path in build.STACKED)
     entries = re.findall(r"extern \"C\" void (\w+)_##NAME\(", sources)
-    assert sorted(entries) == sorted(build.ARGUMENTS)
+    assert sorted(entries) == sorted(build.STACKED_ARGUMENTS)
     text = "".join(path.read_text(encoding="utf-8") for path in build.PRODUCTS)
     assert re.findall(r"extern \"C\" void (\w+)_##NAME\(", text) == [*build.PRODUCT]
 
@@ -201,7 +214,7 @@ def test_a_corrupted_file_in_the_cache_is_built_again(quick, built, content):
     elif content == "other":
         content = Path(torch._C.__file__).read_bytes()  # loads, but has no kernels
     path.write_bytes(content)
-    build.library.cache_clear()
+    build._loaded.clear()
     assert works(build.library())
     assert calls(quick) == 2
     assert kept(quick) == ["cache/fomaml"]
@@ -217,17 +230,17 @@ def test_a_compiler_that_makes_nonsense(fresh, monkeypatch):
 
 def test_two_processes_and_two_threads_build_at_once(fresh, built, monkeypatch):
     # none of the four goes on before each has begun all that it begins at once
-    begun = 4 * min(os.cpu_count() or 1, len(build.SOURCES))
+    begun = 4 * min(os.cpu_count() or 1, len(build.STACKED))
     text = f"""echo x >> "{fresh}/calls"; while [ "$1" != -o ]; do shift; done
     for i in $(seq 6000); do [ $(wc -l < "{fresh}/calls") -ge {begun} ] && break; sleep 0.1; done
     cp "{built}" "$2" """
     monkeypatch.setenv("CXX", str(script(fresh / "slow", text)))
     code = """if True:
         import tempfile, threading
-        from fomaml.engines.cpu.build import library
+        from fomaml.engines.cpu.build import _library
         tempfile.tempdir = {temporary!r}
-        build, found = library.__wrapped__, []
-        threads = [threading.Thread(target=lambda: found.append(build())) for _ in range(2)]
+        found = []
+        threads = [threading.Thread(target=lambda: found.append(_library('float32', True))) for _ in range(2)]
         [thread.start() for thread in threads]
         [thread.join() for thread in threads]
         assert len(found) == 2 and all(one.forward_float32 for one in found)
@@ -249,7 +262,7 @@ def test_two_processes_and_two_threads_build_at_once(fresh, built, monkeypatch):
 def test_a_build_that_was_begun_is_waited_for(quick):
     build.begin("float32")
     build.begin("float32")
-    begun = build._begun["float32"]
+    begun = build._begun["float32", True]
     assert build.library() is begun.result() and works(build.library()) and not build._begun
     build.begin("float32")  # this process has its kernels
     assert not build._begun and calls(quick) == 1
@@ -261,13 +274,16 @@ def test_a_plan_that_is_compiled_begins_to_build(quick):
     plan(learner, tasks)
     assert not build._begun
     plan(learner, tasks, compile=True)
-    assert [*build._begun] == ["float64"]
+    assert [*build._begun] == [("float64", True)]
+    build._begun.clear()
+    plan(learner, tasks, engine="loop", compile=True)
+    assert [*build._begun] == [("float64", False)]
     plan(
         FOMAML(nn.Linear(2, 2), 0.1, 1),
         draw((2,), F.cross_entropy, ways=2).to(dtype=torch.float32),
         compile=True,
     )
-    assert [*build._begun] == ["float64"]
+    assert [*build._begun] == [("float64", False)]
 
 
 def test_a_begun_build_that_fails_is_told_where_it_is_needed(fresh, monkeypatch):

@@ -129,15 +129,15 @@ def pays(
     return iterations >= enough, f"{'' if iterations >= enough else 'not compiled: '}{told}, of {iterations}"
 
 
-def begin_kernels(learner: MetaLearner, tasks: Batch) -> None:
+def begin_kernels(learner: MetaLearner, tasks: Batch, stacked: bool = True) -> None:
     """Begin to build the kernels that such tasks need once they are compiled: a second or two, beside what comes before
-    the kernels are called.
+    the kernels are called. stacked: see `build.library`.
     """
     from fomaml.engines.compiled.cache import too_old
     from fomaml.engines.cpu import build
 
     if _has_images(learner) and device_of(tasks).type == "cpu" and not too_old():
-        build.begin(str(next(learner.parameters()).dtype).removeprefix("torch."))
+        build.begin(str(next(learner.parameters()).dtype).removeprefix("torch."), stacked)
 
 
 def _has_images(learner: MetaLearner) -> bool:

@@ -90,8 +90,6 @@ def choice(
 ) -> Choice:
     """The choice for a batch; for a list of tasks by those of one shape that have the most numbers."""
     check_choice("engine", engine, ("auto", *ENGINES))
-    if compile:
-        begin_kernels(learner, tasks)
     number = count(tasks)
     if not isinstance(tasks, Task):
         own = [group.tasks for group in groups(learner, tasks)]
@@ -102,6 +100,8 @@ def choice(
         tried(learner, tasks)
     engine, why = choose(learner, tasks, compile) if engine == "auto" else (engine, AS_ASKED)
     stacks = compile and engine == "batched" and is_convolutional(learner) and device_of(tasks).type == "cpu"
+    if compile:
+        begin_kernels(learner, tasks, stacks)
     return Choice(engine, why, _at_once(learner, tasks, number, engine, tasks_at_once, compile), stacks)
 
 

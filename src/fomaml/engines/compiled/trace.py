@@ -26,6 +26,7 @@ from fomaml.engines.compiled import kept, products, programs, values
 from fomaml.engines.cpu import fusion, kernels, lifted
 from fomaml.engines.cpu.build import library
 from fomaml.engines.cpu.threads import on_one_thread, one_by_one, side_by_side
+from fomaml.engines.watching import is_random
 from fomaml.errors import InputError
 from fomaml.learning.learner import MetaLearner
 from fomaml.tasks import Task, chunks, count, device_of, tensors_of
@@ -91,7 +92,7 @@ class Compiled:
             self._run = None if alone is None else self._stacked(trace, alone, tasks, plainly)
             if self._run is None:
                 graph = trace(find, tasks)
-                if on_cpu and self._fuse(graph):
+                if on_cpu and self._fuse(graph, stacked=plainly):
                     if plainly and not side_by_side and not self.draws:
                         self._on_one_thread = not lifted.by_kernels(graph)
                         self._memory = kernels.Memory()
@@ -109,13 +110,13 @@ class Compiled:
             self._flat = all(isinstance(part, Tensor) for part in self._rest)
             gc.collect()  # the graphs, whose nodes refer to each other
 
-    def _fuse(self, graph: GraphModule) -> bool:
-        """Rewrite a function with convolutions, if it is one."""
+    def _fuse(self, graph: GraphModule, stacked: bool) -> bool:
+        """Rewrite a function with convolutions, if it is one. stacked: for kernels of convolutions too."""
         if not fusion.convolutional(graph.graph):
             return False
         for dtype in {node.meta["val"].dtype for node in graph.graph.nodes if node.op == "placeholder"}:
             if dtype in kernels.NAMES:
-                library(kernels.NAMES[dtype])
+                library(kernels.NAMES[dtype], stacked)
         self.draws = _draws(graph)
         self._side_by_side = not self.draws
         self._channels_last = fusion.rewrite(graph)
@@ -125,7 +126,7 @@ class Compiled:
         """The function of one task, stacked; None where that cannot be."""
         single = next(chunks(tasks, 1))
         graph = trace(alone, single)
-        if self._fuse(graph) and self._side_by_side:
+        if self._fuse(graph, stacked=True) and self._side_by_side:
             state = self._state()
             with suppress(InputError, RuntimeError):
                 found = lifted.lift(
@@ -259,7 +260,7 @@ def _in_few_variables(source: str) -> ast.Module:
 
 def _draws(graph: GraphModule) -> bool:
     """Whether random numbers are drawn, which must be in the order of the tasks."""
-    return any(_torch.is_random(node.target) for node in graph.graph.nodes)
+    return any(is_random(node.target) for node in graph.graph.nodes)
 
 
 def _tensors(tasks: Task) -> list[Tensor]:

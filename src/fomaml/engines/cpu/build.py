@@ -23,9 +23,9 @@ import torch
 from fomaml.files import user_cache
 
 FOLDER = Path(__file__).parent
-SOURCES = [
-    FOLDER / name for name in ("convolution.cpp", "norm_relu_pool.cpp", "crew.cpp", "vectors.cpp")
-]  # the longest first
+# the longest first; of convolutions and of stacks of tensors apart, as not every network wants them
+SOURCES = [FOLDER / name for name in ("norm_relu_pool.cpp", "crew.cpp")]
+STACKED = [FOLDER / "convolution.cpp", *SOURCES, FOLDER / "vectors.cpp"]
 PRODUCTS = [FOLDER / "products.cpp"]
 HEADERS = [FOLDER / name for name in ("crew.h", "entries.h", "lanes.h", "patches.h", "tiles.h")]
 NATIVE = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
@@ -38,6 +38,8 @@ NUMBER, NUMBERS = ctypes.c_longlong, ctypes.POINTER(ctypes.c_longlong)
 ARGUMENTS = {
     "forward": [*[TENSOR] * 7, NUMBERS, ctypes.c_double],
     "backward": [*[TENSOR] * 10, NUMBERS],
+}
+STACKED_ARGUMENTS = ARGUMENTS | {
     "convolve": [*[TENSOR] * 4, NUMBERS],
     "convolve_backward": [*[TENSOR] * 6, NUMBERS],
     "sums": [*[TENSORS] * 2, NUMBERS, NUMBER, NUMBER],
@@ -53,28 +55,34 @@ def compiler() -> list[str]:
     return shlex.split(os.environ.get("CXX", "")) or list(filter(shutil.which, COMPILERS))[:1]
 
 
-@functools.cache
-def library(dtype: str = "float32") -> ctypes.CDLL:
+def library(dtype: str = "float32", stacked: bool = True) -> ctypes.CDLL:
     """The kernels of a dtype, built where they are not in the cache for this source, compiler, its version and
     processor. Of one dtype, as those of both take twice the time.
+
+    stacked: those of convolutions and of stacks of tensors too, which take longer than the others.
 
     Raises:
         RuntimeError: no compiler, or it fails; the message says why.
     """
-    begun = _begun.pop(dtype, None)
-    return _library(dtype) if begun is None else begun.result()
+    for key in ((dtype, True), (dtype, False))[: 1 if stacked else 2]:  # all of them are more than enough
+        if (begun := _begun.pop(key, None)) is not None:
+            _loaded[key] = begun.result()
+        if key in _loaded:
+            return _loaded[key]
+    return _loaded.setdefault((dtype, stacked), _library(dtype, stacked))
 
 
-_begun: dict[str, Future[ctypes.CDLL]] = {}
+_loaded: dict[tuple[str, bool], ctypes.CDLL] = {}
+_begun: dict[tuple[str, bool], Future[ctypes.CDLL]] = {}
 
 
-def begin(dtype: str) -> None:
+def begin(dtype: str, stacked: bool = True) -> None:
     """Have another thread build what `library` will be asked for, if this process has no kernels yet: the compiler runs
     while the caller traces, who goes first where there are too few cores.
     """
-    if dtype in DTYPES and dtype not in _begun and not library.cache_info().currsize:
+    if dtype in DTYPES and (dtype, stacked) not in _begun and not _loaded:
         aside = ThreadPoolExecutor(1, initializer=_step_back)
-        _begun[dtype] = aside.submit(_library, dtype)
+        _begun[dtype, stacked] = aside.submit(_library, dtype, stacked)
         aside.shutdown(wait=False)
 
 
@@ -84,8 +92,9 @@ def _step_back() -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
-def _library(dtype: str) -> ctypes.CDLL:
-    kernels = _made("kernels", SOURCES, ARGUMENTS, dtype)
+def _library(dtype: str, stacked: bool) -> ctypes.CDLL:
+    files, functions = (STACKED, STACKED_ARGUMENTS) if stacked else (SOURCES, ARGUMENTS)
+    kernels = _made("stacked" if stacked else "kernels", files, functions, dtype)
     kernels.use_threads.argtypes, kernels.use_threads.restype = [NUMBER], None
     return kernels
 

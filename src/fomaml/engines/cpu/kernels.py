@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fomaml.blocks import Memory
-from fomaml.engines.cpu.build import library
+from fomaml.engines.cpu.build import ARGUMENTS, library
 
 NAMES = {torch.float32: "float32", torch.float64: "float64"}
 
@@ -35,7 +35,7 @@ SMALL = 16_000  # numbers, below which the system's allocator gives the same pag
 
 def _kernel(name: str, dtype: torch.dtype) -> Callable:
     """A kernel, to be called by this thread with the threads of `sharing`."""
-    own = library(NAMES[dtype])
+    own = library(NAMES[dtype], stacked=name not in ARGUMENTS)
     own.use_threads(getattr(_own, "threads", 1))
     return getattr(own, f"{name}_{NAMES[dtype]}")
 
