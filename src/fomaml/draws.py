@@ -76,10 +76,14 @@ def distinct(counts: np.ndarray, randoms: np.ndarray, order: np.ndarray) -> np.n
     Floyd's algorithm (Bentley and Floyd 1987) gives a uniform subset; `order` shuffles it.
     """
     drawn = randoms.shape[-1]
-    chosen = np.full(randoms.shape, -1, dtype=np.int64)
+    # position by position in rows that lie close: less than half of the time
+    parts = np.ascontiguousarray(np.moveaxis(randoms, -1, 0)).reshape(drawn, -1)
+    least = counts.reshape(-1) - drawn
+    chosen = np.empty(parts.shape, dtype=np.int64)
     for position in range(drawn):
-        last = counts - drawn + position
-        candidate = (randoms[..., position] * (last + 1)).astype(np.int64)
-        taken = (chosen[..., :position] == candidate[..., None]).any(axis=-1)
-        chosen[..., position] = np.where(taken, last, candidate)
-    return np.take_along_axis(chosen, order.argsort(axis=-1), axis=-1)
+        last = least + position
+        candidate = (parts[position] * (last + 1)).astype(np.int64)
+        taken = (chosen[:position] == candidate).any(axis=0)
+        chosen[position] = np.where(taken, last, candidate)
+    found = np.ascontiguousarray(chosen.T).reshape(randoms.shape)
+    return np.take_along_axis(found, order.argsort(axis=-1), axis=-1)
