@@ -1,4 +1,4 @@
-"""`python -m benchmarks.plain JOB DATA`: meta-trains and tests by FOMAML as one writes it by hand, in plain PyTorch.
+"""`python -m benchmarks.plain JOB DATA IMAGES SEED` meta-trains and tests by FOMAML in plain PyTorch, as written by hand.
 
 The peer of `benchmarks.end_to_end`: `copy.deepcopy`, `torch.optim.SGD` inside, `torch.optim.Adam` outside.
 """
@@ -90,8 +90,8 @@ def adapt(model: nn.Module, inputs: Tensor, targets: Tensor, job: Job) -> nn.Mod
 
 def main() -> None:
     job, data = JOBS[sys.argv[1]], Path(sys.argv[2])
-    torch.manual_seed(0)
-    random.seed(0)
+    torch.manual_seed(int(sys.argv[4]))
+    random.seed(int(sys.argv[4]))
     train, test = {"mnist": read_mnist, "omniglot": read_omniglot}[job.source](data)
     model = {"mnist": lambda: mlp(784, 256, 10), "omniglot": conv4_strided}[job.source]()
     outer = torch.optim.Adam(model.parameters(), lr=job.meta_lr)
