@@ -31,7 +31,7 @@ class Step(NamedTuple):
 
     meta_loss: (). before: () the mean score at θ, and after: what gives the one at φ_K; None where the step is not
     measured. tasks: those that this process has, the first of the meta-batch among them where it is rank 0. random: the
-    states of torch's random numbers before the meta-gradient, by device.
+    states of torch's random numbers before the meta-gradient, by device. moments: see `MetaGradient`, of that task.
     """
 
     gradients: dict[str, Tensor]
@@ -40,6 +40,7 @@ class Step(NamedTuple):
     after: Callable[[], Tensor] | None
     tasks: Batch | None
     random: dict[str, Tensor]
+    moments: Mapping[str, Tensor]
 
 
 class Outer:
@@ -75,6 +76,7 @@ class Outer:
             (lambda: self._after(tasks, result, adapted).mean()) if measured else None,
             tasks,
             random,
+            result.moments,
         )
 
     def all_tasks(self, step: Step, iteration: int) -> Batch:
@@ -84,11 +86,12 @@ class Outer:
 
     def carry_moments(self, step: Step, iteration: int) -> None:
         """See `MetaLearner.carry_moments`."""
-        if not self.learner.moments.names:
-            return
-        assert step.tasks is not None and self.plan is not None
-        with self.plan.precision(step.tasks):
-            self.learner.carry_moments(step.tasks)
+        if step.moments:
+            self.learner.moments.take_over(step.moments)
+        elif self.learner.moments.names:  # an objective that takes no path from θ to φ_K
+            assert step.tasks is not None and self.plan is not None
+            with self.plan.precision(step.tasks):
+                self.learner.carry_moments(step.tasks)
 
     def update_statistics(self, step: Step, iteration: int) -> None:
         """See `MetaLearner.update_statistics`."""
@@ -208,6 +211,7 @@ class SharedOuter(Outer):
             (lambda: self._scored(parts)) if measured else None,
             parts[0].tasks if parts else None,
             random_state(),
+            parts[0].result.moments if parts else {},
         )
 
     def all_tasks(self, step: Step, iteration: int) -> Batch:

@@ -16,7 +16,7 @@ from fomaml.errors import InputError
 from fomaml.learning.adapt import Adam
 from fomaml.learning.algorithms import FOMAML, ProtoMAML, Reptile
 from fomaml.models import MLP
-from fomaml.tasks import one
+from fomaml.tasks import Examples, one
 from fomaml.train import train
 
 LR, META_LR, STEPS, BATCH = 0.01, 0.5, 3, 4
@@ -126,6 +126,47 @@ def test_every_task_of_a_meta_batch_starts_from_what_was_kept(preset, slow, engi
     assert learner.moments.state(learner.adapted)["5.bias"]["weight"].item() == pytest.approx(
         1 - 0.999 ** (2 * STEPS)
     )
+
+
+@pytest.mark.parametrize("listed", [False, True], ids=["stacked", "listed"])
+@pytest.mark.parametrize(("engine", "compile"), EXECUTIONS)
+def test_a_meta_gradient_has_the_moments_of_the_first_task(engine, compile, listed):
+    learner = FOMAML(network(), LR, STEPS, optimizer=CARRIED, inner_batch_size=BATCH)
+    learner.carry_moments(episodes().batch(7, 1))
+    stacked = tasks = episodes().batch(0, 4)
+    if listed:  # tasks of two shapes, the smaller ones first
+        tasks = [one(tasks, i) for i in range(4)]
+        tasks[2:] = [task._replace(query=Examples(*(t[:-1] for t in task.query))) for task in tasks[2:]]
+    found = meta_gradient(learner, tasks, engine=engine, tasks_at_once=2, compile=compile)
+    learner.carry_moments(stacked)
+    kept = dict(learner.moments.named_buffers())
+    assert found.moments.keys() == kept.keys()
+    for name, value in found.moments.items():
+        torch.testing.assert_close(value, kept[name], rtol=1e-10, atol=1e-14)
+
+
+def test_training_adapts_to_no_task_twice(monkeypatch):
+    class Counting(nn.Linear):
+        calls = 0
+
+        def forward(self, inputs):
+            Counting.calls += 1
+            return super().forward(inputs)
+
+    data = Episodes(
+        ClassSource(torch.randn(50, 6), torch.arange(50) % 5), ways=3, shots=3, query_shots=2, seed=0
+    )
+    passes = []
+    for carried in (False, True):
+        model = Counting(6, 3)
+        learner = FOMAML(model, LR, STEPS, optimizer=Adam((0.0, 0.999), carried=carried))
+        outer = torch.optim.SGD(model.parameters(), lr=META_LR)
+        records = train(learner, data, outer, iterations=9, meta_batch_size=2, engine="loop", measure_every=9)
+        next(records)
+        before = Counting.calls
+        next(records)
+        passes.append(Counting.calls - before)
+    assert passes == [2 * (STEPS + 1)] * 2
 
 
 def test_the_moments_are_saved_with_the_weights(tmp_path):

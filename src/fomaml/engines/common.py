@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from operator import itemgetter
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -19,7 +20,7 @@ from fomaml.layout import Strides, laid
 from fomaml.learning.learner import MetaLearner
 from fomaml.learning.problem import Problem
 from fomaml.metrics import ignored_label
-from fomaml.tasks import Batch, Examples, Task, are_labels, count, shape_of, stack, ways_each
+from fomaml.tasks import Batch, Examples, Task, are_labels, count, count_of, shape_of, stack, ways_each
 from fomaml.threads import alone
 from fomaml.trees import Tree, joined, mapped
 
@@ -53,7 +54,8 @@ class MetaGradient(NamedTuple):
     query_losses: (tasks,) at φ_K. support_losses: (tasks, steps), each at the start of its step.
     query_outputs: (tasks, query examples, ...) at φ_K; -inf for classes that a task does not have, where a start makes
     heads of several numbers of ways. Nested as what the model returns; of a list of tasks a list, in its order; ()
-    where a `loss` stands in for outputs. engine: the engine that computed it.
+    where a `loss` stands in for outputs. engine: the engine that computed it. moments: what an inner `Adam` that is
+    carried on has at the end of the first task, by buffer of `SecondMoments`.
     """
 
     gradients: dict[str, Tensor]
@@ -61,6 +63,7 @@ class MetaGradient(NamedTuple):
     support_losses: Tensor
     query_outputs: Tree | list[Tree]
     engine: str
+    moments: Mapping[str, Tensor] = MappingProxyType({})
 
     def without_gradients(self) -> MetaGradient:
         """The same of tasks that count for nothing, also where their gradients are not finite."""
@@ -74,20 +77,21 @@ class MetaGradient(NamedTuple):
 
 class Found(NamedTuple):
     """What a chunk of a meta-batch contributes. gradients: by meta-parameter name, one after the other; query_losses
-    (tasks,), support_losses (tasks, steps), query_outputs (tasks, ...).
+    (tasks,), support_losses (tasks, steps), query_outputs (tasks, ...), moments (tasks, ...) see `SecondMoments.ended`.
     """
 
     gradients: list[Tensor]
     query_losses: Tensor
     support_losses: Tensor
     query_outputs: Tree
+    moments: Mapping[str, Tensor] = MappingProxyType({})
 
     def slopes(self, learner: MetaLearner) -> list[Tensor]:
         """What is compared as gradients are, where it was compiled; the rest as losses are."""
-        return self.gradients
+        return [*self.gradients, *self.moments.values()]
 
-    def values(self) -> Tree:
-        return self[1:]
+    def values(self) -> tuple[Tensor, Tensor, Tree]:
+        return self.query_losses, self.support_losses, self.query_outputs
 
 
 class Curve(NamedTuple):
@@ -146,9 +150,12 @@ def differentiate(learner: MetaLearner, problem: Problem, tasks: int = 1) -> Fou
             materialize_grads=True,
         )
     _, losses, outputs, support_losses = outcome
+    number = count_of(problem.task.support) if problem.stacked else None
+    moments = learner.moments.ended(problem.state, number)
     if problem.stacked:
-        return Found(list(gradients), losses, support_losses.T, outputs)
-    return Found(list(gradients), losses[None], support_losses[None], mapped(lambda t: t[None], outputs))
+        return Found(list(gradients), losses, support_losses.T, outputs, moments)
+    outputs = mapped(lambda tensor: tensor[None], outputs)
+    return Found(list(gradients), losses[None], support_losses[None], outputs, moments)
 
 
 def strides_of(learner: MetaLearner) -> dict[str, Strides]:
@@ -170,17 +177,19 @@ def accumulate(
     on the cores that the next meta-gradient needs.
     """
     found = iter(found)
-    gradients, *seen = next(found)
-    rest = []
+    first = next(found)
+    gradients, seen, rest = first.gradients, first.values(), []
+    moments = {name: value[0].clone() for name, value in first.moments.items()}
+    del first  # but for the gradients not held until the end
     for chunk in found:
         # not in place: autograd may hand two parameters the same tensor
         gradients = _torch.add(gradients, chunk.gradients)
-        rest.append(chunk[1:])
+        rest.append(chunk.values())
     with alone(compiled):
         losses, support_losses, outputs = (joined([*each]) for each in zip(seen, *rest)) if rest else seen
         gradients = _torch.divide(gradients, divisor) if divisor != 1 else _apart(gradients)
         own = dict(zip(strides, map(laid, gradients, strides.values())))
-    return MetaGradient(own, losses, support_losses, outputs, engine)
+    return MetaGradient(own, losses, support_losses, outputs, engine, moments)
 
 
 def _apart(gradients: Sequence[Tensor]) -> list[Tensor]:
@@ -297,6 +306,7 @@ def put_together(groups: Sequence[Group], parts: Sequence[MetaGradient], listed:
         in_order(groups, [part.support_losses for part in parts]),
         outputs,
         parts[0].engine,
+        parts[0].moments,
     )
 
 

@@ -311,8 +311,8 @@ class MetaLearner(nn.Module):
 
     @torch.no_grad()
     def carry_moments(self, tasks: Batch) -> None:
-        """Keep, for the next tasks, the second moments with which a carried `Adam` ends the first of `tasks`; the outer
-        loop calls it before each of its steps.
+        """Keep, for the next tasks, the second moments with which a carried `Adam` ends the first of `tasks`, before an
+        outer step. `train` does so with what the meta-gradient has found of them: `moments.take_over(found.moments)`.
         """
         with turn_of(self.model):
             if not self.moments.names:

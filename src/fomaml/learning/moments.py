@@ -32,6 +32,22 @@ class SecondMoments(nn.Module):
         }
         return {name: carried.get(name, {}) for name in adapted}
 
+    def ended(self, state: Mapping[str, Mapping[str, Tensor]], tasks: int | None) -> dict[str, Tensor]:
+        """Where tasks ended, by buffer, (tasks, ...) each. tasks: their number; None for one without that axis."""
+        found = {}
+        for name in self.names if state else ():
+            for field in FIELDS:
+                buffer, value = f"{field}/{key(name)}", state[name][field].detach()
+                shape = getattr(self, buffer).shape
+                found[buffer] = value[None] if tasks is None else value.expand(tasks, *shape)
+        return found
+
+    @torch.no_grad()
+    def take_over(self, ended: Mapping[str, Tensor]) -> None:
+        """Where a task ended becomes where the next ones start; see `ended`, without its axis of tasks."""
+        for buffer, value in ended.items():
+            getattr(self, buffer).copy_(value)
+
     def keep(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Take over where a task ended."""
         for name in self.names:

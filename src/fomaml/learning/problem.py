@@ -21,13 +21,7 @@ from fomaml.learning.parts import check_mean, counted, minibatch, parts_of, spre
 from fomaml.learning.repeated import again
 from fomaml.learning.replica import Replicas, buffers_of
 from fomaml.metrics import ignored_label
-from fomaml.models import (
-    NATIVE_BATCH_NORMS,
-    BatchNorm,
-    normalising,
-    refuse_native,
-    takes_statistics,
-)
+from fomaml.models import NATIVE_BATCH_NORMS, BatchNorm, normalising, refuse_native, takes_statistics
 from fomaml.tasks import Examples, Task, are_labels, count_of, ways_each
 from fomaml.tasks import first as first_of
 from fomaml.trees import Tree, call, joined, leaves, mapped, rebuilt, structure
@@ -37,7 +31,7 @@ class Problem:
     """The inner problem of one task, or, `stacked`, of a stack of tasks with a leading axis on everything.
 
     start: φ₀ by name, differentiable functions of the meta-parameters; (tasks, ...) each if stacked.
-    steps, first_order, iteration: the learner's.
+    steps, first_order, iteration: the learner's. state: of the inner optimiser, as the last path has left it.
     evaluating: use running statistics where the batch norms have them.
     ways: the number of classes of the task, where a start needs it; by default the largest label and one, or the number
         of probabilities.
@@ -61,6 +55,7 @@ class Problem:
         self._judge = learner.criterion if learner.loss is None else learner.loss
         self.task = task
         self._ways = ways
+        self.state: Mapping[str, dict] = {}
         self.stacked = stacked
         self.evaluating = evaluating
         self.steps = learner.inner_steps
@@ -120,15 +115,18 @@ class Problem:
     ) -> Iterator[tuple[Adapted, Tensor]]:
         """(φₖ₊₁, support losses at φₖ) for k = 0, 1, …, without end.
 
-        state: the inner optimiser's. overwrite: φₖ₊₁ may take the place of φₖ; see `inner_loop`.
+        state: the inner optimiser's; by default `state` of this object. overwrite: φₖ₊₁ may take the place of φₖ; see
+        `inner_loop`.
         """
+        if state is None:
+            state = self.state = self.learner.moments.state(self.start)
         return inner_loop(
             again(self, self._support_parts) if overwrite else self._support_parts,
             self.start,
             self.learner.inner_lr,
             optimizer=self.learner.optimizer,
             first_order=self.first_order if first_order is None else first_order,
-            state=self.learner.moments.state(self.start) if state is None else state,
+            state=state,
             stacked=self.stacked,
             guard=self.guard,
             overwrite=overwrite,
