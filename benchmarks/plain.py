@@ -1,4 +1,4 @@
-"""`python -m benchmarks.plain JOB DATA IMAGES SEED` meta-trains and tests by FOMAML in plain PyTorch, as written by hand.
+"""`python -m benchmarks.plain JOB DATA IMAGES SEED` meta-trains and tests by FOMAML as one writes it by hand.
 
 The peer of `benchmarks.end_to_end`: `copy.deepcopy`, `torch.optim.SGD` inside, `torch.optim.Adam` outside.
 """
