@@ -1,25 +1,28 @@
 """Which engine is chosen, and what is said where one does not suit."""
 
+import sys
 from functools import partial
 
 import pytest
+import torch
 import torch.nn.functional as F
 from torch import nn
 
 from family import LR, STEPS, answer, assert_agrees
 from fomaml.engines import curve, meta_gradient
-from fomaml.engines.plan import choose
+from fomaml.engines.plan import choice, choose
 from fomaml.errors import InputError
 from fomaml.learning.algorithms import FOMAML
-from fomaml.models import MLP, Conv4
-from fomaml.tasks import Examples
+from fomaml.models import MLP, Conv4, Conv4Strided
+from fomaml.tasks import Examples, Task
 from zoo import draw, example
 
 
 @pytest.mark.parametrize(
     ("build", "shape", "shots", "expected", "compiled"),
     [
-        (partial(Conv4, 4), (1, 28, 28), 1, "loop", "loop"),
+        (partial(Conv4, 4), (1, 28, 28), 1, "loop", "batched"),
+        (partial(Conv4, 4), (1, 28, 28), 4, "loop", "loop"),
         (partial(Conv4, 4, channels=8, image=(1, 16, 16)), (1, 16, 16), 1, "batched", "batched"),
         (partial(MLP, 784, 256, 4), (784,), 1, "factored", "factored"),
         (partial(MLP, 784, 256, 4), (784,), 100, "loop", "batched"),
@@ -49,6 +52,16 @@ def test_choose_names_the_engine_and_the_reason(build, shape, shots, expected, c
     name, reason = choose(learner, tasks)
     assert name == expected
     assert reason and "\n" not in reason
+
+
+@pytest.mark.parametrize(("query", "at_once"), [(5, 32), (25, 25), (50, 15), (75, 10)])
+def test_fewer_tasks_of_larger_convolutions_are_stacked(query, at_once, monkeypatch):
+    monkeypatch.setattr(sys.modules["fomaml.engines.plan"], "begin_kernels", lambda *given: None)
+    labels = torch.arange(80) % 5
+    sets = [Examples(torch.randn(40, n, 1, 28, 28), labels[:n].expand(40, n)) for n in (5, query)]
+    learner = FOMAML(Conv4Strided(5), LR, 2)
+    assert choice(learner, Task(*sets), "batched", None, compile=True).tasks_at_once == at_once
+    assert choice(learner, Task(*sets), "batched", None, compile=False).tasks_at_once == 8
 
 
 def test_auto_is_the_engine_of_choose():

@@ -55,17 +55,18 @@ def choose(learner: MetaLearner, tasks: Task, compile: bool = False) -> tuple[st
     A rule and no race: engines round differently, and a run must end the same however busy the machine was.
     Measured on a CPU: vmap makes grouped convolutions of convolutions, 2.5-3.3 times slower than the loop on
     Conv4, but on small strided ones the loop's overhead weighs more (2 times slower). Compiled, both take fused
-    kernels, tasks side by side, and small convolutions are stacked without being grouped. The factored engine pays
-    where few vectors go through wide Linear layers; other wide layers take the loop (1.3-1.8 times faster than vmap
-    on a 784-256-10 MLP, second order and Reptile), or, compiled, vmap.
+    kernels, tasks side by side, and convolutions are stacked without being grouped: below 200 million operations a
+    forward pass, on average over inner steps and query set, 1 to 2 times faster than the loop, above 400 slower.
+    The factored engine pays where few vectors go through wide Linear layers; other wide layers take the loop (1.3-1.8
+    times faster than vmap on a 784-256-10 MLP, second order and Reptile), or, compiled, vmap.
     """
     on_cpu = device_of(tasks).type == "cpu"
     if is_convolutional(learner) and on_cpu:
-        millions = flops(learner, tasks) / 1e6
-        how = ", compiled" if compile else ""
-        if millions > 50 or not takers(learner, tasks)[0]:
-            return "loop", f"convolutions on a CPU, {millions:.0f} million operations a task{how}"
-        return "batched", f"small convolutions, {millions:.0f} million operations a task{how}"
+        millions = (_flops_of_pass if compile else flops)(learner, tasks) / 1e6
+        how = "a forward pass, compiled" if compile else "a task"
+        if millions > (200 if compile else 50) or not takers(learner, tasks)[0]:
+            return "loop", f"convolutions on a CPU, {millions:.0f} million operations {how}"
+        return "batched", f"small convolutions, {millions:.0f} million operations {how}"
     vmaps, vectors = takers(learner, tasks)
     if not vmaps:
         return "loop", "something in the model that vmap does not take"
@@ -83,6 +84,13 @@ def choose(learner: MetaLearner, tasks: Task, compile: bool = False) -> tuple[st
     if max(own[n].numel() for n in learner.adapted) > 100_000 and not compile:
         return "loop", "wide layers on a CPU, which the factored engine does not take here"
     return "batched", "dense layers, compiled" if compile else "small dense layers"
+
+
+def _flops_of_pass(learner: MetaLearner, tasks: Task) -> float:
+    """The operations of a forward pass of a task, on average over the inner steps and the query set."""
+    support, query = map(count_of, one(tasks, 0))
+    each = flops(learner, tasks) / query
+    return each * (learner.inner_steps * support + query) / (learner.inner_steps + 1)
 
 
 def choice(
@@ -120,8 +128,9 @@ def _at_once(
     if number > 8:
         if is_convolutional(learner):
             # measured on small strided convolutions: 8 or 16 at once are 1.2 times as fast as 32, which leave the
-            # cache; but stacked 32 are 1.2 times as fast as 8, as there is less between their kernels
-            return min(number, 32) if compile else 8
+            # cache; but stacked 32 of 27 million operations are 1.2 times as fast as 8, of 53 million 1.06, as there
+            # is less between their kernels
+            return min(number, 32, max(8, int(1.6e9 / _flops_of_pass(learner, tasks)))) if compile else 8
         if compile:
             return _few(learner, tasks, number, engine)
     return number

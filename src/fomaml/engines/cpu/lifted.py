@@ -19,10 +19,7 @@ from fomaml.engines import _torch
 from fomaml.engines.cpu import fusion, kernels
 
 aten = torch.ops.aten
-# of the outputs of a task, forward: torch's own are as quick for a quarter of it, but what they give has to be stacked,
-# which took a ninth of the time of ten inner steps and 75 query images
-FORWARD = 20_000
-ALONE = 5_000  # of the outputs of a task that comes alone
+ALONE = 5_000  # pixels of the outputs of a task that comes alone, see `kernels.STACKED`
 # operations of a convolution, on average, from which on two threads are faster than one: 7 to 24 million take as long
 # on both, 33 million 0.9 of the time
 SHARED = 25_000_000
@@ -164,7 +161,7 @@ class _Interpreter(Interpreter):
 
 def convolution(inputs: Tensor, weights: Tensor, bias: Tensor | None, *kind) -> Tensor:
     """`aten.convolution` of each task, kind its arguments from stride on; weights and bias of each or of all."""
-    if _takes(inputs, weights, kind, pixels=FORWARD):
+    if _takes(inputs, weights, kind):
         return kernels.convolution(inputs, weights, bias, *kind[:2])
     order = kernels.channels_last
     if inputs.shape[2] == 1:
@@ -209,7 +206,9 @@ def _order(inputs: Tensor, outputs: Tensor) -> Callable[[Tensor], Tensor]:
     return kernels.plain if kernels.misread(inputs.shape, outputs.shape) else kernels.channels_last
 
 
-def _takes(inputs: Tensor, weights: Tensor, kind: tuple, by_inputs: bool = False, pixels: int = 1000) -> bool:
+def _takes(
+    inputs: Tensor, weights: Tensor, kind: tuple, by_inputs: bool = False, pixels: int = kernels.STACKED
+) -> bool:
     """Whether the kernels take this convolution."""
     stride, padding, dilation, transposed, _, groups = kind
     is_plain = not transposed and groups == 1 and all(d == 1 for d in dilation)
