@@ -13,7 +13,7 @@ from fomaml.engines import curve, meta_gradient
 from fomaml.engines.plan import choice, choose
 from fomaml.errors import InputError
 from fomaml.learning.algorithms import FOMAML
-from fomaml.models import MLP, Conv4, Conv4Strided
+from fomaml.models import MLP, BatchNorm, Conv4, Conv4Strided
 from fomaml.tasks import Examples, Task
 from zoo import draw, example
 
@@ -52,6 +52,38 @@ def test_choose_names_the_engine_and_the_reason(build, shape, shots, expected, c
     name, reason = choose(learner, tasks)
     assert name == expected
     assert reason and "\n" not in reason
+
+
+def block(kind=nn.Conv2d, channels=32, norm=nn.BatchNorm2d, **options):
+    """Eight million operations for an image of 28 x 28."""
+    layers = [kind(1, channels, 3, padding=1), norm(channels), nn.ReLU()]
+    layers += [kind(channels, channels, 3, padding=1, **options), norm(channels), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(5))
+
+
+BLOCKS = {
+    "batch norm of torch": (block, "batched"),
+    "batch norm": (partial(block, norm=BatchNorm), "batched"),
+    "channels that vectors do not divide": (partial(block, channels=40), "loop"),
+    "groups": (partial(block, groups=4), "loop"),
+    "dilation": (partial(block, dilation=2), "loop"),
+    "group norm": (partial(block, norm=partial(nn.GroupNorm, 4)), "loop"),
+    "no norm": (partial(block, norm=nn.Identity), "loop"),
+    "series": (partial(block, nn.Conv1d, norm=nn.BatchNorm1d), "loop"),
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_what_the_kernels_do_not_take_is_stacked_only_where_it_is_small(name):
+    build, expected = BLOCKS[name]
+    model = build()
+    shape = (1, 28, 28) if isinstance(model[0], nn.Conv2d) else (1, 2000)
+    labels = torch.arange(10) % 5
+    sets = [Examples(torch.randn(2, 10, *shape), labels.expand(2, 10)) for _ in range(2)]
+    with torch.no_grad():
+        model(sets[0].inputs[0])
+    learner = FOMAML(model.requires_grad_(), LR, STEPS)
+    assert choose(learner, Task(*sets), compile=True)[0] == expected
 
 
 @pytest.mark.parametrize(("query", "at_once"), [(5, 32), (25, 25), (50, 15), (75, 10)])

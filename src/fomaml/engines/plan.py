@@ -34,7 +34,7 @@ from fomaml.engines.common import (
 from fomaml.engines.compiling import Choice, Choosing, Compiling, like_of
 from fomaml.engines.known import AS_ASKED, ENGINES
 from fomaml.engines.pays import Compile, begin_kernels, check_compile, pays
-from fomaml.engines.probes import explain, flops, is_convolutional, takers, tried
+from fomaml.engines.probes import explain, flops, is_convolutional, suits_kernels, takers, tried
 from fomaml.errors import InputError, not_negative, positive
 from fomaml.learning.adapt import ordinary_modes
 from fomaml.learning.learner import MetaLearner
@@ -56,7 +56,8 @@ def choose(learner: MetaLearner, tasks: Task, compile: bool = False) -> tuple[st
     Measured on a CPU: vmap makes grouped convolutions of convolutions, 2.5-3.3 times slower than the loop on
     Conv4, but on small strided ones the loop's overhead weighs more (2 times slower). Compiled, both take fused
     kernels, tasks side by side, and convolutions are stacked without being grouped: below 200 million operations a
-    forward pass, on average over inner steps and query set, 1 to 2 times faster than the loop, above 400 slower.
+    forward pass, on average over inner steps and query set, 1 to 2 times faster than the loop, above 400 slower; where
+    the kernels do not take all of them, or there are other norms than batch norms, slower from 10 to 40 million on.
     The factored engine pays where few vectors go through wide Linear layers; other wide layers take the loop (1.3-1.8
     times faster than vmap on a 784-256-10 MLP, second order and Reptile), or, compiled, vmap.
     """
@@ -64,7 +65,8 @@ def choose(learner: MetaLearner, tasks: Task, compile: bool = False) -> tuple[st
     if is_convolutional(learner) and on_cpu:
         millions = (_flops_of_pass if compile else flops)(learner, tasks) / 1e6
         how = "a forward pass, compiled" if compile else "a task"
-        if millions > (200 if compile else 50) or not takers(learner, tasks)[0]:
+        most = 50 if not compile else 200 if suits_kernels(learner) else 10
+        if millions > most or not takers(learner, tasks)[0]:
             return "loop", f"convolutions on a CPU, {millions:.0f} million operations {how}"
         return "batched", f"small convolutions, {millions:.0f} million operations {how}"
     vmaps, vectors = takers(learner, tasks)

@@ -21,6 +21,7 @@ from fomaml.learning.learner import MetaLearner
 from fomaml.learning.mistakes import THIRD_ORDER, refuse_written
 from fomaml.learning.problem import Problem
 from fomaml.metrics import ignored_label
+from fomaml.models import BatchNorm
 from fomaml.tasks import Batch, Task, are_labels, chunks, count, device_of, first, one, singles, ways_each
 from fomaml.trees import Tree, mapped
 
@@ -31,6 +32,22 @@ CONVOLUTIONS = (
 
 def is_convolutional(learner: MetaLearner) -> bool:
     return any(isinstance(module, CONVOLUTIONS) for module in learner.model.modules())
+
+
+def suits_kernels(learner: MetaLearner) -> bool:
+    """Whether the kernels for a CPU compute nearly all of a stack of tasks: images, convolutions and batch norms."""
+    from fomaml.engines.cpu.kernels import is_narrow  # which only what is compiled needs
+
+    convolutions = [module for module in learner.model.modules() if isinstance(module, CONVOLUTIONS)]
+    norms = [module for module in learner.model.modules() if "Norm" in type(module).__name__]
+    batch_norms = bool(norms) and all(isinstance(norm, BatchNorm | nn.BatchNorm2d) for norm in norms)
+    return batch_norms and all(
+        type(own) is nn.Conv2d
+        and own.groups == 1
+        and own.dilation == (1, 1)
+        and (own.in_channels % 16 == 0 or is_narrow(own.weight.shape))
+        for own in convolutions
+    )
 
 
 def takers(learner: MetaLearner, tasks: Task) -> tuple[bool, dict[str, int]]:

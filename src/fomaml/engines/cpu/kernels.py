@@ -189,7 +189,7 @@ def _takes(
         (size + 2 * around - kernel) // step + 1
         for size, kernel, step, around in zip(inputs[-2:], weights[-2:], stride, padding)
     )
-    narrow = _is_narrow(weights) and not by_inputs
+    narrow = is_narrow(weights) and not by_inputs
     return inputs[-4] * height * width <= pixels and (inputs[-3] % 16 == 0 or narrow)
 
 
@@ -241,7 +241,7 @@ def _strides(images: torch.Size) -> tuple[int, ...]:
     return (*reversed(found), 1, width * channels, channels)
 
 
-def _is_narrow(weights: torch.Size) -> bool:
+def is_narrow(weights: torch.Size) -> bool:
     """Whether vectors run over the outputs, as there are too few channels."""
     outputs, channels, rows, columns = weights[-4:]
     return channels % 16 != 0 and outputs % 16 == 0 and channels * rows * columns <= 64
@@ -259,7 +259,7 @@ def _sizes_of(
     tasks, examples = _batch(batch)
     steps = (math.prod(weights[1:]) if len(weights) == 5 else 0, step)
     sizes = (examples, height, width, channels, outputs, rows, columns, *stride, *padding)
-    return _sizes(tasks, *steps, _is_narrow(weights), *sizes), torch.Size([*batch, outputs, down, across])
+    return _sizes(tasks, *steps, is_narrow(weights), *sizes), torch.Size([*batch, outputs, down, across])
 
 
 def _is_stack(tensor: Tensor) -> bool:
