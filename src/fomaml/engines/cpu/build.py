@@ -64,11 +64,12 @@ def library(dtype: str = "float32", stacked: bool = True) -> ctypes.CDLL:
     Raises:
         RuntimeError: no compiler, or it fails; the message says why.
     """
-    for key in ((dtype, True), (dtype, False))[: 1 if stacked else 2]:  # all of them are more than enough
+    # all of them are more than enough
+    if (found := _loaded.get((dtype, True)) or _loaded.get((dtype, stacked))) is not None:
+        return found
+    for key in ((dtype, True), (dtype, stacked)):
         if (begun := _begun.pop(key, None)) is not None:
-            _loaded[key] = begun.result()
-        if key in _loaded:
-            return _loaded[key]
+            return _loaded.setdefault(key, begun.result())
     return _loaded.setdefault((dtype, stacked), _library(dtype, stacked))
 
 
