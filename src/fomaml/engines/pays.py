@@ -10,13 +10,15 @@ import math
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from fomaml.engines.common import groups
-from fomaml.engines.probes import flops
+from fomaml.engines.probes import flops, is_convolutional
 from fomaml.errors import InputError, positive, shown
 from fomaml.learning.learner import MetaLearner
 from fomaml.learning.objectives import MultiStepLoss
+from fomaml.models import MLP
 from fomaml.tasks import Batch, Task, count, count_of, device_of, one
 
 Compile = bool | Literal["auto"]
@@ -26,6 +28,9 @@ OPERATION = 1 / 25e9  # on one thread
 TENSOR = 0.25e-3  # what stands around the operations of one tensor in one pass, stacked by vmap
 TENSOR_ALONE = 0.05e-3  # of one task
 IMAGES = nn.Conv2d, nn.ConvTranspose2d
+IN_LOOPS = (
+    nn.Sequential, MLP, nn.Linear, nn.ReLU, nn.Sigmoid, nn.LayerNorm, nn.Softmax, nn.Flatten, nn.Unflatten, nn.Identity,
+)  # fmt: skip
 
 
 class Cost(NamedTuple):
@@ -75,7 +80,8 @@ def cost(learner: MetaLearner, tasks: Batch, engine: str) -> Cost:
     Measured, an uncompiled call and a compiled one: convolutions of images 3.5 and 1.3 s (C), 144 and 49 ms (D); a
     784-256-10 MLP 29 and 15 ms (A), a 1-40-40-1 one 2.9 and 0.3 ms (F), two transformer layers 262 and 114 ms (G). So
     a third to two thirds of convolutions are saved; of dense layers nearly all that stands around their operations,
-    and little of these. The first calls took, with nothing in a cache, 8, 6, 4, 3 and 10 s.
+    and little of these. The first calls took, with nothing in a cache, 2.0, 2.3, 2.1, 1.3 and 4.6 s, and 18 and 31 s of
+    series, which go through torch's inductor, as do dense layers beside what loops are not written of.
     """
     number = count(tasks)
     if not isinstance(tasks, Task):
@@ -90,8 +96,12 @@ def cost(learner: MetaLearner, tasks: Batch, engine: str) -> Cost:
     tensors = order * (sum(1 for _ in learner.parameters()) + len(learner.adapted) * learner.inner_steps)
     around = tensors * (TENSOR_ALONE * number if engine == "loop" else TENSOR)
     if _has_images(learner):  # kernels of our own
-        return Cost(arithmetic + around, (arithmetic + around) / 3, 3 + 0.05 * tensors)
-    return Cost(arithmetic + around, 0.1 * arithmetic + 0.9 * around, 3 + 0.06 * tensors)
+        return Cost(arithmetic + around, (arithmetic + around) / 3, 1.5 + 0.015 * tensors)
+    if is_convolutional(learner):
+        compiling = 8 + 0.2 * tensors
+    else:
+        compiling = 1.3 + 0.025 * tensors if _in_loops(learner) else 3 + 0.06 * tensors
+    return Cost(arithmetic + around, 0.1 * arithmetic + 0.9 * around, compiling)
 
 
 def calls_within(seconds: float, learner: MetaLearner, tasks: Batch) -> int:
@@ -138,6 +148,12 @@ def begin_kernels(learner: MetaLearner, tasks: Batch, stacked: bool = True) -> N
 
     if _has_images(learner) and device_of(tasks).type == "cpu" and not too_old():
         build.begin(str(next(learner.parameters()).dtype).removeprefix("torch."), stacked)
+
+
+def _in_loops(learner: MetaLearner) -> bool:
+    """Whether loops of this library are known to be written of all that the model computes."""
+    judged = learner.loss is None and learner.criterion in (F.cross_entropy, F.mse_loss)
+    return judged and all(type(module) in IN_LOOPS for module in learner.model.modules())
 
 
 def _has_images(learner: MetaLearner) -> bool:

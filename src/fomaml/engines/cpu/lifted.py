@@ -20,8 +20,8 @@ from fomaml.engines.cpu import fusion, kernels
 
 aten = torch.ops.aten
 ALONE = 5_000  # pixels of the outputs of a task that comes alone, see `kernels.STACKED`
-# operations of a convolution, on average, from which on two threads are faster than one: 7 million take as long on both,
-# 25 million 0.94 of the time, 33 million 0.9
+# operations of a convolution, on average, from which on two threads are faster than one: 7 million take as long on both
+# of them, 25 million 0.94 of the time, 33 million 0.9
 SHARED = 20_000_000
 
 
