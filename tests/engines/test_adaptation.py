@@ -115,6 +115,18 @@ def test_convolutions_of_every_policy_at_every_statistics(module, engine):
     assert len(made(learner)) == 1
 
 
+@pytest.mark.parametrize(("channels", "engine"), [(16, "batched"), (24, "loop")])
+def test_what_the_kernels_do_not_take_is_adapted_one_by_one(channels, engine):
+    model = Conv4Strided(4, channels=channels)
+    del model.body[2:]
+    tasks = draw((1, 6, 6), F.cross_entropy, tasks=4).to(dtype=torch.float32)
+    own = plan(FOMAML(model, LR, 2), tasks)
+    [(_, outputs)] = own.curve(tasks, [(2, "own")], compile=True)
+    [(_, expected)] = own.curve(tasks, [(2, "own")])
+    assert own.way.engine == engine
+    torch.testing.assert_close(outputs, expected, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("stack", [3])
 def test_outputs_do_not_depend_on_how_tasks_are_stacked(stack, monkeypatch):
     torch.manual_seed(0)

@@ -95,7 +95,7 @@ def cost(learner: MetaLearner, tasks: Batch, engine: str) -> Cost:
     )
     tensors = order * (sum(1 for _ in learner.parameters()) + len(learner.adapted) * learner.inner_steps)
     around = tensors * (TENSOR_ALONE * number if engine == "loop" else TENSOR)
-    if _has_images(learner):  # kernels of our own
+    if has_images(learner):  # kernels of our own
         return Cost(arithmetic + around, (arithmetic + around) / 3, 1.5 + 0.015 * tensors)
     if is_convolutional(learner):
         compiling = 8 + 0.2 * tensors
@@ -146,7 +146,7 @@ def begin_kernels(learner: MetaLearner, tasks: Batch, stacked: bool = True) -> N
     from fomaml.engines.compiled.cache import too_old
     from fomaml.engines.cpu import build
 
-    if _has_images(learner) and device_of(tasks).type == "cpu" and not too_old():
+    if has_images(learner) and device_of(tasks).type == "cpu" and not too_old():
         build.begin(str(next(learner.parameters()).dtype).removeprefix("torch."), stacked)
 
 
@@ -156,5 +156,5 @@ def _in_loops(learner: MetaLearner) -> bool:
     return judged and all(type(module) in IN_LOOPS for module in learner.model.modules())
 
 
-def _has_images(learner: MetaLearner) -> bool:
+def has_images(learner: MetaLearner) -> bool:
     return any(isinstance(module, IMAGES) for module in learner.model.modules())
