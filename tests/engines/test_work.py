@@ -62,10 +62,10 @@ def test_counting_does_not_load_the_compiler_of_torch():
         import sys, torch
         from torch import nn
         from fomaml import FOMAML, Examples, Task
-        from fomaml.engines import plan
+        from fomaml.engines.probes import work
         sets = [Examples(torch.randn(2, 4, 1, 8, 8), (torch.arange(4) % 2).expand(2, 4)) for _ in range(2)]
         model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(72, 2))
-        assert plan(FOMAML(model, 0.1, 1), Task(*sets)).engine == "batched"
+        assert work(FOMAML(model, 0.1, 1), Task(*sets))[0] > 0
         assert "torch._dynamo" not in sys.modules
     """
     done = subprocess.run(
