@@ -154,7 +154,7 @@ def differentiate(learner: MetaLearner, problem: Problem, tasks: int = 1) -> Fou
     moments = learner.moments.ended(problem.state, number)
     if problem.stacked:
         return Found(list(gradients), losses, support_losses.T, outputs, moments)
-    outputs = mapped(lambda tensor: tensor[None], outputs)
+    outputs, moments = mapped(lambda tensor: tensor[None], (outputs, moments))
     return Found(list(gradients), losses[None], support_losses[None], outputs, moments)
 
 

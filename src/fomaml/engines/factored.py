@@ -188,7 +188,6 @@ class FactoredProblem(Problem):
     def path(
         self,
         first_order: bool | None = None,
-        state: Mapping[str, dict] | None = None,
         overwrite: bool = False,
     ) -> Iterator[tuple[_State, Tensor]]:
         """(φₖ₊₁, support losses at φₖ) for k = 0, 1, …, without end. Always of first order; plain SGD has no state."""

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fomaml.engines.common import groups
-from fomaml.engines.probes import flops, is_convolutional
+from fomaml.engines.probes import flops, has_images, is_convolutional
 from fomaml.errors import InputError, positive, shown
 from fomaml.learning.learner import MetaLearner
 from fomaml.learning.objectives import MultiStepLoss
@@ -27,7 +27,6 @@ Compile = bool | Literal["auto"]
 OPERATION = 1 / 25e9  # on one thread
 TENSOR = 0.25e-3  # what stands around the operations of one tensor in one pass, stacked by vmap
 TENSOR_ALONE = 0.05e-3  # of one task
-IMAGES = nn.Conv2d, nn.ConvTranspose2d
 IN_LOOPS = (
     nn.Sequential, MLP, nn.Linear, nn.ReLU, nn.Sigmoid, nn.LayerNorm, nn.Softmax, nn.Flatten, nn.Unflatten, nn.Identity,
 )  # fmt: skip
@@ -154,7 +153,3 @@ def _in_loops(learner: MetaLearner) -> bool:
     """Whether loops of this library are known to be written of all that the model computes."""
     judged = learner.loss is None and learner.criterion in (F.cross_entropy, F.mse_loss)
     return judged and all(type(module) in IN_LOOPS for module in learner.model.modules())
-
-
-def has_images(learner: MetaLearner) -> bool:
-    return any(isinstance(module, IMAGES) for module in learner.model.modules())

@@ -28,15 +28,21 @@ from fomaml.trees import Tree, mapped
 CONVOLUTIONS = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
 )  # fmt: skip
+IMAGES = nn.Conv2d, nn.ConvTranspose2d
 
 
 def is_convolutional(learner: MetaLearner) -> bool:
     return any(isinstance(module, CONVOLUTIONS) for module in learner.model.modules())
 
 
+def has_images(learner: MetaLearner) -> bool:
+    """Whether there are convolutions of images."""
+    return any(isinstance(module, IMAGES) for module in learner.model.modules())
+
+
 def suits_kernels(learner: MetaLearner) -> bool:
     """Whether the kernels for a CPU compute nearly all of a stack of tasks: images, convolutions and batch norms."""
-    from fomaml.engines.cpu.kernels import is_narrow  # which only what is compiled needs
+    from fomaml.engines.cpu.kernels import takes_channels  # which only what is compiled needs
 
     convolutions = [module for module in learner.model.modules() if isinstance(module, CONVOLUTIONS)]
     norms = [module for module in learner.model.modules() if "Norm" in type(module).__name__]
@@ -45,7 +51,7 @@ def suits_kernels(learner: MetaLearner) -> bool:
         type(own) is nn.Conv2d
         and own.groups == 1
         and own.dilation == (1, 1)
-        and (own.in_channels % 16 == 0 or is_narrow(own.weight.shape))
+        and takes_channels(own.weight.shape)
         for own in convolutions
     )
 

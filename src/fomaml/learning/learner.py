@@ -318,10 +318,9 @@ class MetaLearner(nn.Module):
             if not self.moments.names:
                 return
             problem = Problem(self, one(as_batch(tasks, self.model), 0))
-            state = self.moments.state(problem.start)
-            for _ in islice(problem.path(first_order=True, state=state), self.inner_steps):
+            for _ in islice(problem.path(first_order=True), self.inner_steps):
                 pass
-            self.moments.keep(state)
+            self.moments.take_over(self.moments.ended(problem.state))
 
 
 def _finite(values: Tensor) -> bool:

@@ -32,24 +32,18 @@ class SecondMoments(nn.Module):
         }
         return {name: carried.get(name, {}) for name in adapted}
 
-    def ended(self, state: Mapping[str, Mapping[str, Tensor]], tasks: int | None) -> dict[str, Tensor]:
-        """Where tasks ended, by buffer, (tasks, ...) each. tasks: their number; None for one without that axis."""
+    def ended(self, state: Mapping[str, Mapping[str, Tensor]], tasks: int | None = None) -> dict[str, Tensor]:
+        """Where a task ended, by buffer. tasks: the state is of so many, and what is found (tasks, ...)."""
         found = {}
         for name in self.names if state else ():
             for field in FIELDS:
                 buffer, value = f"{field}/{key(name)}", state[name][field].detach()
                 shape = getattr(self, buffer).shape
-                found[buffer] = value[None] if tasks is None else value.expand(tasks, *shape)
+                found[buffer] = value if tasks is None else value.expand(tasks, *shape)
         return found
 
     @torch.no_grad()
     def take_over(self, ended: Mapping[str, Tensor]) -> None:
-        """Where a task ended becomes where the next ones start; see `ended`, without its axis of tasks."""
+        """Where a task ended becomes where the next ones start; see `ended`."""
         for buffer, value in ended.items():
             getattr(self, buffer).copy_(value)
-
-    def keep(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Take over where a task ended."""
-        for name in self.names:
-            for field in FIELDS:
-                getattr(self, f"{field}/{key(name)}").copy_(state[name][field])

@@ -110,23 +110,20 @@ class Problem:
     def path(
         self,
         first_order: bool | None = None,
-        state: Mapping[str, dict] | None = None,
         overwrite: bool = False,
     ) -> Iterator[tuple[Adapted, Tensor]]:
         """(φₖ₊₁, support losses at φₖ) for k = 0, 1, …, without end.
 
-        state: the inner optimiser's; by default `state` of this object. overwrite: φₖ₊₁ may take the place of φₖ; see
-        `inner_loop`.
+        overwrite: φₖ₊₁ may take the place of φₖ; see `inner_loop`.
         """
-        if state is None:
-            state = self.state = self.learner.moments.state(self.start)
+        self.state = self.learner.moments.state(self.start)
         return inner_loop(
             again(self, self._support_parts) if overwrite else self._support_parts,
             self.start,
             self.learner.inner_lr,
             optimizer=self.learner.optimizer,
             first_order=self.first_order if first_order is None else first_order,
-            state=state,
+            state=self.state,
             stacked=self.stacked,
             guard=self.guard,
             overwrite=overwrite,

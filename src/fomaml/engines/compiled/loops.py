@@ -228,7 +228,7 @@ def softmax(out: Leaf, inputs: Value, axis: int, safe: bool, logarithm: bool) ->
     return rows([out], [inputs], axis, parts)
 
 
-SHORT, BLOCK = 32, 16  # numbers in a row; rows in a block, see loops.h
+SHORT = 32  # numbers in a row
 
 
 def has_short_rows(out: Leaf, axis: int) -> bool:
@@ -241,8 +241,8 @@ def log_softmax(out: Leaf, axis: int) -> Loop:
     kind, size = TYPES[out.dtype], out.shape[axis]
     count = math.prod(out.shape) // size
     lines = [
-        f"for (number i = 0; i < {count}; i += {BLOCK}) {{",
-        f"const number rows = {count} - i < {BLOCK} ? {count} - i : {BLOCK};",
+        f"for (number i = 0; i < {count}; i += BLOCK) {{",
+        f"const number rows = {count} - i < BLOCK ? {count} - i : BLOCK;",
         f"log_softmax<{kind}, {size}>(p0 + i * {size}, rows);",
         "}",
     ]

@@ -155,7 +155,7 @@ def convolution_backward(
     return by_inputs, by_weights, by_bias
 
 
-STACKED = 60_000
+PIXELS = 60_000  # of the outputs of a task in a stack
 
 
 def takes(
@@ -164,7 +164,7 @@ def takes(
     stride: Sequence[int],
     padding: Sequence[int],
     by_inputs: bool = False,
-    pixels: int = STACKED,
+    pixels: int = PIXELS,
 ) -> bool:
     """Whether `convolution` takes these, and is faster than torch's; by_inputs: for the derivatives by the inputs.
 
@@ -189,8 +189,7 @@ def _takes(
         (size + 2 * around - kernel) // step + 1
         for size, kernel, step, around in zip(inputs[-2:], weights[-2:], stride, padding)
     )
-    narrow = is_narrow(weights) and not by_inputs
-    return inputs[-4] * height * width <= pixels and (inputs[-3] % 16 == 0 or narrow)
+    return inputs[-4] * height * width <= pixels and takes_channels(weights, by_inputs)
 
 
 def sums(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -241,7 +240,12 @@ def _strides(images: torch.Size) -> tuple[int, ...]:
     return (*reversed(found), 1, width * channels, channels)
 
 
-def is_narrow(weights: torch.Size) -> bool:
+def takes_channels(weights: torch.Size, by_inputs: bool = False) -> bool:
+    """Whether vectors run over the channels, or over the outputs where there are few of them."""
+    return weights[-3] % 16 == 0 or (_is_narrow(weights) and not by_inputs)
+
+
+def _is_narrow(weights: torch.Size) -> bool:
     """Whether vectors run over the outputs, as there are too few channels."""
     outputs, channels, rows, columns = weights[-4:]
     return channels % 16 != 0 and outputs % 16 == 0 and channels * rows * columns <= 64
@@ -259,7 +263,7 @@ def _sizes_of(
     tasks, examples = _batch(batch)
     steps = (math.prod(weights[1:]) if len(weights) == 5 else 0, step)
     sizes = (examples, height, width, channels, outputs, rows, columns, *stride, *padding)
-    return _sizes(tasks, *steps, is_narrow(weights), *sizes), torch.Size([*batch, outputs, down, across])
+    return _sizes(tasks, *steps, _is_narrow(weights), *sizes), torch.Size([*batch, outputs, down, across])
 
 
 def _is_stack(tensor: Tensor) -> bool:

@@ -19,9 +19,9 @@ from fomaml.engines import _torch
 from fomaml.engines.cpu import fusion, kernels
 
 aten = torch.ops.aten
-ALONE = 5_000  # pixels of the outputs of a task that comes alone, see `kernels.STACKED`
-# operations of a convolution, on average, from which on two threads are faster than one: 7 million take as long on both
-# of them, 25 million 0.94 of the time, 33 million 0.9
+ALONE = 5_000  # pixels of the outputs of a task that comes alone, see `kernels.PIXELS`
+# operations of a convolution, on average, from which on two threads are faster than one: 7 million take as long, 25
+# million 0.94 of the time, 33 million 0.9
 SHARED = 20_000_000
 
 
@@ -207,7 +207,7 @@ def _order(inputs: Tensor, outputs: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def _takes(
-    inputs: Tensor, weights: Tensor, kind: tuple, by_inputs: bool = False, pixels: int = kernels.STACKED
+    inputs: Tensor, weights: Tensor, kind: tuple, by_inputs: bool = False, pixels: int = kernels.PIXELS
 ) -> bool:
     """Whether the kernels take this convolution."""
     stride, padding, dilation, transposed, _, groups = kind
