@@ -17,6 +17,7 @@ from fomaml.engines.common import check_sum
 from fomaml.episodes import TaskSequence, ways_of_each
 from fomaml.layout import laid
 from fomaml.learning.learner import MetaLearner
+from fomaml.learning.statistics import Met, move
 from fomaml.measures import exact
 from fomaml.metrics import Metric, scores
 from fomaml.models import BatchNorm
@@ -31,7 +32,8 @@ class Step(NamedTuple):
 
     meta_loss: (). before: () the mean score at θ, and after: what gives the one at φ_K; None where the step is not
     measured. tasks: those that this process has, the first of the meta-batch among them where it is rank 0. random: the
-    states of torch's random numbers before the meta-gradient, by device. moments: see `MetaGradient`, of that task.
+    states of torch's random numbers before the meta-gradient, by device. moments, statistics: see `MetaGradient`, of
+    that task.
     """
 
     gradients: dict[str, Tensor]
@@ -41,6 +43,7 @@ class Step(NamedTuple):
     tasks: Batch | None
     random: dict[str, Tensor]
     moments: Mapping[str, Tensor]
+    statistics: Met
 
 
 class Outer:
@@ -77,6 +80,7 @@ class Outer:
             tasks,
             random,
             result.moments,
+            result.statistics,
         )
 
     def all_tasks(self, step: Step, iteration: int) -> Batch:
@@ -95,6 +99,8 @@ class Outer:
 
     def update_statistics(self, step: Step, iteration: int) -> None:
         """See `MetaLearner.update_statistics`."""
+        if step.statistics:
+            return move(self.learner.model, step.statistics)
         if not self.moved_layers:
             return
         assert step.tasks is not None and self.plan is not None
@@ -212,6 +218,7 @@ class SharedOuter(Outer):
             parts[0].tasks if parts else None,
             random_state(),
             parts[0].result.moments if parts else {},
+            parts[0].result.statistics if parts else {},
         )
 
     def all_tasks(self, step: Step, iteration: int) -> Batch:

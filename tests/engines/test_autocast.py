@@ -115,7 +115,7 @@ def test_statistics_of_a_batch_norm_are_float32(policy):
 
 
 def test_what_is_around_the_step_has_its_precision():
-    """The scores before, carried moments and statistics are of forward passes in the precision of the step."""
+    """The scores before, and the moments and statistics that the step leaves, are of passes in its precision."""
     model, tasks = bfloat16_pieces()
     learner = FOMAML(model, 0.001, 1, optimizer=Adam(carried=True))
     kinds = []
@@ -138,4 +138,4 @@ def test_what_is_around_the_step_has_its_precision():
         list(records)
         # the plan tries the learner and evaluates in the model's own precision
         expected = torch.float32 if autocast is None else torch.bfloat16
-        assert kinds[-6:] == [expected] * 6 and kinds.count(expected) > 12
+        assert kinds[-6:] == [expected] * 6 and kinds.count(expected) >= 12

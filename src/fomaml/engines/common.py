@@ -19,10 +19,11 @@ from fomaml.errors import InputError
 from fomaml.layout import Strides, laid
 from fomaml.learning.learner import MetaLearner
 from fomaml.learning.problem import Problem
+from fomaml.learning.statistics import Met, is_moving
 from fomaml.metrics import ignored_label
 from fomaml.tasks import Batch, Examples, Task, are_labels, count, count_of, shape_of, stack, ways_each
 from fomaml.threads import alone
-from fomaml.trees import Tree, joined, mapped
+from fomaml.trees import Tree, joined, leaves, mapped
 
 TaskWeights = Literal["equal", "examples"] | Callable[[Task], float]
 # (the model at φ, the query set of one task) → a number
@@ -54,8 +55,10 @@ class MetaGradient(NamedTuple):
     query_losses: (tasks,) at φ_K. support_losses: (tasks, steps), each at the start of its step.
     query_outputs: (tasks, query examples, ...) at φ_K; -inf for classes that a task does not have, where a start makes
     heads of several numbers of ways. Nested as what the model returns; of a list of tasks a list, in its order; ()
-    where a `loss` stands in for outputs. engine: the engine that computed it. moments: what an inner `Adam` that is
-    carried on has at the end of the first task, by buffer of `SecondMoments`.
+    where a `loss` stands in for outputs. engine: the engine that computed it. Of the first task alone, for those to
+    come: moments: what an inner `Adam` that is carried on has at its end, by buffer of `SecondMoments`; statistics:
+    those of the batches on its way from θ to φ_K, see `Met`, where batch norms have running ones. Both may be empty
+    where an objective takes another way.
     """
 
     gradients: dict[str, Tensor]
@@ -64,6 +67,7 @@ class MetaGradient(NamedTuple):
     query_outputs: Tree | list[Tree]
     engine: str
     moments: Mapping[str, Tensor] = MappingProxyType({})
+    statistics: Met = MappingProxyType({})
 
     def without_gradients(self) -> MetaGradient:
         """The same of tasks that count for nothing, also where their gradients are not finite."""
@@ -77,7 +81,8 @@ class MetaGradient(NamedTuple):
 
 class Found(NamedTuple):
     """What a chunk of a meta-batch contributes. gradients: by meta-parameter name, one after the other; query_losses
-    (tasks,), support_losses (tasks, steps), query_outputs (tasks, ...), moments (tasks, ...) see `SecondMoments.ended`.
+    (tasks,), support_losses (tasks, steps), query_outputs (tasks, ...), moments and statistics (tasks, ...) see
+    `SecondMoments.ended` and `Met`.
     """
 
     gradients: list[Tensor]
@@ -85,10 +90,11 @@ class Found(NamedTuple):
     support_losses: Tensor
     query_outputs: Tree
     moments: Mapping[str, Tensor] = MappingProxyType({})
+    statistics: Met = MappingProxyType({})
 
     def slopes(self, learner: MetaLearner) -> list[Tensor]:
         """What is compared as gradients are, where it was compiled; the rest as losses are."""
-        return [*self.gradients, *self.moments.values()]
+        return [*self.gradients, *self.moments.values(), *leaves(self.statistics)]
 
     def values(self) -> tuple[Tensor, Tensor, Tree]:
         return self.query_losses, self.support_losses, self.query_outputs
@@ -141,6 +147,8 @@ def differentiate(learner: MetaLearner, problem: Problem, tasks: int = 1) -> Fou
             raise InputError(
                 f"the parameter {name} no longer requires a gradient: make a new learner, or one with frozen={name!r}"
             )
+    if any(map(is_moving, problem.replicas.modules)):
+        problem.met = {}
     outcome = learner.objective(problem)
     with problem.guard():
         gradients = torch.autograd.grad(
@@ -152,10 +160,13 @@ def differentiate(learner: MetaLearner, problem: Problem, tasks: int = 1) -> Fou
     _, losses, outputs, support_losses = outcome
     number = count_of(problem.task.support) if problem.stacked else None
     moments = learner.moments.ended(problem.state, number)
+    statistics = problem.met or {}
+    if {step for _, step, _ in statistics} != {*range(problem.steps + 1)}:
+        statistics = {}  # the objective takes another way
     if problem.stacked:
-        return Found(list(gradients), losses, support_losses.T, outputs, moments)
-    outputs, moments = mapped(lambda tensor: tensor[None], (outputs, moments))
-    return Found(list(gradients), losses[None], support_losses[None], outputs, moments)
+        return Found(list(gradients), losses, support_losses.T, outputs, moments, statistics)
+    outputs, moments, statistics = mapped(lambda tensor: tensor[None], (outputs, moments, statistics))
+    return Found(list(gradients), losses[None], support_losses[None], outputs, moments, statistics)
 
 
 def strides_of(learner: MetaLearner) -> dict[str, Strides]:
@@ -179,7 +190,9 @@ def accumulate(
     found = iter(found)
     first = next(found)
     gradients, seen, rest = first.gradients, first.values(), []
-    moments = {name: value[0].clone() for name, value in first.moments.items()}
+    moments, statistics = mapped(
+        lambda tensor: tensor[0].clone(), (dict(first.moments), dict(first.statistics))
+    )
     del first  # but for the gradients not held until the end
     for chunk in found:
         # not in place: autograd may hand two parameters the same tensor
@@ -189,7 +202,7 @@ def accumulate(
         losses, support_losses, outputs = (joined([*each]) for each in zip(seen, *rest)) if rest else seen
         gradients = _torch.divide(gradients, divisor) if divisor != 1 else _apart(gradients)
         own = dict(zip(strides, map(laid, gradients, strides.values())))
-    return MetaGradient(own, losses, support_losses, outputs, engine, moments)
+    return MetaGradient(own, losses, support_losses, outputs, engine, moments, statistics)
 
 
 def _apart(gradients: Sequence[Tensor]) -> list[Tensor]:
@@ -307,6 +320,7 @@ def put_together(groups: Sequence[Group], parts: Sequence[MetaGradient], listed:
         outputs,
         parts[0].engine,
         parts[0].moments,
+        parts[0].statistics,
     )
 
 

@@ -250,21 +250,24 @@ class FactoredProblem(Problem):
 
     def _forward(self, dense, changes, fixed, examples, kept, step, support=None, apart=False, buffers=None):
         calls: list[str] = []
+        meets = self._meets(examples, support, step)
 
         def one_task(dense, changes, buffers, examples, kept, support):
             parameters = {**fixed, **self.weights, **dense}
             with _Linears(self.names, changes, kept) as linears:
-                judged = self._judged(parameters, buffers, examples, support, step, apart)
+                judged = self._judged(parameters, buffers, examples, support, step, apart, meets)
             calls[:] = linears.calls
             return *judged, (linears.inputs, linears.shared, linears.products, linears.outputs)
 
         buffers = self.buffers if buffers is None else buffers
         axes = (0, 0, 0, 0, 0, None if support is None else 0)
         with self.attention():
-            losses, outputs, assigned, record = torch.func.vmap(one_task, axes, randomness="different")(
+            losses, outputs, assigned, met, record = torch.func.vmap(one_task, axes, randomness="different")(
                 dense, changes, buffers, examples, kept, support
             )
         buffers.update(assigned)
+        if self.met is not None:
+            self.met.update(met)
         return losses, outputs, (calls, *record)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from itertools import chain
 
@@ -46,6 +46,19 @@ def check_module(model: nn.Module) -> None:
                 f"a hook on the gradient of the parameter {name!r}: gradients here are of a task's own copy of it, "
                 "where the hook does not run; mask the parameter in forward instead (torch.nn.utils.parametrize)"
             )
+
+
+def check_parameters(parameters: Mapping[str, Tensor], trainable: Set[str], adapted: Iterable[str]) -> None:
+    """Raise `InputError` where the model's parameters are others than when the learner was made.
+
+    trainable, adapted: the names of those that required gradients then, and of those that adapt.
+    """
+    own = {name: p.requires_grad for name, p in parameters.items()}
+    late = [name for name, learns in own.items() if learns and name not in trainable]
+    gone = [name for name in adapted if name not in own]
+    if late or gone:
+        what = f"{late[0]} was frozen or not there" if late else f"{gone[0]} is no longer there, as it was"
+        raise InputError(f"the parameter {what} when the learner was made: make a new learner")
 
 
 def _wrapper(module: nn.Module) -> str:

@@ -39,6 +39,7 @@ from fomaml.learning.moments import SecondMoments
 from fomaml.learning.objectives import QueryLoss
 from fomaml.learning.problem import Problem
 from fomaml.learning.replica import Replicas, original, same_memory
+from fomaml.learning.statistics import is_moving
 from fomaml.learning.turns import turn_of
 from fomaml.models import BatchNorm, Seen, normalising, refuse_native, warn_of_unmoved
 from fomaml.tasks import Batch, Examples, Task, as_batch, as_examples, count, one
@@ -288,13 +289,13 @@ class MetaLearner(nn.Module):
 
     def moving_norms(self) -> list[BatchNorm]:
         """The layers whose running statistics `update_statistics` moves."""
-        layers = (module for module in self.model.modules() if isinstance(module, BatchNorm))
-        return [layer for layer in layers if layer.policy in ("running", "per-step")]
+        return [module for module in self.model.modules() if is_moving(module)]
 
     @torch.no_grad()
     def update_statistics(self, tasks: Batch, momentum: float = 0.1) -> None:
         """Move the running statistics of "running" and "per-step" `BatchNorm` layers towards those of the
-        batches that the first of `tasks` meets on its way from θ to φ_K; the outer loop calls it once a step.
+        batches that the first of `tasks` meets on its way from θ to φ_K, once an outer step. `train` does so with what
+        the meta-gradient has found of them: `move(model, found.statistics)`.
         """
         with turn_of(self.model):
             if not self.moving_norms():

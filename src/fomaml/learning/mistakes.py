@@ -16,7 +16,7 @@ from fomaml.learning.contracts import Criterion, Output, unwrapped
 from fomaml.metrics import ignored_label
 from fomaml.models import NATIVE_BATCH_NORMS, takes_statistics, third_order_is_refused
 from fomaml.tasks import Task
-from fomaml.trees import Tree, as_tree, call, leaves, named
+from fomaml.trees import Tree, as_tree, call, leaves, named, structure
 
 
 def selected(returned: Any, output: Output) -> Any:
@@ -278,3 +278,13 @@ def refuse_third_order(model: nn.Module) -> None:
         return
     if any(isinstance(each, NATIVE_BATCH_NORMS) and takes_statistics(each) for each in model.modules()):
         raise InputError(THIRD_ORDER)
+
+
+def refuse_unlike(support: Tree, query: Tree) -> None:
+    """Raise `InputError` where support and query inputs cannot stand in one batch."""
+    shapes = [(structure(inputs), [leaf.shape[1:] for leaf in leaves(inputs)]) for inputs in (support, query)]
+    if shapes[0] != shapes[1]:
+        raise InputError(
+            "the statistics of the support set are of a batch with the query examples, and support and query inputs "
+            "differ in their shapes or names: take the statistics 'own'"
+        )

@@ -13,18 +13,19 @@ from torch import Tensor
 from fomaml.choices import Statistics, check_choice
 from fomaml.errors import InputError
 from fomaml.learning.adapt import inner_loop, open_attention
-from fomaml.learning.admission import calls_refused
+from fomaml.learning.admission import calls_refused, check_parameters
 from fomaml.learning.contracts import Adapted, Learner
 from fomaml.learning.forward import Forward, Stacked, outputs_of
-from fomaml.learning.mistakes import checked_loss, refuse_third_order, targets_for
+from fomaml.learning.mistakes import checked_loss, refuse_third_order, refuse_unlike, targets_for
 from fomaml.learning.parts import check_mean, counted, minibatch, parts_of, spread, summed
 from fomaml.learning.repeated import again
 from fomaml.learning.replica import Replicas, buffers_of
+from fomaml.learning.statistics import Met, met
 from fomaml.metrics import ignored_label
-from fomaml.models import NATIVE_BATCH_NORMS, BatchNorm, normalising, refuse_native, takes_statistics
+from fomaml.models import NATIVE_BATCH_NORMS, BatchNorm, Seen, normalising, refuse_native, takes_statistics
 from fomaml.tasks import Examples, Task, are_labels, count_of, ways_each
 from fomaml.tasks import first as first_of
-from fomaml.trees import Tree, call, joined, leaves, mapped, rebuilt, structure
+from fomaml.trees import Tree, call, joined, leaves, mapped, rebuilt
 
 
 class Problem:
@@ -32,6 +33,7 @@ class Problem:
 
     start: φ₀ by name, differentiable functions of the meta-parameters; (tasks, ...) each if stacked.
     steps, first_order, iteration: the learner's. state: of the inner optimiser, as the last path has left it.
+    met: where it is asked for, and is no longer None, the statistics of the batches on the way from θ to φ_K.
     evaluating: use running statistics where the batch norms have them.
     ways: the number of classes of the task, where a start needs it; by default the largest label and one, or the number
         of probabilities.
@@ -56,6 +58,7 @@ class Problem:
         self.task = task
         self._ways = ways
         self.state: Mapping[str, dict] = {}
+        self.met: dict | None = None
         self.stacked = stacked
         self.evaluating = evaluating
         self.steps = learner.inner_steps
@@ -71,7 +74,7 @@ class Problem:
         )
         learned = set(learner.meta_learned)
         parameters = self.replicas.parameters
-        _check_parameters(learner, parameters)
+        check_parameters(parameters, learner.trainable, learner.adapted)
         own = {n: p if n in learned else p.detach() for n, p in parameters.items()}
         own_buffers = self.replicas.buffers | buffers_of(self._judge)
         self.buffers = {name: buffer.clone() for name, buffer in own_buffers.items()}
@@ -289,35 +292,52 @@ class Problem:
         summing=False,
         measured=False,
     ) -> tuple[Tensor, Tree]:
+        meets = self._meets(examples, support, step)
+
         def one_task(adapted, buffers, examples, support):
             parameters = {**fixed, **adapted}
-            return self._judged(parameters, buffers, examples, support, step, apart, summing, measured)
+            return self._judged(parameters, buffers, examples, support, step, apart, meets, summing, measured)
 
         buffers = self.buffers if buffers is None else buffers
         arguments = (dict(adapted), buffers, examples, support)
         axes = (0, 0, 0, None if support is None else 0)
         with self.attention():
             if not self.stacked:
-                loss, outputs, _ = one_task(*arguments)
+                loss, outputs, _, found = one_task(*arguments)
             else:
-                loss, outputs, assigned = torch.func.vmap(one_task, axes, randomness="different")(*arguments)
+                run = torch.func.vmap(one_task, axes, randomness="different")
+                loss, outputs, assigned, found = run(*arguments)
                 buffers.update(assigned)
+        if self.met is not None:
+            self.met.update(found)
         return loss, outputs
 
+    def _meets(self, examples: Examples, support: Tree | None, step: int) -> bool:
+        """Whether a forward pass is one of those on the way from θ to φ_K, the last of them of the query set, whose
+        statistics are asked for; the first one of each step.
+        """
+        if self.met is None or support is not None or self.learner.loss is not None:
+            return False
+        last = step == self.steps
+        return (examples is self.task.query) == last and all(step != known for _, known, _ in self.met)
+
     def _judged(
-        self, parameters, buffers, examples, support, step, apart, summing=False, measured=False
-    ) -> tuple[Tensor, Tree, dict]:
-        """The loss and the outputs of one task, and the buffers that the forward pass has assigned.
+        self, parameters, buffers, examples, support, step, apart, meets, summing=False, measured=False
+    ) -> tuple[Tensor, Tree, dict, Met]:
+        """The loss and the outputs of one task, the buffers that the forward pass has assigned, and what batch norms
+        have met, see `_meets`.
 
         summing: the sum of a cross-entropy, not its mean. measured: the outputs of a learner with a loss too.
         """
         given = dict(buffers)
         outputs: Tree = ()
+        seen: list[Seen] = []
         if measured:  # with buffers of its own, so that to look changes nothing
             copied = _copied(buffers)
             with self.replicas.holding(parameters, copied) as (model, _):
                 outputs, _ = self._outputs(model, examples.inputs, None, step)
-        with self.replicas.holding(parameters, buffers) as (model, judge):
+        told = normalising(record=seen) if meets else nullcontext()
+        with told, self.replicas.holding(parameters, buffers) as (model, judge):
             criterion = self.learner.criterion
             if criterion is not None:
                 outputs, returned = self._outputs(model, examples.inputs, support, step, apart)
@@ -329,7 +349,7 @@ class Problem:
                 examples = mapped(lambda tensor: tensor.view_as(tensor), examples)
                 forward = Forward(model, self.learner.model, examples.inputs)
                 loss = checked_loss(self._with_gradients(judge, forward, examples, step), "loss")
-        return loss, outputs, _assigned(given, buffers)
+        return loss, outputs, _assigned(given, buffers), met(self.learner.model, seen) if meets else {}
 
     @property
     def _differentiates_twice(self) -> bool:
@@ -366,16 +386,6 @@ class Problem:
         return outputs, outputs
 
 
-def refuse_unlike(support: Tree, query: Tree) -> None:
-    """Raise `InputError` where support and query inputs cannot stand in one batch."""
-    shapes = [(structure(inputs), [leaf.shape[1:] for leaf in leaves(inputs)]) for inputs in (support, query)]
-    if shapes[0] != shapes[1]:
-        raise InputError(
-            "the statistics of the support set are of a batch with the query examples, and support and query inputs "
-            "differ in their shapes or names: take the statistics 'own'"
-        )
-
-
 def _copied(buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: buffer.clone() for name, buffer in buffers.items()}
 
@@ -383,13 +393,3 @@ def _copied(buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _assigned(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The buffers that are other tensors now. vmap gives back what its function returns, and no more."""
     return {name: buffer for name, buffer in after.items() if buffer is not before.get(name)}
-
-
-def _check_parameters(learner: Learner, parameters: Mapping[str, Tensor]) -> None:
-    """Raise `InputError` where the model's parameters are others than when the learner was made."""
-    own = {name: p.requires_grad for name, p in parameters.items()}
-    late = [name for name, learns in own.items() if learns and name not in learner.trainable]
-    gone = [name for name in learner.adapted if name not in own]
-    if late or gone:
-        what = f"{late[0]} was frozen or not there" if late else f"{gone[0]} is no longer there, as it was"
-        raise InputError(f"the parameter {what} when the learner was made: make a new learner")

@@ -43,7 +43,7 @@ def normalising(**told) -> Iterator[None]:
     step: the inner step, 0 … K, for per-step statistics; the last one where it is not told.
     running: whether the policies "running" and "per-step" use their running statistics; by default
         they do in `eval()` mode.
-    record: a list that receives (layer, step, mean, variance) of every batch seen.
+    record: a list that receives (layer, step, mean, variance) of every batch seen, constants.
     open: written out, to be differentiated more than twice, which torch's kernel cannot be.
     """
     token = _norm.set(_norm.get()._replace(**told))
@@ -111,25 +111,37 @@ class BatchNorm(nn.Module):
         running = not self.training if told.running is None else told.running
         shape = (1, -1, *[1] * (inputs.dim() - 2))
         if self.policy == "frozen" or (running and self.policy in ("running", "per-step")):
-            means, variances = (getattr(self, name) for name in self._statistics())
+            means, variances = (getattr(self, name) for name in self._kept())
             step = min(told.step, len(means) - 1)
             mean, variance = means[step].view(shape), variances[step].view(shape)
         else:
-            kernel = told.first is None and told.record is None and not told.open
-            if kernel and inputs.numel() > inputs.shape[1]:
-                ones = torch.ones_like(self.bias) if self.weight is None else self.weight
-                return F.batch_norm(inputs, None, None, ones, self.bias, training=True, eps=self.eps)
+            if told.first is None and not told.open and inputs.numel() > inputs.shape[1]:
+                return self._by_kernel(inputs, told)
             sample = inputs if told.first is None else inputs[: told.first]
-            axes = [0, *range(2, inputs.dim())]
-            wide = sample.to(torch.promote_types(sample.dtype, torch.float32))
-            variance, mean = torch.var_mean(wide, axes, correction=0, keepdim=True)
+            variance, mean = _statistics(sample)
             if told.record is not None:
-                told.record.append((self, told.step, mean.flatten(), variance.flatten()))
+                told.record.append((self, told.step, mean.detach().flatten(), variance.detach().flatten()))
         scale = torch.rsqrt(variance + self.eps)
         if self.weight is not None:
             scale = scale * self.weight.view(shape)
         # of a single example exactly β in every engine: rounding would fall on either side of a ReLU's kink
         return torch.addcmul(self.bias.view(shape), inputs - mean, scale).to(inputs.dtype)
+
+    def _by_kernel(self, inputs: Tensor, told: _Norm) -> Tensor:
+        """By torch's kernel. On a CPU it has the statistics at hand, where they are float32 at least."""
+        ones = torch.ones_like(self.bias) if self.weight is None else self.weight
+        wide = ones.dtype in (torch.float32, torch.float64)
+        if told.record is not None and wide and inputs.device.type == "cpu":
+            given = inputs, ones, self.bias, None, None, True, 0.0, self.eps
+            outputs, mean, inverse = torch.native_batch_norm(*given)
+            told.record.append(
+                (self, told.step, mean.detach(), (inverse.detach().pow(-2) - self.eps).clamp(min=0))
+            )
+            return outputs
+        if told.record is not None:
+            variance, mean = _statistics(inputs.detach())
+            told.record.append((self, told.step, mean.flatten(), variance.flatten()))
+        return F.batch_norm(inputs, None, None, ones, self.bias, training=True, eps=self.eps)
 
     def freeze(self, mean: Tensor, variance: Tensor) -> None:
         """Take these (channels,) statistics for good: the policy becomes "frozen"."""
@@ -139,7 +151,7 @@ class BatchNorm(nn.Module):
         for name, value in zip(FROZEN, (mean, variance)):
             self.register_buffer(name, value[None].clone())
 
-    def _statistics(self) -> tuple[str, str]:
+    def _kept(self) -> tuple[str, str]:
         """The names of the buffers that it normalises by, where it does not take those of a batch."""
         return FROZEN if FROZEN[0] in self._buffers else RUNNING
 
@@ -161,6 +173,12 @@ class BatchNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{len(self.bias)}, eps={self.eps}, scale={self.weight is not None}, policy={self.policy!r}"
+
+
+def _statistics(inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Variance and mean of each channel, float32 at least, with axes of one in the place of all others."""
+    wide = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
+    return torch.var_mean(wide, [0, *range(2, inputs.dim())], correction=0, keepdim=True)
 
 
 NATIVE_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)

@@ -80,7 +80,8 @@ class Compiled:
                 chunk = rebuilt(tasks, iter(examples))
                 found = holder.at(state, chunk, find)
                 summed, *rest = found
-                if type(found)._fields[-1] in type(found)._field_defaults and not leaves(rest[-1]):
+                optional = type(found)._field_defaults
+                while type(found)._fields[len(rest)] in optional and not leaves(rest[-1]):
                     rest.pop()  # which is quicker to put together without it
                 self._summed, self._kind, self._rest = len(summed), type(found), tuple(rest)
                 return [*(tensor.detach() for tensor in summed), *leaves(self._rest)]

@@ -165,11 +165,9 @@ def _block(norm: Node) -> _Block | None:
     backward = slope = None
     if passes:
         backward = _only_user(passes[0])
-        if not _is_backward(backward, passes[0], inputs, parts):
+        if not _is_backward(backward, passes[0], inputs):
             return None
         slope = passes[0].args[0]
-    elif any(i in parts and parts[i].users for i in (1, 2)):
-        return None
     pool = pools[0] if len(pools) == 1 and _halves(pools[0]) else None
     if pool is not None:
         spread = [u for u in relu.users if u.target is aten.max_pool2d_with_indices_backward.default]
@@ -199,6 +197,10 @@ def _fuse(graph: Graph, block: _Block) -> None:
             derivatives = graph.call_function(norm_relu_pool_backward, arguments)
         backward.replace_all_uses_with(derivatives)
     last.replace_all_uses_with(outputs, delete_user_cb=lambda user: user is not fused)
+    for number, statistics in _parts(norm).items():
+        if number:  # mean and 1 / deviation, which others may read too
+            kept[number + 1].meta["val"] = statistics.meta["val"]
+            statistics.replace_all_uses_with(kept[number + 1])
 
 
 def _channels_last(graph: Graph) -> set[int]:
@@ -267,12 +269,11 @@ def _only_user(node: Node) -> Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-def _is_backward(node: Node | None, slope: Node, inputs: Node, parts: dict[int, Node]) -> bool:
-    """Whether this is the derivative of the batch norm with these inputs, and the only reader of its statistics."""
+def _is_backward(node: Node | None, slope: Node, inputs: Node) -> bool:
+    """Whether this is the derivative of the batch norm with these inputs."""
     if node is None or node.target is not aten.native_batch_norm_backward.default:
         return False
-    readers = {user for i in (1, 2) if i in parts for user in parts[i].users}
-    return node.args[0] is slope and node.args[1] is inputs and node.args[7] and readers == {node}
+    return node.args[0] is slope and node.args[1] is inputs and node.args[7]
 
 
 def _halves(pool: Node) -> bool:
