@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fomaml import FOMAML
+from fomaml.errors import InputError
 from fomaml.learning.problem import Problem
 from fomaml.models import BatchNorm
 from fomaml.tasks import Examples, Task
@@ -86,3 +87,76 @@ def test_a_parameter_that_is_used_from_the_second_step_on_moves_from_there():
             by_hand[name] = (value - 0.3 * slope).detach().requires_grad_()
     for name, value in adapted.named_parameters():
         torch.testing.assert_close(value, by_hand[name])
+
+
+@pytest.mark.parametrize("criterion", [F.mse_loss, lambda o, t: F.mse_loss(o, t)], ids=["torch's", "own"])
+@pytest.mark.parametrize("fails", ["raises", "another shape"])
+def test_a_later_step_that_fails_leaves_the_module_as_it_was(fails, criterion):
+    class Failing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 1)
+
+        def forward(self, inputs):
+            calls.append(model.layer.weight)
+            if len(calls) == 3 and fails == "raises":
+                raise ArithmeticError("the third")
+            found = self.layer(inputs)
+            return found.squeeze(1) if len(calls) < 3 else found
+
+    calls: list[torch.Tensor] = []
+    model = Failing()
+    own = dict(model.named_parameters())
+    learner = FOMAML(model, 0.3, 4, criterion)
+    given = support()._replace(targets=torch.randn(6))
+    with pytest.raises(ArithmeticError if fails == "raises" else InputError, match=r"the third|shape"):
+        learner.adapt(given)
+    assert len(calls) == 3 and not any(own["layer.weight"] is each for each in calls)
+    assert all(value is own[name] for name, value in model.named_parameters())
+    assert all("_original" not in vars(module) for module in model.modules())
+
+
+def test_what_a_forward_pass_writes_through_the_module_itself_is_of_its_step():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+            self.seen, self.times = [], 0
+
+        def forward(self, inputs):
+            model.seen.append(1)
+            model.times += 1
+            found.append((len(self.seen), self.times, len(model.seen)))
+            return self.layer(inputs)
+
+    found: list[tuple] = []
+    model = Counting()
+    FOMAML(model, 0.3, 4).adapt(support())
+    assert found == [(1, 1, 1)] * 4
+    assert model.seen == [] and model.times == 0
+
+
+class Recurrent(nn.Module):
+    """Layers that are called one by one and hold their weights in a list of their own, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.LSTM(2, 5, batch_first=True), nn.Linear(5, 3)
+
+    def forward(self, inputs):
+        return self.head(self.body(inputs.view(-1, 2, 2))[0][:, -1])
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_layers_that_refer_to_their_weights_elsewhere(wrapped):
+    torch.manual_seed(0)
+    model = Recurrent()
+    model = nn.Sequential(model) if wrapped else model
+    given = support()
+    problem = Problem(FOMAML(model, 0.3, 4), Task(given, given), evaluating=True)
+    for expected, _ in islice(problem.path(first_order=True), 4):
+        pass
+    found = dict(FOMAML(model, 0.3, 4).adapt(given).named_parameters())
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key].data, value.detach())
+        assert not torch.equal(value, model.get_parameter(key))

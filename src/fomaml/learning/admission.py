@@ -14,21 +14,25 @@ from torch.overrides import TorchFunctionMode
 from fomaml.errors import InputError
 
 
-def check_module(model: nn.Module) -> None:
-    """Raise `InputError` for a module whose tensors cannot be replaced: a wrapper that keeps others of its own, such as
-    `nn.parallel.DistributedDataParallel`, a compiled or a scripted module, a lazy one that has no shape yet, and one
-    with a hook on the gradient of a parameter, which the gradients of replicas do not pass.
+def check_module(model: nn.Module) -> tuple[list[tuple[str, nn.Module]], dict[str, nn.Parameter]]:
+    """The modules of a model, with their names, and its parameters by name, each once.
+
+    Raises:
+        InputError: a module whose tensors cannot be replaced: a wrapper that keeps others of its own, such as
+            `nn.parallel.DistributedDataParallel`, a compiled or a scripted module, a lazy one that has no shape yet,
+            and one with a hook on the gradient of a parameter, which the gradients of replicas do not pass.
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"the model is an nn.Module, got a {type(model).__name__}")
-    for name, module in model.named_modules():
+    modules, parameters = [*model.named_modules()], dict(model.named_parameters())
+    for name, module in modules:
         cure = _wrapper(module)
         if cure:
             what = f"the module {name!r}" if name else "the model"
             raise InputError(
                 f"{what}, {type(module).__name__}, keeps its parameters from being replaced: {cure}"
             )
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters.items():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise InputError(
                 f"the lazy parameter {name!r} has no shape yet: run the module once on a batch before"
@@ -46,6 +50,7 @@ def check_module(model: nn.Module) -> None:
                 f"a hook on the gradient of the parameter {name!r}: gradients here are of a task's own copy of it, "
                 "where the hook does not run; mask the parameter in forward instead (torch.nn.utils.parametrize)"
             )
+    return modules, parameters
 
 
 def check_parameters(parameters: Mapping[str, Tensor], trainable: Set[str], adapted: Iterable[str]) -> None:

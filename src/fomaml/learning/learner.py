@@ -34,11 +34,12 @@ from fomaml.learning.contracts import (
     checked_output,
     module_of,
 )
+from fomaml.learning.copying import same_memory
 from fomaml.learning.mistakes import refuse_as_loss, refuse_written
 from fomaml.learning.moments import SecondMoments
 from fomaml.learning.objectives import QueryLoss
 from fomaml.learning.problem import Problem
-from fomaml.learning.replica import Replicas, original, same_memory
+from fomaml.learning.replica import Replicas, original
 from fomaml.learning.statistics import is_moving
 from fomaml.learning.turns import turn_of
 from fomaml.models import BatchNorm, Seen, normalising, refuse_native, warn_of_unmoved
@@ -242,8 +243,9 @@ class MetaLearner(nn.Module):
             support = mapped(torch.clone, given)
             problem = checked(Problem(self, Task(support, support), evaluating=True))
             adapted = problem.start
-            for adapted, _ in islice(problem.path(first_order=True, overwrite=True), steps):
-                pass
+            with problem.replicas.staying():
+                for adapted, _ in islice(problem.path(first_order=True, overwrite=True), steps):
+                    pass
             moved = all(value is not problem.start[name] for name, value in adapted.items())
             module = self.module_at(
                 problem.replicas, adapted, problem.buffers, support, steps, statistics, fresh=moved

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from fomaml.learning.contracts import Learner
-from fomaml.learning.mistakes import as_numbers
+from fomaml.learning.forward import called
+from fomaml.learning.mistakes import checked_loss, checked_outputs, targets_for
 from fomaml.learning.replica import Replicas
-from fomaml.models import normalising
+from fomaml.models import BatchNorm, normalising
 from fomaml.tasks import Task
-from fomaml.trees import call
 
 Losses = Callable[[Mapping[str, Tensor], bool, int], Any]  # see `inner_loop`
 
@@ -37,8 +37,9 @@ def again(problem: Repeating, losses: Losses) -> Losses:
     """The losses of inner steps whose φ stays in its place, see `inner_loop`: of small networks in four fifths of the
     time.
 
-    A second step of the same shapes and dtypes fails in no way that the first does not, unless what runs in it is the
-    user's, which may do anything: then they are as they were.
+    A second step of the same shapes and dtypes fails in no way that the first does not. A forward pass of the user's
+    may do anything: its outputs are looked at again where they have other shapes. The modules hold what the first step
+    has given them, see `Replicas.staying`. Of a criterion of the user's the losses are as they were.
     """
     learner, replicas = problem.learner, problem.replicas
     replicas.keep()
@@ -46,23 +47,33 @@ def again(problem: Repeating, losses: Losses) -> Losses:
     asks = learner.loss, learner.output, learner.inner_batch_size, learner.inner_accumulate
     if (
         problem.stacked
+        or not replicas.are_kept
         or any(each is not None for each in asks)
         or learner.objective.proximal
-        or not replicas.all_kept
         or getattr(criterion, "__module__", "") != F.__name__
     ):
         return losses
+    assert criterion is not None
     inputs, targets = problem.task.support
     fixed = {name: parameter.detach() for name, parameter in problem.fixed.items()}
+    norms = any(isinstance(module, BatchNorm) for module in replicas.modules)
+
+    def told(step: int) -> AbstractContextManager:
+        return normalising(step=step, running=problem.evaluating or None) if norms else nullcontext()
+
+    known: list[tuple] = [(None, targets)]  # what outputs are like, and the targets for them
 
     def losses_again(adapted: Mapping[str, Tensor], constant: bool, step: int) -> Any:
         if step == 0:
             return losses(adapted, constant, step)
         found = replicas.make({**fixed, **adapted, **problem.buffers})
-        with normalising(step=step, running=problem.evaluating or None), problem.attention():
-            outputs = call(found[0], inputs)
-        replicas.assigned(found, problem.buffers)
-        assert criterion is not None
-        return criterion(outputs, as_numbers(criterion, outputs, targets))
+        with told(step), problem.attention():
+            outputs = checked_outputs(called(found[0], learner.model, inputs), criterion)
+        if problem.buffers:
+            replicas.assigned(found, problem.buffers)
+        like = outputs.shape, outputs.dtype
+        if known[0][0] != like:
+            known[0] = like, targets_for(criterion, outputs, targets)
+        return checked_loss(criterion(outputs, known[0][1]))
 
     return losses_again

@@ -7,10 +7,9 @@ a hook of the backward pass, computes with the task's tensors whenever it runs.
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from itertools import chain
 from operator import is_
@@ -21,12 +20,15 @@ from torch import Tensor, nn
 
 from fomaml.errors import InputError, in_one_line
 from fomaml.learning.admission import ReadsRefused, calls_refused, check_module
+from fomaml.learning.closed import is_closed, is_torchs
 from fomaml.learning.contracts import module_of
+from fomaml.learning.copying import deepcopied, same_memory
 from fomaml.learning.moving import PLAIN, Move, parts
 from fomaml.learning.weight_norm import written_out
 from fomaml.models import NATIVE_NORMS, BatchNorm
 
 Module = TypeVar("Module", bound=nn.Module)
+Slot = tuple[str, str | None, Tensor | None]  # its key in the module, the name of what it holds, and that
 NORMS = (*NATIVE_NORMS, BatchNorm)
 OF_ALL_MODULES = frozenset(vars(nn.Module())) - {
     "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",
@@ -58,21 +60,21 @@ class Replicas:
         open: bool = False,
         watched: bool = True,
     ):
-        check_module(model)
-        self.modules = list(model.modules())
+        walked, self.parameters = check_module(model)
+        prefixes = {id(module): prefix for prefix, module in reversed(walked)}
+        self.modules = [module for _, module in walked]
         own = set(self.modules)
         of_criterion = module_of(criterion)
         if of_criterion is not None:
             self.modules += [module for module in of_criterion.modules() if module not in own]
         self._evaluating = evaluating
         self.index = {id(module): number for number, module in enumerate(self.modules)}
-        self.parameters, self.buffers = dict(model.named_parameters()), dict(model.named_buffers())
+        self.buffers = dict(model.named_buffers())
         named = self.parameters | self.buffers
         self.names = {id(tensor): name for name, tensor in named.items()}
         for name, buffer in buffers_of(criterion).items():
             self.names.setdefault(id(buffer), name)
-        prefixes = {id(module): prefix for prefix, module in reversed([*model.named_modules()])}
-        self._slots = [
+        self._slots: list[tuple[list[Slot], list[Slot]]] = [
             (
                 [(key, self.names.get(id(tensor)), tensor) for key, tensor in module._parameters.items()],
                 [
@@ -100,15 +102,12 @@ class Replicas:
             )
         self._criterion = criterion
         self._moves_criterion = self.refers(criterion)
-        self._attributes = [self._known(vars(module)) for module in self.modules]
+        others = [_not_plain(vars(module)) for module in self.modules]
+        self._attributes = [[(key, value) for key, value in own if self.refers(value)] for own in others]
         # what forward writes into them is of one step, as what it sets on self is
         self._containers = [
-            [
-                (key, value)
-                for key, value in vars(module).items()
-                if key not in OF_ALL_MODULES and type(value) in (dict, list, set, deque, OrderedDict)
-            ]
-            for module in self.modules
+            [(key, value) for key, value in own if type(value) in (dict, list, set, deque, OrderedDict)]
+            for own in others
         ]
         self._as_it_was = True  # no forward pass has left anything on the module
         self._hooked = any(vars(module).get("_backward_hooks") for module in self.modules)
@@ -119,47 +118,60 @@ class Replicas:
             if (found := written_out(module))
         ]
         # which takes a part of the time of a short adaptation
-        self._watched = watched and not all(map(_reads_itself_alone, self.modules))
-        self._kept: tuple[tuple, list[nn.Module]] | None = None
-        self._anew: set[int] | None = None
+        self._watched = watched and not all(map(is_closed, self.modules))
+        self._may_make = watched and not all(map(is_torchs, self.modules))
+        self._kept: tuple[tuple, list[nn.Module], dict[int, Any]] | None = None
+        self._looked_at: set[int] | None = None
+        self._stays = False
+        # what the modules themselves held, where a pass's stays
+        self._before: list[dict[str, Any]] | None = None
 
     def keep(self) -> None:
-        """From now on take replicas again where the tensors are the same ones, but for those that the forward pass of
-        a module of the user's may write into, and what holds them.
+        """From now on make replicas once, and have them hold other tensors; but for modules with attributes that refer
+        to the tree. Those that the forward pass of a module of the user's may write into, and what holds them, become
+        what they were, where it did.
         """
-        writing = [module for module in self.modules if not _reads_itself_alone(module)]
-        anew = {id(each): True for module in writing for each in module.modules()}
-
-        def is_anew(module: nn.Module) -> bool:
-            if id(module) not in anew:
-                children = [child for child in module._modules.values() if child is not None]
-                anew[id(module)] = any([*map(is_anew, children)])
-            return anew[id(module)]
-
-        found = {number for number, module in enumerate(self.modules) if is_anew(module)}
-        if not any(own for number, own in enumerate(self._attributes) if number not in found):
-            self._anew = found
+        writing = (module for module in self.modules if not is_torchs(module))
+        looked_at = more = {self.index[id(each)] for module in writing for each in module.modules()}
+        while more:
+            more = {
+                number
+                for number, module in enumerate(self.modules)
+                if number not in looked_at
+                and any(self.index.get(id(child)) in looked_at for child in module._modules.values())
+            }
+            looked_at |= more
+        if not any(own for number, own in enumerate(self._attributes) if number not in looked_at):
+            self._looked_at = looked_at
 
     def make(self, tensors: Mapping[str, Tensor]) -> list[nn.Module]:
         """Replicas of all modules, the root's first, that hold these tensors in place of the parameters and buffers of
         their names. Others are the module's own; a tensor that has several names goes by the first.
         """
         held = (self.training, *tensors.values())
-        kept, anew = self._kept, range(len(self.modules)) if self._anew is None else self._anew
-        if kept is not None and len(held) == len(kept[0]) and all(map(is_, held, kept[0])):
-            found = [*kept[1]]
+        kept = self._kept
+        anew: Iterable[int] = range(len(self.modules))
+        if kept is not None and kept[0][0] == self.training:
+            found = kept[1]
+            anew = [number for number, was in kept[2].items() if self._is_written(number, found[number], was)]
+            if len(held) == len(kept[0]) and all(map(is_, held, kept[0])):
+                if not anew:
+                    return found
+            else:
+                self._hold(found, tensors, kept[2])
         else:
-            found, anew = [*self.modules], range(len(self.modules))
-        for number in anew:
-            if not self._scripted[number]:  # which has no tensors, see `check_module`
-                found[number] = object.__new__(type(self.modules[number]))
+            # a scripted one has no tensors, see `check_module`
+            found = [
+                module if scripted else object.__new__(type(module))
+                for module, scripted in zip(self.modules, self._scripted)
+            ]
         for number in anew:
             replica, module, slots = found[number], self.modules[number], self._slots[number]
-            attributes, containers = self._attributes[number], self._containers[number]
             if replica is module:
                 continue
             own = replica.__dict__
-            own.update(module.__dict__)
+            own.clear()
+            own.update(module.__dict__ if self._before is None else self._before[number])
             own["_original"] = module
             if self.training is not None:
                 own["training"] = self.training
@@ -173,17 +185,43 @@ class Replicas:
                 key: None if child is None else found[self.index[id(child)]]
                 for key, child in module._modules.items()
             }
-            for key, value in containers:
+            for key, value in self._containers[number]:
                 own[key] = value.copy()
             # of `Module.compile`, which has the module's tensors built in
             own.pop("_compiled_call_impl", None)
-            for key, value in attributes:
+            for key, value in self._attributes[number]:
                 own[key] = Move(self, found, tensors)(value)
         for number, attributes in self._written_out:
             found[number].__dict__.update(attributes)
-        if self._anew is not None:
-            self._kept = held, found
+        if self._looked_at is not None:
+            looks = {} if kept is None or found is not kept[1] else kept[2]
+            looks |= {
+                number: _look(found[number])
+                for number in self._looked_at.intersection(anew)
+                if not self._scripted[number]
+            }
+            self._kept = held, found, looks
         return found
+
+    def _hold(self, found: list[nn.Module], tensors: Mapping[str, Tensor], looks: dict[int, list]) -> None:
+        """Have replicas hold these tensors in place of others."""
+        for number, slots in enumerate(self._slots):
+            own = found[number].__dict__
+            named = False
+            for place, slot in zip(("_parameters", "_buffers"), slots):
+                for key, name, tensor in slot:
+                    if name is not None:
+                        own[place][key] = tensors.get(name, tensor)
+                        named = True
+            if named and number in looks:
+                looks[number] = _look(found[number])
+
+    def _is_written(self, number: int, replica: nn.Module, was: list) -> bool:
+        """Whether a replica is another than it was, as far as can be seen."""
+        if self._containers[number] or self._attributes[number]:
+            return True
+        own = _look(replica)
+        return len(own) != len(was) or not all(map(is_, own, was))
 
     @contextmanager
     def holding(
@@ -198,23 +236,38 @@ class Replicas:
         """
         tensors = {**tensors, **buffers}
         replicas = self.make(tensors)
-        before = [module.__dict__ for module in self.modules]
+        before = self._before or [module.__dict__ for module in self.modules]
+        stays = self._stays and self.are_kept
+        if stays:
+            self._before = before
         try:
-            for module, replica in zip(self.modules, replicas):
-                object.__setattr__(module, "__dict__", replica.__dict__)
+            _give(self.modules, (replica.__dict__ for replica in replicas))
             criterion = self._criterion
             if self._moves_criterion:
                 criterion = Move(self, replicas, tensors)(criterion)
             yield functools.partial(self._run, replicas, tensors), criterion
             self.assigned(replicas, buffers)
         finally:
-            for module, own, attributes in zip(self.modules, before, self._attributes):
-                after = module.__dict__
-                object.__setattr__(module, "__dict__", own)
-                if keep:
-                    self._as_it_was = False
+            if not stays:
+                _give(self.modules, before)
+            if keep:
+                self._as_it_was = False
+                for own, replica, attributes in zip(before, replicas, self._attributes):
                     moved = OF_ALL_MODULES.union(["_original"], (key for key, _ in attributes))
-                    own.update((key, value) for key, value in after.items() if key not in moved)
+                    own.update((key, value) for key, value in replica.__dict__.items() if key not in moved)
+
+    @contextmanager
+    def staying(self) -> Iterator[None]:
+        """Within it the modules themselves hold what a forward pass has given them beyond its end, where replicas are
+        kept.
+        """
+        self._stays = True
+        try:
+            yield
+        finally:
+            before, self._before, self._stays = self._before, None, False
+            if before is not None:
+                _give(self.modules, before)
 
     def assigned(self, replicas: list[nn.Module], buffers: MutableMapping[str, Tensor]) -> None:
         """Have `buffers` hold those that a forward pass has assigned."""
@@ -225,9 +278,9 @@ class Replicas:
                     buffers[name] = held.detach()
 
     @property
-    def all_kept(self) -> bool:
-        """Whether all are taken again, as nothing that runs in a forward pass is the user's."""
-        return self._anew == set()
+    def are_kept(self) -> bool:
+        """Whether replicas are taken again, see `keep`."""
+        return self._looked_at is not None
 
     def duplicate(self, parameters: Mapping[str, Tensor] | None = None) -> nn.Module:
         """An independent copy of the module, which keeps neither what a tensor of it was computed from, as
@@ -237,7 +290,7 @@ class Replicas:
         """
         memo: dict[int, Any] = {}
         for name, value in (parameters or {}).items():
-            own = self.modules[0].get_parameter(name)
+            own = self.parameters[name]
             same = (own.shape, own.stride(), own.dtype) == (value.shape, value.stride(), value.dtype)
             if same and type(own) is nn.Parameter and not same_memory(value, own):
                 memo[id(own)] = nn.Parameter(value, own.requires_grad)
@@ -246,7 +299,7 @@ class Replicas:
                 if isinstance(value, Tensor) and value.grad_fn is not None:
                     memo[id(value)] = value.detach().clone()
         try:
-            copied = _deepcopied(self.modules[0], memo)
+            copied = deepcopied(self.modules[0], memo)
         except (TypeError, RuntimeError) as error:
             raise InputError(f"the module cannot be copied: {in_one_line(error)}") from error
         if self._as_it_was and not any(self._attributes):
@@ -255,8 +308,9 @@ class Replicas:
         tensors = dict(chain(copied.named_parameters(), copied.named_buffers()))
         for module in modules:
             own = vars(module)
-            for key, value in self._known(own):
-                own[key] = Move(self, modules, tensors)(value)
+            for key, value in _not_plain(own):
+                if self.refers(value):
+                    own[key] = Move(self, modules, tensors)(value)
         return copied
 
     def _run(self, replicas, tensors, *args, **kwargs):
@@ -265,6 +319,10 @@ class Replicas:
             with calls_refused(self.own), ReadsRefused(replaced):
                 found = replicas[0](*args, **kwargs)
             self._watched = not replaced  # once is enough, and takes a part of the time of a small module
+        else:
+            found = replicas[0](*args, **kwargs)
+        if self._may_make:
+            self._may_make = False
             for keys, replica, scripted in zip(self._keys, replicas, self._scripted):
                 made = set() if scripted else {*replica._modules, *replica._parameters} - keys
                 if made:
@@ -272,8 +330,6 @@ class Replicas:
                         f"forward makes {min(made)!r}, a layer or a parameter, where there was none, so it would be "
                         "made anew in each step and never learn: run the module once on a batch before"
                     )
-        else:
-            found = replicas[0](*args, **kwargs)
         if self._hooked and isinstance(found, Tensor) and found.grad_fn is not None:
             found.grad_fn.metadata["replicas"] = replicas  # hooks hold the modules they are of weakly
         return found
@@ -289,14 +345,6 @@ class Replicas:
         }
 
     # --- what refers to a module or a tensor of the tree ------------------------------------------
-
-    def _known(self, attributes: Mapping[str, Any]) -> list[tuple[str, Any]]:
-        """The attributes of a module that refer to the tree."""
-        return [
-            (key, value)
-            for key, value in attributes.items()
-            if key not in OF_ALL_MODULES and type(value) not in PLAIN and self.refers(value)
-        ]
 
     def refers(self, value: Any, seen: set[int] | None = None) -> bool:
         """Whether a module or tensor of the tree is in it, or a function that knows one."""
@@ -314,55 +362,27 @@ class Replicas:
         return any(type(part) not in PLAIN and self.refers(part, seen) for part in held)
 
 
-def same_memory(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors begin at one address; those that have none, as wrappers of others, do not."""
-    place = one.data_ptr()
-    return place != 0 and place == other.data_ptr()
+def _not_plain(attributes: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """The attributes of a module that modules do not have by themselves and that are more than numbers and texts."""
+    return [
+        (key, value)
+        for key, value in attributes.items()
+        if (kind := type(value)) not in PLAIN and key not in OF_ALL_MODULES
+        if kind is not tuple or not PLAIN.issuperset(map(type, value))
+    ]
 
 
-def _deepcopied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """`copy.deepcopy`, which takes a tenth of the time of a small adaptation for what is the same in both."""
-    if id(module) in memo:
-        return memo[id(module)]
-    kind: Any = type(module)
-    if _copies_itself(kind):
-        return copy.deepcopy(module, memo)
-    memo[id(module)] = made = object.__new__(type(module))
-    for key, value in vars(module).items():
-        if key == "_compiled_call_impl":  # which `nn.Module` leaves out too
-            continue
-        if type(value) in PLAIN or (type(value) is tuple and set(map(type, value)) <= PLAIN):
-            pass
-        elif type(value) in (dict, OrderedDict, set) and not value:
-            value = value.copy()
-        elif key == "_modules":
-            value = {
-                name: None if child is None else _deepcopied(child, memo) for name, child in value.items()
-            }
-        elif key == "_parameters" and type(value) is dict:
-            value = {name: copy.deepcopy(tensor, memo) for name, tensor in value.items()}
-        else:
-            value = copy.deepcopy(value, memo)
-        made.__dict__[key] = value
-    return made
+def _give(modules: Iterable[nn.Module], attributes: Iterable[dict[str, Any]]) -> None:
+    """Have modules hold these, each its own."""
+    for module, own in zip(modules, attributes):
+        object.__setattr__(module, "__dict__", own)
 
 
-def _reads_itself_alone(module: nn.Module) -> bool:
-    """Whether nothing that runs in a forward pass is the user's, so that it finds all by `self`."""
-    own = vars(module)
-    hooked = own.get("_forward_hooks") or own.get("_forward_pre_hooks") or "forward" in own
-    return not hooked and type(module).__module__.startswith(("torch.nn.modules.", "fomaml.models"))
-
-
-@functools.lru_cache
-def _copies_itself(kind: type) -> bool:
-    """Whether modules of this kind say how they are copied, so that it is not enough to copy what they hold."""
-    names = {"__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__slots__"}
-    own = [vars(each) for each in kind.__mro__ if each not in (nn.Module, object)]
-    # torch's fill in what modules of earlier releases lack
-    loads = (each.get("__setstate__") for each in own)
-    others = any(each and not each.__module__.startswith("torch.nn.") for each in loads)
-    return others or any(names & each.keys() for each in own)
+def _look(module: nn.Module) -> list:
+    """What a module holds, and what the dicts of its parameters, buffers and submodules do."""
+    own = module.__dict__
+    parts = own, own["_parameters"], own["_buffers"], own["_modules"]
+    return [each for part in parts for each in chain(part, part.values())]
 
 
 def buffers_of(criterion: Any) -> dict[str, Tensor]:
