@@ -83,7 +83,8 @@ void product(T* c, const T* a, const T* b, const T* d, Size m, Size k, Size n, c
     const Size parts = (all + fit - 1) / fit, panels = (all + parts - 1) / parts;
     const Size depth = std::min<Size>(CACHED / (panels * panel<T> * sizeof(T)), k);
     const bool packs = bs.across != 1 || n % L || alpha != T(1);
-    if (packs) packed.resize(panels * panel<T> * depth);
+    // never smaller: what a vector grows by is filled with zeros
+    if (packs && Size(packed.size()) < panels * panel<T> * depth) packed.resize(panels * panel<T> * depth);
     for (Size left = 0; left < n; left += panels * panel<T>)
         for (Size begin = 0; begin < k; begin += depth) {
             const Size count = std::min(depth, k - begin), columns = std::min(panels * panel<T>, n - left);
