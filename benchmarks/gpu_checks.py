@@ -19,7 +19,7 @@ from benchmarks.workloads import transformer
 from fomaml.app.device import reproducible
 from fomaml.checkpoint import load_state, save_state
 from fomaml.data.source import ClassSource
-from fomaml.engines import meta_gradient, plan
+from fomaml.engines import curve, meta_gradient, plan
 from fomaml.episodes import Episodes
 from fomaml.errors import InputError
 from fomaml.evaluate import evaluate
@@ -170,6 +170,26 @@ def compiled_and_replayed(device: torch.device) -> str:
     return near(worst, 0.1, "a compiled meta-gradient")
 
 
+def traced_and_replayed(device: torch.device) -> str:
+    """Inner steps whose launches were recorded, as torch's compiler is not asked, before and after the parameters have
+    moved.
+    """
+    tasks = episodes(torch.device("cpu")).batch(0, 6)
+    learners = {where: FOMAML(network().to(where), 0.05, 2) for where in ("cpu", device)}
+    worst = 0.0
+    for _ in range(3):
+        found, expected = (
+            [outputs.cpu() for _, outputs in curve(own, tasks.to(where), [0, 2], compile=where == device)]
+            for where, own in reversed(learners.items())
+        )
+        worst = max(worst, apart(found, expected))
+        with torch.no_grad():
+            for own in learners.values():
+                for parameter in own.parameters():
+                    parameter.mul_(1.1)
+    return near(worst, 0.1, "outputs of recorded inner steps")
+
+
 def labels_beyond_the_outputs(device: torch.device) -> str:
     tasks = episodes(torch.device("cpu")).batch(0, 3)
     tasks.query.targets[-1, -1] = 7
@@ -221,6 +241,7 @@ CHECKS: dict[str, Callable[[torch.device], str]] = {
         masks_of_a_resumed_run,
         the_same_bits_again,
         compiled_and_replayed,
+        traced_and_replayed,
         labels_beyond_the_outputs,
         half_precision,
         halves_where_memory_runs_out,

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from compiling import assert_close
-from fomaml.engines import meta_gradient, plan
+from fomaml.engines import _torch, meta_gradient, plan
 from fomaml.engines.compiled import trace
 from fomaml.learning.algorithms import FOMAML
 from fomaml.tasks import Examples, Task
@@ -33,6 +33,7 @@ def replayed(monkeypatch):
 
         return run
 
+    monkeypatch.setattr(_torch, "has_triton", lambda: True)
     monkeypatch.setattr(torch._inductor, "compile", compile)
     monkeypatch.setattr(trace, "device_of", lambda tasks: torch.device("cuda"))
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: marks.append(1))

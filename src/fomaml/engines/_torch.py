@@ -36,6 +36,7 @@ NAMES = {
     "torch.fx.experimental.proxy_tensor:make_fx": COMPILING,
     "torch._inductor:compile": COMPILING,
     "torch._inductor:list_options": COMPILING,
+    "torch.utils._triton:has_triton": "on CUDA the operators of a trace are recorded as they are, not fused",
     "torch._inductor.cpu_vec_isa:VecISA.check_build": "what vectors there are is found out by compiling, for seconds",
     "torch._inductor.codecache:CppWrapperCodeCache.load_pybinding": KEEPING,
     "torch._C._dynamo.guards:_torchinductor_pyobject_tensor_data_ptr": KEEPING,
@@ -97,6 +98,14 @@ def trace(function: Callable, *inputs: Tensor) -> GraphModule:
     with _without_torchs_warnings(), find("torch._guards:tracing")(context):
         # without data, or the trace holds that of several steps at once
         return make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
+
+
+def has_triton() -> bool:
+    """Whether `torch.compile`'s backend can build kernels for a GPU."""
+    try:
+        return find("torch.utils._triton:has_triton")()
+    except Missing:
+        return False
 
 
 def induce(graph: GraphModule, inputs: Sequence[Tensor], options: dict) -> tuple[Callable, Path | None]:

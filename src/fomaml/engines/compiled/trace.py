@@ -23,6 +23,7 @@ from fomaml.devices import forked_random
 from fomaml.engines import _torch
 from fomaml.engines.common import strides_of
 from fomaml.engines.compiled import kept, products, programs, values
+from fomaml.engines.compiled.replay import Replayed
 from fomaml.engines.cpu import fusion, kernels, lifted
 from fomaml.engines.cpu.build import library
 from fomaml.engines.cpu.threads import on_one_thread, one_by_one, side_by_side
@@ -103,11 +104,14 @@ class Compiled:
                 else:
                     self.draws = _draws(graph)
                     self._side_by_side = on_cpu and side_by_side and not self.draws
+                    plainly = plainly or (device == "cuda" and not _torch.has_triton())
                     self._run = self._as_traced(graph) if plainly else self._induced(graph, tasks, device)
                     self.draws_its_own = self.draws and not plainly
                 del graph
             if isinstance(self._run, GraphModule):
                 self._run = _forward(self._run)
+            if plainly and device == "cuda":
+                self._run, self.calls_before = Replayed(self._run, len(tensors)), 1
             # its structure alone
             self._rest = mapped(lambda tensor: tensor.new_empty(0), self._rest)
             self._flat = all(isinstance(part, Tensor) for part in self._rest)
@@ -141,7 +145,7 @@ class Compiled:
         return None
 
     def _as_traced(self, graph: GraphModule) -> GraphModule:
-        """The function by torch's own operators, one after the other, as traced."""
+        """The function by torch's own operators, one after the other, as traced, which `Replayed` records on CUDA."""
         products.rewrite(graph)
         products.call_less(graph)
         self._on_one_thread = products.operations(graph.graph) < FEW_OPERATIONS

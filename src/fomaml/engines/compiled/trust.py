@@ -51,8 +51,10 @@ def compare(
         [found] = [*compiled.map([chunk])]
         return found
 
-    for _ in range(compiled.calls_before):
-        _run(lambda: [*compiled.map([tasks])])
+    if compiled.calls_before:  # with other inputs: what is replayed may know those that it was recorded with
+        other = next(_moved(tasks, by=1.0))
+        for _ in range(compiled.calls_before):
+            _run(lambda: [*compiled.map([other])])
     missed: list[tuple] = []
     for chunk in islice(map(_repeated, chain([tasks], others, _moved(tasks))), CHUNKS):
         found, drawn = _run(partial(of, chunk))
