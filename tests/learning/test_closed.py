@@ -80,9 +80,9 @@ class CallsFunctionWithin(Plain):
 
 class Imports(Plain):
     def forward(self, inputs):
-        from learning.test_closed import helper
+        from torch import relu
 
-        return helper(inputs)
+        return relu(self.layer(inputs))
 
 
 class Evaluates(Plain):

@@ -19,7 +19,7 @@ from fomaml.errors import InputError
 from fomaml.layout import Strides, laid
 from fomaml.learning.learner import MetaLearner
 from fomaml.learning.problem import Problem
-from fomaml.learning.statistics import Met, is_moving
+from fomaml.learning.statistics import Met, is_moving, whole
 from fomaml.metrics import ignored_label
 from fomaml.tasks import Batch, Examples, Task, are_labels, count, count_of, shape_of, stack, ways_each
 from fomaml.threads import alone
@@ -160,9 +160,7 @@ def differentiate(learner: MetaLearner, problem: Problem, tasks: int = 1) -> Fou
     _, losses, outputs, support_losses = outcome
     number = count_of(problem.task.support) if problem.stacked else None
     moments = learner.moments.ended(problem.state, number)
-    statistics = problem.met or {}
-    if {step for _, step, _ in statistics} != {*range(problem.steps + 1)}:
-        statistics = {}  # the objective takes another way
+    statistics = whole(problem.met or {}, problem.steps)
     if problem.stacked:
         return Found(list(gradients), losses, support_losses.T, outputs, moments, statistics)
     outputs, moments, statistics = mapped(lambda tensor: tensor[None], (outputs, moments, statistics))
@@ -190,9 +188,8 @@ def accumulate(
     found = iter(found)
     first = next(found)
     gradients, seen, rest = first.gradients, first.values(), []
-    moments, statistics = mapped(
-        lambda tensor: tensor[0].clone(), (dict(first.moments), dict(first.statistics))
-    )
+    left = dict(first.moments), dict(first.statistics)
+    moments, statistics = mapped(lambda tensor: tensor[0].clone(), left)
     del first  # but for the gradients not held until the end
     for chunk in found:
         # not in place: autograd may hand two parameters the same tensor
