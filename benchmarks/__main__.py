@@ -115,8 +115,11 @@ def _version(package: str) -> str | None:
 def _processor() -> str:
     facts = processor_facts()
     name = facts.get("model name") or platform.processor() or platform.machine()
-    # which a name such as "AMD EPYC" does not tell, and which makes a factor of two
-    return f"{name} (AVX-512)" if "avx512f" in facts.get("flags", "").split() else name
+    # what a name such as "AMD EPYC" does not tell, and what makes factors of two
+    more = ["AVX-512"] if "avx512f" in facts.get("flags", "").split() else []
+    if "cpu family" in facts and not any(character.isdigit() for character in name):
+        more.append(f"family {facts['cpu family']}")
+    return f"{name} ({', '.join(more)})" if more else name
 
 
 def _parser() -> argparse.ArgumentParser:

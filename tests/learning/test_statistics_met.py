@@ -67,7 +67,14 @@ def test_a_meta_gradient_has_the_statistics_of_the_first_task(engine, compile, p
 
 
 @pytest.mark.parametrize(
-    ("engine", "compile"), [("loop", False), ("batched", False), ("factored", False), ("factored", True)]
+    ("engine", "compile"),
+    [
+        ("loop", False),
+        ("batched", False),
+        ("factored", False),
+        # through torch's compiler
+        pytest.param("factored", True, marks=pytest.mark.long),
+    ],
 )
 def test_of_dense_layers(engine, compile):
     model, episodes = made(dense(), (64,))

@@ -142,12 +142,16 @@ def _few(learner: MetaLearner, tasks: Task, number: int, engine: str) -> int:
     """How many tasks of compiled dense layers on a CPU, each on one thread, are faster than all of them on all threads.
 
     Measured: 8 of `batched` are 1.15 to 1.35 times as fast as 32 on one thread from 6 million operations a task on, as
-    fast at half a million. `factored` has large products that know no tasks: 16 are as fast as 32 on one thread and
-    1.2 times on two at 30 million, slower at 2 million. Fewer chunks than threads would leave threads without work.
+    fast at half a million; where 400 kB adapt, 4 are 1.06 times as fast as 8, and 2 as fast as 4. `factored` has large
+    products that know no tasks: 16 are as fast as 32 on one thread and 1.2 times on two at 30 million, slower at 2
+    million. Fewer chunks than threads would leave threads without work.
     """
     most, least_flops = {"batched": (8, 2e6), "factored": (16, 1e7)}[engine]
     if flops(learner, tasks) < least_flops:
         return number
+    if engine == "batched":
+        own = dict(learner.model.named_parameters())
+        most = min(most, max(4, int(2e6 / sum(own[name].nbytes for name in learner.adapted))))
     enough = min(most, number // torch.get_num_threads())
     return next((few for few in range(enough, most // 2 - 1, -1) if number % few == 0), number)
 
