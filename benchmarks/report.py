@@ -16,7 +16,7 @@ def summary(results: dict, adaptation: dict, jobs: dict) -> str:
     """
     rows = []
     for name, record, _, peers in _compared(results):
-        if name in "ACG":
+        if name in "ABC":
             peer = _fastest(peers)
             rows.append((f"a meta-gradient of {record['title']}", peer, peers[peer]["ratio"]))
     for network in ("MLP 784-256-10", "Conv4"):
