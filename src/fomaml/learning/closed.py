@@ -96,7 +96,9 @@ def _read(code: types.CodeType) -> set[str] | None:
     for instruction in dis.get_instructions(code):
         if instruction.opname.startswith(("IMPORT", "STORE_GLOBAL", "DELETE_GLOBAL")):
             return None
-        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+        if (
+            instruction.opname == "LOAD_NAME" or "GLOBAL" in instruction.opname
+        ):  # Python 3.12 has another such
             found.add(instruction.argval)
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
