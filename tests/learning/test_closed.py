@@ -145,6 +145,22 @@ class Own:
     pass
 
 
+class Box(list):
+    """A container that may hold more than it contains."""
+
+
+class Pair(tuple):
+    """The same, where plain values are expected."""
+
+
+PAIR = Pair((1, 2))
+
+
+class ReadsPair(Plain):
+    def forward(self, inputs):
+        return PAIR.layer(inputs)
+
+
 CLOSED = {
     "torch's": nn.Linear(3, 3),
     "ours": BatchNorm(3),
@@ -169,6 +185,8 @@ OPEN = {
     "a wrapped method": wrapped(),
     "an object": with_attribute(Own()),
     "an object in a list": with_attribute([Own()]),
+    "a list of another kind": with_attribute(Box()),
+    "a global tuple of another kind": ReadsPair(),
     "a function as attribute": with_attribute(helper),
     "a hook": with_hook(Plain(), "forward"),
     "a hook before": with_hook(nn.Linear(3, 3), "forward_pre"),

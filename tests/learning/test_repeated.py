@@ -136,6 +136,26 @@ def test_what_a_forward_pass_writes_through_the_module_itself_is_of_its_step():
     assert model.seen == [] and model.times == 0
 
 
+def test_a_buffer_that_is_filled_from_a_later_step_on_is_kept():
+    class Filling(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+            self.register_buffer("last", None)
+
+        def forward(self, inputs):
+            calls.append(self.last)
+            if len(calls) > 1:
+                self.last = inputs.mean(0)
+            return self.layer(inputs)
+
+    calls: list[torch.Tensor | None] = []
+    given = support()
+    adapted = FOMAML(Filling(), 0.3, 4).adapt(given)
+    assert [each is None for each in calls] == [True, True, False, False]
+    torch.testing.assert_close(adapted.last, given.inputs.mean(0))
+
+
 class Recurrent(nn.Module):
     """Layers that are called one by one and hold their weights in a list of their own, too."""
 

@@ -32,8 +32,7 @@ from fomaml.learning.learner import Choices, MetaLearner
 from fomaml.learning.mistakes import checked_loss, checked_outputs, selected, targets_for
 from fomaml.learning.rates import ConstantRates, by_name
 from fomaml.metrics import Asked, Metric, as_asked
-from fomaml.models import BatchNorm
-from fomaml.models.norms import Seen, normalising
+from fomaml.models import Seen, is_moving, normalising
 from fomaml.scoring import metrics_of
 from fomaml.streams import check_sequence
 from fomaml.tasks import Batch, Examples, are_labels, count_of
@@ -282,7 +281,7 @@ def pretrain(
     module = module_of(loss if criterion is None else criterion)
     parameters = {id(p): p for each in (model, module) if each is not None for p in each.parameters()}
     optimizer = torch.optim.Adam(parameters.values(), lr=lr)
-    moved = [m for m in model.modules() if isinstance(m, BatchNorm) and m.policy in ("running", "per-step")]
+    moved = any(map(is_moving, model.modules()))
     for iteration in range(iterations):
         parts = batches(iteration)
         seen: list[Seen] = []
@@ -315,7 +314,7 @@ def _move(seen: list[Seen]) -> None:
     sets of all inner steps, as pooled examples know of none.
     """
     for layer, _, mean, variance in seen:
-        for step in range(len(layer.mean) if layer.policy in ("running", "per-step") else 0):
+        for step in range(len(layer.mean) if is_moving(layer) else 0):
             layer.update(step, mean, variance, MOMENTUM)
 
 

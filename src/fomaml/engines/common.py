@@ -19,8 +19,9 @@ from fomaml.errors import InputError
 from fomaml.layout import Strides, laid
 from fomaml.learning.learner import MetaLearner
 from fomaml.learning.problem import Problem
-from fomaml.learning.statistics import Met, is_moving, whole
+from fomaml.learning.statistics import Met, whole
 from fomaml.metrics import ignored_label
+from fomaml.models import is_moving
 from fomaml.tasks import Batch, Examples, Task, are_labels, count, count_of, shape_of, stack, ways_each
 from fomaml.threads import alone
 from fomaml.trees import Tree, joined, leaves, mapped
@@ -310,14 +311,11 @@ def put_together(groups: Sequence[Group], parts: Sequence[MetaGradient], listed:
     gradients = list(parts[0].gradients.values())
     for part in parts[1:]:
         gradients = list(_torch.add(gradients, list(part.gradients.values())))
-    return MetaGradient(
-        dict(zip(parts[0].gradients, gradients)),
-        in_order(groups, [part.query_losses for part in parts]),
-        in_order(groups, [part.support_losses for part in parts]),
-        outputs,
-        parts[0].engine,
-        parts[0].moments,
-        parts[0].statistics,
+    return parts[0]._replace(
+        gradients=dict(zip(parts[0].gradients, gradients)),
+        query_losses=in_order(groups, [part.query_losses for part in parts]),
+        support_losses=in_order(groups, [part.support_losses for part in parts]),
+        query_outputs=outputs,
     )
 
 

@@ -221,13 +221,12 @@ def _overwritten(
     number: once.
     """
     following = {}
-    plain = optimizer == SGD()
     for (name, parameter), gradient in zip(current.items(), gradients):
         if gradient is None:  # the loss does not depend on it
             following[name] = parameter
             continue
         times, alpha = taken[name], rates[name]
-        direction = gradient if plain else optimizer.direction(gradient, point[name], state[name], times)
+        direction = optimizer.direction(gradient, point[name], state[name], times)
         if isinstance(alpha, Tensor) or direction.is_sparse or alpha > LARGEST:
             direction, alpha = alpha * direction, 1  # such a number is none that `alpha=` takes
         following[name] = (parameter.sub_ if times else parameter.sub)(direction, alpha=alpha)

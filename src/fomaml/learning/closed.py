@@ -10,12 +10,13 @@ import dis
 import functools
 import inspect
 import types
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
-from fomaml.learning.moving import PLAIN
+from fomaml.learning.moving import PLAIN, is_plain
 
 OURS = ("torch.nn.modules.", "fomaml.models")
 KNOWN = ("torch", "math")  # packages whose functions know no module of anybody's
@@ -79,14 +80,14 @@ def _functions(value: Any) -> Iterator[Any]:
         yield value.__func__
     elif type(value) is property:
         yield from (each for each in (value.fget, value.fset, value.fdel) if each is not None)
-    elif not _is_plain(value):
+    elif not is_plain(value):
         yield value
 
 
 def _names(function: types.FunctionType) -> set[str] | None:
     """The global variables that a function reads; None where it may reach others."""
     defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
-    if {*function.__code__.co_freevars} - {"__class__"} or not all(map(_is_plain, defaults)):
+    if {*function.__code__.co_freevars} - {"__class__"} or not all(map(is_plain, defaults)):
         return None
     return _read(function.__code__)
 
@@ -96,9 +97,8 @@ def _read(code: types.CodeType) -> set[str] | None:
     for instruction in dis.get_instructions(code):
         if instruction.opname.startswith(("IMPORT", "STORE_GLOBAL", "DELETE_GLOBAL")):
             return None
-        if (
-            instruction.opname == "LOAD_NAME" or "GLOBAL" in instruction.opname
-        ):  # Python 3.12 has another such
+        # of two opcodes for global variables, Python 3.12 has more
+        if instruction.opname == "LOAD_NAME" or "GLOBAL" in instruction.opname:
             found.add(instruction.argval)
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
@@ -111,23 +111,18 @@ def _read(code: types.CodeType) -> set[str] | None:
 
 def _is_known(value: Any) -> bool:
     """Whether a global variable is a package, a function or a class that knows no module, or a plain value."""
-    if _is_plain(value):
+    if is_plain(value):
         return True
     name = value.__name__ if inspect.ismodule(value) else getattr(value, "__module__", None) or ""
     kinds = types.ModuleType | types.FunctionType | types.BuiltinFunctionType | type
     return isinstance(value, kinds) and name.split(".")[0] in KNOWN
 
 
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, tuple | frozenset):
-        return all(map(_is_plain, value))
-    return type(value) in PLAIN
-
-
 def _is_harmless(value: Any) -> bool:
     """Whether an attribute of a module refers to nothing, or to what its replicas are known to follow."""
-    if type(value) in PLAIN or type(value) in (Tensor, nn.Parameter) or isinstance(value, nn.Module):
+    kind = type(value)  # of a class of the user's there may be more
+    if kind in PLAIN or kind in (Tensor, nn.Parameter) or isinstance(value, nn.Module):
         return True
-    if isinstance(value, dict):
+    if kind in (dict, OrderedDict):
         return all(map(_is_harmless, value)) and all(map(_is_harmless, value.values()))
-    return isinstance(value, list | tuple | set | frozenset) and all(map(_is_harmless, value))
+    return kind in (list, tuple, set, frozenset) and all(map(_is_harmless, value))

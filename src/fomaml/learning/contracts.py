@@ -225,6 +225,14 @@ def module_of(criterion: Any) -> nn.Module | None:
     return criterion if isinstance(criterion, nn.Module) else None
 
 
+def buffers_of(criterion: Any) -> dict[str, Tensor]:
+    """The buffers of a criterion that is a module, each task's own as the model's are."""
+    module = module_of(criterion)
+    if module is None:
+        return {}
+    return {f"criterion/{name}": buffer for name, buffer in module.named_buffers()}
+
+
 def checked_optimizer(given: InnerOptimizer) -> InnerOptimizer:
     """The inner optimiser.
 

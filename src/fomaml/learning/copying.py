@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fomaml.learning.moving import PLAIN
+from fomaml.learning.moving import is_plain
 
 
 def same_memory(one: Tensor, other: Tensor) -> bool:
@@ -29,7 +29,7 @@ def deepcopied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     for key, value in vars(module).items():
         if key == "_compiled_call_impl":  # which `nn.Module` leaves out too
             continue
-        if type(value) in PLAIN or (type(value) is tuple and set(map(type, value)) <= PLAIN):
+        if is_plain(value):
             pass
         elif type(value) in (dict, OrderedDict, set) and not value:
             value = value.copy()

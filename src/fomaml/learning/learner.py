@@ -39,10 +39,10 @@ from fomaml.learning.mistakes import refuse_as_loss, refuse_written
 from fomaml.learning.moments import SecondMoments
 from fomaml.learning.objectives import QueryLoss
 from fomaml.learning.problem import Problem
-from fomaml.learning.replica import Replicas, original
-from fomaml.learning.statistics import is_moving
+from fomaml.learning.replica import Replicas
+from fomaml.learning.statistics import met, move
 from fomaml.learning.turns import turn_of
-from fomaml.models import BatchNorm, Seen, normalising, refuse_native, warn_of_unmoved
+from fomaml.models import BatchNorm, Seen, is_moving, normalising, refuse_native, warn_of_unmoved
 from fomaml.tasks import Batch, Examples, Task, as_batch, as_examples, count, one
 from fomaml.trees import call, mapped
 
@@ -309,8 +309,7 @@ class MetaLearner(nn.Module):
                 for adapted, _ in islice(problem.path(first_order=True), self.inner_steps):
                     pass
                 problem.query(adapted)
-            for layer, step, mean, variance in seen:
-                original(layer).update(step, mean, variance, momentum)
+            move(self.model, met(self.model, seen), momentum)
 
     @torch.no_grad()
     def carry_moments(self, tasks: Batch) -> None:

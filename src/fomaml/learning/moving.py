@@ -14,6 +14,12 @@ from torch import Tensor, nn
 PLAIN = frozenset({bool, int, float, complex, str, bytes, type(None)})
 
 
+def is_plain(value: Any) -> bool:
+    """Whether a value is a number, a text, None, or made of such alone, and never changes."""
+    kind = type(value)  # no other: a tuple of a class of the user's may hold more
+    return kind in PLAIN or (kind in (tuple, frozenset) and all(map(is_plain, value)))
+
+
 class Tree(Protocol):
     """index: the number of each module by its id. names: the name of each tensor by its id."""
 

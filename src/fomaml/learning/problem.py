@@ -14,12 +14,12 @@ from fomaml.choices import Statistics, check_choice
 from fomaml.errors import InputError
 from fomaml.learning.adapt import inner_loop, open_attention
 from fomaml.learning.admission import calls_refused, check_parameters
-from fomaml.learning.contracts import Adapted, Learner
+from fomaml.learning.contracts import Adapted, Learner, buffers_of
 from fomaml.learning.forward import Forward, Stacked, outputs_of
 from fomaml.learning.mistakes import checked_loss, refuse_third_order, refuse_unlike, targets_for
 from fomaml.learning.parts import check_mean, counted, minibatch, parts_of, spread, summed
 from fomaml.learning.repeated import again
-from fomaml.learning.replica import Replicas, buffers_of
+from fomaml.learning.replica import Replicas
 from fomaml.learning.statistics import Met, met
 from fomaml.metrics import ignored_label
 from fomaml.models import NATIVE_BATCH_NORMS, BatchNorm, Seen, normalising, refuse_native, takes_statistics

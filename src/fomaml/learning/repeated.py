@@ -56,6 +56,7 @@ def again(problem: Repeating, losses: Losses) -> Losses:
     assert criterion is not None
     inputs, targets = problem.task.support
     fixed = {name: parameter.detach() for name, parameter in problem.fixed.items()}
+    buffers = replicas.have_buffers
     norms = any(isinstance(module, BatchNorm) for module in replicas.modules)
 
     def told(step: int) -> AbstractContextManager:
@@ -69,7 +70,7 @@ def again(problem: Repeating, losses: Losses) -> Losses:
         found = replicas.make({**fixed, **adapted, **problem.buffers})
         with told(step), problem.attention():
             outputs = checked_outputs(called(found[0], learner.model, inputs), criterion)
-        if problem.buffers:
+        if buffers:
             replicas.assigned(found, problem.buffers)
         like = outputs.shape, outputs.dtype
         if known[0][0] != like:

@@ -13,26 +13,34 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMappin
 from contextlib import contextmanager
 from itertools import chain
 from operator import is_
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fomaml.errors import InputError, in_one_line
 from fomaml.learning.admission import ReadsRefused, calls_refused, check_module
-from fomaml.learning.closed import is_closed, is_torchs
-from fomaml.learning.contracts import module_of
+from fomaml.learning.closed import HOOKS, is_closed, is_torchs
+from fomaml.learning.contracts import buffers_of, module_of
 from fomaml.learning.copying import deepcopied, same_memory
-from fomaml.learning.moving import PLAIN, Move, parts
+from fomaml.learning.moving import PLAIN, Move, is_plain, parts
 from fomaml.learning.weight_norm import written_out
 from fomaml.models import NATIVE_NORMS, BatchNorm
 
 Module = TypeVar("Module", bound=nn.Module)
 Slot = tuple[str, str | None, Tensor | None]  # its key in the module, the name of what it holds, and that
 NORMS = (*NATIVE_NORMS, BatchNorm)
-OF_ALL_MODULES = frozenset(vars(nn.Module())) - {
-    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",
-}  # fmt: skip
+OF_ALL_MODULES = frozenset(vars(nn.Module())).difference(HOOKS)
+
+
+class _Kept(NamedTuple):
+    """Replicas that are taken again. held: the mode and the tensors that they have. looks: at those that a forward pass
+    may write into, by number, see `_look`.
+    """
+
+    held: tuple
+    replicas: list[nn.Module]
+    looks: dict[int, list]
 
 
 class Replicas:
@@ -120,7 +128,7 @@ class Replicas:
         # which takes a part of the time of a short adaptation
         self._watched = watched and not all(map(is_closed, self.modules))
         self._may_make = watched and not all(map(is_torchs, self.modules))
-        self._kept: tuple[tuple, list[nn.Module], dict[int, Any]] | None = None
+        self._kept: _Kept | None = None
         self._looked_at: set[int] | None = None
         self._stays = False
         # what the modules themselves held, where a pass's stays
@@ -148,17 +156,17 @@ class Replicas:
         """Replicas of all modules, the root's first, that hold these tensors in place of the parameters and buffers of
         their names. Others are the module's own; a tensor that has several names goes by the first.
         """
-        held = (self.training, *tensors.values())
-        kept = self._kept
+        held, kept = (self.training, *tensors.values()), self._kept
         anew: Iterable[int] = range(len(self.modules))
-        if kept is not None and kept[0][0] == self.training:
-            found = kept[1]
-            anew = [number for number, was in kept[2].items() if self._is_written(number, found[number], was)]
-            if len(held) == len(kept[0]) and all(map(is_, held, kept[0])):
+        looks: dict[int, list] = {}
+        if kept is not None and kept.held[0] == self.training:
+            found, looks = kept.replicas, kept.looks
+            anew = [number for number, was in looks.items() if self._is_written(number, found[number], was)]
+            if len(held) == len(kept.held) and all(map(is_, held, kept.held)):
                 if not anew:
                     return found
             else:
-                self._hold(found, tensors, kept[2])
+                self._hold(found, tensors, looks)
         else:
             # a scripted one has no tensors, see `check_module`
             found = [
@@ -171,7 +179,8 @@ class Replicas:
                 continue
             own = replica.__dict__
             own.clear()
-            own.update(module.__dict__ if self._before is None else self._before[number])
+            given = module.__dict__ if self._before is None else self._before[number]
+            own.update(given)
             own["_original"] = module
             if self.training is not None:
                 own["training"] = self.training
@@ -183,7 +192,7 @@ class Replicas:
             )
             own["_modules"] = {
                 key: None if child is None else found[self.index[id(child)]]
-                for key, child in module._modules.items()
+                for key, child in given["_modules"].items()
             }
             for key, value in self._containers[number]:
                 own[key] = value.copy()
@@ -194,13 +203,12 @@ class Replicas:
         for number, attributes in self._written_out:
             found[number].__dict__.update(attributes)
         if self._looked_at is not None:
-            looks = {} if kept is None or found is not kept[1] else kept[2]
             looks |= {
                 number: _look(found[number])
                 for number in self._looked_at.intersection(anew)
                 if not self._scripted[number]
             }
-            self._kept = held, found, looks
+            self._kept = _Kept(held, found, looks)
         return found
 
     def _hold(self, found: list[nn.Module], tensors: Mapping[str, Tensor], looks: dict[int, list]) -> None:
@@ -276,6 +284,11 @@ class Replicas:
                 held = replica._buffers.get(key)
                 if name is not None and held is not None and held is not buffers.get(name):
                     buffers[name] = held.detach()
+
+    @property
+    def have_buffers(self) -> bool:
+        """Whether a forward pass may assign a buffer, one that is None yet among them."""
+        return any(buffers for _, buffers in self._slots)
 
     @property
     def are_kept(self) -> bool:
@@ -365,10 +378,7 @@ class Replicas:
 def _not_plain(attributes: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """The attributes of a module that modules do not have by themselves and that are more than numbers and texts."""
     return [
-        (key, value)
-        for key, value in attributes.items()
-        if (kind := type(value)) not in PLAIN and key not in OF_ALL_MODULES
-        if kind is not tuple or not PLAIN.issuperset(map(type, value))
+        (key, value) for key, value in attributes.items() if key not in OF_ALL_MODULES and not is_plain(value)
     ]
 
 
@@ -383,14 +393,6 @@ def _look(module: nn.Module) -> list:
     own = module.__dict__
     parts = own, own["_parameters"], own["_buffers"], own["_modules"]
     return [each for part in parts for each in chain(part, part.values())]
-
-
-def buffers_of(criterion: Any) -> dict[str, Tensor]:
-    """The buffers of a criterion that is a module, each task's own as the model's are."""
-    module = module_of(criterion)
-    if module is None:
-        return {}
-    return {f"criterion/{name}": buffer for name, buffer in module.named_buffers()}
 
 
 def original(module: Module) -> Module:

@@ -4,21 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from fomaml.learning.replica import original
-from fomaml.models import BatchNorm, Seen
+from fomaml.models import BatchNorm, Seen, is_moving
 
 # By the layer's name, the inner step and the number of its call in this step: mean and variance, (channels,) each.
 Met = Mapping[tuple[str, int, int], tuple[Tensor, Tensor]]
-
-
-def is_moving(module: nn.Module) -> TypeGuard[BatchNorm]:
-    """Whether a module has running statistics that the outer loop moves."""
-    return isinstance(module, BatchNorm) and module.policy in ("running", "per-step")
 
 
 def met(model: nn.Module, seen: Sequence[Seen]) -> Met:

@@ -7,6 +7,7 @@ from fomaml.models.norms import (
     BatchNorm,
     Seen,
     convert_batch_norm,
+    is_moving,
     native_batch_norms,
     normalising,
     refuse_native,
@@ -25,7 +26,7 @@ __getattr__, __dir__ = submodules(__name__)
 
 __all__ = [
     "MLP", "NATIVE_BATCH_NORMS", "NATIVE_NORMS", "SIREN", "BatchNorm", "Conv4", "Conv4Strided", "Conv4StridedFlat",
-    "ConvNet1d", "GRUNet", "LoRALinear", "Seen", "TableMLP", "WithContext", "convert_batch_norm", "lora",
-    "native_batch_norms", "normalising", "refuse_native", "takes_statistics", "third_order_is_refused",
+    "ConvNet1d", "GRUNet", "LoRALinear", "Seen", "TableMLP", "WithContext", "convert_batch_norm", "is_moving",
+    "lora", "native_batch_norms", "normalising", "refuse_native", "takes_statistics", "third_order_is_refused",
     "unmoved_norms", "warn_of_unmoved",
 ]  # fmt: skip

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +53,7 @@ def normalising(**told) -> Iterator[None]:
         _norm.reset(token)
 
 
+MOVING = ("running", "per-step")  # the policies whose statistics the outer loop moves
 RUNNING, FROZEN = ("mean", "variance"), ("frozen_mean", "frozen_variance")  # buffers of a `BatchNorm`
 
 
@@ -102,7 +103,7 @@ class BatchNorm(nn.Module):
         self.policy = policy
         self.weight = nn.Parameter(torch.ones(channels)) if scale else None
         self.bias = nn.Parameter(torch.zeros(channels))
-        if policy in ("running", "per-step", "frozen"):
+        if policy in (*MOVING, "frozen"):
             self.register_buffer("mean", torch.zeros(sets, channels))
             self.register_buffer("variance", torch.ones(sets, channels))
 
@@ -110,7 +111,7 @@ class BatchNorm(nn.Module):
         told = _norm.get()
         running = not self.training if told.running is None else told.running
         shape = (1, -1, *[1] * (inputs.dim() - 2))
-        if self.policy == "frozen" or (running and self.policy in ("running", "per-step")):
+        if self.policy == "frozen" or (running and self.policy in MOVING):
             means, variances = (getattr(self, name) for name in self._kept())
             step = min(told.step, len(means) - 1)
             mean, variance = means[step].view(shape), variances[step].view(shape)
@@ -166,7 +167,7 @@ class BatchNorm(nn.Module):
 
     def update(self, step: int, mean: Tensor, variance: Tensor, momentum: float) -> None:
         """Move the running statistics of inner step `step` towards these (channels,) ones."""
-        if self.policy in ("running", "per-step"):
+        if is_moving(self):
             step = min(step, len(self.mean) - 1)
             self.mean[step].lerp_(mean.to(self.mean.dtype), momentum)
             self.variance[step].lerp_(variance.to(self.variance.dtype), momentum)
@@ -188,6 +189,11 @@ NATIVE_NORMS = (*NATIVE_BATCH_NORMS, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.In
 def takes_statistics(norm: Any) -> bool:
     """Whether one of torch's own norms normalises by what it is given, and not by running statistics."""
     return norm.training or not norm.track_running_stats
+
+
+def is_moving(module: nn.Module) -> TypeGuard[BatchNorm]:
+    """Whether a module has running statistics that the outer loop moves."""
+    return isinstance(module, BatchNorm) and module.policy in MOVING
 
 
 @cache
